@@ -1,0 +1,147 @@
+"""The embedded team's roles: integer arithmetic in the notation that the shipped models were trained on."""
+
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+from agents.arithmetic import scratchpad, wording
+from agents.arithmetic.expressions import DIGITS, OutOfBounds, read, read_operation
+from agents.role import (
+    Answer,
+    AnswerTask,
+    CritiqueTask,
+    Message,
+    Plan,
+    PlanTask,
+    Reply,
+    ReplyUnusable,
+    Role,
+    Sampling,
+    Solution,
+    SolveTask,
+    Step,
+    Task,
+    TaskRefused,
+    Verdict,
+)
+
+PROBLEM_MAX_CHARACTERS = 400
+_ALPHABET = re.compile(r"[a-z0-9+\-*().,?!= ]*")
+_ASKING = re.compile(r"(?:what is|compute|calculate|work out)?\s*([0-9(].*?)\s*=?\s*[?.]?")
+_SAME_SIGN = str.maketrans({"×": "*", "·": "*", "−": "-", "–": "-"})
+
+
+class ArithmeticRole(Role):
+    """What the three have in common: one user message, greedy by default, a plain-text reply."""
+
+    sampling: ClassVar[Sampling] = Sampling(temperature=0.0, max_tokens=80, retry_temperature=1.0)
+
+    def messages(self, task: Task) -> list[Message]:
+        try:
+            return [Message("user", self.prompt(task))]
+        except OutOfBounds as error:
+            raise TaskRefused(str(error)) from None
+
+    def parse(self, text: str, task: Task) -> Reply:
+        try:
+            return self.read(text, task)
+        except ValueError as error:
+            raise ReplyUnusable(str(error)) from None
+
+    def check(self, problem: str) -> None:
+        try:
+            as_read(problem)
+        except OutOfBounds as error:
+            raise TaskRefused(str(error)) from None
+
+    def prompt(self, task: Task) -> str:
+        """The one message. Raises OutOfBounds."""
+        raise NotImplementedError
+
+    def read(self, text: str, task: Task) -> Reply:
+        """The reply in the scratchpad. Raises ValueError."""
+        raise NotImplementedError
+
+
+class ArithmeticPlanner(ArithmeticRole):
+    """Splits an expression or a word problem into steps of two operands (embedded models)."""
+
+    takes = (PlanTask,)
+
+    def prompt(self, task: Task) -> str:
+        assert isinstance(task, PlanTask)
+        return as_read(task.problem)
+
+    def read(self, text: str, task: Task) -> Reply:
+        operations = scratchpad.read_plan(text)
+        return Plan(
+            steps=tuple(
+                Step(name=o.name, instruction=str(o), needs=tuple(x for x in (o.left, o.right) if x.isalpha()))
+                for o in operations
+            ),
+            answer_step=operations[-1].name,
+        )
+
+
+class ArithmeticSolver(ArithmeticRole):
+    """Works one step digit by digit in a scratchpad (embedded models)."""
+
+    takes = (SolveTask, AnswerTask)
+
+    def prompt(self, task: Task) -> str:
+        if isinstance(task, AnswerTask):
+            return scratchpad.at_once_prompt(as_read(task.problem))
+        assert isinstance(task, SolveTask)
+        return scratchpad.step_prompt(*worked_out(task.step, task.results))
+
+    def read(self, text: str, task: Task) -> Reply:
+        result = str(scratchpad.read_result(text))
+        return Answer(answer=result) if isinstance(task, AnswerTask) else Solution(result=result, work=text)
+
+
+class ArithmeticCritic(ArithmeticRole):
+    """Checks a step's result by the inverse operation (embedded models)."""
+
+    takes = (CritiqueTask,)
+
+    def prompt(self, task: Task) -> str:
+        assert isinstance(task, CritiqueTask)
+        return scratchpad.claim_prompt(*worked_out(task.step, task.results), claimed(task.result))
+
+    def read(self, text: str, task: Task) -> Reply:
+        accepted = scratchpad.read_verdict(text)
+        return Verdict(accepted=accepted, reason="" if accepted else "the inverse operation does not give it back")
+
+
+def as_read(problem: str) -> str:
+    """The problem as the planner was taught to read it: an expression, or a known wording. Raises OutOfBounds."""
+    if len(problem) > PROBLEM_MAX_CHARACTERS:
+        raise OutOfBounds(f"the problem has {len(problem)} characters; the embedded team reads {PROBLEM_MAX_CHARACTERS}")
+    text = wording.tidy(problem.translate(_SAME_SIGN))
+    if not text:
+        raise OutOfBounds("the problem is empty: write an expression such as (12+7)*3, or a word problem")
+    known = _ALPHABET.match(text)
+    assert known is not None
+    if known.end() < len(text):
+        raise OutOfBounds(
+            f"character {text[known.end()]!r} is outside the embedded team's alphabet: letters, digits, + - * ( ) . , ? ! ="
+        )
+    asked = _ASKING.fullmatch(text)
+    if asked and not re.search("[a-z]", asked[1]):
+        return read(asked[1]).text
+    if not re.search("[a-z]", text):
+        return read(text).text
+    read(wording.recognise(text))
+    return text
+
+
+def worked_out(step: Step, results: Mapping[str, str]) -> tuple[int, str, int]:
+    """The step with its results in place of their names: left operand, sign, right operand. Raises OutOfBounds."""
+    return read_operation(re.sub(r"[A-F]", lambda match: results.get(match[0], match[0]), step.instruction))
+
+
+def claimed(result: str) -> int:
+    """The result that a step is said to have. Raises OutOfBounds."""
+    if not re.fullmatch(rf"-?[0-9]{{1,{DIGITS}}}", result):
+        raise OutOfBounds(f"result {result[:40]!r} is not a whole number of up to {DIGITS} digits")
+    return int(result)

@@ -1,0 +1,41 @@
+"""The critic for instruct models: checks one result, and says why it does not stand."""
+
+from typing import Any
+
+from pydantic import Field
+
+from agents.role import CritiqueTask, Message, Reply, Sampling, SchemaRole, Task, Value, Verdict
+from agents.solver import results_so_far
+
+PROMPT = """You are the critic of a team. Check the result of one step by another way than the obvious one: the inverse
+operation, an estimate, a special case. Accept it when it stands, reject it when it does not, and say why in a sentence.
+Reply in JSON: {"check": "...", "accepted": true or false, "reason": "..."}"""
+
+
+class VerdictForm(Value):
+    """The check before the verdict, so that the model thinks before it commits."""
+
+    check: str = Field(max_length=4000)
+    accepted: bool
+    reason: str = Field(max_length=1000)
+
+
+class Critic(SchemaRole):
+    """Checks the result of one step by another way, for instruct models."""
+
+    takes = (CritiqueTask,)
+    forms = {CritiqueTask: VerdictForm}
+    sampling = Sampling(temperature=0.2, max_tokens=1536)
+
+    def messages(self, task: Task) -> list[Message]:
+        assert isinstance(task, CritiqueTask)
+        lines = [
+            f"Problem: {task.problem}",
+            *results_so_far(task.results),
+            f"Step: {task.step.instruction}",
+            f"Its result: {task.result}",
+        ]
+        return [Message("system", PROMPT), Message("user", "\n".join(lines))]
+
+    def reply(self, form: Any, task: Task) -> Reply:
+        return Verdict(accepted=form.accepted, reason=form.reason)

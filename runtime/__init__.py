@@ -1,0 +1,1 @@
+"""What runs a team: configuration, jobs, engines, and the doors to them."""

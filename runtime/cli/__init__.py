@@ -1,0 +1,1 @@
+"""The command `troupe`: one module a command, `main` puts them together."""

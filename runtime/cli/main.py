@@ -1,0 +1,54 @@
+"""The command `troupe`: puts the subcommands together, and turns errors and signals into exit codes.
+
+Exit codes: 0 done, 1 some problems failed, 2 bad usage or configuration, 130 interrupted (143 by SIGTERM).
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from runtime.cli.config import config
+from runtime.cli.doctor import doctor
+from runtime.cli.roles import roles
+from runtime.cli.solve import solve
+from runtime.errors import TroupeError
+
+
+def _version() -> str:
+    try:
+        return version("troupe-llm")
+    except PackageNotFoundError:
+        return "from a checkout"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="troupe")
+def cli() -> None:
+    """A team of language models that solve problems together, each role on its own vLLM engine, on one GPU or CPU."""
+
+
+for command in (solve, roles, config, doctor):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; an error meant for a user is printed without a traceback."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except TroupeError as error:
+        click.echo(f"troupe: {error}", err=True)
+        code = 2
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""`troupe solve`: one problem, or a file of them, through the team."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from runtime import config as configuration
+from runtime import run_folder
+from runtime.cli import interrupt
+from runtime.config import Config
+from runtime.engines.base import EngineState
+from runtime.engines.fleet import Fleet
+from runtime.errors import InputError, TroupeError
+from runtime.events import EngineChanged, Event, JobEnded, RoleReplied
+from runtime.jobs import problems, team
+from runtime.jobs.batch import Summary, summarise, work_all
+from runtime.jobs.job import Job, JobResult
+from runtime.jobs.orchestrator import Orchestrator
+from runtime.jobs.problems import Problem
+from runtime.jobs.team import Team
+
+
+@click.command()
+@click.argument("problem", required=False)
+@click.option("--file", "-f", type=click.Path(path_type=Path), help='Problems, a line each: {"id", "problem", "answer"}.')
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Write results here, a line of JSON each.")
+@click.option("--resume", is_flag=True, help="Go on from what is in --out; failed problems are tried again.")
+@click.option("--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Problems worked at once.")
+@click.option("--config", "-c", default=configuration.DEFAULT, show_default=True, help="A file, or a shipped name.")
+@click.option("--workflow", "-w", help="deliberate, vote, solo, or one of your own, at its defaults.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="Sample every role at this temperature.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; the same seed, the same replies.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object a problem.")
+def solve(
+    problem: str | None,
+    file: Path | None,
+    out: Path | None,
+    resume: bool,
+    concurrency: int,
+    config: str,
+    workflow: str | None,
+    temperature: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Solve PROBLEM, or every line of a file, with the team.
+
+    \b
+    troupe solve "(12+7)*3-45"
+    troupe solve --file problems.jsonl --out results.jsonl
+    """
+    if (problem is None) == (file is None):
+        raise click.UsageError("give one PROBLEM or --file")
+    if resume and not out:
+        raise click.UsageError("--resume goes on from a file of results: give --out too")
+    if out and not file:
+        raise click.UsageError("--out goes with --file")
+    chosen = configuration.load(config)
+    chosen = chosen.with_workflow(workflow) if workflow else chosen
+    crew = team.assemble(chosen)
+
+    def job(p: Problem) -> Job:
+        return Job(p.id, p.problem, p.expected, temperature, seed)
+
+    if problem is not None:
+        crew.check(problem)
+        code = interrupt.run(_solve_one(chosen, crew, job(Problem("1", problem)), as_json))
+    else:
+        assert file is not None
+        code = _solve_file(chosen, crew, problems.read(file), job, concurrency, out, resume, as_json)
+    raise SystemExit(code)
+
+
+async def _solve_one(config: Config, crew: Team, job: Job, as_json: bool) -> int:
+    screen = Console(stderr=True, highlight=False)
+    lines = Console(highlight=False, quiet=as_json, soft_wrap=True)
+    folder = run_folder.create()
+    run_folder.log_to(folder)
+    with screen.status("") as status:
+
+        def show(event: Event) -> None:
+            if isinstance(event, EngineChanged):
+                status.update(_starting(event, waiting))
+            elif isinstance(event, RoleReplied):
+                status.update("working")
+                lines.print(_entry(event))
+
+        waiting = dict.fromkeys(config.engines, EngineState.STARTING)
+        async with Fleet(config.engines, folder, show) as fleet:
+            result = await Orchestrator(crew, fleet.engines, show).run(job)
+            status.update("closing the engines")
+    if as_json:
+        click.echo(json.dumps(result.as_json(), ensure_ascii=False))
+    elif result.error:
+        screen.print(f"[red]no answer:[/] {escape(result.error)}")
+    else:
+        doubt = "" if result.confirmed else "  [yellow](not confirmed by the critic)[/]"
+        lines.print(f"[bold]answer: {escape(str(result.answer))}[/]{doubt}")
+    return 1 if result.error else 0
+
+
+def _solve_file(
+    config: Config,
+    crew: Team,
+    asked: list[Problem],
+    job: Callable[[Problem], Job],
+    concurrency: int,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> int:
+    kept = _kept(out, resume)
+    faulty = [_check(crew, p) for p in asked]
+    results = [JobResult(p.id, p.problem, None, error=p.fault) for p in faulty if p.fault]
+    due = [p for p in faulty if p.fault is None and p.id not in kept]
+    for result in results:
+        click.echo(f"troupe: {result.id}: {result.error}", err=True)
+    if kept:
+        click.echo(f"{len(kept)} of {len(asked)} problems are done, {len(due)} to go", err=True)
+    with _Report(out, list(kept.values()), as_json, len(due)) as report:
+        for result in results:
+            report.take(result)
+        if due:
+            interrupt.run(_work(config, crew, [job(p) for p in due], concurrency, report))
+    if not report.results:
+        click.echo("nothing to do", err=True)
+        return 0
+    report.summary()
+    return 1 if any(result.error for result in report.results) else 0
+
+
+def _kept(out: Path | None, resume: bool) -> dict[str, dict[str, object]]:
+    """The results that a resumed run keeps, by id. Raises InputError when a file would be overwritten."""
+    if out is None:
+        return {}
+    if out.exists() and not resume:
+        raise InputError(f"{out} is there already: --resume goes on from it, another --out leaves it alone")
+    if not out.parent.is_dir():
+        raise InputError(f"--out: there is no folder {out.parent}")
+    return {str(result["id"]): result for result in problems.done(out) if "error" not in result}
+
+
+def _check(crew: Team, problem: Problem) -> Problem:
+    """The problem with its fault, if the team could not work it."""
+    if problem.fault is not None:
+        return problem
+    try:
+        crew.check(problem.problem)
+    except InputError as error:
+        return Problem(problem.id, problem.problem, problem.expected, str(error))
+    return problem
+
+
+async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, report: "_Report") -> None:
+    folder = run_folder.create()
+    run_folder.log_to(folder)
+    async with Fleet(config.engines, folder, report.show) as fleet:
+        orchestrator = Orchestrator(crew, fleet.engines, report.show)
+        await work_all(orchestrator, jobs, concurrency, report.take)
+
+
+class _Report:
+    """Results to the file or the screen as they come, and the bar above which they appear."""
+
+    def __init__(self, out: Path | None, kept: list[dict[str, object]], as_json: bool, total: int) -> None:
+        self.results: list[JobResult] = []
+        self._as_json = as_json
+        self._screen = Console(stderr=True, highlight=False)
+        self._lines = Console(highlight=False, soft_wrap=True)
+        self._file: IO[str] | None = _rewritten(out, kept) if out else None
+        self._right = self._judged = 0
+        self._waiting: dict[str, EngineState] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[accuracy]}"),
+            TimeRemainingColumn(),
+            console=self._screen,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=total, rate="", accuracy="")
+
+    def __enter__(self) -> "_Report":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+        if self._file:
+            self._file.close()
+
+    def show(self, event: Event) -> None:
+        """What happens, on the bar."""
+        if isinstance(event, EngineChanged):
+            self._bar.update(self._task, description=_starting(event, self._waiting))
+        elif isinstance(event, JobEnded):
+            self._bar.update(self._task, description="solving", advance=1)
+
+    def take(self, result: JobResult) -> None:
+        """One result: kept, written, shown."""
+        self.results.append(result)
+        if self._file:
+            self._file.write(problems.line(result) + "\n")
+            self._file.flush()
+        elif self._as_json:
+            click.echo(problems.line(result))
+        elif result.error is None:
+            self._lines.print(_result(result))
+        if result.correct is not None:
+            self._judged += 1
+            self._right += result.correct
+        speed = self._bar.tasks[0].speed
+        self._bar.update(
+            self._task,
+            rate=f"{speed:.1f}/s" if speed else "",
+            accuracy=f"{self._right}/{self._judged} right" if self._judged else "",
+        )
+
+    def summary(self) -> None:
+        """The summary of this run, to the screen; as JSON the last line of the output."""
+        summary = summarise(self.results)
+        if self._as_json:
+            click.echo(json.dumps({"summary": summary.as_json()}))
+        else:
+            self._screen.print(_summary(summary))
+        failed = [result.id for result in self.results if result.error]
+        if failed:
+            shown = ", ".join(failed[:10]) + (f" and {len(failed) - 10} more" if len(failed) > 10 else "")
+            self._screen.print(f"[red]failed:[/] {escape(shown)}")
+
+
+def _rewritten(out: Path, kept: list[dict[str, object]]) -> IO[str]:
+    """The file of results holding what is kept, whole, and open for more. Replaced in one move: nothing is lost."""
+    fresh = out.with_name(out.name + ".part")
+    fresh.write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in kept), encoding="utf-8")
+    try:
+        fresh.replace(out)
+        return out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise TroupeError(f"--out: {out}: {error.strerror}") from None
+
+
+def _starting(event: EngineChanged, engines: dict[str, EngineState]) -> str:
+    engines[event.engine] = event.state
+    if event.state is EngineState.CLOSED:
+        return "closing the engines"
+    ready = [name for name, state in engines.items() if state is EngineState.READY]
+    return "solving" if len(ready) == len(engines) else f"starting {len(engines)} engines, {len(ready)} ready"
+
+
+def _entry(event: RoleReplied) -> str:
+    entry = event.entry
+    mark = {"accepted": "[green]✓[/]", "rejected": "[red]✗[/]", None: " "}[entry.verdict]
+    return f"{mark} [cyan]{escape(f'{entry.seat:<10}')}[/] {escape(entry.input)}  →  {escape(entry.output)}"
+
+
+def _result(result: JobResult) -> str:
+    mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: " "}[result.correct]
+    wanted = f"  (expected {result.expected})" if result.correct is False else ""
+    doubt = "" if result.confirmed else "  [yellow](not confirmed)[/]"
+    return f"{mark} [cyan]{escape(result.id)}[/]  {escape(result.problem)}  →  [bold]{escape(str(result.answer))}[/]{wanted}{doubt}"
+
+
+def _summary(summary: Summary) -> str:
+    accuracy = "" if summary.accuracy is None else f", {summary.accuracy:.1%} right"
+    tokens = ", ".join(f"{seat} {used.prompt_tokens}+{used.completion_tokens}" for seat, used in summary.usage.items())
+    return (
+        f"{summary.problems} problems, {summary.failed} failed, {summary.unconfirmed} not confirmed{accuracy}\n"
+        f"job time p50 {summary.job_time_p50_s:.2f} s, p90 {summary.job_time_p90_s:.2f} s, "
+        f"p99 {summary.job_time_p99_s:.2f} s; tokens in+out: {tokens or 'none'}"
+    )

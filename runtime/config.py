@@ -1,0 +1,212 @@
+"""The configuration: read once, held against everything it names, frozen after.
+
+The only module that reads YAML. A configuration may build on another (`extends`), a mapping over a mapping key by
+key. Errors name the file, the key and what would be right.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agents.role import Sampling
+from runtime.engines.base import EngineSpec
+from runtime.errors import ConfigError
+
+DEFAULT = "embedded"
+_HERE = Path(__file__).parent
+SHIPPED = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent / "configs"
+"""The shipped configurations: inside an installed wheel, or the repository's."""
+
+
+class Section(BaseModel):
+    """A part of a configuration: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Member(Section):
+    """One seat of the team: which role, on which engine, sampled how (over the role's own defaults)."""
+
+    role: str = Field(min_length=1, description="a registered role, or a YAML file of one relative to the configuration")
+    engine: str = Field(min_length=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """The role's defaults with what this member sets."""
+        changes = {key: getattr(self, key) for key in ("temperature", "top_p", "max_tokens")}
+        return defaults.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+class WorkflowChoice(BaseModel):
+    """The workflow by name; every other key is one of its options, which the workflow itself checks."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(default="deliberate", min_length=1)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The keys beside the name."""
+        return self.model_extra or {}
+
+
+class Config(Section):
+    """Engines, the team that they serve, and how the team works. `source` is the file it came from."""
+
+    engines: Mapping[str, EngineSpec] = Field(min_length=1)
+    team: Mapping[str, Member] = Field(min_length=1)
+    workflow: WorkflowChoice = WorkflowChoice()
+    source: Path = Field(exclude=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for seat, member in self.team.items():
+            if member.engine not in self.engines:
+                raise ValueError(
+                    f"team.{seat}.engine: there is no engine {member.engine!r}"
+                    f"{_meant(member.engine, self.engines)}; engines are {', '.join(self.engines)}"
+                )
+        shares = sum(spec.gpu_memory_utilization for spec in self.engines.values())
+        if shares > 1 + 1e-9:
+            parts = " + ".join(f"{name} {spec.gpu_memory_utilization:g}" for name, spec in self.engines.items())
+            raise ValueError(f"engines: gpu_memory_utilization adds up to {shares:g} ({parts}); at most 1 fits a device")
+        return self
+
+    def with_workflow(self, name: str) -> "Config":
+        """The same with another workflow, at its defaults where the name is not the configured one."""
+        return self if name == self.workflow.name else self.model_copy(update={"workflow": WorkflowChoice(name=name)})
+
+
+def load(name: str) -> Config:
+    """Read a configuration: a file, or the name of a shipped one.
+
+    Raises ConfigError naming the file, the key and what would be right.
+    """
+    path = find(name)
+    data = _merged(path, seen=())
+    try:
+        config = Config.model_validate({**data, "source": path})
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _complaints(error))) from None
+    for engine, spec in config.engines.items():
+        _check_model(path, engine, spec)
+    return config
+
+
+def find(name: str) -> Path:
+    """The file of a configuration given by path or, for a shipped one, by name. Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+    if name in shipped:
+        return SHIPPED / f"{name}.yaml"
+    raise ConfigError(
+        f"there is no configuration {name!r}{_meant(name, shipped)}: give a file, or one of {', '.join(shipped)}"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError with the line of a fault."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a UTF-8 text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'not YAML'}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys such as engines, team and workflow")
+    return data
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping over the one it extends; model folders and role files made absolute."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, seen))}")
+    data = read_yaml(path)
+    _anchor(data, path.parent.resolve())
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: give the name or the file of one configuration")
+    beside = path.parent / base
+    return _over(_merged(beside if beside.is_file() else find(base), (*seen, path.resolve())), data)
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Relative model folders and role files are relative to the file that names them."""
+    for section, key in (("engines", "model"), ("team", "role")):
+        entries = data.get(section)
+        for entry in entries.values() if isinstance(entries, dict) else ():
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if isinstance(value, str) and value.startswith(("./", "../")):
+                entry[key] = str(folder / value)
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        deep = isinstance(old, dict) and isinstance(value, dict) and key != "workflow"
+        merged[key] = _over(old, value) if deep else value
+    return merged
+
+
+def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
+    """A folder must hold a model; anything that is not written as a path is a hub's name, and the hub's to judge."""
+    if not spec.model.startswith(("/", "~")):
+        return
+    folder = Path(spec.model).expanduser()
+    needed = ["config.json"] if spec.load_format == "dummy" else ["config.json", "*.safetensors"]
+    missing = [name for name in needed if not list(folder.glob(name))]
+    if missing:
+        state = f"holds no {' and no '.join(missing)}" if folder.is_dir() else "does not exist"
+        raise ConfigError(
+            f"{path}: engines.{engine}.model: the folder {folder} {state}; "
+            "give the folder of a model, starting with ./ or /, or a hub's name such as Qwen/Qwen3-0.6B"
+        )
+
+
+def _complaints(error: ValidationError) -> list[str]:
+    return [_complaint(dict(e)) for e in error.errors()]
+
+
+def _complaint(error: dict[str, Any]) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"])
+        return f"{place}: unknown key{_meant(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{place}: {message}" if place else message
+    if error["type"] == "missing":
+        return f"{place}: missing"
+    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    parts: dict[str, type[BaseModel]] = {"engines": EngineSpec, "team": Member}
+    section = parts.get(str(location[0])) if len(location) > 1 else Config
+    names = list((section or Config).model_fields)
+    return [*(name for name in names if name != "source"), *(["extends"] if section is Config else [])]
+
+
+def _meant(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,74 @@
+"""The process that every engine is forked from: it imports vLLM once, so that engines start in parallel and soon.
+
+Python's own forkserver does the forking. What is ours: it is started while the parent is still importing, its output
+and that of its children go to a file, the terminal's Ctrl-C does not reach it, and no engine outlives the parent.
+The last is a chain: the forkserver ends when the parent's end of its pipe closes, however the parent ended, and the
+kernel then kills the engines (PR_SET_PDEATHSIG, set in each child as it is forked).
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, popen_forkserver, process
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from types import ModuleType
+
+PRELOAD = "runtime.engines.preload"
+_main_lock = threading.Lock()
+
+
+def start(log: Path, threads: int) -> None:
+    """Start the forkserver if it does not run; output goes to `log`, each engine gets `threads` OpenMP threads.
+
+    Returns at once; imports go on in the new process. To be called before other threads exist, since standard output
+    is redirected for the moment of the start.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    forkserver.set_forkserver_preload([PRELOAD])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+        try:
+            for fd, _ in kept:
+                os.dup2(file.fileno(), fd)
+            forkserver.ensure_running()
+        finally:
+            for fd, copy in kept:
+                os.dup2(copy, fd)
+                os.close(copy)
+
+
+class EngineProcess(ForkServerProcess):
+    """A process of the forkserver that does not run the parent's main module again, whatever that is."""
+
+    @staticmethod
+    def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:
+        with _no_main():
+            return popen_forkserver.Popen(process_obj)
+
+
+class EngineContext(ForkServerContext):
+    """The multiprocessing context that vLLM is given."""
+
+    Process = EngineProcess
+
+
+def context() -> EngineContext:
+    """The multiprocessing context whose processes come from the forkserver."""
+    return EngineContext()
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    with _main_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main

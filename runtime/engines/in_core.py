@@ -1,0 +1,25 @@
+"""What runs inside vLLM's engine process: an executor that keeps the worker in that process, one process an engine."""
+
+import os
+from pathlib import Path
+
+import torch
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+
+class InCoreExecutor(UniProcExecutor):
+    """vLLM's single-process executor under a name of its own.
+
+    The CPU platform replaces the one it knows by one that starts a worker process; a subclass it leaves alone.
+    """
+
+    def _init_executor(self) -> None:
+        log = self.vllm_config.additional_config["troupe_log"]
+        with Path(log).open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        if not torch.cuda.is_available():
+            # AMX tiles need the kernel's leave, asked for in the process that uses them; without it the first token
+            # of a bfloat16 model ends in SIGILL.
+            torch.cpu._init_amx()
+        super()._init_executor()

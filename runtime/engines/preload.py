@@ -1,0 +1,28 @@
+"""Imported once by the forkserver, before any engine is forked: the guards first, then everything an engine needs."""
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """In a new engine process: be killed when the forkserver ends, also when it has already ended."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != FORKSERVER_PID:
+        os._exit(1)
+
+
+FORKSERVER_PID = os.getpid()
+os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent, which then closes its engines in order
+os.register_at_fork(after_in_child=die_with_parent)
+
+import vllm.model_executor.models.llama  # noqa: E402, F401
+import vllm.v1.engine.core  # noqa: E402, F401
+import vllm.v1.executor.uniproc_executor  # noqa: E402, F401
+from vllm.platforms import current_platform  # noqa: E402
+
+if current_platform.is_cpu():
+    import vllm.v1.worker.cpu_model_runner
+    import vllm.v1.worker.cpu_worker  # noqa: F401

@@ -1,0 +1,176 @@
+"""The real engine: one AsyncLLM in this process, its engine core in a process of its own.
+
+The only module that imports vLLM's client side, and a slow one to import (seconds); `fleet` imports it in a thread
+while the forkserver imports the other side.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import vllm.v1.engine.utils
+from pydantic import ValidationError
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+from runtime.engines import forkserver
+from runtime.engines.base import Chunk, EngineHandle, EngineSpec, EngineState, EngineStats, GenerateRequest
+from runtime.errors import EngineDead, EngineError
+
+_CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+_configuring = threading.Lock()
+
+# vLLM knows "fork" and "spawn" only. The first is unsafe from a process with threads, the second imports everything
+# again for every engine; engines come from our forkserver instead.
+vllm.v1.engine.utils.get_mp_context = forkserver.context
+
+
+class VllmEngine(EngineHandle):
+    """One vLLM engine. Its log is `<run folder>/engine-<name>.log`."""
+
+    def __init__(self, name: str, spec: EngineSpec, run_folder: Path) -> None:
+        self.name = name
+        self.spec = spec
+        self.log = run_folder / f"engine-{name}.log"
+        self._latest = LatestStats()
+        self._state = EngineState.STARTING
+        self._llm: AsyncLLM | None = None
+        self._requests = self._prompt_tokens = self._completion_tokens = 0
+
+    async def start(self) -> None:
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+        try:
+            # Shielded: a thread cannot be cancelled, so a Ctrl-C while it starts waits, then closes what it made.
+            self._llm = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait([starting])
+            self._llm = None if starting.exception() else starting.result()
+            await self.close()
+            raise
+        except Exception as error:  # vLLM's start-up raises of every kind; all of them mean that this engine is not up
+            self._state = EngineState.DEAD
+            raise EngineError(f"engine {self.name} did not start: {_reason(error)} (log: {self.log})") from error
+        self._state = EngineState.READY
+
+    def _start(self) -> AsyncLLM:
+        return AsyncLLM.from_vllm_config(
+            self._config(), stat_loggers=[lambda config, index: self._latest], disable_log_stats=True
+        )
+
+    def _config(self) -> VllmConfig:
+        spec = self.spec
+        arguments: dict[str, Any] = {
+            "model": spec.model,
+            "gpu_memory_utilization": spec.gpu_memory_utilization,
+            "kv_cache_memory_bytes": spec.kv_cache_memory_bytes,
+            "max_model_len": spec.max_model_len,
+            "max_num_seqs": spec.max_num_seqs,
+            "dtype": spec.dtype,
+            "enforce_eager": spec.enforce_eager,
+            "load_format": spec.load_format,
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+            "distributed_executor_backend": "runtime.engines.in_core.InCoreExecutor",
+            "additional_config": {"troupe_log": str(self.log)},
+            "disable_log_stats": True,
+            **spec.vllm,
+        }
+        with _configuring:  # it reads and writes environment variables
+            return AsyncEngineArgs(**arguments).create_engine_config()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        llm = self._ready()
+        conversation = [{"role": m.role, "content": m.content} for m in request.messages]
+        prompt_tokens = 0
+        try:
+            _, (prompt,) = await llm.renderer.render_chat_async([conversation], _CHAT)
+            self._requests += 1
+            async for output in llm.generate(prompt, _sampling(request), request.request_id):
+                new = output.outputs[0]
+                if not prompt_tokens:
+                    prompt_tokens = len(output.prompt_token_ids)
+                    self._prompt_tokens += prompt_tokens
+                self._completion_tokens += len(new.token_ids)
+                yield Chunk(new.text, tuple(new.token_ids), time.monotonic(), prompt_tokens, new.finish_reason)
+        except EngineDeadError as error:
+            self._state = EngineState.DEAD
+            raise EngineDead(f"engine {self.name} died (log: {self.log})") from error
+        except (VLLMClientError, ValueError) as error:
+            raise EngineError(f"engine {self.name} refused the request: {_reason(error)}") from error
+
+    def _ready(self) -> AsyncLLM:
+        if self._llm is None or self._state is not EngineState.READY:
+            raise EngineDead(f"engine {self.name} is {self._state} (log: {self.log})")
+        return self._llm
+
+    def stats(self) -> EngineStats:
+        latest = self._latest.scheduler
+        return EngineStats(
+            state=self._state,
+            running=latest.num_running_reqs if latest else 0,
+            waiting=latest.num_waiting_reqs if latest else 0,
+            kv_cache_usage=latest.kv_cache_usage if latest else 0.0,
+            requests=self._requests,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+    async def close(self) -> None:
+        llm, self._llm = self._llm, None
+        self._state = EngineState.CLOSED
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+
+class LatestStats(StatLoggerBase):
+    """Keeps the scheduler's latest figures instead of logging them."""
+
+    def __init__(self) -> None:
+        self.scheduler: SchedulerStats | None = None
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+        *unused: Any,
+        **further: Any,
+    ) -> None:
+        self.scheduler = scheduler_stats or self.scheduler
+
+    def log_engine_initialized(self) -> None:
+        return None
+
+
+def _sampling(request: GenerateRequest) -> SamplingParams:
+    schema = request.schema
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        stop=list(request.stop) or None,
+        seed=request.seed,
+        structured_outputs=StructuredOutputsParams(json=dict(schema)) if schema else None,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in a line; vLLM wraps what matters several times over."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, ValidationError):
+        return "; ".join(e["msg"] for e in error.errors())
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,70 @@
+"""A job: one problem for the team, and what came of it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from agents.workflow import Entry
+
+
+@dataclass(frozen=True)
+class Job:
+    """One accepted problem. `temperature` overrides every seat's; `seed` makes sampling repeatable."""
+
+    id: str
+    problem: str
+    expected: str | None = None
+    temperature: float | None = None
+    seed: int | None = 0
+
+
+@dataclass
+class Usage:
+    """What one seat used in a job: tokens, and seconds between asking and the last token, summed over calls."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended: an answer, or an error. `confirmed` when every step's result was accepted by the critics."""
+
+    id: str
+    problem: str
+    answer: str | None
+    confirmed: bool = False
+    rounds: int = 0
+    steps: list[Entry] = field(default_factory=list)
+    usage: dict[str, Usage] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    expected: str | None = None
+    error: str | None = None
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether the answer is the expected one; None where nothing was expected."""
+        return None if self.expected is None else self.answer is not None and _same(self.answer, self.expected)
+
+    def as_json(self) -> dict[str, Any]:
+        """The form in which results are printed and stored."""
+        return {
+            "id": self.id,
+            "problem": self.problem,
+            "answer": self.answer,
+            "confirmed": self.confirmed,
+            "rounds": self.rounds,
+            "steps": [
+                {"role": e.seat, "input": e.input, "output": e.output, "verdict": e.verdict, "round": e.round}
+                for e in self.steps
+            ],
+            "usage": {seat: asdict(usage) for seat, usage in self.usage.items()},
+            "elapsed_s": round(self.elapsed_s, 4),
+            **({"expected": self.expected, "correct": self.correct} if self.expected is not None else {}),
+            **({"error": self.error} if self.error is not None else {}),
+        }
+
+
+def _same(answer: str, expected: str) -> bool:
+    """Equal up to blanks, case and a closing full stop."""
+    return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()

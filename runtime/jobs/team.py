@@ -1,0 +1,118 @@
+"""A team put together: every seat's role, engine and sampling, and the workflow they follow.
+
+Made from a configuration before any engine starts, so that an unknown role, a broken plug-in or a seat that nobody
+fills is told at once.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from agents import registry, template_role
+from agents.role import PlanTask, Role, Sampling, TaskRefused, Value, explain
+from agents.workflow import Workflow
+from runtime.config import Config, Member, read_yaml
+from runtime.errors import ConfigError, InputError, PluginError
+
+PROBLEM_MAX_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One member at work."""
+
+    name: str
+    role: Role
+    engine: str
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Team:
+    """The seats by name, and the workflow's class and options."""
+
+    seats: Mapping[str, Seat]
+    workflow: type[Workflow]
+    options: Value
+
+    def begin(self, problem: str) -> Workflow:
+        """A workflow at its start."""
+        return self.workflow(problem, self.options)
+
+    def check(self, problem: str) -> None:
+        """Raise InputError for a problem that some member could not work, before an engine is asked."""
+        if not problem.strip():
+            raise InputError("the problem is empty")
+        if len(problem) > PROBLEM_MAX_CHARACTERS:
+            raise InputError(f"the problem has {len(problem)} characters; at most {PROBLEM_MAX_CHARACTERS} are taken")
+        for seat in self.seats.values():
+            try:
+                seat.role.check(problem)
+            except TaskRefused as error:
+                raise InputError(str(error)) from None
+
+
+def assemble(config: Config) -> Team:
+    """Find every role and the workflow, and hold them against each other.
+
+    Raises ConfigError naming the key, PluginError for a third party's role that cannot be used.
+    """
+    workflow = _workflow(config)
+    options = _options(config, workflow)
+    needed = workflow.seats(options)
+    for seat in needed:
+        if seat not in config.team:
+            close = difflib.get_close_matches(seat, list(config.team), n=1)
+            meant = f" (team.{close[0]} is there)" if close else ""
+            raise ConfigError(f"{config.source}: team: the workflow {config.workflow.name} needs a {seat!r}{meant}")
+    seats = {name: _seat(config, name, member) for name, member in config.team.items() if name in needed}
+    for name, tasks in needed.items():
+        missing = [task.__name__ for task in tasks if task not in seats[name].role.takes]
+        if missing:
+            takes = ", ".join(task.__name__ for task in seats[name].role.takes)
+            raise ConfigError(
+                f"{config.source}: team.{name}.role: {config.team[name].role!r} takes {takes}; "
+                f"in the workflow {config.workflow.name} this seat gets {', '.join(missing)} too"
+            )
+    return Team(seats, workflow, options)
+
+
+def _workflow(config: Config) -> type[Workflow]:
+    try:
+        return registry.find_workflow(config.workflow.name)
+    except registry.UnknownName as error:
+        raise ConfigError(f"{config.source}: workflow.name: {error}") from None
+    except registry.BrokenPlugin as error:
+        raise PluginError(f"{config.source}: workflow.name: {error}") from None
+
+
+def _options(config: Config, workflow: type[Workflow]) -> Value:
+    try:
+        return workflow.Options.model_validate(dict(config.workflow.options))
+    except ValidationError as error:
+        known = ", ".join(["name", *workflow.Options.model_fields])
+        raise ConfigError(f"{config.source}: workflow.{explain(error)}; known keys are {known}") from None
+
+
+def _seat(config: Config, name: str, member: Member) -> Seat:
+    role = _role(config, name, member)
+    return Seat(name, role, member.engine, member.sampling(role.sampling))
+
+
+def _role(config: Config, seat: str, member: Member) -> Role:
+    place = f"{config.source}: team.{seat}.role"
+    if member.role.endswith((".yaml", ".yml")):
+        path = Path(member.role)
+        try:
+            return template_role.from_mapping(read_yaml(path), str(path))
+        except template_role.SpecError as error:
+            raise ConfigError(f"{place}: {error}") from None
+    try:
+        return registry.find_role(member.role)()
+    except registry.UnknownName as error:
+        raise ConfigError(f"{place}: {error}") from None
+    except registry.BrokenPlugin as error:
+        raise PluginError(f"{place}: {error}") from None
