@@ -109,8 +109,9 @@ def _kind_faults(role: Role, kind: str, tasks: Sequence[Task]) -> Iterator[str]:
         yield f"{kind}: it takes this kind of task, yet refuses all {len(tasks)} samples, the last for: {refusals[-1]}"
     for task, messages in taken:
         yield from (f"{kind}: {fault}, for {task}" for fault in _message_faults(role, task, messages))
-        yield from (f"{kind}: {fault}, for {task}" for fault in _schema_faults(role, task))
-        yield from (f"{kind}: {fault}" for fault in _parse_faults(role, task))
+        schema, faults = _schema(role, task)
+        faults += _parse_faults(role, task, schema)
+        yield from (f"{kind}: {fault}" for fault in faults)
     if len(taken) > 1 and all(messages == taken[0][1] for _, messages in taken):
         yield f"{kind}: messages() says the same for every task; the model has to be told the task"
 
@@ -132,25 +133,26 @@ def _message_faults(role: Role, task: Task, messages: object) -> Iterator[str]:
         yield f"messages() gave {messages!r} and then {again!r}: the same task has to give the same messages"
 
 
-def _schema_faults(role: Role, task: Task) -> Iterator[str]:
+def _schema(role: Role, task: Task) -> tuple[dict[str, Any] | None, list[str]]:
+    """The role's schema where it has a sound one, and what is wrong with it where it has not."""
     try:
         schema: object = role.schema(task)
         if schema is None:
-            return
+            return None, []
         if not isinstance(schema, dict):
-            yield f"schema() gave {schema!r}: it has to be None or a JSON schema"
-            return
+            return None, [f"schema() gave {schema!r}: it has to be None or a JSON schema"]
         json.dumps(schema)
         Draft202012Validator.check_schema(schema)
+        return schema, []
     except SchemaError as error:
-        yield f"schema() is no valid JSON schema: {error.message} at {error.json_path}"
+        return None, [f"schema() gave no valid JSON schema: {error.message} at {error.json_path}"]
     except Exception as error:  # noqa: BLE001  a third party's code may raise anything
-        yield f"schema() raised {described(error)}"
+        return None, [f"schema() raised {described(error)}"]
 
 
-def _parse_faults(role: Role, task: Task) -> Iterator[str]:
+def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iterator[str]:
     expected = REPLIES[type(task)]
-    for text in (*RUBBISH, *_examples(role, task)):
+    for text in (*RUBBISH, *_examples(schema)):
         try:
             reply: object = role.parse(text, task)
         except ReplyUnusable:
@@ -158,26 +160,21 @@ def _parse_faults(role: Role, task: Task) -> Iterator[str]:
         except Exception as error:  # noqa: BLE001  a third party's code may raise anything
             yield f"parse({text!r}) raised {described(error)}; what cannot be read it refuses with ReplyUnusable"
             continue
+        may_read = text and schema is None and expected is not Verdict
         if not isinstance(reply, expected):
             yield f"parse({text!r}) gave {reply!r}: the reply to a {type(task).__name__} is a {expected.__name__}"
-        elif text in RUBBISH and not _may_read(role, task, text):
+        elif text in RUBBISH and not may_read:  # in free text a result may be anything but empty, a verdict may not
             yield f"parse({text!r}) gave {reply!r}: what cannot be read it refuses with ReplyUnusable"
 
 
-def _may_read(role: Role, task: Task, text: str) -> bool:
-    """Whether a reply may be seen in rubbish: in free text a result may be anything but empty, a verdict may not."""
-    return bool(text) and REPLIES[type(task)] is not Verdict and role.schema(task) is None
-
-
-def _examples(role: Role, task: Task) -> list[str]:
-    """A reply that the role's own schema allows, as JSON; none where the schema is too rich to make one up."""
+def _examples(schema: dict[str, Any] | None) -> list[str]:
+    """A reply that the schema allows, as JSON; none where it is too rich to make one up."""
+    if schema is None:
+        return []
     try:
-        schema = role.schema(task)
-        if schema is None:
-            return []
         example = _example(schema, schema.get("$defs", {}))
         return [json.dumps(example)] if Draft202012Validator(schema).is_valid(example) else []
-    except Exception:  # noqa: BLE001  a third party's schema may be anything; _schema_faults says what is wrong
+    except Exception:  # noqa: BLE001  references that lead nowhere, endless recursion, a pattern that is none
         return []
 
 

@@ -76,7 +76,7 @@ class SolveTask:
     feedback: str = ""
 
     def __str__(self) -> str:
-        return self.step.instruction
+        return _with_results(self.step, self.results)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CritiqueTask:
     results: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.step.instruction} -> {self.result}"
+        return f"{_with_results(self.step, self.results)} gives {self.result}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ class AnswerTask:
 
     def __str__(self) -> str:
         return self.problem
+
+
+def _with_results(step: Step, results: Mapping[str, str]) -> str:
+    known = ", ".join(f"{name}={result}" for name, result in results.items())
+    return f"{step.instruction} with {known}" if known else step.instruction
 
 
 Task = PlanTask | SolveTask | CritiqueTask | AnswerTask

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -127,7 +126,7 @@ class _StepState:
     accepted: str | None = None
     tried: list[str] = field(default_factory=list)
     judged: dict[str, list[Verdict]] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
 
 
 class PlannedWorkflow(Workflow):
@@ -232,7 +231,7 @@ class PlannedWorkflow(Workflow):
         entry = Entry(call.seat, str(call.task), str(reply), None, state.round)
         self.transcript.append(entry)
         state.tried.append(reply.result)
-        state.entries[reply.result] = entry
+        state.entries.append(entry)
 
     def _settle(self, state: _StepState, result: str, confirmed: bool) -> list[RoleCall]:
         state.accepted = result
@@ -274,7 +273,7 @@ class Deliberate(PlannedWorkflow):
         if len(verdicts) < len(self.options.critics):
             return []
         accepted = all(v.accepted for v in verdicts)
-        state.entries[result].verdict = _word(accepted)
+        state.entries[-1].verdict = _word(accepted)
         if accepted:
             return self._settle(state, result, confirmed=True)
         if state.round == self.options.rounds:
@@ -315,7 +314,7 @@ class Vote(PlannedWorkflow):
         if any(len(verdicts) < len(self.options.critics) for verdicts in state.judged.values()):
             return []
         accepted = [r for r in state.tried if all(v.accepted for v in state.judged[r])]
-        for tried, entry in state.entries.items():
+        for tried, entry in zip(state.tried, state.entries, strict=True):
             entry.verdict = _word(tried in accepted)
         return self._settle(state, _most_common(accepted or state.tried), confirmed=bool(accepted))
 

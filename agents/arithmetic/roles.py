@@ -34,7 +34,7 @@ _SAME_SIGN = str.maketrans({"×": "*", "·": "*", "−": "-", "–": "-"})
 class ArithmeticRole(Role):
     """What the three have in common: one user message, greedy by default, a plain-text reply."""
 
-    sampling: ClassVar[Sampling] = Sampling(temperature=0.0, max_tokens=80, retry_temperature=1.0)
+    sampling: ClassVar[Sampling] = Sampling(temperature=0.0, max_tokens=40, retry_temperature=1.0)
 
     def messages(self, task: Task) -> list[Message]:
         try:
@@ -95,8 +95,9 @@ class ArithmeticSolver(ArithmeticRole):
         return scratchpad.step_prompt(*worked_out(task.step, task.results))
 
     def read(self, text: str, task: Task) -> Reply:
-        result = str(scratchpad.read_result(text))
-        return Answer(answer=result) if isinstance(task, AnswerTask) else Solution(result=result, work=text)
+        if isinstance(task, AnswerTask):
+            return Answer(answer=str(scratchpad.read_at_once(text)))
+        return Solution(result=str(scratchpad.read_result(text)), work=text)
 
 
 class ArithmeticCritic(ArithmeticRole):

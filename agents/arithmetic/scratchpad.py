@@ -1,13 +1,14 @@
 """The notation of the embedded models: how a step is put to them and how it is worked, digit by digit.
 
-Every number is a sign and five digits, so that each digit has a fixed place in the prompt and in the reply. Tokens
-are separated by blanks in prompts; the tokenizer joins what a model writes without them. The writing half makes
-the training data, the reading half serves the roles.
+Numbers are a sign and five digits from the units up, laid out so that what belongs together stays equally far apart
+all along a row: the digits of a column, and later its result. A column's result is one number, digit and carry in
+one. Tokens are separated by blanks. The writing half makes the training data, the reading half serves the roles.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from agents.arithmetic.expressions import APPLY, DIGITS, STEP_NAMES, Operation
 
@@ -15,17 +16,30 @@ RIGHT, WRONG = "right", "wrong"
 AT_ONCE = "?"
 _INVERSE = {"+": "-", "-": "+"}
 _MATCH, _DIFFER = ".", "!"
+_ROW = ";"
 
 
 def step_prompt(left: int, sign: str, right: int) -> str:
-    """A step for the solver: "+ 0 0 0 1 2 * + 0 0 0 0 7"."""
+    """A step for the solver: signs and operation, the digits of the first number, then of the second.
+
+    Of a product the smaller factor comes second, and its units, then its tens, stand under every digit of the first.
+    """
     left, right = _smaller_factor_second(left, sign, right)
-    return " ".join((*_number(left), sign, *_number(right)))
+    return _tokens(_sign(left), sign, _sign(right), *_digits(left), *_under(sign, right))
 
 
 def claim_prompt(left: int, sign: str, right: int, result: int) -> str:
-    """A step and its claimed result for the critic: the solver's prompt, "=", and the result."""
-    return " ".join((step_prompt(left, sign, right), "=", *_number(result)))
+    """A step and its claimed result for the critic.
+
+    Sums and differences: the digits of the three numbers in turn. A product is laid out for long division, from the
+    top: digits of the first factor and of the result in turn, then units and tens of the second factor under each.
+    """
+    left, right = _smaller_factor_second(left, sign, right)
+    signs = (_sign(left), sign, _sign(right), "=", _sign(result))
+    if sign != "*":
+        return _tokens(*signs, *_digits(left), *_digits(right), *_digits(result))
+    pairs = [d for pair in zip(_digits(left)[::-1], _digits(result)[::-1], strict=True) for d in pair]
+    return _tokens(*signs, *pairs, *(_digits(right)[:2] * DIGITS))
 
 
 def at_once_prompt(problem: str) -> str:
@@ -42,15 +56,18 @@ def plan_reply(operations: Iterable[Operation]) -> list[str]:
     ]
 
 
-def result_reply(value: int) -> list[str]:
-    return ["=", *_number(value)]
+def at_once_reply(value: int) -> list[str]:
+    """The solver's answer to a whole problem: sign and digits, from the top."""
+    return ["=", _sign(value), *map(str, _digits(value)[::-1])]
 
 
 def worked_step(left: int, sign: str, right: int) -> list[str]:
-    """The solver's reply: columns from the units up, then "=" and the result."""
+    """The solver's reply: its rows, the last of which holds the result, and the sign."""
     left, right = _smaller_factor_second(left, sign, right)
-    columns = _multiply(left, right) if sign == "*" else _sum(left, sign, right).tokens
-    return [*columns, *result_reply(APPLY[sign](left, right))]
+    if sign == "*":
+        return [*_multiply(left, right), _sign(left * right)]
+    worked = _sum(left, sign, right)
+    return [*worked.tokens, worked.sign]
 
 
 def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
@@ -59,16 +76,15 @@ def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
     if sign == "*":
         return _check_by_division(left, right, result)
     inverse = _sum(result, _INVERSE[sign], right)
-    marks = [_mark(inverse.sign == _sign(left))]
-    marks += [_mark(a == b) for a, b in zip(inverse.digits, _digits(left), strict=True)]
-    marks.append(_mark(inverse.carry == 0))
+    marks = [_mark(column % 10 == digit) for column, digit in zip(inverse.columns, _digits(left), strict=True)]
+    marks += [_mark(inverse.columns[-1] < 10), _mark(inverse.sign == _sign(left))]
     return [*inverse.tokens, inverse.sign, *marks, RIGHT if _DIFFER not in marks else WRONG]
 
 
 def read_plan(text: str) -> list[Operation]:
-    """Read the planner's reply. Raises ValueError when it is not a list of named steps."""
+    """Read the planner's reply. Raises ValueError when it is not a list of named steps in order."""
     steps: list[Operation] = []
-    for line in text.split(";"):
+    for line in text.replace(" ", "").split(";"):
         match = re.fullmatch(r"([A-F])=(\d+|[A-F])([-+*])(\d+|[A-F])", line)
         if not match:
             raise ValueError(f"not a step: {line!r}")
@@ -81,11 +97,20 @@ def read_plan(text: str) -> list[Operation]:
 
 
 def read_result(text: str) -> int:
-    """The number after the last "=" of a solver's reply. Raises ValueError when there is none."""
-    match = re.fullmatch(rf"(?s:.*)=([-+])(\d{{{DIGITS}}})", text)
+    """The result in a solver's worked step. Raises ValueError when there is none."""
+    match = re.fullmatch(rf".*[-+;]((?: \d+){{{DIGITS}}}) ([-+])", text)
     if not match:
         raise ValueError(f"no result in the reply {text[-40:]!r}")
-    return int(match[1] + match[2])
+    columns = [int(column) % 10 for column in match[1].split()]
+    return int(match[2] + "".join(map(str, reversed(columns))))
+
+
+def read_at_once(text: str) -> int:
+    """The solver's answer to a whole problem. Raises ValueError when there is none."""
+    match = re.fullmatch(rf"= ([-+])((?: \d){{{DIGITS}}})", text)
+    if not match:
+        raise ValueError(f"no answer in the reply {text[-40:]!r}")
+    return int(match[1] + match[2].replace(" ", ""))
 
 
 def read_verdict(text: str) -> bool:
@@ -96,8 +121,17 @@ def read_verdict(text: str) -> bool:
     raise ValueError(f"no verdict in the reply {text[-40:]!r}")
 
 
+def _tokens(*tokens: object) -> str:
+    return " ".join(map(str, tokens))
+
+
 def _smaller_factor_second(left: int, sign: str, right: int) -> tuple[int, int]:
     return (right, left) if sign == "*" and abs(left) < abs(right) else (left, right)
+
+
+def _under(sign: str, right: int) -> list[int]:
+    digits = _digits(right)
+    return [digits[0]] * DIGITS + [digits[1]] * DIGITS if sign == "*" else list(digits)
 
 
 def _sign(value: int) -> str:
@@ -105,13 +139,9 @@ def _sign(value: int) -> str:
 
 
 def _digits(value: int) -> tuple[int, ...]:
-    """Five digits, most significant first. A number beyond five digits is the caller's defect."""
+    """Five digits from the units up. A number beyond five digits is the caller's defect."""
     assert abs(value) < 10**DIGITS, value
-    return tuple(int(d) for d in f"{abs(value):0{DIGITS}d}")
-
-
-def _number(value: int) -> list[str]:
-    return [_sign(value), *map(str, _digits(value))]
+    return tuple(int(d) for d in f"{abs(value):0{DIGITS}d}"[::-1])
 
 
 def _mark(same: bool) -> str:
@@ -120,40 +150,31 @@ def _mark(same: bool) -> str:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A signed sum or difference worked in columns: `digits` most significant first, `carry` out of the last."""
+    """A signed sum or difference worked in columns from the units up, each the digit and 10 for carry or borrow."""
 
     tokens: list[str]
     sign: str
-    digits: Sequence[int]
-    carry: int
+    columns: Sequence[int]
 
 
 def _sum(left: int, sign: str, right: int) -> _Sum:
-    """Compare magnitudes from the top, say whether they add or subtract, then work the columns from the units up.
-
-    A column is the two digits and their total; of a difference, the digit left and 10 for a borrow.
-    """
+    """Compare magnitudes as far as each column, say whether they add or subtract, then work the columns."""
     upper, lower = _digits(left), _digits(right)
     right_sign = _sign(right) if sign == "+" else _flip(_sign(right))
-    states, state = [], "="
-    for a, b in zip(upper, lower, strict=True):
-        if state == "=" and a != b:
-            state = "<" if a < b else ">"
-        states.append(state)
+    steps = [">" if a > b else "<" if a < b else "" for a, b in zip(upper, lower, strict=True)]
+    states = list(accumulate(steps, lambda so_far, step: step or so_far, initial="="))[1:]
     adds = _sign(left) == right_sign
-    if state == "<":
+    if states[-1] == "<":
         upper, lower = lower, upper
-    columns, result, carry = [], [], 0
-    for a, b in zip(reversed(upper), reversed(lower), strict=True):
-        total = a + b + carry if adds else (a - b - carry) % 10 + 10 * (a < b + carry)
-        columns += [str(a), str(b), str(total)]
-        carry, digit = divmod(total, 10)
-        result.append(digit)
-    if adds or state == ">":
+    columns, carry = [], 0
+    for a, b in zip(upper, lower, strict=True):
+        columns.append(a + b + carry if adds else (a - b - carry) % 10 + 10 * (a < b + carry))
+        carry = columns[-1] // 10
+    if adds or states[-1] == ">":
         result_sign = _sign(left)
     else:
-        result_sign = right_sign if state == "<" else "+"
-    return _Sum([*states, "+" if adds else "-", *columns], result_sign, result[::-1], carry)
+        result_sign = right_sign if states[-1] == "<" else "+"
+    return _Sum([*states, "+" if adds else "-", *map(str, columns)], result_sign, columns)
 
 
 def _flip(sign: str) -> str:
@@ -161,59 +182,41 @@ def _flip(sign: str) -> str:
 
 
 def _multiply(left: int, right: int) -> list[str]:
-    """Times the units digit, times the tens digit, then both partial products added, in columns from the units up.
-
-    A column is the two digits and their product with the carry, or their sum with it.
-    """
-    top = _digits(left)[::-1]
-    units, tens = _digits(right)[-1], _digits(right)[-2]
-    tokens: list[str] = []
-    partial = []
+    """A row times the units, a row times the tens, and the row of their sum; each column with the carry before it."""
+    units, tens = _digits(right)[:2]
+    rows = []
     for factor in (units, tens):
-        row, carry = [], 0
-        for digit in top:
-            total = digit * factor + carry
-            tokens += [str(digit), str(factor), str(total)]
-            carry = total // 10
-            row.append(total % 10)
-        partial.append(row)
-    carry = 0
-    for a, b in zip(partial[0], [0, *partial[1][:-1]], strict=True):
-        total = a + b + carry
-        tokens += [str(a), str(b), str(total)]
-        carry = total // 10
-    return tokens
+        rows.append(_with_carries([digit * factor for digit in _digits(left)]))
+    shifted = [0, *(column % 10 for column in rows[1][:-1])]
+    rows.append(_with_carries([a % 10 + b for a, b in zip(rows[0], shifted, strict=True)]))
+    return [token for index, row in enumerate(rows) for token in (*([_ROW] if index else []), *map(str, row))]
+
+
+def _with_carries(columns: Sequence[int]) -> list[int]:
+    """Each column plus the tens of the one before."""
+    return list(accumulate(columns, lambda before, column: column + before // 10))
 
 
 def _check_by_division(left: int, right: int, result: int) -> list[str]:
     """Long division of the result by the second factor, which must give the first and leave nothing.
 
-    From the top, a line for each digit of the first factor: that digit, it times the units and times the tens of the
-    second (with the carry), the digit of the result that comes down, and the remainder's two digits after taking the
-    product away (10 more for a borrow). A remainder below zero or above 99 ends it: a true quotient leaves less than
-    the divisor.
+    A row of pairs, from the top: a digit of the first factor times the units of the second, and times its tens with
+    that carry. Then a row of pairs: what the remainder leaves in the tens and up when that product is taken from it
+    with the next digit of the result brought down, and the new remainder. A true quotient leaves less than the
+    divisor, so a remainder below zero or above 99 ends it.
     """
     expected = _sign(left * right)
     tokens = [expected, _mark(expected == _sign(result))]
     if tokens[-1] == _DIFFER:
         return [*tokens, WRONG]
-    units, tens = _digits(right)[-1], _digits(right)[-2]
-    high, low = 0, 0
-    for quotient, down in zip(_digits(left), _digits(result), strict=True):
-        by_units = quotient * units
-        by_tens = quotient * tens + by_units // 10
-        borrow, d0 = _take_away(down, by_units % 10, 0)
-        next_borrow, d1 = _take_away(low, by_tens % 10, borrow)
-        fits = high == by_tens // 10 + next_borrow
-        numbers = (quotient, by_units, by_tens, down, d0 + 10 * borrow, d1 + 10 * next_borrow)
-        tokens += [*map(str, numbers), _mark(fits)]
-        if not fits:
-            return [*tokens, WRONG]
-        high, low = d1, d0
-    return [*tokens, RIGHT if (high, low) == (0, 0) else WRONG]
-
-
-def _take_away(digit: int, other: int, borrow: int) -> tuple[int, int]:
-    """Borrow and digit of a difference in one column."""
-    left = digit - other - borrow
-    return int(left < 0), left % 10
+    units, tens = _digits(right)[:2]
+    products = [(q * units, q * tens + q * units // 10) for q in _digits(left)[::-1]]
+    tokens += [str(product) for pair in products for product in pair]
+    remainder = 0
+    for (by_units, by_tens), down in zip(products, _digits(result)[::-1], strict=True):
+        above = remainder - by_tens
+        remainder = above * 10 + down - by_units % 10
+        if not 0 <= remainder <= 99:
+            return [*tokens, _DIFFER, WRONG]
+        tokens += [str(above), str(remainder)]
+    return [*tokens, _mark(remainder == 0), RIGHT if remainder == 0 else WRONG]

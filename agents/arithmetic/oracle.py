@@ -1,0 +1,38 @@
+"""What flawless models would reply to the embedded team's prompts: the script of a fake engine, and the tests' judge."""
+
+import re
+
+from agents.arithmetic import scratchpad, wording
+from agents.arithmetic.expressions import Expression, read
+
+def reply(prompt: str) -> str:
+    """The right reply to a planner's, solver's or critic's prompt, as the tokenizer joins it."""
+    if prompt.startswith(scratchpad.AT_ONCE):
+        return " ".join(scratchpad.at_once_reply(_expression(prompt[1:].strip()).value))
+    if prompt[0] not in "+-":
+        return " ".join(scratchpad.plan_reply(_expression(prompt).operations))
+    tokens = prompt.split()
+    if tokens[3] == "=":
+        return " ".join(scratchpad.worked_check(*_claim(tokens)))
+    left, sign, right = tokens[0], tokens[1], tokens[2]
+    digits = tokens[3:]
+    second = digits[5::5] if sign == "*" else digits[5:]
+    return " ".join(scratchpad.worked_step(_number(left, digits[:5]), sign, _number(right, second)))
+
+
+def _claim(tokens: list[str]) -> tuple[int, str, int, int]:
+    left, sign, right, _, result, *digits = tokens
+    if sign == "*":
+        top, claimed, second = digits[0:10:2][::-1], digits[1:10:2][::-1], digits[10:12]
+    else:
+        top, second, claimed = digits[:5], digits[5:10], digits[10:]
+    return _number(left, top), sign, _number(right, second), _number(result, claimed)
+
+
+def _number(sign: str, digits: list[str]) -> int:
+    """A number from its sign and its digits from the units up."""
+    return int(sign + "".join(reversed(digits)))
+
+
+def _expression(problem: str) -> Expression:
+    return read(wording.recognise(problem) if re.search("[a-z]", problem) else problem)

@@ -1,0 +1,52 @@
+"""`troupe doctor`: whether this machine can run Troupe, and how to mend what it cannot.
+
+Exit codes: 0 it can, warnings or not; 2 something must be mended first.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from runtime import run_folder
+from runtime.config import SHIPPED
+from runtime.doctor import Finding, Severity, examine, observe
+
+PIPE_WIDTH_CHARACTERS = 300
+"""Lines are not cut for a reader that is no terminal."""
+STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.FAULT: "red"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Check this machine, and say how to mend what is wrong.
+
+    Exit code 0 when Troupe can run here, 2 when a fault must be mended first.
+    """
+    findings = examine(observe(run_folder.root(), SHIPPED / "models"))
+    if as_json:
+        _print_json(findings)
+    else:
+        _print_table(findings)
+    context.exit(2 if any(finding.severity is Severity.FAULT for finding in findings) else 0)
+
+
+def _print_json(findings: list[Finding]) -> None:
+    click.echo(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
+
+
+def _print_table(findings: list[Finding]) -> None:
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH_CHARACTERS)
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        table.add_row(finding.severity, finding.name, finding.detail, style=STYLES[finding.severity])
+        if finding.mend:
+            table.add_row("", "", f"to mend it: {finding.mend}")
+    console.print(table)
+    faults = sum(finding.severity is Severity.FAULT for finding in findings)
+    console.print("Troupe can run here." if not faults else f"{faults} to mend before Troupe can run here.")

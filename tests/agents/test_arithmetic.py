@@ -1,0 +1,186 @@
+"""The embedded team's bounds, notation and roles. The judge is Python's own arithmetic."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.arithmetic import oracle, sampling, scratchpad, wording
+from agents.arithmetic.expressions import APPLY, NESTING_MAX, OPERATIONS_MAX, VALUE_MAX, OutOfBounds, read
+from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner, ArithmeticSolver, as_read
+from agents.role import AnswerTask, CritiqueTask, Plan, PlanTask, ReplyUnusable, Solution, SolveTask, Step, TaskRefused
+
+SEEDS = st.integers(0, 2**32)
+
+
+@given(SEEDS)
+def test_an_expression_is_worth_what_python_says(seed: int) -> None:
+    problem = sampling.draw_expression(random.Random(seed))
+    assert problem.expression.value == eval(problem.text)
+
+
+@given(SEEDS)
+def test_drawn_problems_are_within_the_bounds(seed: int) -> None:
+    expression = sampling.draw_problem(random.Random(seed)).expression
+    assert 1 <= len(expression.operations) <= OPERATIONS_MAX
+    steps = sampling.steps_of(expression)
+    assert all(
+        abs(value) <= VALUE_MAX for left, sign, right in steps for value in (left, right, APPLY[sign](left, right))
+    )
+    assert all(min(abs(left), abs(right)) <= 99 for left, sign, right in steps if sign == "*")
+
+
+@given(SEEDS)
+def test_the_plan_of_an_expression_leads_to_its_value(seed: int) -> None:
+    expression = sampling.draw_expression(random.Random(seed)).expression
+    values: dict[str, int] = {}
+    for operation in scratchpad.read_plan(" ".join(scratchpad.plan_reply(expression.operations))):
+        left, right = (values[o] if o in values else int(o) for o in (operation.left, operation.right))
+        values[operation.name] = APPLY[operation.sign](left, right)
+    assert list(values.values())[-1] == expression.value
+
+
+@given(SEEDS)
+def test_a_word_problem_is_recognised_as_the_expression_it_was_made_from(seed: int) -> None:
+    problem = sampling.draw_word_problem(random.Random(seed))
+    assert read(wording.recognise(problem.text.title())) == problem.expression
+
+
+def test_the_grammar_is_as_large_as_promised_and_every_wording_uses_its_slots() -> None:
+    assert len(wording.GRAMMAR) >= 40
+    for pattern in wording.GRAMMAR:
+        assert all(f"{{{slot}}}" in pattern.text for slot in pattern.numbers), pattern.text
+    depths = {sampling.draw_expression(random.Random(seed)).text.count("((") > 0 for seed in range(200)}
+    assert depths == {True, False}
+    assert NESTING_MAX == 3
+
+
+@given(SEEDS)
+def test_a_worked_step_ends_in_the_true_result(seed: int) -> None:
+    left, sign, right = sampling.draw_step(random.Random(seed))
+    assert scratchpad.read_result(" ".join(scratchpad.worked_step(left, sign, right))) == APPLY[sign](left, right)
+
+
+@given(SEEDS)
+def test_the_check_accepts_the_true_result_and_no_other(seed: int) -> None:
+    rng = random.Random(seed)
+    step = sampling.draw_step(rng)
+    wrong = sampling.draw_wrong_result(rng, *step)
+    assert scratchpad.read_verdict(" ".join(scratchpad.worked_check(*step, APPLY[step[1]](step[0], step[2]))))
+    assert not scratchpad.read_verdict(" ".join(scratchpad.worked_check(*step, wrong)))
+
+
+@pytest.mark.parametrize("left", range(-12, 13, 3))
+@pytest.mark.parametrize("right", range(-12, 13, 4))
+@pytest.mark.parametrize("sign", "+-*")
+def test_the_check_tells_every_near_miss_of_small_steps(left: int, right: int, sign: str) -> None:
+    true = APPLY[sign](left, right)
+    for result in range(true - 25, true + 26):
+        verdict = scratchpad.read_verdict(" ".join(scratchpad.worked_check(left, sign, right, result)))
+        assert verdict == (result == true), (left, sign, right, result)
+
+
+@pytest.mark.parametrize(
+    ("problem", "read_as"),
+    [
+        ("(12+7)*3", "(12 + 7) * 3"),
+        ("What is 12 × 7?", "12 * 7"),
+        ("compute 007 − 9 =", "7 - 9"),
+        ("((5+6))", "5 + 6"),
+        ("TOM has 3 apples and finds 4 more.  How many apples does Tom have now?",
+         "tom has 3 apples and finds 4 more. how many apples does tom have now?"),
+    ],
+)  # fmt: skip
+def test_problems_are_tidied_into_what_the_models_read(problem: str, read_as: str) -> None:
+    assert as_read(problem) == read_as
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("", "empty"),
+        ("5", "nothing to compute"),
+        ("1000+1", "operand 1000"),
+        ("1+1+1+1+1+1+1+1", "7 operations"),
+        ("1+(2+(3+(4+(5*6-1))))", "nested 4"),
+        ("999*100", "one factor of at most 99"),
+        ("999*99*99", "leaves the embedded team's range"),
+        ("12+", "not a complete expression"),
+        ("12/4", "'/'"),
+        ("2**3", "powers"),
+        ("-5+3", "signed operands"),
+        ("3(4+5)", "sign is missing"),
+        ("12 + \N{SNOWMAN}", "'\N{SNOWMAN}'"),
+        ("tom has 3 cars.", "does not know this wording; the closest it knows"),
+        ("1+" * 300 + "1", "characters"),
+        ("(" * 100 + "1+1" + ")" * 100, "nested"),
+        ("tom has 3000 apples and finds 4 more. how many apples does tom have now?", "operand 3000"),
+    ],
+)
+def test_what_lies_outside_is_refused_with_the_bound(problem: str, told: str) -> None:
+    with pytest.raises(TaskRefused) as refusal:
+        ArithmeticPlanner().check(problem)
+    assert told in str(refusal.value)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_or_refused(problem: str) -> None:
+    try:
+        ArithmeticPlanner().check(problem)
+    except TaskRefused as refusal:
+        assert str(refusal)
+
+
+@pytest.mark.parametrize("text", ["", "A", "A=1+", "B=1+2", "A=1+B", "A=1+2;A=3+4", "A=1+2;", "A=1+2;B=C*3", "A=1/2"])
+def test_a_plan_that_cannot_be_worked_is_unusable(text: str) -> None:
+    with pytest.raises(ReplyUnusable):
+        ArithmeticPlanner().parse(text, PlanTask("1+2"))
+
+
+@pytest.mark.parametrize("text", ["", "=", "1 2 3 4 5", "+ 1 2 3 4 +", "= + 1 2 3 4 5", "right"])
+def test_a_reply_without_result_is_unusable(text: str) -> None:
+    with pytest.raises(ReplyUnusable):
+        ArithmeticSolver().parse(text, SolveTask("1+2", Step(name="A", instruction="1+2")))
+
+
+@given(SEEDS)
+def test_the_oracle_reads_every_prompt_that_the_roles_write(seed: int) -> None:
+    rng = random.Random(seed)
+    left, sign, right = step = sampling.draw_step(rng)
+    result = sampling.draw_wrong_result(rng, *step)
+    assert oracle.reply(scratchpad.step_prompt(*step)).split() == scratchpad.worked_step(left, sign, right)
+    assert oracle.reply(scratchpad.claim_prompt(*step, result)).split() == scratchpad.worked_check(*step, result)
+
+
+def test_roles_put_results_in_the_place_of_names() -> None:
+    step = Step(name="C", instruction="A-B", needs=("A", "B"))
+    messages = ArithmeticSolver().messages(SolveTask("", step, {"A": "-5", "B": "-12"}))
+    assert [m.content for m in messages] == ["- - - 5 0 0 0 0 2 1 0 0 0"]
+    claim = ArithmeticCritic().messages(CritiqueTask("", step, "7", {"A": "-5", "B": "-12"}))
+    assert claim[0].content == "- - - = + 5 0 0 0 0 2 1 0 0 0 7 0 0 0 0"
+
+
+def test_a_step_beyond_the_range_is_refused() -> None:
+    with pytest.raises(TaskRefused, match="100000"):
+        ArithmeticSolver().messages(SolveTask("", Step(name="B", instruction="A+1"), {"A": "100000"}))
+
+
+def test_the_roles_read_what_the_oracle_writes() -> None:
+    plan = ArithmeticPlanner().parse(oracle.reply("(12 + 7) * 3"), PlanTask("(12+7)*3"))
+    assert isinstance(plan, Plan)
+    assert str(plan) == "A=12+7; B=A*3"
+    assert plan.steps[1].needs == ("A",)
+    assert plan.answer_step == "B"
+    step = SolveTask("", plan.steps[0])
+    solution = ArithmeticSolver().parse(oracle.reply(ArithmeticSolver().messages(step)[0].content), step)
+    assert isinstance(solution, Solution)
+    assert solution.result == "19"
+    at_once = AnswerTask("(12+7)*3")
+    assert str(ArithmeticSolver().parse(oracle.reply(ArithmeticSolver().messages(at_once)[0].content), at_once)) == "57"
+
+
+def test_two_in_a_hundred_are_held_out_the_same_everywhere() -> None:
+    held = [n for n in range(10_000) if sampling.is_held_out(f"problem {n}")]
+    assert 150 < len(held) < 250
+    assert held[:3] == [n for n in range(held[2] + 1) if sampling.is_held_out(f"problem {n}")]

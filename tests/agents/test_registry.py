@@ -1,0 +1,157 @@
+"""Roles and workflows by name, from distributions that lie on the path as pip leaves them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agents
+from agents import registry
+from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner, ArithmeticSolver
+from agents.critic import Critic
+from agents.planner import Planner
+from agents.registry import BrokenPlugin, UnknownName, find_role, find_workflow, registered
+from agents.solver import Solver
+from agents.workflow import Deliberate, Solo, Vote
+from tests.plugins import ECHO, lay_out
+
+ROLES, WORKFLOWS = "troupe.roles", "troupe.workflows"
+
+
+def test_the_built_ins_are_registered_as_a_third_party_would() -> None:
+    assert {e.name: e.load() for e in registered("role") if e.origin.startswith("troupe-llm ")} == {
+        "planner": Planner,
+        "solver": Solver,
+        "critic": Critic,
+        "arithmetic-planner": ArithmeticPlanner,
+        "arithmetic-solver": ArithmeticSolver,
+        "arithmetic-critic": ArithmeticCritic,
+    }
+    assert {e.name: e.load() for e in registered("workflow") if e.origin.startswith("troupe-llm ")} == {
+        "deliberate": Deliberate,
+        "vote": Vote,
+        "solo": Solo,
+    }
+
+
+def test_a_third_party_s_role_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(lay_out(tmp_path, "echo-kit", {ROLES: {"echo": "echo_kit:Echo"}}, {"echo_kit": ECHO}))
+    assert find_role("echo").__name__ == "Echo"
+    [entry] = [e for e in registered("role") if e.name == "echo"]
+    assert (entry.kind, entry.origin, entry.target) == ("role", "echo-kit 1.0", "echo_kit:Echo")
+
+
+def test_an_unknown_name_is_told_with_the_nearest_and_all() -> None:
+    with pytest.raises(
+        UnknownName, match=r"no role is named 'solvr'; did you mean solver\?.*arithmetic-critic.*planner"
+    ):
+        find_role("solvr")
+    with pytest.raises(UnknownName, match=r"no workflow is named 'voting'.*known: deliberate, solo, vote"):
+        find_workflow("voting")
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("raise RuntimeError('no licence')", "importing {module}:Thing raised RuntimeError: no licence"),
+        ("import sys; sys.exit(3)", "importing {module}:Thing raised SystemExit: 3"),
+        ("def broken(:", "importing {module}:Thing raised SyntaxError"),
+        ("import there_is_no_such_module", "No module named 'there_is_no_such_module'"),
+        ("thing = 1", "has no attribute 'Thing'"),
+        ("class Thing: pass", "class Thing is no role: it has to be a subclass of agents.role.Role"),
+        ("Thing = 3", "a int is no role"),
+        (ECHO + "Thing = Echo()", "a Echo is no role"),
+        ("from agents.role import Role\nclass Thing(Role): pass", r"Thing lacks messages\(\), parse\(\)"),
+        (ECHO + "class Thing(Echo):\n  def __init__(self, x): pass", "a role is made without arguments"),
+        (ECHO + "class Thing(Echo): takes = AnswerTask", "takes is .*: it has to be a tuple"),
+        (ECHO + "class Thing(Echo): sampling = {'temperature': 1}", "sampling is .*: it has to be"),
+    ],
+)
+def test_a_broken_role_is_told_and_costs_nobody_else_anything(
+    source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"broken_{abs(hash(source))}"
+    entries = {ROLES: {"broken": f"{module}:Thing"}}
+    monkeypatch.syspath_prepend(lay_out(tmp_path, "broken-kit", entries, {module: source}))
+    assert "broken" in [e.name for e in registered("role")]
+    assert find_role("solver") is Solver
+    with pytest.raises(BrokenPlugin, match=why.format(module=module)) as raised:
+        find_role("broken")
+    assert "role 'broken' of broken-kit 1.0 cannot be used" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("class Thing: pass", "class Thing is no workflow"),
+        (
+            "from agents.workflow import Workflow\nclass Thing(Workflow): pass",
+            r"Thing lacks begin\(\), seats\(\), take\(\)",
+        ),
+        (
+            "from agents.workflow import Solo\nclass Thing(Solo):\n  Options = dict",
+            "Thing.Options has to be a subclass",
+        ),
+    ],
+)
+def test_a_broken_workflow_is_told(source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f"broken_{abs(hash(source))}"
+    entries = {WORKFLOWS: {"broken": f"{module}:Thing"}}
+    monkeypatch.syspath_prepend(lay_out(tmp_path, "broken-kit", entries, {module: source}))
+    assert find_workflow("solo") is Solo
+    with pytest.raises(BrokenPlugin, match=f"workflow 'broken' of broken-kit 1.0 cannot be used: {why}"):
+        find_workflow("broken")
+
+
+def test_a_name_of_two_distributions_is_refused_only_when_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kit in ("one-kit", "two-kit"):
+        entries = {ROLES: {"shared": "shared_echo:Echo", f"{kit}-own": "shared_echo:Echo"}}
+        monkeypatch.syspath_prepend(lay_out(tmp_path / kit, kit, entries, {"shared_echo": ECHO}))
+    assert find_role("one-kit-own").__name__ == find_role("two-kit-own").__name__ == "Echo"
+    with pytest.raises(BrokenPlugin, match=r"registered by one-kit 1.0 .* and two-kit 1.0 .*uninstall all but one"):
+        find_role("shared")
+
+
+def test_the_same_distribution_twice_on_the_path_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for copy, spelling in (("old", "Twice_Kit"), ("new", "twice-kit")):
+        entries = {ROLES: {"twice": "twice_echo:Echo"}}
+        monkeypatch.syspath_prepend(lay_out(tmp_path / copy, spelling, entries, {"twice_echo": ECHO}))
+    assert find_role("twice").__name__ == "Echo"
+
+
+def test_entry_points_that_cannot_be_read_cost_nobody_else_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = lay_out(tmp_path, "garbled-kit", {})
+    (folder / "garbled_kit-1.0.dist-info" / "entry_points.txt").write_text("[troupe.roles]\nno equals sign here\n")
+    monkeypatch.syspath_prepend(folder)
+    assert find_role("solver") is Solver
+    assert registry.unreadable() == ["garbled-kit 1.0"]
+    with pytest.raises(UnknownName, match=r"The entry points of garbled-kit 1\.0 cannot be read"):
+        find_role("garbled")
+
+
+def test_a_target_that_names_no_class_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(lay_out(tmp_path, "odd-kit", {ROLES: {"odd": "not a target", "bare": "agents.solver"}}))
+    with pytest.raises(BrokenPlugin, match="'not a target' is not written as module:Class"):
+        find_role("odd")
+    with pytest.raises(BrokenPlugin, match="a module is no role"):
+        find_role("bare")
+
+
+def test_from_a_checkout_that_is_not_installed_the_error_says_to_install() -> None:
+    """Python without the site folders' metadata: the modules can be imported, no distribution is there."""
+    root = Path(agents.__file__).parent.parent
+    code = (
+        "import sys, importlib.metadata as m\n"
+        "import agents.registry as r\n"
+        f"sys.path[:] = [{str(root)!r}]\n"
+        "try: r.find_role('solver')\n"
+        "except r.UnknownName as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "no role is named 'solver'; known: none" in done.stdout
+    assert "Troupe is not installed: run `pip install -e .`" in done.stdout

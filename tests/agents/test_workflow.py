@@ -1,0 +1,448 @@
+"""Workflows as state machines: what they ask, in which order, and how they end, with the replies written here."""
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from agents.role import (
+    REPLIES,
+    Answer,
+    AnswerTask,
+    CritiqueTask,
+    Plan,
+    PlanTask,
+    Reply,
+    Solution,
+    SolveTask,
+    Step,
+    Task,
+    Value,
+    Verdict,
+)
+from agents.workflow import UNUSABLE_MAX, Deliberate, Outcome, RoleCall, Solo, Unusable, Vote, Workflow, plan_fault
+
+PROBLEM = "(12+7)*(9-4)"
+A = Step(name="A", instruction="12+7")
+B = Step(name="B", instruction="9-4")
+C = Step(name="C", instruction="A*B", needs=("A", "B"))
+PLAN = Plan(steps=(A, B, C), answer_step="C")
+CHAIN = Plan(steps=(A,))
+
+Answering = Callable[[RoleCall], Reply | Unusable]
+
+
+@dataclass
+class Team:
+    """Replies by rule: the plan, each step's results one after another, and which results are right."""
+
+    plan: Plan = PLAN
+    results: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"A": ["19"], "B": ["5"], "C": ["95"]})
+    wrong: Mapping[str, str] = field(default_factory=dict)
+    """Why a result is rejected."""
+    answer: str = "95"
+    _solved: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, call: RoleCall) -> Reply | Unusable:
+        match call.task:
+            case PlanTask():
+                return self.plan
+            case SolveTask(step=step):
+                results = self.results[step.name]
+                self._solved[step.name] += 1
+                return Solution(result=results[min(self._solved[step.name], len(results)) - 1])
+            case CritiqueTask(result=result):
+                return Verdict(accepted=result not in self.wrong, reason=self.wrong.get(result, ""))
+            case AnswerTask():
+                return Answer(answer=self.answer)
+
+
+def drive(workflow: Workflow, team: Answering) -> list[RoleCall]:
+    """Answer every call in turn; the calls in the order in which they were made."""
+    made = list(workflow.begin())
+    due = deque(made)
+    while due:
+        assert workflow.outcome is None
+        call = due.popleft()
+        new = workflow.take(call, team(call))
+        made += new
+        due += new
+    assert workflow.outcome is not None
+    return made
+
+
+def deliberate(**options: object) -> Deliberate:
+    return Deliberate(PROBLEM, Deliberate.Options.model_validate(options))
+
+
+def vote(**options: object) -> Vote:
+    return Vote(PROBLEM, Vote.Options.model_validate(options))
+
+
+def solves(calls: Sequence[RoleCall], step: str) -> list[tuple[SolveTask, int]]:
+    return [(c.task, c.variation) for c in calls if isinstance(c.task, SolveTask) and c.task.step.name == step]
+
+
+# Deliberation
+
+
+def test_a_problem_is_planned_solved_judged_and_answered() -> None:
+    workflow = deliberate()
+    calls = drive(workflow, Team())
+    assert [(call.seat, call.task) for call in calls] == [
+        ("planner", PlanTask(PROBLEM)),
+        ("solver", SolveTask(PROBLEM, A)),
+        ("solver", SolveTask(PROBLEM, B)),
+        ("critic", CritiqueTask(PROBLEM, A, "19")),
+        ("critic", CritiqueTask(PROBLEM, B, "5")),
+        ("solver", SolveTask(PROBLEM, C, {"A": "19", "B": "5"})),
+        ("critic", CritiqueTask(PROBLEM, C, "95", {"A": "19", "B": "5"})),
+    ]
+    assert workflow.outcome == Outcome("95", confirmed=True, rounds=0)
+    assert [(e.seat, e.input, e.output, e.verdict) for e in workflow.transcript] == [
+        ("planner", PROBLEM, "A=12+7; B=9-4; C=A*B", None),
+        ("solver", "12+7", "19", "accepted"),
+        ("solver", "9-4", "5", "accepted"),
+        ("critic", "12+7 -> 19", "accepted", "accepted"),
+        ("critic", "9-4 -> 5", "accepted", "accepted"),
+        ("solver", "A*B", "95", "accepted"),
+        ("critic", "A*B -> 95", "accepted", "accepted"),
+    ]
+
+
+def test_steps_that_do_not_wait_for_one_another_are_due_together() -> None:
+    workflow = deliberate()
+    [plan] = workflow.begin()
+    first = workflow.take(plan, PLAN)
+    assert [call.task for call in first] == [SolveTask(PROBLEM, A), SolveTask(PROBLEM, B)]
+    [judge_b] = workflow.take(first[1], Solution(result="5"))
+    assert workflow.take(judge_b, Verdict(accepted=True)) == []
+    [judge_a] = workflow.take(first[0], Solution(result="19"))
+    [last] = workflow.take(judge_a, Verdict(accepted=True))
+    assert last.task == SolveTask(PROBLEM, C, {"A": "19", "B": "5"})
+
+
+def test_a_rejected_step_is_solved_again_with_the_reason_and_another_variation() -> None:
+    workflow = deliberate()
+    calls = drive(workflow, Team(results={"A": ["18", "19"], "B": ["5"], "C": ["95"]}, wrong={"18": "18-7 is 11"}))
+    assert solves(calls, "A") == [(SolveTask(PROBLEM, A), 0), (SolveTask(PROBLEM, A, feedback="18-7 is 11"), 1)]
+    assert workflow.outcome == Outcome("95", confirmed=True, rounds=1)
+    solver = [(e.output, e.verdict, e.round) for e in workflow.transcript if e.input == "12+7"]
+    assert solver == [("18", "rejected", 0), ("19", "accepted", 1)]
+
+
+def test_a_rejection_without_a_reason_still_says_so() -> None:
+    calls = drive(deliberate(), Team(results={"A": ["18", "19"], "B": ["5"], "C": ["95"]}, wrong={"18": ""}))
+    assert solves(calls, "A")[1][0].feedback == "the critic rejected it"
+
+
+@pytest.mark.parametrize(("tried", "chosen"), [(["17", "18", "18", "16"], "18"), (["17", "18", "16"], "16")])
+def test_after_the_last_round_the_result_found_most_often_goes_on_unconfirmed(tried: list[str], chosen: str) -> None:
+    workflow = deliberate(rounds=len(tried) - 1)
+    calls = drive(workflow, Team(CHAIN, {"A": tried}, dict.fromkeys(tried, "no"), answer=chosen))
+    assert [variation for _, variation in solves(calls, "A")] == list(range(len(tried)))
+    assert calls[-1].task == AnswerTask(PROBLEM, (A,), {"A": chosen})
+    assert workflow.outcome == Outcome(chosen, confirmed=False, rounds=len(tried) - 1)
+
+
+def test_without_rounds_a_rejected_result_goes_on_at_once() -> None:
+    workflow = deliberate(rounds=0)
+    drive(workflow, Team(wrong={"19": "no"}))
+    assert workflow.outcome == Outcome("95", confirmed=False, rounds=0)
+
+
+def test_without_critics_nothing_is_judged() -> None:
+    workflow = deliberate(critics=[])
+    assert {call.seat for call in drive(workflow, Team())} == {"planner", "solver"}
+    assert workflow.outcome == Outcome("95", confirmed=True, rounds=0)
+    assert {entry.verdict for entry in workflow.transcript} == {None}
+
+
+def test_a_result_stands_only_when_every_critic_accepts_it() -> None:
+    def team(call: RoleCall) -> Reply | Unusable:
+        if call.seat == "second" and isinstance(call.task, CritiqueTask):
+            return Verdict(accepted=call.task.result != "18", reason="second thoughts")
+        return inner(call)
+
+    inner = Team(results={"A": ["18", "19"], "B": ["5"], "C": ["95"]})
+    workflow = deliberate(critics=["critic", "second"])
+    calls = drive(workflow, team)
+    assert solves(calls, "A")[1][0].feedback == "second thoughts"
+    assert workflow.outcome == Outcome("95", confirmed=True, rounds=1)
+    assert [c.seat for c in calls if c.task == CritiqueTask(PROBLEM, A, "18")] == ["critic", "second"]
+
+
+def test_a_plan_without_an_answer_step_asks_the_solver_for_the_answer() -> None:
+    workflow = deliberate()
+    plan = PLAN.model_copy(update={"answer_step": None})
+    calls = drive(workflow, Team(plan, answer="ninety-five"))
+    assert calls[-1].seat == "solver"
+    assert calls[-1].task == AnswerTask(PROBLEM, (A, B, C), {"A": "19", "B": "5", "C": "95"})
+    assert workflow.outcome == Outcome("ninety-five", confirmed=True, rounds=0)
+
+
+# Replies that cannot be used
+
+
+def unusable_times(times: int, seat: str, team: Answering) -> Answering:
+    """The team, whose `seat` first gives unusable replies."""
+    left = [times]
+
+    def answer(call: RoleCall) -> Reply | Unusable:
+        if call.seat == seat and left[0]:
+            left[0] -= 1
+            return Unusable("only dots")
+        return team(call)
+
+    return answer
+
+
+@pytest.mark.parametrize("seat", ["planner", "solver", "critic"])
+def test_an_unusable_reply_is_asked_for_again_at_another_variation(seat: str) -> None:
+    workflow = deliberate()
+    calls = drive(workflow, unusable_times(UNUSABLE_MAX - 1, seat, Team(CHAIN, answer="19")))
+    tries = [call for call in calls if call.seat == seat][:UNUSABLE_MAX]
+    assert [(call.variation, call.retries) for call in tries] == [(n, n) for n in range(UNUSABLE_MAX)]
+    assert len({call.task for call in tries if isinstance(call.task, PlanTask)}) <= 1
+    assert all(call.task == tries[0].task for call in tries)
+    assert workflow.outcome == Outcome("19", confirmed=True, rounds=0)
+    assert [e.output for e in workflow.transcript if e.verdict == "rejected"] == ["unusable: only dots"] * 2
+
+
+@pytest.mark.parametrize("seat", ["planner", "solver", "critic"])
+def test_after_the_last_try_the_problem_fails_and_says_whose_reply_it_was(seat: str) -> None:
+    workflow = deliberate()
+    drive(workflow, unusable_times(UNUSABLE_MAX, seat, Team(CHAIN)))
+    assert workflow.outcome is not None
+    assert workflow.outcome.answer is None
+    assert not workflow.outcome.confirmed
+    assert workflow.outcome.failure == f"the {seat}'s reply could not be read {UNUSABLE_MAX} times: only dots"
+
+
+def test_a_reply_of_another_type_is_unusable() -> None:
+    workflow = deliberate()
+    [call] = workflow.begin()
+    [again] = workflow.take(call, Answer(answer="95"))
+    assert (again.seat, again.task, again.variation) == ("planner", call.task, 1)
+    assert workflow.transcript[0].output == "unusable: a Answer came back for a PlanTask"
+
+
+@pytest.mark.parametrize(
+    ("plan", "fault"),
+    [
+        (Plan(steps=(A, A)), "step A comes twice"),
+        (Plan(steps=(C, A, B)), "step C needs A, B, which no earlier step gives"),
+        (Plan(steps=(Step(name="A", instruction="A+1", needs=("A",)),)), "step A needs A, which no earlier step gives"),
+        (Plan(steps=(A,), answer_step="B"), "the answer is to come from B, which is no step of the plan"),
+    ],
+)
+def test_a_plan_that_cannot_be_worked_is_asked_for_again(plan: Plan, fault: str) -> None:
+    assert plan_fault(plan) == fault
+    workflow = deliberate()
+    [call] = workflow.begin()
+    [again] = workflow.take(call, plan)
+    assert again.task == PlanTask(PROBLEM)
+    assert workflow.transcript[0].output == f"unusable: {fault}"
+    assert [c.task for c in workflow.take(again, CHAIN)] == [SolveTask(PROBLEM, A)]
+    assert plan_fault(PLAN) is None
+
+
+def test_replies_that_come_after_a_failure_change_nothing() -> None:
+    workflow = deliberate()
+    [call] = workflow.begin()
+    solve_a, solve_b = workflow.take(call, PLAN)
+    for _ in range(UNUSABLE_MAX):
+        [solve_a] = workflow.take(solve_a, Unusable("dots")) or [solve_a]
+    failed, said = workflow.outcome, list(workflow.transcript)
+    assert failed is not None
+    assert failed.failure
+    assert workflow.take(solve_b, Solution(result="5")) == []
+    assert workflow.take(solve_b, Unusable("dots")) == []
+    assert (workflow.outcome, workflow.transcript) == (failed, said)
+
+
+# Voting
+
+
+def test_every_step_is_solved_several_times_and_each_distinct_result_judged_once() -> None:
+    workflow = vote(samples=3)
+    calls = drive(workflow, Team(CHAIN, {"A": ["19", "18", "19"]}, {"18": "no"}, answer="19"))
+    assert solves(calls, "A") == [(SolveTask(PROBLEM, A), variation) for variation in (1, 2, 3)]
+    assert [c.task for c in calls if c.seat == "critic"] == [
+        CritiqueTask(PROBLEM, A, "19"),
+        CritiqueTask(PROBLEM, A, "18"),
+    ]
+    assert calls[-1].task == AnswerTask(PROBLEM, (A,), {"A": "19"})
+    assert workflow.outcome == Outcome("19", confirmed=True, rounds=0)
+    solver = [(e.output, e.verdict) for e in workflow.transcript if e.seat == "solver"][:3]
+    assert solver == [("19", "accepted"), ("18", "rejected"), ("19", "accepted")]
+
+
+@pytest.mark.parametrize(
+    ("results", "wrong", "chosen", "confirmed"),
+    [
+        (["18", "18", "19"], ["18"], "19", True),
+        (["19", "18", "18", "19", "18"], [], "18", True),
+        (["18", "18", "17"], ["17", "18"], "18", False),
+    ],
+    ids=["an accepted one beats the most votes", "votes decide among accepted ones", "none accepted: the most votes"],
+)
+def test_the_vote(results: list[str], wrong: list[str], chosen: str, confirmed: bool) -> None:
+    workflow = vote(samples=len(results))
+    calls = drive(workflow, Team(CHAIN, {"A": results}, dict.fromkeys(wrong, "no"), answer=chosen))
+    assert calls[-1].task == AnswerTask(PROBLEM, (A,), {"A": chosen})
+    assert workflow.outcome == Outcome(chosen, confirmed=confirmed, rounds=0)
+
+
+def test_a_vote_waits_for_every_critic() -> None:
+    workflow = vote(samples=1, critics=["critic", "second"])
+    [plan] = workflow.begin()
+    [solve] = workflow.take(plan, CHAIN)
+    first, second = workflow.take(solve, Solution(result="19"))
+    assert workflow.take(first, Verdict(accepted=True)) == []
+    [answer] = workflow.take(second, Verdict(accepted=True))
+    assert isinstance(answer.task, AnswerTask)
+
+
+# Alone
+
+
+def test_alone_the_solver_answers_at_once() -> None:
+    workflow = Solo(PROBLEM, Solo.Options())
+    assert [(c.seat, c.task) for c in drive(workflow, Team())] == [("solver", AnswerTask(PROBLEM))]
+    assert workflow.outcome == Outcome("95", confirmed=True, rounds=0)
+    assert [(e.seat, e.input, e.output) for e in workflow.transcript] == [("solver", PROBLEM, "95")]
+
+
+def test_alone_an_unusable_or_mistyped_reply_is_asked_for_again_until_the_last_try() -> None:
+    workflow = Solo(PROBLEM, Solo.Options())
+    replies = iter([Unusable("dots"), Solution(result="95"), Unusable("dots")])
+    assert [call.variation for call in drive(workflow, lambda _: next(replies))] == [0, 1, 2]
+    assert workflow.outcome is not None
+    assert workflow.outcome.failure == "the solver's reply could not be read 3 times: dots"
+
+
+# Options and seats
+
+
+@pytest.mark.parametrize(
+    ("workflow", "options", "seats"),
+    [
+        (Deliberate, {}, {"planner": (PlanTask,), "solver": (SolveTask, AnswerTask), "critic": (CritiqueTask,)}),
+        (Deliberate, {"critics": []}, {"planner": (PlanTask,), "solver": (SolveTask, AnswerTask)}),
+        (
+            Vote,
+            {"critics": ["one", "two"]},
+            {
+                "planner": (PlanTask,),
+                "solver": (SolveTask, AnswerTask),
+                "one": (CritiqueTask,),
+                "two": (CritiqueTask,),
+            },
+        ),
+        (Solo, {}, {"solver": (AnswerTask,)}),
+    ],
+)
+def test_the_seats_follow_from_the_options(
+    workflow: type[Workflow], options: dict[str, object], seats: Mapping[str, tuple[type[Task], ...]]
+) -> None:
+    assert workflow.seats(workflow.Options.model_validate(options)) == seats
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (Deliberate.Options, {"rounds": -1}),
+        (Deliberate.Options, {"round": 1}),
+        (Vote.Options, {"samples": 0}),
+        (Vote.Options, {"critics": []}),
+        (Solo.Options, {"rounds": 1}),
+    ],
+)
+def test_wrong_options_are_refused(options: type[Value], wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        options.model_validate(wrong)
+
+
+# Whatever the replies
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    names = "ABCDEF"[: draw(st.integers(1, 6))]
+    steps = tuple(
+        Step(name=name, instruction=f"work {name}", needs=tuple(n for n in names[:index] if draw(st.booleans())))
+        for index, name in enumerate(names)
+    )
+    return Plan(steps=steps, answer_step=draw(st.none() | st.sampled_from(names)))
+
+
+@st.composite
+def workflows(draw: st.DrawFn) -> tuple[Callable[[], Workflow], Plan, int]:
+    """A way to make a workflow, the plan it is given, and the most calls that it may make."""
+    plan = draw(plans())
+    critics = draw(st.integers(0, 3))
+    seats = tuple(f"critic-{number}" for number in range(critics))
+    if draw(st.booleans()):
+        rounds = draw(st.integers(0, 3))
+        options = Deliberate.Options(rounds=rounds, critics=seats)
+        calls = UNUSABLE_MAX * (2 + len(plan.steps) * (rounds + 1) * (1 + critics))
+        return lambda: Deliberate(PROBLEM, options), plan, calls
+    samples = draw(st.integers(1, 4))
+    ballot = Vote.Options(samples=samples, critics=seats or ("critic",))
+    calls = UNUSABLE_MAX * (2 + len(plan.steps) * samples * (1 + (critics or 1)))
+    return lambda: Vote(PROBLEM, ballot), plan, calls
+
+
+def by_chance(rng: random.Random, plan: Plan, unusable: float, call: RoleCall) -> Reply | Unusable:
+    if rng.random() < unusable:
+        return Unusable("noise")
+    match call.task:
+        case PlanTask():
+            return plan
+        case SolveTask():
+            return Solution(result=str(rng.randint(1, 3)))
+        case CritiqueTask():
+            return Verdict(accepted=rng.random() < 0.5, reason=rng.choice(["", "no"]))
+        case AnswerTask():
+            return Answer(answer="done")
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=workflows(), seed=st.integers(0, 2**32), unusable=st.sampled_from([0.0, 0.1, 0.5]))
+def test_any_replies_in_any_order_come_to_an_end_and_replay_the_same(
+    drawn: tuple[Callable[[], Workflow], Plan, int], seed: int, unusable: float
+) -> None:
+    make, plan, calls_max = drawn
+    rng = random.Random(seed)
+    workflow = make()
+    open_calls = list(workflow.begin())
+    numbers = [call.number for call in open_calls]
+    taken: list[tuple[RoleCall, Reply | Unusable, list[RoleCall]]] = []
+    while open_calls:
+        call = open_calls.pop(rng.randrange(len(open_calls)))
+        reply = by_chance(rng, plan, unusable, call)
+        assert isinstance(reply, (Unusable, REPLIES[type(call.task)]))
+        new = workflow.take(call, reply)
+        taken.append((call, reply, new))
+        numbers += [c.number for c in new]
+        open_calls += new
+        assert len(numbers) <= calls_max
+        if isinstance(call.task, SolveTask):
+            assert call.task.results.keys() == set(call.task.step.needs)
+    assert workflow.outcome is not None
+    assert (workflow.outcome.answer is None) == (workflow.outcome.failure is not None)
+    assert workflow.outcome.answer or unusable
+    assert len(set(numbers)) == len(numbers)
+
+    again = make()
+    again.begin()
+    for call, reply, new in taken:
+        assert again.take(call, reply) == new
+    assert again.outcome == workflow.outcome
+    assert again.transcript == workflow.transcript

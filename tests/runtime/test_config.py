@@ -1,0 +1,106 @@
+"""Configurations: what is shipped is right, what is wrong is told with its place and what would be right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runtime import config
+from runtime.errors import ConfigError, TroupeError
+from runtime.jobs.team import assemble
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in config.SHIPPED.glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "team.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_shipped_is_right(name: str) -> None:
+    found = config.load(name)
+    team = assemble(found)
+    assert set(team.seats) == {"planner", "solver", "critic"} - ({"critic"} if "unchecked" in name else set())
+    assert sum(spec.gpu_memory_utilization for spec in found.engines.values()) <= 1
+
+
+def test_a_configuration_builds_on_another(tmp_path: Path) -> None:
+    found = config.load(write(tmp_path, "extends: embedded\nengines:\n  solver: {max_num_seqs: 7}\n"))
+    assert found.engines["solver"].max_num_seqs == 7
+    assert found.engines["solver"].model == config.load("embedded").engines["solver"].model
+    assert Path(found.engines["solver"].model).is_absolute()
+
+
+def test_it_is_frozen_and_survives_being_written_and_read(tmp_path: Path) -> None:
+    found = config.load("embedded")
+    with pytest.raises(ValueError, match="frozen"):
+        found.workflow = config.WorkflowChoice()  # type: ignore[misc]
+    again = config.load(write(tmp_path, config.dump(found)))
+    assert again.model_copy(update={"source": found.source}) == found
+
+
+WRONG: list[tuple[str, list[str]]] = [
+    ("", ["a configuration is a mapping"]),
+    ("- a\n", ["a configuration is a mapping"]),
+    ("engines: [\n", ["line 2"]),
+    ("extends: embeded\n", ["did you mean 'embedded'"]),
+    ("extends: [1]\n", ["extends: give the name"]),
+    ("extends: team.yaml\n", ["extends itself"]),
+    ("team: {}\n", ["engines: missing"]),
+    ("extends: embedded\nengine: {}\n", ["engine: unknown key (did you mean 'engines'?)"]),
+    ("extends: embedded\nengines: {solver: {modle: x}}\n", ["engines.solver.modle: unknown key (did you mean 'model'?)"]),
+    ("extends: embedded\nengines: {solver: {max_num_seqs: many}}\n", ["engines.solver.max_num_seqs", "'many'"]),
+    ("extends: embedded\nengines: {solver: {gpu_memory_utilization: 1.5}}\n", ["gpu_memory_utilization", "1.5"]),
+    ("extends: embedded\nengines: {solver: {gpu_memory_utilization: 0.7}}\n", ["adds up to 1.3", "solver 0.7"]),
+    ("extends: embedded\nengines: {solver: {gpu_memory_utilization: .nan}}\n", ["gpu_memory_utilization"]),
+    ("extends: embedded\nengines: {solver: {kv_cache_memory_bytes: 64Mobs}}\n", ["kv_cache_memory_bytes", "64Mobs"]),
+    ("extends: embedded\nengines: {solver: {model: ./nowhere}}\n", ["engines.solver.model", "nowhere does not exist"]),
+    ("extends: embedded\nengines: {solver: {model: ./}}\n", ["engines.solver.model", "holds no config.json"]),
+    ("extends: embedded\nteam: {solver: {role: arithmetic-solvr, engine: solver}}\n", ["team.solver.role", "arithmetic-solver"]),
+    ("extends: embedded\nteam: {solver: {engine: sovler}}\n", ["team.solver.engine", "did you mean 'solver'?"]),
+    ("extends: embedded\nteam: {solver: {role: critic}}\n", ["team.solver.role", "SolveTask"]),
+    ("extends: embedded\nteam: {solver: {role: ./role.yaml}}\n", ["role.yaml"]),
+    ("extends: embedded\nteam: {solver: {temperature: 3}}\n", ["team.solver.temperature", "3"]),
+    ("extends: embedded\nworkflow: {name: delibrate}\n", ["workflow.name", "deliberate"]),
+    ("extends: embedded\nworkflow: {rounds: -1}\n", ["workflow.rounds", "greater than or equal to 0"]),
+    ("extends: embedded\nworkflow: {round: 1}\n", ["workflow.round", "known keys are name, critics"]),
+    ("extends: embedded\nworkflow: {critics: [critic, checker]}\n", ["needs a 'checker'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "told"), WRONG)
+def test_a_wrong_configuration_is_told_with_its_place(text: str, told: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(TroupeError) as error:
+        assemble(config.load(path))
+    for part in told:
+        assert part in str(error.value)
+    assert path in str(error.value) or "extends" in text
+
+
+def test_a_missing_configuration_is_told_with_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="embedded"):
+        config.load("nowhere.yaml")
+
+
+def test_a_role_in_yaml_alone_takes_a_seat(tmp_path: Path) -> None:
+    role: dict[str, Any] = {
+        "name": "units",
+        "task": "critique",
+        "prompt": "Is {result} a good result of {step}?",
+        "reply": {"type": "object", "properties": {"accepted": {"type": "boolean"}}, "required": ["accepted"]},
+    }
+    (tmp_path / "units.yaml").write_text(yaml.safe_dump(role))
+    found = config.load(
+        write(
+            tmp_path,
+            "extends: embedded\nteam: {units: {role: ./units.yaml, engine: critic}}\n"
+            "workflow: {critics: [critic, units]}\n",
+        )
+    )
+    assert "units" in assemble(found).seats

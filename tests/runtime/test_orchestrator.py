@@ -1,0 +1,132 @@
+"""Jobs over the shipped fake engine: what comes out, what failures cost, what may run beside what."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from runtime.engines.base import Chunk, GenerateRequest
+from runtime.engines.fake import FakeEngine
+from runtime.events import Event, JobEnded, RoleReplied
+from runtime.jobs.batch import summarise, work_all
+from runtime.jobs.job import Job, JobResult
+from runtime.jobs.orchestrator import Orchestrator
+from tests.runtime.fakes import embedded_team, engines, slip_in_the_units
+
+PROBLEM = "(12+7)*3-(45-5)"
+
+
+async def test_a_job_is_answered_with_its_steps_and_usage() -> None:
+    events: list[Event] = []
+    result = await Orchestrator(embedded_team(), await engines(), events.append).run(Job("j", PROBLEM, expected="17"))
+    assert (result.answer, result.confirmed, result.correct, result.error) == ("17", True, True, None)
+    assert [(e.seat, e.output) for e in result.steps if e.seat != "critic"] == [
+        ("planner", "A=12+7; B=A*3; C=45-5; D=B-C"),
+        ("solver", "19"),
+        ("solver", "40"),
+        ("solver", "57"),
+        ("solver", "17"),
+    ]
+    assert {seat: usage.completion_tokens > 0 for seat, usage in result.usage.items()} == dict.fromkeys(
+        ("planner", "solver", "critic"), True
+    )
+    assert sum(isinstance(event, RoleReplied) for event in events) == len(result.steps) == 9
+    assert isinstance(events[-1], JobEnded)
+
+
+async def test_steps_that_do_not_wait_for_each_other_run_at_once() -> None:
+    handles = await engines(time_scale=1)
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, handles["solver"].stats().running)
+            await asyncio.sleep(0.001)
+
+    watcher = asyncio.create_task(watch())
+    await Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM))
+    watcher.cancel()
+    assert most == 2
+
+
+@pytest.mark.parametrize("workflow", ["deliberate", "vote"])
+async def test_a_team_mends_the_solvers_slips(workflow: str) -> None:
+    orchestrator = Orchestrator(embedded_team(workflow), await engines(slip_in_the_units(0.3)))
+    results = [await orchestrator.run(Job(str(n), f"{n}+7*3-2", str(n + 19), temperature=1.0)) for n in range(200)]
+    right = sum(bool(result.correct) for result in results)
+    assert right >= 180  # three steps; 0.3 ** 3 of them find no right result in three tries
+    assert any(entry.verdict == "rejected" for result in results for entry in result.steps)
+
+
+async def test_without_critics_the_slips_stay() -> None:
+    team = embedded_team()
+    unchecked = type(team)(team.seats, team.workflow, team.options.model_copy(update={"critics": ()}))
+    orchestrator = Orchestrator(unchecked, await engines(slip_in_the_units(0.3)))
+    results = [await orchestrator.run(Job(str(n), f"{n}+7*3-2", str(n + 19), temperature=1.0)) for n in range(50)]
+    assert sum(bool(result.correct) for result in results) < 40
+
+
+async def test_a_solver_that_is_always_wrong_ends_unconfirmed_after_bounded_rounds() -> None:
+    result = await Orchestrator(embedded_team(), await engines(slip_in_the_units(1.0))).run(Job("j", "12+7"))
+    assert (result.answer, result.confirmed, result.rounds) == ("10", False, 3)
+
+
+async def test_the_same_seed_gives_the_same_result_whatever_runs_beside_it() -> None:
+    orchestrator = Orchestrator(embedded_team(), await engines(slip_in_the_units(0.5)))
+    job = Job("j", PROBLEM, temperature=1.0, seed=7)
+    alone = await orchestrator.run(job)
+    crowd = await asyncio.gather(*(orchestrator.run(Job(str(n), PROBLEM, temperature=1.0, seed=n)) for n in range(20)))
+    assert [e.output for e in crowd[7].steps] == [e.output for e in alone.steps]
+    assert len({str([e.output for e in result.steps]) for result in crowd}) > 1
+
+
+@pytest.mark.parametrize("problem", ["", "5 apples?", "1000+1"])
+async def test_a_refused_problem_costs_no_other_its_result(problem: str) -> None:
+    results: list[JobResult] = []
+    jobs = [Job("good", "1+2", "3"), Job("bad", problem), Job("fine", "2+3", "5")]
+    await work_all(Orchestrator(embedded_team(), await engines()), jobs, 2, results.append)
+    assert {result.id: result.error is None for result in results} == {"good": True, "bad": False, "fine": True}
+
+
+async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:
+    handles = await engines()
+    critic = handles["critic"]
+    assert isinstance(critic, FakeEngine)
+    critic.fail()
+    result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
+    assert result.answer is None
+    assert "critic died" in str(result.error)
+
+
+async def test_cancelling_a_job_frees_its_places_in_the_engines() -> None:
+    handles = await engines(time_scale=50)
+    job = asyncio.create_task(Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM)))
+    while not handles["planner"].stats().running:
+        await asyncio.sleep(0.001)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert all(handle.stats().running == handle.stats().waiting == 0 for handle in handles.values())
+
+
+async def test_an_unusable_reply_that_was_cut_off_says_so() -> None:
+    class Cut(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+            yield Chunk("A=1+", (1,), 0.0, 1, "length")
+
+    handles = await engines()
+    handles["planner"] = Cut("planner", lambda request: "")
+    result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
+    assert "planner's reply could not be read 3 times" in str(result.error)
+    assert "cut off at 40 tokens" in str(result.error)
+
+
+async def test_a_summary_counts_what_was_right_and_what_it_took() -> None:
+    results: list[JobResult] = []
+    jobs = [Job("a", "1+2", "3"), Job("b", "1+2", "4"), Job("c", "x", "4"), Job("d", "1+2")]
+    await work_all(Orchestrator(embedded_team(), await engines()), jobs, 4, results.append)
+    summary = summarise(results)
+    assert (summary.problems, summary.failed, summary.accuracy) == (4, 1, pytest.approx(1 / 3))
+    assert summary.usage["planner"].completion_tokens == 3 * 4
+    assert 0 < summary.job_time_p50_s <= summary.job_time_p99_s

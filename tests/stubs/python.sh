@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stand-in for Python in tests of scripts/*.sh. `-m venv` makes a tiny .venv around itself; `-m pip` installs nothing and
+# writes its arguments to $STUB_RECORD, fails when they contain $STUB_FAIL, and takes 30 s when they contain $STUB_HANG;
+# other modules print their name. Anything else goes to the real Python, $STUB_PYTHON.
+case "$1 $2" in
+"-m venv")
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    printf '#!/bin/sh\necho "troupe $*"\n' >"$3/bin/troupe"
+    chmod +x "$3/bin/troupe"
+    echo "version = stub" >"$3/pyvenv.cfg"
+    ;;
+"-m pip")
+    [[ "$*" != *--version* ]] || exit 0
+    echo "$*" >>"$STUB_RECORD"
+    if [[ -n ${STUB_HANG:-} && "$*" == *"$STUB_HANG"* ]]; then
+        sleep 30
+    fi
+    if [[ -n ${STUB_FAIL:-} && "$*" == *"$STUB_FAIL"* ]]; then
+        echo "pip says no"
+        exit 1
+    fi
+    ;;
+-m*) echo "ran ${*:2}" ;;
+*) exec "$STUB_PYTHON" "$@" ;;
+esac

@@ -1,0 +1,321 @@
+"""scripts/*.sh over a tiny tree, with a stand-in for Python that installs nothing (stubs/python.sh)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STUB = ROOT / "tests" / "stubs" / "python.sh"
+GIB = 1024**3
+
+
+class Tree:
+    """A repository with the scripts and next to nothing else, at a path with a space in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a repository"
+        self.record = folder / "pip-calls"
+        (self.root / "scripts").mkdir(parents=True)
+        for script in ("setup.sh", "launch.sh", "test.sh"):
+            shutil.copy2(ROOT / "scripts" / script, self.root / "scripts")
+        self.write("pyproject.toml", "[project]\n")
+        self.write("scripts/constraints-cpu.txt", "# heading\ntorch==1.0+cpu\nthing==2.0\n")
+        self.write("scripts/constraints-cuda.txt", "torch==1.0\nthing==2.0\n")
+        self.write("scripts/constraints-test.txt", "pytest==3.0\n")
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+
+    def write(self, path: str, text: str) -> None:
+        (self.root / path).write_text(text)
+
+    def environment(self, extra: str = "cpu", **more: str) -> dict[str, str]:
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("STUB_", "TROUPE_"))},
+            "PYTHON": str(STUB),
+            "STUB_PYTHON": sys.executable,
+            "STUB_RECORD": str(self.record),
+            "TROUPE_EXTRA": extra,
+            **more,
+        }
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.root / "scripts" / script), *arguments],
+            cwd=self.elsewhere,
+            env=self.environment(**environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(script, *arguments, **environment)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def launch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run("launch.sh", *(arguments or ("roles",)), **environment)
+
+    def installed(self) -> list[str]:
+        """What pip was asked for since the last question: the end of each call."""
+        calls = self.record.read_text().splitlines() if self.record.exists() else []
+        self.record.unlink(missing_ok=True)
+        return [call.split(" install ", 1)[1].rsplit("/", 1)[-1].split()[-1] for call in calls]
+
+    def wait_for_pip(self, asked: str) -> None:
+        until = time.monotonic() + 20
+        while not (self.record.exists() and asked in self.record.read_text()):
+            assert time.monotonic() < until, f"pip was never asked for {asked}"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+EVERYTHING = ["torch==1.0+cpu", "constraints-cpu.txt", "repository"]
+
+
+def test_first_launch_installs_everything_and_runs_the_command(tree: Tree) -> None:
+    result = tree.launch("solve", "1 + 2", "--x")
+    assert (result.returncode, result.stdout) == (0, "troupe solve 1 + 2 --x\n")
+    assert tree.installed() == EVERYTHING
+    assert "installing torch (1/3)" in result.stderr
+
+
+def test_second_launch_does_nothing_but_run(tree: Tree) -> None:
+    tree.launch()
+    tree.installed()
+    result = tree.launch()
+    assert (result.stdout, result.stderr, tree.installed()) == ("troupe roles\n", "", [])
+
+
+def test_without_arguments_the_sample_problems_are_solved(tree: Tree) -> None:
+    result = tree.run("launch.sh")
+    assert result.stdout == f"troupe solve --file {tree.root}/configs/problems/sample.jsonl\n"
+
+
+@pytest.mark.parametrize("path", ["pyproject.toml", "scripts/constraints-cpu.txt"])
+def test_a_change_of_what_was_installed_installs_again(tree: Tree, path: str) -> None:
+    tree.launch()
+    tree.installed()
+    with (tree.root / path).open("a") as file:
+        file.write("\nother==1.0\n")
+    tree.launch()
+    assert tree.installed() == EVERYTHING
+
+
+def test_a_moved_repository_is_set_up_again(tree: Tree) -> None:
+    tree.launch()
+    tree.installed()
+    tree.root = tree.root.rename(tree.root.with_name("other repository"))
+    assert tree.launch().returncode == 0
+    assert tree.installed() == EVERYTHING
+
+
+def test_tests_add_their_tools_and_launch_is_content_with_them(tree: Tree) -> None:
+    result = tree.run("test.sh")
+    assert tree.installed() == [*EVERYTHING, "constraints-test.txt"]
+    assert result.stdout.splitlines() == ["ran ruff check .", "ran ruff format --check .", "ran mypy", "ran pytest"]
+    tree.launch()
+    assert tree.installed() == []
+
+
+def test_tests_after_a_launch_install_their_tools_alone(tree: Tree) -> None:
+    tree.launch()
+    tree.installed()
+    assert tree.run("test.sh", "-k", "some thing").stdout == "ran pytest -k some thing\n"
+    assert tree.installed() == ["constraints-test.txt"]
+
+
+def test_pytorchs_own_index_is_asked_only_when_pip_finds_no_cpu_build(tree: Tree) -> None:
+    result = tree.launch(STUB_FAIL=":all: torch==")
+    calls = tree.record.read_text().splitlines()
+    assert result.returncode == 0
+    assert ["--extra-index-url https://download.pytorch.org/whl/cpu" in call for call in calls[:2]] == [False, True]
+    assert not any("extra-index" in call for call in calls[2:])
+
+
+def test_cuda_never_asks_the_cpu_index(tree: Tree) -> None:
+    result = tree.launch(extra="cuda", STUB_FAIL="torch==")
+    assert result.returncode == 1
+    assert tree.installed() == ["torch==1.0"]
+
+
+def test_a_failure_shows_the_log_and_the_next_call_goes_on(tree: Tree) -> None:
+    result = tree.launch(STUB_FAIL="constraints-cpu.txt")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "    pip says no\n" in result.stderr
+    assert str(tree.root / ".venv" / "setup.log") in result.stderr
+    tree.installed()
+    assert tree.launch().returncode == 0
+    assert tree.installed() == EVERYTHING
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_ends_pip_and_the_next_call_goes_on(tree: Tree, number: signal.Signals, code: int) -> None:
+    process = tree.start("launch.sh", "roles", STUB_HANG="constraints-cpu.txt")
+    tree.wait_for_pip("constraints-cpu.txt")
+    started = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "the same command goes on from here" in err
+    tree.installed()
+    assert tree.launch().returncode == 0  # at once: the lock is free, so pip is gone
+    assert time.monotonic() - started < 15
+    assert tree.installed() == EVERYTHING
+
+
+def test_killed_the_next_call_waits_for_the_pip_left_behind_and_goes_on(tree: Tree) -> None:
+    process = tree.start("launch.sh", "roles", STUB_HANG="torch==")
+    tree.wait_for_pip("torch==")
+    process.kill()
+    process.wait()
+    second = tree.start("launch.sh", "roles")
+    assert second.stderr is not None
+    assert "waiting for it" in second.stderr.readline()
+    end_session(process.pid)
+    out, _ = second.communicate(timeout=20)
+    assert (second.returncode, out) == (0, "troupe roles\n")
+    assert tree.installed() == ["torch==1.0+cpu", *EVERYTHING]
+
+
+def end_session(session: int) -> None:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(rest[3]) == session:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_two_launches_at_once_install_once(tree: Tree) -> None:
+    both = [tree.start("launch.sh", "roles") for _ in range(2)]
+    results = [process.communicate(timeout=60) for process in both]
+    assert [out for out, _ in results] == ["troupe roles\n"] * 2
+    assert tree.installed() == EVERYTHING
+
+
+@pytest.mark.parametrize("lost", ["bin/python", "pyvenv.cfg"])
+def test_a_half_made_environment_is_made_afresh(tree: Tree, lost: str) -> None:
+    tree.launch()
+    (tree.root / ".venv" / lost).unlink()
+    (tree.root / ".venv" / "stale").touch()
+    tree.installed()
+    assert "starting afresh" in tree.launch().stderr
+    assert not (tree.root / ".venv" / "stale").exists()
+    assert tree.installed() == EVERYTHING
+
+
+def test_the_other_extra_starts_afresh(tree: Tree) -> None:
+    tree.launch(extra="cuda")
+    tree.installed()
+    assert "starting afresh" in tree.launch().stderr
+    assert tree.installed() == EVERYTHING
+
+
+def test_what_a_killed_pip_left_is_dropped(tree: Tree) -> None:
+    tree.launch()
+    site = tree.root / ".venv/lib/python3.11/site-packages"
+    for path, text in {"whole.dist-info/RECORD": "x", "half.dist-info/METADATA": "x", "~orch/x.py": "x"}.items():
+        (site / path).parent.mkdir(parents=True)
+        (site / path).write_text(text)
+    tree.write("pyproject.toml", "changed")
+    tree.launch()
+    assert [path.name for path in site.iterdir()] == ["whole.dist-info"]
+
+
+def test_an_old_python_is_named_before_anything_is_made(tree: Tree, tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18 && exit\nexit 1\n')
+    old.chmod(0o755)
+    result = tree.launch(PYTHON=str(old))
+    assert result.returncode == 1
+    assert "Python 3.11 to 3.14 is needed" in result.stderr
+    assert "Python 3.9.18" in result.stderr
+    assert not (tree.root / ".venv").exists()
+
+
+def test_an_unknown_extra_is_refused(tree: Tree) -> None:
+    assert "set it to cpu or cuda" in tree.launch(extra="rocm").stderr
+
+
+# The checks, each with the facts as arguments
+
+
+def check(call: str, *arguments: str) -> str:
+    """What the function says; empty where it is content."""
+    script = f'source "$0"; {call} "$@"'
+    command = ["bash", "-c", script, str(ROOT / "scripts" / "setup.sh"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (result.stderr == ""), result
+    return result.stderr
+
+
+@pytest.fixture
+def fact(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "fact"
+
+
+def test_disk() -> None:
+    assert check("require_disk", "/srv", str(8 * GIB), str(8 * GIB)) == ""
+    said = check("require_disk", "/srv", str(3 * GIB), str(8 * GIB))
+    assert "/srv has 3 GiB free, and 8 GiB are needed" in said
+    assert "to mend it: free some space" in said
+
+
+def test_avx2(fact: Path) -> None:
+    fact.write_text("flags : fpu sse4_2 avx2 bmi2\n")
+    assert check("require_avx2", str(fact)) == ""
+    fact.write_text("flags : fpu sse4_2 avx avx2x\n")
+    assert "no AVX2" in check("require_avx2", str(fact))
+
+
+@pytest.mark.parametrize(
+    ("platform", "missing"),
+    [
+        (("Linux", "x86_64", "glibc 2.36"), ""),
+        (("Linux", "x86_64", "glibc 2.31"), ""),
+        (("Linux", "x86_64", "glibc 2.28"), "glibc 2.31"),
+        (("Linux", "x86_64", ""), "not glibc"),
+        (("Linux", "aarch64", "glibc 2.36"), "Linux on aarch64"),
+        (("Darwin", "arm64", ""), "Darwin on arm64"),
+    ],
+)
+def test_platform(platform: tuple[str, str, str], missing: str) -> None:
+    said = check("require_platform", *platform)
+    assert (missing in said) if missing else (said == "")
+
+
+@pytest.mark.parametrize(("version", "fits"), [("580.65.06", True), ("595.10", True), ("535.183.01", False)])
+def test_driver(fact: Path, version: str, fits: bool) -> None:
+    fact.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Tue Jan  1 00:00:00 UTC 2026\n")
+    said = check("require_driver", str(fact))
+    assert (said == "") is fits
+    assert fits or f"the NVIDIA driver is {version}" in said
+
+
+def test_a_python_without_venv(fact: Path) -> None:
+    fact.write_text("#!/bin/sh\nexit 1\n")
+    fact.chmod(0o755)
+    assert "apt-get install python3-venv" in check("require_venv", str(fact))
+    assert check("require_venv", sys.executable) == ""
+
+
+def test_what_is_there_already_needs_no_disk(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(GIB // 1024))
+    command = ["bash", "-c", 'source "$0"; needed_bytes cpu "$1"', str(ROOT / "scripts" / "setup.sh"), str(tmp_path)]
+    needed = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 8 * GIB - 2 * 1024**2 < needed <= 8 * GIB - GIB // 1024
