@@ -110,7 +110,8 @@ def _row(entry: Registered) -> Row:
 
 
 def _table(title: str, rows: list[Row], with_tasks: bool) -> Table:
-    table = Table(title, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title, no_wrap=True)
     if with_tasks:
         table.add_column("takes")
     table.add_column("from")

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -104,14 +104,15 @@ def test_a_problem_is_planned_solved_judged_and_answered() -> None:
         ("critic", CritiqueTask(PROBLEM, C, "95", {"A": "19", "B": "5"})),
     ]
     assert workflow.outcome == Outcome("95", confirmed=True, rounds=0)
-    assert [(e.seat, e.input, e.output, e.verdict) for e in workflow.transcript] == [
-        ("planner", PROBLEM, "A=12+7; B=9-4; C=A*B", None),
-        ("solver", "12+7", "19", "accepted"),
-        ("solver", "9-4", "5", "accepted"),
-        ("critic", "12+7 -> 19", "accepted", "accepted"),
-        ("critic", "9-4 -> 5", "accepted", "accepted"),
-        ("solver", "A*B", "95", "accepted"),
-        ("critic", "A*B -> 95", "accepted", "accepted"),
+    assert [(e.seat, e.input) for e in workflow.transcript] == [(call.seat, str(call.task)) for call in calls]
+    assert [(e.output, e.verdict) for e in workflow.transcript] == [
+        ("A=12+7; B=9-4; C=A*B", None),
+        ("19", "accepted"),
+        ("5", "accepted"),
+        ("accepted", "accepted"),
+        ("accepted", "accepted"),
+        ("95", "accepted"),
+        ("accepted", "accepted"),
     ]
 
 
@@ -321,7 +322,7 @@ def test_alone_the_solver_answers_at_once() -> None:
 
 def test_alone_an_unusable_or_mistyped_reply_is_asked_for_again_until_the_last_try() -> None:
     workflow = Solo(PROBLEM, Solo.Options())
-    replies = iter([Unusable("dots"), Solution(result="95"), Unusable("dots")])
+    replies: Iterator[Reply | Unusable] = iter([Unusable("dots"), Solution(result="95"), Unusable("dots")])
     assert [call.variation for call in drive(workflow, lambda _: next(replies))] == [0, 1, 2]
     assert workflow.outcome is not None
     assert workflow.outcome.failure == "the solver's reply could not be read 3 times: dots"

@@ -1,0 +1,97 @@
+"""What the end-to-end tests share: the command as a user runs it, and the processes that a run leaves behind."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLE = REPOSITORY / "configs" / "problems" / "sample.jsonl"
+
+
+class Command:
+    """`troupe` in a folder of its own, and the processes that it starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started: list[subprocess.Popen[str]] = []
+        self._seen: set[psutil.Process] = set()
+        self.environment = {**os.environ, "TROUPE_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        """Start it in a session of its own, as a terminal does."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.cli.main", *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+        self._started.append(process)
+        return process
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run it to the end."""
+        with self.start(*arguments) as process:
+            watch = threading.Thread(target=self._watch, args=(process,))
+            watch.start()
+            out, err = process.communicate(timeout=300)
+            watch.join()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        while process.poll() is None:
+            self.processes()
+            time.sleep(0.2)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of ours: the commands and all that ever descended from them, as far as we looked."""
+        for root in self._started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(root.pid)
+                self._seen.update([parent, *parent.children(recursive=True)])
+        return [process for process in self._seen if _lives(process)]
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine processes among them, by the title that vLLM gives them."""
+        return [process for process in self.processes() if "EngineCore" in "".join(process.cmdline())]
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait for a condition; fail when it does not come."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, f"not within {seconds} s; processes: {self.processes()}"
+            time.sleep(0.05)
+
+    def nothing_left(self) -> None:
+        """Fail unless every process of ours ends by itself at once."""
+        self.wait_until(lambda: not self.processes(), seconds=5)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def troupe(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """A file of results by id; every line must be whole."""
+    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}

@@ -1,0 +1,174 @@
+"""`troupe roles`: what it lists, writes and checks, and with which exit code."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from agents.registry import registered
+from runtime.cli.roles import roles
+from runtime.errors import ConfigError, InputError
+from tests.plugins import ECHO, lay_out
+
+TEXT = {"type": "string"}
+SPEC = {
+    "name": "mine",
+    "task": "answer",
+    "prompt": "Answer {problem}",
+    "reply": {"type": "object", "properties": {"answer": TEXT}, "required": ["answer"]},
+}
+
+
+def troupe_roles(*arguments: str) -> Result:
+    """The command in this process. What an error for a user says is the exception's, as `troupe` prints it."""
+    return CliRunner().invoke(roles, arguments)
+
+
+def refused(kind: type[Exception], *arguments: str) -> str:
+    result = troupe_roles(*arguments)
+    assert isinstance(result.exception, kind), result.output
+    return str(result.exception)
+
+
+def listed() -> Mapping[str, Any]:
+    result = troupe_roles("--json")
+    assert result.exit_code == 0
+    found: Mapping[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_the_list_says_what_is_there_and_where_from() -> None:
+    lines = [re.split(r"\s{2,}", line.strip()) for line in troupe_roles().stdout.splitlines()]
+    assert ["role", "takes", "from"] in lines
+    assert ["workflow", "from"] in lines
+    found = {line[0]: line[1:] for line in lines}
+    [version] = {entry.origin for entry in registered("role") if entry.name == "solver"}
+    assert found["solver"] == [
+        "solve, answer",
+        version,
+        "Works one step of a plan, and states the answer, for instruct models.",
+    ]
+    assert found["vote"][0] == version
+    assert found["vote"][1].startswith("Plan, then several sampled solutions")
+
+
+def test_the_list_as_json() -> None:
+    [solver] = [row for row in listed()["roles"] if row["name"] == "solver"]
+    assert solver["takes"] == ["solve", "answer"]
+    assert solver["fault"] is None
+    assert {"deliberate", "vote", "solo"} <= {row["name"] for row in listed()["workflows"]}
+
+
+def test_broken_plug_ins_are_listed_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"troupe.roles": {"dud": "dud_kit:Dud", "fine": "dud_kit_fine:Echo", "solver": "dud_kit_fine:Echo"}}
+    sources = {"dud_kit": "raise RuntimeError('no [red]licence')", "dud_kit_fine": ECHO}
+    monkeypatch.syspath_prepend(lay_out(tmp_path / "dud", "dud-kit", entries, sources))
+    garbled = lay_out(tmp_path / "garbled", "garbled-kit", {})
+    (garbled / "garbled_kit-1.0.dist-info" / "entry_points.txt").write_text("[troupe.roles]\nnonsense\n")
+    monkeypatch.syspath_prepend(garbled)
+
+    rows = {(row["name"], row["origin"]): row for row in listed()["roles"]}
+    assert rows["dud", "dud-kit 1.0"]["fault"] == "importing dud_kit:Dud raised RuntimeError: no [red]licence"
+    assert rows["fine", "dud-kit 1.0"]["fault"] is None
+    assert rows["fine", "dud-kit 1.0"]["summary"] == "Says the problem again."
+    assert {bool(row["fault"]) for (name, _), row in rows.items() if name == "solver"} == {True}
+    assert rows["critic", rows_origin(rows)]["fault"] is None
+    assert listed()["unreadable"] == ["garbled-kit 1.0: its entry points cannot be read"]
+
+    said = troupe_roles().stdout
+    assert "broken: importing dud_kit:Dud raised RuntimeError: no [red]licence" in said
+    assert "garbled-kit 1.0: its entry points cannot be read" in said
+
+
+def rows_origin(rows: Mapping[tuple[str, str], Any]) -> str:
+    return next(origin for name, origin in rows if name == "critic")
+
+
+def test_new_writes_a_package_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder" / "second"
+    result = troupe_roles("new", "second-opinion", "--dir", str(folder))
+    assert result.exit_code == 0
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
+        "README.md",
+        "pyproject.toml",
+        "team.yaml",
+        "test_second_opinion.py",
+        "troupe_role_second_opinion.py",
+    ]
+    assert f"pip install -e '{folder}'" in result.stdout
+    assert "not empty" in refused(InputError, "new", "other", "--dir", str(folder))
+
+
+def test_new_without_a_folder_writes_beside_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "troupe-role-second").mkdir()
+    assert troupe_roles("new", "second").exit_code == 0
+    assert (tmp_path / "troupe-role-second" / "pyproject.toml").is_file()
+
+
+def test_new_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "give --dir another folder" in refused(InputError, "new", "second", "--dir", str(tmp_path / "file"))
+    assert "give --dir another folder" in refused(InputError, "new", "second", "--dir", str(tmp_path / "file" / "x"))
+    assert "there is a role 'solver' already" in refused(InputError, "new", "solver", "--dir", str(tmp_path / "s"))
+    assert "lowercase" in refused(InputError, "new", "Second", "--dir", str(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("what", ["solver", "arithmetic-critic", "agents.planner:Planner"])
+def test_check_passes_a_sound_role(what: str) -> None:
+    result = troupe_roles("check", what)
+    assert (result.exit_code, result.stdout) == (0, f"{what}: OK\n")
+
+
+def test_check_reads_a_class_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lying_here.py").write_text(ECHO + "class Mute(Echo):\n    def messages(self, task): return []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")  # so that what the command adds to the path is undone
+    assert troupe_roles("check", "lying_here:Echo").stdout == "lying_here:Echo: OK\n"
+    result = troupe_roles("check", "lying_here:Mute")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("lying_here:Mute: answer: messages() gave []: it has to be a list")
+    assert "there is no lying_here:Ekho" in refused(ConfigError, "check", "lying_here:Ekho")
+    assert "there is no lying_there:Echo" in refused(ConfigError, "check", "lying_there:Echo")
+    assert "not written as module:Class" in refused(ConfigError, "check", "lying_here:")
+
+
+def test_check_tells_what_keeps_a_class_from_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stumbling.py").write_text("import there_is_no_such_module")
+    (tmp_path / "clumsy.py").write_text(ECHO + "class Role(Echo):\n    def __init__(self): self.nothing\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    result = troupe_roles("check", "stumbling:Role")
+    assert result.exit_code == 1
+    assert "No module named 'there_is_no_such_module'" in result.stdout
+    result = troupe_roles("check", "clumsy:Role")
+    assert result.exit_code == 1
+    assert "has no attribute 'nothing'; a role is made without arguments" in result.stdout
+
+
+def test_check_reads_a_role_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(SPEC))
+    assert troupe_roles("check", str(path)).stdout == f"{path}: OK\n"
+    path.write_text(yaml.safe_dump({**SPEC, "prompt": "Answer", "more": 1}))
+    result = troupe_roles("check", str(path))
+    assert result.exit_code == 1
+    assert [line.split(": ")[1] for line in result.stdout.splitlines()] == ["prompt", "more"]
+    assert all(line.startswith(f"{path}: ") for line in result.stdout.splitlines())
+
+
+def test_check_refuses_what_leads_nowhere(tmp_path: Path) -> None:
+    assert "did you mean solver" in refused(ConfigError, "check", "solvr")
+    assert "No such file" in refused(ConfigError, "check", str(tmp_path / "none.yaml"))
+
+
+def test_json_belongs_to_the_list() -> None:
+    result = troupe_roles("--json", "check", "solver")
+    assert result.exit_code == 2
+    assert "--json belongs to the list" in result.output
