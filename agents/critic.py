@@ -1,10 +1,10 @@
 """The critic for instruct models: checks one result, and says why it does not stand."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from agents.role import CritiqueTask, Message, Reply, Sampling, SchemaRole, Task, Value, Verdict
+from agents.role import CritiqueTask, Forms, Message, Reply, Sampling, SchemaRole, Task, Value, Verdict
 from agents.solver import results_so_far
 
 PROMPT = """You are the critic of a team. Check the result of one step by another way than the obvious one: the inverse
@@ -24,7 +24,7 @@ class Critic(SchemaRole):
     """Checks the result of one step by another way, for instruct models."""
 
     takes = (CritiqueTask,)
-    forms = {CritiqueTask: VerdictForm}
+    forms: ClassVar[Forms] = {CritiqueTask: VerdictForm}
     sampling = Sampling(temperature=0.2, max_tokens=1536)
 
     def messages(self, task: Task) -> list[Message]:

@@ -1,10 +1,10 @@
 """The planner for instruct models: a problem becomes a few steps in plain language."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from agents.role import Message, Plan, PlanTask, Reply, Sampling, SchemaRole, Step, Task, Value
+from agents.role import Forms, Message, Plan, PlanTask, Reply, Sampling, SchemaRole, Step, Task, Value
 
 PROMPT = """You are the planner of a team. Split the problem into the fewest ordered steps that lead to its answer.
 Each step is one instruction that a colleague can carry out with the results of the steps before it. Do not solve
@@ -23,7 +23,7 @@ class Planner(SchemaRole):
     """Splits a problem into ordered steps for instruct models."""
 
     takes = (PlanTask,)
-    forms = {PlanTask: PlanForm}
+    forms: ClassVar[Forms] = {PlanTask: PlanForm}
     sampling = Sampling(temperature=0.2, max_tokens=1024)
 
     def messages(self, task: Task) -> list[Message]:

@@ -190,13 +190,16 @@ class Role(ABC):
 
     def check(self, problem: str) -> None:
         """Raise TaskRefused for a problem that this role could not work. Called before any engine is asked."""
-        return None
+        return
+
+
+Forms = Mapping[type[Task], type[BaseModel]]
 
 
 class SchemaRole(Role):
     """A role whose model answers in JSON of a fixed schema, one pydantic model for each kind of task it takes."""
 
-    forms: ClassVar[Mapping[type[Task], type[BaseModel]]]
+    forms: ClassVar[Forms]
 
     def schema(self, task: Task) -> dict[str, Any]:
         return self.forms[type(task)].model_json_schema()

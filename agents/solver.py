@@ -1,16 +1,29 @@
 """The solver for instruct models: works one step, and states the answer at the end."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from agents.role import Answer, AnswerTask, Message, Reply, Sampling, SchemaRole, Solution, SolveTask, Step, Task, Value
+from agents.role import (
+    Answer,
+    AnswerTask,
+    Forms,
+    Message,
+    Reply,
+    Sampling,
+    SchemaRole,
+    Solution,
+    SolveTask,
+    Step,
+    Task,
+    Value,
+)
 
 STEP_PROMPT = """You are the solver of a team. Carry out the one step you are given, with the results so far. Show your
 work briefly, then give the step's result alone. Reply in JSON: {"work": "...", "result": "..."}"""
-ANSWER_PROMPT = """You are the solver of a team. Give the final answer to the problem, from the results of the steps where
-there are any: the answer alone, without explanation. Reply in JSON: {"answer": "..."}"""
+ANSWER_PROMPT = """You are the solver of a team. Give the final answer to the problem, from the results of the steps
+where there are any: the answer alone, without explanation. Reply in JSON: {"answer": "..."}"""
 
 
 class SolutionForm(Value):
@@ -30,7 +43,7 @@ class Solver(SchemaRole):
     """Works one step of a plan, and states the answer, for instruct models."""
 
     takes = (SolveTask, AnswerTask)
-    forms = {SolveTask: SolutionForm, AnswerTask: AnswerForm}
+    forms: ClassVar[Forms] = {SolveTask: SolutionForm, AnswerTask: AnswerForm}
     sampling = Sampling(temperature=0.2, max_tokens=1536)
 
     def messages(self, task: Task) -> list[Message]:

@@ -4,7 +4,6 @@ The only module that reads YAML. A configuration may build on another (`extends`
 key. Errors name the file, the key and what would be right.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +11,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from agents.names import nearest
 from agents.role import Sampling
 from runtime.engines.base import EngineSpec
 from runtime.errors import ConfigError
@@ -31,7 +31,9 @@ class Section(BaseModel):
 class Member(Section):
     """One seat of the team: which role, on which engine, sampled how (over the role's own defaults)."""
 
-    role: str = Field(min_length=1, description="a registered role, or a YAML file of one relative to the configuration")
+    role: str = Field(
+        min_length=1, description="a registered role, or a YAML file of one relative to the configuration"
+    )
     engine: str = Field(min_length=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -69,13 +71,14 @@ class Config(Section):
         for seat, member in self.team.items():
             if member.engine not in self.engines:
                 raise ValueError(
-                    f"team.{seat}.engine: there is no engine {member.engine!r}"
-                    f"{_meant(member.engine, self.engines)}; engines are {', '.join(self.engines)}"
+                    f"team.{seat}.engine: there is no engine {member.engine!r}; {nearest(member.engine, self.engines)}"
                 )
         shares = sum(spec.gpu_memory_utilization for spec in self.engines.values())
         if shares > 1 + 1e-9:
             parts = " + ".join(f"{name} {spec.gpu_memory_utilization:g}" for name, spec in self.engines.items())
-            raise ValueError(f"engines: gpu_memory_utilization adds up to {shares:g} ({parts}); at most 1 fits a device")
+            raise ValueError(
+                f"engines: gpu_memory_utilization adds up to {shares:g} ({parts}); at most 1 fits a device"
+            )
         return self
 
     def with_workflow(self, name: str) -> "Config":
@@ -107,9 +110,7 @@ def find(name: str) -> Path:
     shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
     if name in shipped:
         return SHIPPED / f"{name}.yaml"
-    raise ConfigError(
-        f"there is no configuration {name!r}{_meant(name, shipped)}: give a file, or one of {', '.join(shipped)}"
-    )
+    raise ConfigError(f"there is no file {name!r}, and no shipped configuration of that name; {nearest(name, shipped)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -125,8 +126,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'not YAML'}") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys such as engines, team and workflow")
+        raise ConfigError(f"{path}: not a mapping of keys to values")
     return data
+
+
+def is_role_file(role: str) -> bool:
+    """Whether a member's role is a YAML file and not a registered name."""
+    return role.endswith((".yaml", ".yml"))
 
 
 def dump(config: Config) -> str:
@@ -155,7 +161,7 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         entries = data.get(section)
         for entry in entries.values() if isinstance(entries, dict) else ():
             value = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(value, str) and value.startswith(("./", "../")):
+            if isinstance(value, str) and (value.startswith(("./", "../")) or is_role_file(value)):
                 entry[key] = str(folder / value)
 
 
@@ -163,9 +169,14 @@ def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        deep = isinstance(old, dict) and isinstance(value, dict) and key != "workflow"
-        merged[key] = _over(old, value) if deep else value
+        deep = isinstance(old, dict) and isinstance(value, dict) and not _other_workflow(key, old, value)
+        merged[key] = _over(old or {}, value) if deep else value
     return merged
+
+
+def _other_workflow(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """One workflow's options are not another's: a workflow of another name starts from its own defaults."""
+    return key == "workflow" and new.get("name", old.get("name")) != old.get("name")
 
 
 def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
@@ -191,7 +202,7 @@ def _complaint(error: dict[str, Any]) -> str:
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"])
-        return f"{place}: unknown key{_meant(str(error['loc'][-1]), known)}; known are {', '.join(known)}"
+        return f"{place}: unknown key; {nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{place}: {message}" if place else message
@@ -205,8 +216,3 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     section = parts.get(str(location[0])) if len(location) > 1 else Config
     names = list((section or Config).model_fields)
     return [*(name for name in names if name != "source"), *(["extends"] if section is Config else [])]
-
-
-def _meant(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,11 +1,11 @@
 """Everything Troupe raises for a user to read.
 
-    TroupeError
-    ├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right   (exit code 2)
-    ├── InputError       a problem or a line of a file is wrong                                       (exit code 2)
-    ├── EngineError      an engine could not start, died, or refused a request
-    │   └── EngineDead   the engine's process is gone
-    └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
+TroupeError
+├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right   (exit code 2)
+├── InputError       a problem or a line of a file is wrong                                       (exit code 2)
+├── EngineError      an engine could not start, died, or refused a request
+│   └── EngineDead   the engine's process is gone
+└── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
 """
 
 __all__ = ["ConfigError", "EngineDead", "EngineError", "InputError", "PluginError", "TroupeError"]

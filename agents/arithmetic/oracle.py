@@ -1,9 +1,10 @@
-"""What flawless models would reply to the embedded team's prompts: the script of a fake engine, and the tests' judge."""
+"""What flawless models would reply to the embedded team's prompts: a fake engine's script, and the tests' judge."""
 
 import re
 
 from agents.arithmetic import scratchpad, wording
 from agents.arithmetic.expressions import Expression, read
+
 
 def reply(prompt: str) -> str:
     """The right reply to a planner's, solver's or critic's prompt, as the tokenizer joins it."""

@@ -117,7 +117,9 @@ class ArithmeticCritic(ArithmeticRole):
 def as_read(problem: str) -> str:
     """The problem as the planner was taught to read it: an expression, or a known wording. Raises OutOfBounds."""
     if len(problem) > PROBLEM_MAX_CHARACTERS:
-        raise OutOfBounds(f"the problem has {len(problem)} characters; the embedded team reads {PROBLEM_MAX_CHARACTERS}")
+        raise OutOfBounds(
+            f"the problem has {len(problem)} characters; the embedded team reads {PROBLEM_MAX_CHARACTERS}"
+        )
     text = wording.tidy(problem.translate(_SAME_SIGN))
     if not text:
         raise OutOfBounds("the problem is empty: write an expression such as (12+7)*3, or a word problem")
@@ -125,7 +127,8 @@ def as_read(problem: str) -> str:
     assert known is not None
     if known.end() < len(text):
         raise OutOfBounds(
-            f"character {text[known.end()]!r} is outside the embedded team's alphabet: letters, digits, + - * ( ) . , ? ! ="
+            f"character {text[known.end()]!r} is outside the embedded team's alphabet: "
+            "letters, digits, + - * ( ) . , ? ! ="
         )
     asked = _ASKING.fullmatch(text)
     if asked and not re.search("[a-z]", asked[1]):

@@ -21,6 +21,7 @@ from agents.arithmetic.expressions import (
 )
 
 HELD_OUT_SHARE = 0.02
+PLACES = (1, 10, 100, 1000, 10_000)
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ def _tree(rng: random.Random, operations: int, depth: int) -> str:
         rng.shuffle(pair)
         return "*".join(pair)
     left = rng.randint(0, operations - 1)
-    text = sign.join(_side(rng, count, depth) for count in (left, operations - 1 - left))
-    return text
+    return sign.join(_side(rng, count, depth) for count in (left, operations - 1 - left))
 
 
 def _side(rng: random.Random, operations: int, depth: int) -> str:
@@ -121,20 +121,22 @@ def _side(rng: random.Random, operations: int, depth: int) -> str:
 
 def _number(rng: random.Random) -> int:
     """An operand, every length as often."""
-    return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(0, FACTOR_MAX), rng.randint(100, OPERAND_MAX)))
+    return rng.choice(
+        (rng.randint(0, 9), rng.randint(10, 99), rng.randint(0, FACTOR_MAX), rng.randint(100, OPERAND_MAX))
+    )
 
 
 def _signed(rng: random.Random) -> int:
-    return rng.choice((-1, 1)) * rng.randint(0, 10 ** rng.randint(1, 5) - 1)
+    most = int("9" * rng.randint(1, 5))
+    return rng.randint(0, most) * rng.choice((-1, 1))
 
 
 def _slip(rng: random.Random, left: int, sign: str, right: int, true: int) -> int:
     kind = rng.randrange(7)
     if kind == 0:  # one digit read wrong
-        place = 10 ** rng.randrange(5)
-        return true + rng.randint(-9, 9) * place
+        return true + rng.randint(-9, 9) * rng.choice(PLACES)
     if kind == 1:  # a carry lost or made up
-        return true + rng.choice((-1, 1)) * 10 ** rng.randrange(5)
+        return true + rng.choice((-1, 1)) * rng.choice(PLACES)
     if kind == 2:  # the sign
         return -true
     if kind == 3:  # two digits exchanged

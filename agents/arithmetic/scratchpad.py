@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from agents.arithmetic.expressions import APPLY, DIGITS, STEP_NAMES, Operation
+from agents.arithmetic.expressions import DIGITS, STEP_NAMES, Operation
 
 RIGHT, WRONG = "right", "wrong"
 AT_ONCE = "?"
@@ -170,10 +170,8 @@ def _sum(left: int, sign: str, right: int) -> _Sum:
     for a, b in zip(upper, lower, strict=True):
         columns.append(a + b + carry if adds else (a - b - carry) % 10 + 10 * (a < b + carry))
         carry = columns[-1] // 10
-    if adds or states[-1] == ">":
-        result_sign = _sign(left)
-    else:
-        result_sign = right_sign if states[-1] == "<" else "+"
+    larger = {">": _sign(left), "<": right_sign, "=": "+"}[states[-1]]
+    result_sign = _sign(left) if adds else larger
     return _Sum([*states, "+" if adds else "-", *map(str, columns)], result_sign, columns)
 
 
@@ -184,9 +182,7 @@ def _flip(sign: str) -> str:
 def _multiply(left: int, right: int) -> list[str]:
     """A row times the units, a row times the tens, and the row of their sum; each column with the carry before it."""
     units, tens = _digits(right)[:2]
-    rows = []
-    for factor in (units, tens):
-        rows.append(_with_carries([digit * factor for digit in _digits(left)]))
+    rows = [_with_carries([digit * factor for digit in _digits(left)]) for factor in (units, tens)]
     shifted = [0, *(column % 10 for column in rows[1][:-1])]
     rows.append(_with_carries([a % 10 + b for a, b in zip(rows[0], shifted, strict=True)]))
     return [token for index, row in enumerate(rows) for token in (*([_ROW] if index else []), *map(str, row))]

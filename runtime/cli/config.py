@@ -28,4 +28,6 @@ def check(file: str) -> None:
 def show(name: str, as_json: bool) -> None:
     """Print a configuration with every default written out: a file, or a shipped one by NAME (default: embedded)."""
     found = configuration.load(name)
-    click.echo(json.dumps(found.model_dump(mode="json"), indent=2) if as_json else configuration.dump(found), nl=as_json)
+    click.echo(
+        json.dumps(found.model_dump(mode="json"), indent=2) if as_json else configuration.dump(found), nl=as_json
+    )

@@ -11,15 +11,12 @@ import click
 T = TypeVar("T")
 
 
-class Interrupted(click.ClickException):
+class Interrupted(Exception):
     """The run was ended by a signal; 128 + its number is the exit code."""
 
     def __init__(self, number: int) -> None:
         super().__init__("interrupted")
-        self.exit_code = 128 + number
-
-    def show(self, file: Any = None) -> None:
-        click.echo("interrupted", err=True)
+        self.number = number
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

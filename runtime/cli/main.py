@@ -10,6 +10,7 @@ import click
 
 from runtime.cli.config import config
 from runtime.cli.doctor import doctor
+from runtime.cli.interrupt import Interrupted
 from runtime.cli.roles import roles
 from runtime.cli.solve import solve
 from runtime.errors import TroupeError
@@ -38,6 +39,9 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
+    except Interrupted as interruption:
+        click.echo("interrupted", err=True)
+        code = 128 + interruption.number
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -28,7 +28,9 @@ from runtime.jobs.team import Team
 
 @click.command()
 @click.argument("problem", required=False)
-@click.option("--file", "-f", type=click.Path(path_type=Path), help='Problems, a line each: {"id", "problem", "answer"}.')
+@click.option(
+    "--file", "-f", type=click.Path(path_type=Path), help='Problems, a line each: {"id", "problem", "answer"}.'
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write results here, a line of JSON each.")
 @click.option("--resume", is_flag=True, help="Go on from what is in --out; failed problems are tried again.")
 @click.option("--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Problems worked at once.")
@@ -266,7 +268,8 @@ def _result(result: JobResult) -> str:
     mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: " "}[result.correct]
     wanted = f"  (expected {result.expected})" if result.correct is False else ""
     doubt = "" if result.confirmed else "  [yellow](not confirmed)[/]"
-    return f"{mark} [cyan]{escape(result.id)}[/]  {escape(result.problem)}  →  [bold]{escape(str(result.answer))}[/]{wanted}{doubt}"
+    answer = f"[bold]{escape(str(result.answer))}[/]{wanted}{doubt}"
+    return f"{mark} [cyan]{escape(result.id)}[/]  {escape(result.problem)}  →  {answer}"
 
 
 def _summary(summary: Summary) -> str:

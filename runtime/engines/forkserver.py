@@ -47,7 +47,7 @@ class EngineProcess(ForkServerProcess):
     """A process of the forkserver that does not run the parent's main module again, whatever that is."""
 
     @staticmethod
-    def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:
+    def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:  # noqa: N802 (multiprocessing's name)
         with _no_main():
             return popen_forkserver.Popen(process_obj)
 

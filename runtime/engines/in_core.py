@@ -7,7 +7,7 @@ import torch
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
-class InCoreExecutor(UniProcExecutor):
+class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
     """vLLM's single-process executor under a name of its own.
 
     The CPU platform replaces the one it knows by one that starts a worker process; a subclass it leaves alone.

@@ -18,9 +18,9 @@ FORKSERVER_PID = os.getpid()
 os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent, which then closes its engines in order
 os.register_at_fork(after_in_child=die_with_parent)
 
-import vllm.model_executor.models.llama  # noqa: E402, F401
-import vllm.v1.engine.core  # noqa: E402, F401
-import vllm.v1.executor.uniproc_executor  # noqa: E402, F401
+import vllm.model_executor.models.llama  # noqa: E402
+import vllm.v1.engine.core  # noqa: E402
+import vllm.v1.executor.uniproc_executor  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 if current_platform.is_cpu():

@@ -132,7 +132,7 @@ class VllmEngine(EngineHandle):
             await asyncio.to_thread(llm.shutdown)
 
 
-class LatestStats(StatLoggerBase):
+class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
     """Keeps the scheduler's latest figures instead of logging them."""
 
     def __init__(self) -> None:

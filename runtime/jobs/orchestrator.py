@@ -7,17 +7,21 @@ jobs go on.
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from itertools import count
+from typing import ParamSpec, TypeVar
 
 from agents.role import Reply, ReplyUnusable, TaskRefused
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import EngineHandle, GenerateRequest
-from runtime.errors import EngineError, InputError
+from runtime.errors import EngineError, InputError, PluginError
 from runtime.events import JobEnded, Listener, RoleReplied, ignore
 from runtime.jobs.job import Job, JobResult, Usage
 from runtime.jobs.team import Seat, Team
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Orchestrator:
@@ -38,7 +42,7 @@ class Orchestrator:
         try:
             self.team.check(job.problem)
             await self._work(job, workflow, usage)
-        except (EngineError, InputError, TaskRefused) as refusal:
+        except (EngineError, InputError, PluginError, TaskRefused) as refusal:
             error = str(refusal)
         outcome = workflow.outcome
         result = JobResult(
@@ -58,7 +62,7 @@ class Orchestrator:
 
     async def _work(self, job: Job, workflow: Workflow, usage: dict[str, Usage]) -> None:
         """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
-        due = workflow.begin()
+        due = _plugged("the workflow's begin()", workflow.begin)
         open_calls: dict[asyncio.Task[Reply | Unusable], RoleCall] = {}
         try:
             while workflow.outcome is None:
@@ -84,7 +88,7 @@ class Orchestrator:
 
     def _take(self, job: Job, workflow: Workflow, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         known = len(workflow.transcript)
-        due = workflow.take(call, reply)
+        due = _plugged("the workflow's take()", workflow.take, call, reply)
         for entry in workflow.transcript[known:]:
             self._tell(RoleReplied(job.id, entry))
         return due
@@ -106,7 +110,7 @@ class Orchestrator:
                 finish = chunk.finish
         spent.seconds += time.monotonic() - started
         try:
-            return seat.role.parse("".join(pieces), call.task)
+            return _plugged(f"the role at {seat.name}: parse()", seat.role.parse, "".join(pieces), call.task)
         except ReplyUnusable as error:
             cut = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
             return Unusable(f"{error}{cut}")
@@ -118,14 +122,24 @@ class Orchestrator:
             temperature = max(temperature, sampling.retry_temperature)
         return GenerateRequest(
             request_id=f"{job.id}/{next(self._requests)}",
-            messages=tuple(seat.role.messages(call.task)),
+            messages=tuple(_plugged(f"the role at {seat.name}: messages()", seat.role.messages, call.task)),
             temperature=temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop=sampling.stop,
             seed=None if job.seed is None or not temperature else _seed(job.seed, call),
-            schema=seat.role.schema(call.task),
+            schema=_plugged(f"the role at {seat.name}: schema()", seat.role.schema, call.task),
         )
+
+
+def _plugged(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a role or a workflow, which may be a third party's: whatever it raises fails this job and no other."""
+    try:
+        return function(*args, **kwargs)
+    except (TaskRefused, ReplyUnusable):
+        raise
+    except Exception as error:
+        raise PluginError(f"{what} raised {error!r}") from error
 
 
 def _seed(seed: int, call: RoleCall) -> int:

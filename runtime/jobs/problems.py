@@ -47,7 +47,7 @@ def read(path: Path) -> list[Problem]:
 
 
 def done(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole results in a file of results; none when there is no file. Raises InputError for another kind of file."""
+    """The whole results in a file of results; none when there is no file. Raises InputError for another file."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").split("\n")

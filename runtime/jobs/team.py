@@ -4,7 +4,6 @@ Made from a configuration before any engine starts, so that an unknown role, a b
 fills is told at once.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from agents import registry, template_role
-from agents.role import PlanTask, Role, Sampling, TaskRefused, Value, explain
+from agents.role import Role, Sampling, Task, TaskRefused, Value, explain
 from agents.workflow import Workflow
-from runtime.config import Config, Member, read_yaml
+from runtime.config import Config, Member, is_role_file, read_yaml
 from runtime.errors import ConfigError, InputError, PluginError
 
 PROBLEM_MAX_CHARACTERS = 100_000
@@ -53,6 +52,8 @@ class Team:
                 seat.role.check(problem)
             except TaskRefused as error:
                 raise InputError(str(error)) from None
+            except Exception as error:  # a third party's role may raise anything
+                raise PluginError(f"the role at {seat.name}: check() raised {error!r}") from error
 
 
 def assemble(config: Config) -> Team:
@@ -62,12 +63,13 @@ def assemble(config: Config) -> Team:
     """
     workflow = _workflow(config)
     options = _options(config, workflow)
-    needed = workflow.seats(options)
+    needed = _needed(config, workflow, options)
     for seat in needed:
         if seat not in config.team:
-            close = difflib.get_close_matches(seat, list(config.team), n=1)
-            meant = f" (team.{close[0]} is there)" if close else ""
-            raise ConfigError(f"{config.source}: team: the workflow {config.workflow.name} needs a {seat!r}{meant}")
+            raise ConfigError(
+                f"{config.source}: team: the workflow {config.workflow.name} needs a {seat!r}; "
+                f"there are {', '.join(config.team)}"
+            )
     seats = {name: _seat(config, name, member) for name, member in config.team.items() if name in needed}
     for name, tasks in needed.items():
         missing = [task.__name__ for task in tasks if task not in seats[name].role.takes]
@@ -89,6 +91,13 @@ def _workflow(config: Config) -> type[Workflow]:
         raise PluginError(f"{config.source}: workflow.name: {error}") from None
 
 
+def _needed(config: Config, workflow: type[Workflow], options: Value) -> Mapping[str, tuple[type[Task], ...]]:
+    try:
+        return workflow.seats(options)
+    except Exception as error:  # a third party's workflow may raise anything
+        raise PluginError(f"{config.source}: workflow {config.workflow.name}: seats() raised {error!r}") from error
+
+
 def _options(config: Config, workflow: type[Workflow]) -> Value:
     try:
         return workflow.Options.model_validate(dict(config.workflow.options))
@@ -104,7 +113,7 @@ def _seat(config: Config, name: str, member: Member) -> Seat:
 
 def _role(config: Config, seat: str, member: Member) -> Role:
     place = f"{config.source}: team.{seat}.role"
-    if member.role.endswith((".yaml", ".yml")):
+    if is_role_file(member.role):
         path = Path(member.role)
         try:
             return template_role.from_mapping(read_yaml(path), str(path))

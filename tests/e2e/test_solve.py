@@ -49,11 +49,12 @@ def test_one_problem_as_json_is_one_object(troupe: Command) -> None:
 
 
 def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
-    (troupe.folder / "p.jsonl").write_text('{"id": "good", "problem": "1+2"}\nrubbish\n{"id": "big", "problem": "5000+1"}\n')
+    lines = ['{"id": "good", "problem": "1+2"}', "rubbish", '{"id": "big", "problem": "5000+1"}']
+    (troupe.folder / "p.jsonl").write_text("\n".join(lines))
     done = troupe.run("solve", "--file", "p.jsonl", "--json")
-    *lines, summary = map(json.loads, done.stdout.splitlines())
+    *found, summary = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 1
-    assert {r["id"]: r.get("answer") for r in lines} == {"good": "3", "line-2": None, "big": None}
+    assert {r["id"]: r.get("answer") for r in found} == {"good": "3", "line-2": None, "big": None}
     assert "line 2: not JSON" in done.stderr
     assert "operand 5000" in done.stderr
     assert summary["summary"]["failed"] == 2
@@ -162,7 +163,8 @@ def test_an_engine_that_cannot_start_is_told_with_its_log(troupe: Command) -> No
     model = troupe.folder / "model"
     model.mkdir()
     for file in (SAMPLE.parents[1] / "models" / "solver").iterdir():
-        (model / file.name).write_bytes(file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes())
+        content = file.read_bytes()
+        (model / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
     (troupe.folder / "team.yaml").write_text("extends: embedded\nengines: {solver: {model: ./model}}\n")
     done = troupe.run("solve", "1+2", "--config", "team.yaml")
     assert done.returncode == 2

@@ -36,24 +36,31 @@ def test_a_configuration_builds_on_another(tmp_path: Path) -> None:
     assert Path(found.engines["solver"].model).is_absolute()
 
 
+def test_options_of_a_workflow_are_kept_under_its_own_name_alone(tmp_path: Path) -> None:
+    kept = config.load(write(tmp_path, "extends: embedded\nworkflow: {critics: []}\n"))
+    assert kept.workflow.options == {"rounds": 3, "critics": []}
+    other = config.load(write(tmp_path, "extends: embedded\nworkflow: {name: vote}\n"))
+    assert other.workflow.options == {}
+
+
 def test_it_is_frozen_and_survives_being_written_and_read(tmp_path: Path) -> None:
     found = config.load("embedded")
     with pytest.raises(ValueError, match="frozen"):
-        found.workflow = config.WorkflowChoice()  # type: ignore[misc]
+        found.workflow = config.WorkflowChoice()
     again = config.load(write(tmp_path, config.dump(found)))
     assert again.model_copy(update={"source": found.source}) == found
 
 
 WRONG: list[tuple[str, list[str]]] = [
-    ("", ["a configuration is a mapping"]),
-    ("- a\n", ["a configuration is a mapping"]),
+    ("", ["not a mapping"]),
+    ("- a\n", ["not a mapping"]),
     ("engines: [\n", ["line 2"]),
-    ("extends: embeded\n", ["did you mean 'embedded'"]),
+    ("extends: embeded\n", ["embedded"]),
     ("extends: [1]\n", ["extends: give the name"]),
     ("extends: team.yaml\n", ["extends itself"]),
     ("team: {}\n", ["engines: missing"]),
-    ("extends: embedded\nengine: {}\n", ["engine: unknown key (did you mean 'engines'?)"]),
-    ("extends: embedded\nengines: {solver: {modle: x}}\n", ["engines.solver.modle: unknown key (did you mean 'model'?)"]),
+    ("extends: embedded\nengine: {}\n", ["engine: unknown key; did you mean engines?"]),
+    ("extends: embedded\nengines: {solver: {modle: x}}\n", ["engines.solver.modle: unknown key; did you mean model?"]),
     ("extends: embedded\nengines: {solver: {max_num_seqs: many}}\n", ["engines.solver.max_num_seqs", "'many'"]),
     ("extends: embedded\nengines: {solver: {gpu_memory_utilization: 1.5}}\n", ["gpu_memory_utilization", "1.5"]),
     ("extends: embedded\nengines: {solver: {gpu_memory_utilization: 0.7}}\n", ["adds up to 1.3", "solver 0.7"]),
@@ -61,8 +68,8 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nengines: {solver: {kv_cache_memory_bytes: 64Mobs}}\n", ["kv_cache_memory_bytes", "64Mobs"]),
     ("extends: embedded\nengines: {solver: {model: ./nowhere}}\n", ["engines.solver.model", "nowhere does not exist"]),
     ("extends: embedded\nengines: {solver: {model: ./}}\n", ["engines.solver.model", "holds no config.json"]),
-    ("extends: embedded\nteam: {solver: {role: arithmetic-solvr, engine: solver}}\n", ["team.solver.role", "arithmetic-solver"]),
-    ("extends: embedded\nteam: {solver: {engine: sovler}}\n", ["team.solver.engine", "did you mean 'solver'?"]),
+    ("extends: embedded\nteam: {solver: {role: arithmetic-solvr, engine: solver}}\n", ["arithmetic-solver"]),
+    ("extends: embedded\nteam: {solver: {engine: sovler}}\n", ["team.solver.engine", "did you mean solver?"]),
     ("extends: embedded\nteam: {solver: {role: critic}}\n", ["team.solver.role", "SolveTask"]),
     ("extends: embedded\nteam: {solver: {role: ./role.yaml}}\n", ["role.yaml"]),
     ("extends: embedded\nteam: {solver: {temperature: 3}}\n", ["team.solver.temperature", "3"]),

@@ -102,8 +102,8 @@ async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:
 async def test_cancelling_a_job_frees_its_places_in_the_engines() -> None:
     handles = await engines(time_scale=50)
     job = asyncio.create_task(Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM)))
-    while not handles["planner"].stats().running:
-        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    assert handles["planner"].stats().running == 1
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
@@ -127,6 +127,7 @@ async def test_a_summary_counts_what_was_right_and_what_it_took() -> None:
     jobs = [Job("a", "1+2", "3"), Job("b", "1+2", "4"), Job("c", "x", "4"), Job("d", "1+2")]
     await work_all(Orchestrator(embedded_team(), await engines()), jobs, 4, results.append)
     summary = summarise(results)
-    assert (summary.problems, summary.failed, summary.accuracy) == (4, 1, pytest.approx(1 / 3))
+    assert (summary.problems, summary.failed) == (4, 1)
+    assert summary.accuracy == pytest.approx(1 / 3)
     assert summary.usage["planner"].completion_tokens == 3 * 4
     assert 0 < summary.job_time_p50_s <= summary.job_time_p99_s
