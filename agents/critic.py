@@ -15,9 +15,9 @@ Reply in JSON: {"check": "...", "accepted": true or false, "reason": "..."}"""
 class VerdictForm(Value):
     """The check before the verdict, so that the model thinks before it commits."""
 
-    check: str = Field(max_length=4000)
+    check: str = Field(max_length=1600)
     accepted: bool
-    reason: str = Field(max_length=1000)
+    reason: str = Field(max_length=300)
 
 
 class Critic(SchemaRole):
@@ -25,7 +25,7 @@ class Critic(SchemaRole):
 
     takes = (CritiqueTask,)
     forms: ClassVar[Forms] = {CritiqueTask: VerdictForm}
-    sampling = Sampling(temperature=0.2, max_tokens=1536)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def messages(self, task: Task) -> list[Message]:
         assert isinstance(task, CritiqueTask)

@@ -10,13 +10,13 @@ PROMPT = """You are the planner of a team. Split the problem into the fewest ord
 Each step is one instruction that a colleague can carry out with the results of the steps before it. Do not solve
 anything yourself. Reply in JSON: {"steps": ["...", "..."]}"""
 
-STEPS_MAX = 12
+STEPS_MAX = 10
 
 
 class PlanForm(Value):
     """The steps, each an instruction."""
 
-    steps: list[Annotated[str, Field(min_length=1, max_length=400)]] = Field(min_length=1, max_length=STEPS_MAX)
+    steps: list[Annotated[str, Field(min_length=1, max_length=160)]] = Field(min_length=1, max_length=STEPS_MAX)
 
 
 class Planner(SchemaRole):
@@ -24,7 +24,7 @@ class Planner(SchemaRole):
 
     takes = (PlanTask,)
     forms: ClassVar[Forms] = {PlanTask: PlanForm}
-    sampling = Sampling(temperature=0.2, max_tokens=1024)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def messages(self, task: Task) -> list[Message]:
         return [Message("system", PROMPT), Message("user", str(task))]

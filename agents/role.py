@@ -197,7 +197,10 @@ Forms = Mapping[type[Task], type[BaseModel]]
 
 
 class SchemaRole(Role):
-    """A role whose model answers in JSON of a fixed schema, one pydantic model for each kind of task it takes."""
+    """A role whose model answers in JSON of a fixed schema, one pydantic model for each kind of task it takes.
+
+    Bound every string and list, and `max_tokens` above their sum in characters: then a reply ends before it is cut.
+    """
 
     forms: ClassVar[Forms]
 
@@ -206,7 +209,7 @@ class SchemaRole(Role):
 
     def parse(self, text: str, task: Task) -> Reply:
         try:
-            return self.reply(self.forms[type(task)].model_validate_json(text), task)
+            return self.reply(self.forms[type(task)].model_validate(read_json(text)), task)
         except ValidationError as error:
             raise ReplyUnusable(explain(error)) from None
 
@@ -222,6 +225,14 @@ def explain(error: ValidationError) -> str:
     )
 
 
-def as_json(value: object) -> str:
-    """Compact JSON, for putting typed values into prompts."""
-    return json.dumps(value, ensure_ascii=False)
+def read_json(text: str) -> Any:
+    """The JSON in a model's reply. Raises ReplyUnusable.
+
+    Control characters are let through in strings: a grammar that bounds a string's length does not keep them out.
+    """
+    try:
+        return json.loads(text, strict=False)
+    except json.JSONDecodeError as error:
+        raise ReplyUnusable(f"not JSON: {error.msg} at character {error.pos + 1} of {len(text)}") from None
+    except (ValueError, RecursionError) as error:  # digits without end, brackets without end
+        raise ReplyUnusable(f"not JSON: {error}") from None

@@ -48,8 +48,8 @@ from agents.role import (
     Task,
     Value,
     Verdict,
-    as_json,
     explain,
+    read_json,
 )
 from agents.solver import results_so_far
 
@@ -119,11 +119,8 @@ class TemplateRole(Role):
         return self.spec.reply
 
     def parse(self, text: str, task: Task) -> Reply:
-        try:
-            form = json.loads(text)
-            fault = best_match(Draft202012Validator(self.spec.reply).iter_errors(form))
-        except (ValueError, RecursionError) as error:
-            raise ReplyUnusable(f"the reply is not JSON: {error}") from None
+        form = read_json(text)
+        fault = best_match(Draft202012Validator(self.spec.reply).iter_errors(form))
         if fault is not None:
             raise ReplyUnusable(f"{fault.json_path.replace('$', 'the reply', 1)}: {fault.message}")
         try:
@@ -227,10 +224,10 @@ def _reply_faults(schema: dict[str, Any], kind: _Kind) -> Iterator[str]:
     properties = schema.get("properties", {})
     for name, needed in {**kind.required, **kind.optional}.items():
         if name in properties and not _is(properties[name], needed):
-            yield f"properties.{name} has to be {as_json(needed)}, with limits of its own where wanted"
+            yield f"properties.{name} has to be {json.dumps(needed)}, with limits of its own where wanted"
     for name, needed in kind.required.items():
         if name not in properties:
-            yield f"properties.{name} is missing: {as_json(needed)}"
+            yield f"properties.{name} is missing: {json.dumps(needed)}"
         if name not in schema.get("required", ()):
             yield f"required has to name {name}"
 

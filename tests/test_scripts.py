@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -265,8 +264,8 @@ def check(call: str, *arguments: str) -> str:
 
 
 @pytest.fixture
-def fact(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "fact"
+def fact(tmp_path: Path) -> Path:
+    return tmp_path / "fact"
 
 
 def test_disk() -> None:

@@ -254,8 +254,9 @@ def _starting(event: EngineChanged, engines: dict[str, EngineState]) -> str:
     engines[event.engine] = event.state
     if event.state is EngineState.CLOSED:
         return "closing the engines"
-    ready = [name for name, state in engines.items() if state is EngineState.READY]
-    return "solving" if len(ready) == len(engines) else f"starting {len(engines)} engines, {len(ready)} ready"
+    if all(state is EngineState.READY for state in engines.values()):
+        return "solving"
+    return ", ".join(f"{name} {state}" for name, state in engines.items())
 
 
 def _entry(event: RoleReplied) -> str:

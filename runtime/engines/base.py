@@ -16,9 +16,11 @@ from agents.role import Message
 
 
 class EngineState(StrEnum):
-    """The life of an engine; `runtime.engines.fleet` moves it on."""
+    """The life of an engine, in order; LOADING and LOADED are of its weights."""
 
     STARTING = "starting"
+    LOADING = "loading"
+    LOADED = "loaded"
     READY = "ready"
     CLOSED = "closed"
     DEAD = "dead"

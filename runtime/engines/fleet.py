@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from runtime.engines import forkserver
+from runtime.engines import forkserver, reports
 from runtime.engines.base import EngineHandle, EngineSpec, EngineState
 from runtime.errors import EngineError
 from runtime.events import EngineChanged, Listener, ignore
@@ -34,7 +34,10 @@ class Fleet:
         prepare_process(self._specs, self._run_folder)
         # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
         module = await asyncio.to_thread(importlib.import_module, "runtime.engines.vllm_engine")
-        self.engines = {name: module.VllmEngine(name, spec, self._run_folder) for name, spec in self._specs.items()}
+        address, listener = await reports.listen(self._changed)
+        self.engines = {
+            name: module.VllmEngine(name, spec, self._run_folder, address) for name, spec in self._specs.items()
+        }
         try:
             async with asyncio.TaskGroup() as group:
                 for name, engine in self.engines.items():
@@ -45,6 +48,8 @@ class Fleet:
         except BaseException:
             await self._close()
             raise
+        finally:
+            listener.close()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -65,7 +70,7 @@ class Fleet:
 
 
 def prepare_process(specs: Mapping[str, EngineSpec], run_folder: Path) -> None:
-    """Set what vLLM reads from the environment, and start the forkserver. Must come before vLLM is imported."""
+    """Set what vLLM reads from the environment, and start the forkserver; before vLLM is imported."""
     if not Path("/proc/self").exists():
         raise EngineError("engines run on Linux alone")
     run_folder.mkdir(parents=True, exist_ok=True)

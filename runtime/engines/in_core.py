@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from runtime.engines import reports
+from runtime.engines.base import EngineState
+
 
 class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
     """vLLM's single-process executor under a name of its own.
@@ -14,12 +17,14 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
     """
 
     def _init_executor(self) -> None:
-        log = self.vllm_config.additional_config["troupe_log"]
-        with Path(log).open("ab") as file:
+        told = self.vllm_config.additional_config["troupe"]
+        with Path(told["log"]).open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         if not torch.cuda.is_available():
             # AMX tiles need the kernel's leave, asked for in the process that uses them; without it the first token
             # of a bfloat16 model ends in SIGILL.
             torch.cpu._init_amx()
+        reports.send(told["reports"], told["name"], EngineState.LOADING)
         super()._init_executor()
+        reports.send(told["reports"], told["name"], EngineState.LOADED)

@@ -37,12 +37,13 @@ vllm.v1.engine.utils.get_mp_context = forkserver.context
 
 
 class VllmEngine(EngineHandle):
-    """One vLLM engine. Its log is `<run folder>/engine-<name>.log`."""
+    """One vLLM engine. Its log is `<run folder>/engine-<name>.log`; its process tells `reports` of loading."""
 
-    def __init__(self, name: str, spec: EngineSpec, run_folder: Path) -> None:
+    def __init__(self, name: str, spec: EngineSpec, run_folder: Path, reports: str) -> None:
         self.name = name
         self.spec = spec
         self.log = run_folder / f"engine-{name}.log"
+        self._reports = reports
         self._latest = LatestStats()
         self._state = EngineState.STARTING
         self._llm: AsyncLLM | None = None
@@ -81,7 +82,7 @@ class VllmEngine(EngineHandle):
             "load_format": spec.load_format,
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
             "distributed_executor_backend": "runtime.engines.in_core.InCoreExecutor",
-            "additional_config": {"troupe_log": str(self.log)},
+            "additional_config": {"troupe": {"name": self.name, "log": str(self.log), "reports": self._reports}},
             "disable_log_stats": True,
             **spec.vllm,
         }

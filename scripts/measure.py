@@ -1,0 +1,297 @@
+"""The figures of the README, each by a command.
+
+    python scripts/measure.py start          from the command to the first answer, and to all sample answers
+    python scripts/measure.py overhead       problems through the team, and the same prompts straight to vLLM
+    python scripts/measure.py orchestrator   role calls a second over the fake engine, and memory
+    python scripts/measure.py team           what collaboration buys: solver alone, unchecked team, whole team
+    python scripts/measure.py problems       write configs/problems/held-out.jsonl again
+
+Medians and ranges over repeats; what is compared runs in turn in one process. --json prints the record.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from agents.arithmetic import oracle, sampling  # noqa: E402  (the repository, installed or not)
+from agents.role import Reply  # noqa: E402
+from agents.workflow import RoleCall, Unusable, Workflow  # noqa: E402
+from runtime import config, run_folder  # noqa: E402
+from runtime.engines.base import EngineHandle, GenerateRequest  # noqa: E402
+from runtime.engines.fake import FakeEngine  # noqa: E402
+from runtime.engines.fleet import Fleet  # noqa: E402
+from runtime.jobs import problems  # noqa: E402
+from runtime.jobs.batch import summarise, work_all  # noqa: E402
+from runtime.jobs.job import Job, JobResult, Usage  # noqa: E402
+from runtime.jobs.orchestrator import Orchestrator  # noqa: E402
+from runtime.jobs.team import Team, assemble  # noqa: E402
+
+SAMPLE = ROOT / "configs" / "problems" / "sample.jsonl"
+HELD_OUT = ROOT / "configs" / "problems" / "held-out.jsonl"
+
+
+def measure_start(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the start of `troupe solve --file` to its first and to its last answer, on its standard output."""
+    command = [sys.executable, "-m", "runtime.cli.main", "solve", "--file", str(SAMPLE), "--json"]
+    expected = len(SAMPLE.read_text().splitlines())
+    first, last = [], []
+    for repeat in range(options.repeats + 1):
+        started = time.monotonic()
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            times = [time.monotonic() - started for line in process.stdout if '"elapsed_s"' in line]
+        if process.returncode or len(times) != expected:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode} after {len(times)} answers")
+        if repeat:  # the first run warms the disk's cache
+            first.append(times[0])
+            last.append(times[-1])
+        progress(f"start {repeat}/{options.repeats}: first answer {times[0]:.1f} s, all {times[-1]:.1f} s")
+    return {"first_answer_s": spread(first), "all_answers_s": spread(last), "problems": expected}
+
+
+@dataclass
+class Asked:
+    """One request of a job, and the requests that became due by its reply."""
+
+    request: GenerateRequest
+    engine: str
+    then: list["Asked"] = field(default_factory=list)
+
+
+class Recorder(Orchestrator):
+    """An orchestrator that remembers which request led to which."""
+
+    def __init__(self, team: Team, engines: dict[str, EngineHandle]) -> None:
+        super().__init__(team, engines)
+        self.recorded: dict[str, list[Asked]] = {}
+        self._asked: dict[tuple[str, int], Asked] = {}
+        self._cause: dict[tuple[str, int], Asked] = {}
+
+    def _take(self, job: Job, workflow: Workflow, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+        due = super()._take(job, workflow, call, reply)
+        for next_call in due:
+            self._cause[job.id, next_call.number] = self._asked[job.id, call.number]
+        return due
+
+    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Reply | Unusable:
+        seat = self.team.seats[call.seat]
+        asked = self._asked[job.id, call.number] = Asked(self._request(job, seat, call), seat.engine)
+        cause = self._cause.get((job.id, call.number))
+        (cause.then if cause else self.recorded.setdefault(job.id, [])).append(asked)
+        return await super()._ask(job, call, usage)
+
+
+async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for the problems through the team, and for the same requests, as they followed one another, through vLLM.
+
+    The straight side renders the chats and streams tokens as vLLM's own server does; it has no roles, no workflow, no
+    parsing, no accounting. Both sides keep the same number of jobs open.
+    """
+    team = assemble(config.load("embedded"))
+    jobs = [job(p) for p in problems.read(HELD_OUT)[: options.problems]]
+    async with fleet() as engines:
+        recorder = Recorder(team, engines)
+        await work_all(recorder, jobs, options.concurrency, lambda result: None)
+        trees = [recorder.recorded[job.id] for job in jobs]
+        count = sum(size(tree) for tree in trees)
+        through: list[float] = []
+        straight: list[float] = []
+        for repeat in range(options.repeats + 1):
+            sides: list[tuple[list[float], Callable[[], Coroutine[Any, Any, None]]]] = [
+                (
+                    through,
+                    lambda: work_all(Orchestrator(team, engines), jobs, options.concurrency, lambda result: None),
+                ),
+                (straight, lambda: send_straight(engines, trees, options.concurrency)),
+            ]
+            for times, side in sides if repeat % 2 else reversed(sides):
+                started = time.monotonic()
+                await side()
+                if repeat:  # the first of each warms up
+                    times.append(time.monotonic() - started)
+            progress(f"overhead {repeat}/{options.repeats}")
+    return {
+        "problems": len(jobs),
+        "requests": count,
+        "concurrency": options.concurrency,
+        "team_s": spread(through),
+        "straight_s": spread(straight),
+        "ratio": spread([a / b for a, b in zip(through, straight, strict=True)]),
+    }
+
+
+async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked]], concurrency: int) -> None:
+    """Send the recorded requests to AsyncLLM, each as soon as the one that led to it is answered."""
+    from runtime.engines import vllm_engine  # the heavy import that the fleet has made by now
+
+    numbers = iter(range(10**9))
+
+    async def send(asked: Asked) -> None:
+        engine = engines[asked.engine]
+        assert isinstance(engine, vllm_engine.VllmEngine)
+        llm = engine._ready()  # around the seam: that is the point
+        chat = [{"role": m.role, "content": m.content} for m in asked.request.messages]
+        _, (prompt,) = await llm.renderer.render_chat_async([chat], vllm_engine._CHAT)
+        async for _ in llm.generate(prompt, vllm_engine._sampling(asked.request), f"straight-{next(numbers)}"):
+            pass
+        await send_all(asked.then)
+
+    async def send_all(due: list[Asked]) -> None:
+        if len(due) == 1:
+            await send(due[0])
+        elif due:
+            await asyncio.gather(*map(send, due))
+
+    waiting = iter(trees)
+
+    async def worker() -> None:
+        for tree in waiting:
+            await send_all(tree)
+
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+
+
+def size(tree: list[Asked]) -> int:
+    return sum(1 + size(asked.then) for asked in tree)
+
+
+async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
+    """Role calls a second over fake engines that answer at once, and resident memory over all calls."""
+    team = assemble(config.load("embedded"))
+    engines: dict[str, EngineHandle] = {
+        name: FakeEngine(name, lambda request: oracle.reply(request.messages[-1].content))
+        for name in ("planner", "solver", "critic")
+    }
+    for engine in engines.values():
+        await engine.start()
+    orchestrator = Orchestrator(team, engines)
+    rng = random.Random(0)
+    jobs = [Job(str(n), sampling.draw_expression(rng).text) for n in range(1000)]
+    rates, memory, calls = [], [], 0
+    while calls < options.calls:
+        started, before = time.monotonic(), calls
+        await work_all(orchestrator, jobs, options.concurrency, lambda result: None)
+        calls = sum(engine.stats().requests for engine in engines.values())
+        rates.append((calls - before) / (time.monotonic() - started))
+        memory.append(psutil.Process().memory_info().rss / 2**20)
+        progress(f"orchestrator {calls}/{options.calls} calls, {rates[-1]:.0f}/s, {memory[-1]:.1f} MiB")
+    return {
+        "calls": calls,
+        "calls_per_s": spread(rates),
+        "resident_mib_after_first_1000_jobs": round(memory[0], 1),
+        "resident_mib_at_the_end": round(memory[-1], 1),
+    }
+
+
+async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
+    """The share of held-out problems answered right by each team, greedy and at temperature 1."""
+    shipped = config.load("embedded")
+    teams = {
+        "solver alone, at once": assemble(shipped.with_workflow("solo")),
+        "team without critic": assemble(config.load("embedded-unchecked")),
+        "whole team": assemble(shipped),
+        "whole team, vote of 3": assemble(shipped.with_workflow("vote")),
+    }
+    asked = problems.read(HELD_OUT)[: options.problems]
+    figures: dict[str, Any] = {"problems": len(asked)}
+    async with fleet() as engines:
+        for temperature in (0.0, 1.0):
+            for name, team in teams.items():
+                results: list[JobResult] = []
+                jobs = [replace(job(p), temperature=temperature) for p in asked]
+                started = time.monotonic()
+                await work_all(Orchestrator(team, engines), jobs, options.concurrency, results.append)
+                summary = summarise(results)
+                figures[f"{name}, {'greedy' if not temperature else 'temperature 1.0'}"] = {
+                    "right": sum(bool(result.correct) for result in results),
+                    "failed": summary.failed,
+                    "unconfirmed": summary.unconfirmed,
+                    "wrong_but_confirmed": sum(r.confirmed and not r.correct for r in results),
+                    "seconds": round(time.monotonic() - started, 1),
+                    "tokens": sum(used.completion_tokens for used in summary.usage.values()),
+                }
+                progress(f"team: {name}, temperature {temperature}: {summary.accuracy:.1%}")
+    return figures
+
+
+def write_problems(options: argparse.Namespace) -> dict[str, Any]:
+    """500 held-out problems with their answers, as `troupe solve --file` reads them."""
+    rng = random.Random("held-out problems")
+    drawn: dict[str, int] = {}
+    while len(drawn) < 500:
+        problem = sampling.draw_problem(rng)
+        if sampling.is_held_out(problem.text):
+            drawn[problem.text] = problem.expression.value
+    lines = [json.dumps({"id": f"h{n}", "problem": p, "answer": a}) for n, (p, a) in enumerate(drawn.items(), start=1)]
+    HELD_OUT.write_text("\n".join(lines) + "\n")
+    return {"written": str(HELD_OUT.relative_to(ROOT)), "problems": len(lines)}
+
+
+@asynccontextmanager
+async def fleet() -> AsyncIterator[dict[str, EngineHandle]]:
+    """The embedded engines, logging to a run folder."""
+    folder = run_folder.create()
+    run_folder.log_to(folder)
+    async with Fleet(config.load("embedded").engines, folder) as started:
+        yield started.engines
+
+
+def job(problem: problems.Problem) -> Job:
+    return Job(problem.id, problem.problem, problem.expected)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    figures = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "start": measure_start,
+    "overhead": measure_overhead,
+    "orchestrator": measure_orchestrator,
+    "team": measure_team,
+    "problems": write_problems,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(MEASURES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--problems", type=int, help="of the held-out ones (default: 200 for overhead, 500 for team)")
+    parser.add_argument("--calls", type=int, default=100_000)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
+    options = parser.parse_args()
+    options.problems = options.problems or {"overhead": 200}.get(options.what, 500)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    found = MEASURES[options.what](options)
+    record = asyncio.run(found) if asyncio.iscoroutine(found) else found
+    print(json.dumps(record) if options.json else json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

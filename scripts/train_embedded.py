@@ -1,0 +1,372 @@
+"""Train the embedded team's three models from generated data, and write them with their model cards.
+
+    python scripts/train_embedded.py                   all three, one after another
+    python scripts/train_embedded.py planner           one of them
+    python scripts/train_embedded.py --measure         held-out figures of what is there, no training
+
+Data are drawn from a seed and never repeat; what `sampling.is_held_out` names is never trained on. A checkpoint is
+written every few hundred steps, and a run that was interrupted goes on from it.
+"""
+
+import argparse
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from agents.arithmetic import sampling, scratchpad, wording  # noqa: E402  (the repository, installed or not)
+from agents.arithmetic.expressions import APPLY, OPERAND_MAX, STEP_NAMES, OutOfBounds, read  # noqa: E402
+
+PAD, BOS, EOS, REPLY = "<pad>", "<s>", "</s>", "<reply>"
+BUCKET_TOKENS = 16
+IGNORED = -100
+AT_ONCE_SHARE = 0.1
+
+Example = tuple[str, list[str]]
+"""A prompt as the role writes it, and the tokens of the reply."""
+
+
+def planner_example(rng: random.Random, held_out: bool) -> Example:
+    while True:
+        problem = sampling.draw_problem(rng)
+        if sampling.is_held_out(problem.text) == held_out:
+            return problem.text, scratchpad.plan_reply(problem.expression.operations)
+
+
+def draw_step(rng: random.Random, held_out: bool) -> tuple[int, str, int]:
+    """A step: for training every other one a product, the hardest to learn; held out as they come."""
+    product = None if held_out else rng.random() < 0.5
+    while True:
+        step = sampling.draw_step(rng)
+        if product is not None and product != (step[1] == "*"):
+            continue
+        if sampling.is_held_out(scratchpad.step_prompt(*step)) == held_out:
+            return step
+
+
+def step_example(rng: random.Random, held_out: bool) -> Example:
+    step = draw_step(rng, held_out)
+    return scratchpad.step_prompt(*step), scratchpad.worked_step(*step)
+
+
+def at_once_example(rng: random.Random, held_out: bool) -> Example:
+    while True:
+        problem = sampling.draw_problem(rng)
+        if sampling.is_held_out(problem.text) == held_out:
+            return scratchpad.at_once_prompt(problem.text), scratchpad.at_once_reply(problem.expression.value)
+
+
+def solver_example(rng: random.Random, held_out: bool) -> Example:
+    """Steps, and a tenth whole problems: what the solver says at once is the team's baseline, so it has to try."""
+    return (at_once_example if rng.random() < AT_ONCE_SHARE else step_example)(rng, held_out)
+
+
+def claim_example(rng: random.Random, held_out: bool, right: bool) -> Example:
+    left, sign, operand = step = draw_step(rng, held_out)
+    result = APPLY[sign](left, operand) if right else sampling.draw_wrong_result(rng, *step)
+    return scratchpad.claim_prompt(*step, result), scratchpad.worked_check(*step, result)
+
+
+def critic_example(rng: random.Random, held_out: bool) -> Example:
+    return claim_example(rng, held_out, right=rng.random() < 0.5)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: its size, its data, and what its card reports (name of the figure -> held-out examples)."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    steps: int
+    batch: int
+    learning_rate: float
+    max_tokens: int
+    example: Callable[[random.Random, bool], Example]
+    figures: dict[str, Callable[[random.Random, bool], Example]]
+
+
+RECIPES = {
+    "planner": Recipe(
+        160, 4, 512, 12_000, 64, 3e-3, 128, planner_example, {"plans exact": planner_example}
+    ),
+    "solver": Recipe(
+        160, 4, 448, 6_000, 64, 3e-3, 96, solver_example,
+        {"steps exact": step_example, "whole problems at once, without steps": at_once_example},
+    ),
+    "critic": Recipe(
+        128, 4, 384, 6_000, 64, 3e-3, 96, critic_example,
+        {
+            "right results accepted": partial(claim_example, right=True),
+            "wrong results rejected": partial(claim_example, right=False),
+        },
+    ),
+}  # fmt: skip
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of the grammar, the numbers 0 to 999, signs and step names; the prompt is a chat's last message."""
+    signs = ["+", "-", "*", "(", ")", "=", "<", ">", ".", ",", "?", "!", ";"]
+    names = [form for name in STEP_NAMES for form in (name, f"{name}=", f";{name}=")]
+    numbers = [str(n) for n in range(OPERAND_MAX + 1)]
+    words = sorted(wording.vocabulary() | {scratchpad.RIGHT, scratchpad.WRONG})
+    vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, REPLY, *signs, *names, *numbers, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]+|."), behavior="isolated")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[REPLY]
+    )
+    fast.chat_template = (
+        "{{ bos_token }}{{ messages[-1]['content'] }}{% if add_generation_prompt %}" + REPLY + "{% endif %}"
+    )
+    return fast
+
+
+class Encoder:
+    """Turns examples into token ids; the reply is looked up token by token, the prompt goes through the template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = tokenizer.get_vocab()
+
+    def prompt(self, text: str) -> list[int]:
+        return [
+            self.vocabulary[BOS],
+            *self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            self.vocabulary[REPLY],
+        ]
+
+    def reply(self, tokens: list[str]) -> list[int]:
+        return [*(self.vocabulary[token] for token in tokens), self.vocabulary[EOS]]
+
+
+def batches(encoder: Encoder, recipe: Recipe, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of like length: inputs and targets [batch, length], length a multiple of 16 tokens."""
+    chunk = 16
+    while True:
+        rows = []
+        for _ in range(chunk * recipe.batch):
+            prompt, reply = recipe.example(rng, False)
+            ids, answer = encoder.prompt(prompt), encoder.reply(reply)
+            rows.append((ids + answer, len(ids)))
+        rows.sort(key=lambda row: len(row[0]))
+        groups = [rows[i * recipe.batch : (i + 1) * recipe.batch] for i in range(chunk)]
+        rng.shuffle(groups)
+        for group in groups:
+            length = -(-max(len(ids) - 1 for ids, _ in group) // BUCKET_TOKENS) * BUCKET_TOKENS
+            inputs = torch.zeros(recipe.batch, length, dtype=torch.long)
+            targets = torch.full((recipe.batch, length), IGNORED)
+            for row, (ids, start) in enumerate(group):
+                inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+                targets[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
+            yield inputs, targets
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    heads = recipe.hidden // 32  # vLLM's CPU attention takes heads of 32
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.intermediate,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=recipe.max_tokens,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train(name: str, recipe: Recipe, work: Path, seed: int, compiled: bool) -> LlamaForCausalLM:
+    """Train to the recipe's number of steps, from the checkpoint in `work` where there is one."""
+    torch.manual_seed(seed)
+    encoder = Encoder(build_tokenizer())
+    model = build_model(recipe, encoder.tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    checkpoint = work / f"{name}.pt"
+    first = restore(checkpoint, model, optimizer, seed)
+    backbone = torch.compile(model.model, dynamic=False) if compiled else model.model
+    started = time.monotonic()
+    # The data of a resumed run start from a seed of their own, so that no example comes twice.
+    stream = batches(encoder, recipe, random.Random(f"{name}/{seed}/{first}"))
+    for step in range(first, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
+        inputs, targets = next(stream)
+        hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state
+        kept = targets != IGNORED
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]), targets[kept])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step + 1 == recipe.steps:
+            left = (recipe.steps - step - 1) * (time.monotonic() - started) / (step - first + 1)
+            print(
+                f"\r{name}: step {step + 1}/{recipe.steps}, loss {loss.item():.5f}, {left / 60:.0f} min left ", end=""
+            )
+            sys.stdout.flush()
+        if step % 500 == 499:
+            save(checkpoint, model, optimizer, step + 1, seed)
+    save(checkpoint, model, optimizer, recipe.steps, seed)
+    print()
+    return model
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over 200 steps, then a cosine to zero."""
+    return min(step / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def save(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int, seed: int) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seed": seed}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def restore(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, seed: int) -> int:
+    """Load the checkpoint of this seed if there is one; return the step to go on from."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["seed"] != seed:
+        raise SystemExit(f"{path} was made with seed {state['seed']}; remove it to start again with {seed}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def measure(folder: Path, recipe: Recipe, count: int) -> dict[str, float]:
+    """The share of held-out examples that the written weights answer exactly, greedily, for each figure."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    encoder = Encoder(tokenizer)
+    figures = {}
+    for figure, example in recipe.figures.items():
+        rng = random.Random(f"held-out {figure}")
+        examples = sorted((example(rng, True) for _ in range(count)), key=lambda e: len(encoder.prompt(e[0])))
+        verdict_only = figure.endswith(("accepted", "rejected"))
+        exact = 0
+        for start in range(0, count, 250):
+            part = examples[start : start + 250]
+            replies = generate(model, tokenizer, [encoder.prompt(prompt) for prompt, _ in part], recipe.max_tokens)
+            for (_, wanted), reply in zip(part, replies, strict=True):
+                ids = encoder.reply(wanted)
+                exact += reply[-2:] == ids[-2:] if verdict_only else reply == ids
+            print(f"\r{figure}: {exact}/{start + len(part)} ", end="")
+            sys.stdout.flush()
+        print()
+        figures[figure] = exact / count
+    return figures
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not analysed: see pyproject.toml
+def generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], max_tokens: int
+) -> list[list[int]]:
+    """Greedy replies up to and with the end token; prompts padded on the left."""
+    width = max(map(len, prompts))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_length=width + max_tokens, pad_token_id=pad
+    )
+    replies = out[:, width:].tolist()
+    return [reply[: reply.index(eos) + 1] if eos in reply else reply for reply in replies]
+
+
+def write(name: str, model: LlamaForCausalLM, folder: Path) -> None:
+    """Weights as bfloat16 safetensors, configuration, tokenizer."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def write_card(name: str, recipe: Recipe, folder: Path, figures: dict[str, float], count: int, seed: int) -> None:
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    rows = "\n".join(f"| {figure} | {share:.2%} |" for figure, share in figures.items())
+    (folder / "README.md").write_text(
+        f"""# The embedded team's {name}
+
+A Llama-architecture model of {recipe.layers} layers and {recipe.hidden} dimensions ({size / 1e6:.1f} MB as bfloat16),
+trained on integer arithmetic alone; `agents/arithmetic` holds its bounds and its notation.
+
+    python scripts/train_embedded.py {name} --seed {seed}
+
+{recipe.steps:,} steps of {recipe.batch} generated examples. Nothing held out was trained on.
+
+| held out, {count:,} examples, greedy | |
+|---|---|
+{rows}
+"""
+    )
+
+
+def at_bounds() -> None:
+    """Fail early where the generator and the bounds disagree."""
+    try:
+        read("1000+1")
+    except OutOfBounds:
+        return
+    raise AssertionError("the bounds do not hold")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="planner, solver, critic (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="fewer or more steps than the recipe's")
+    parser.add_argument("--threads", type=int, default=0, help="processor threads (default: all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "configs" / "models")
+    parser.add_argument("--work", type=Path, default=ROOT / ".training", help="where checkpoints go")
+    parser.add_argument("--measure", action="store_true", help="only measure what is there")
+    parser.add_argument("--held-out", type=int, default=2000, help="held-out examples for each figure")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, where no compiler is at hand")
+    options = parser.parse_args()
+    options.models = options.models or list(RECIPES)
+    unknown = set(options.models) - set(RECIPES)
+    if unknown:
+        parser.error(f"unknown model {', '.join(sorted(unknown))}: choose from {', '.join(RECIPES)}")
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for name in options.models:
+        recipe = RECIPES[name]
+        if options.steps:
+            recipe = Recipe(**{**vars(recipe), "steps": options.steps})
+        folder = options.out / name
+        if not options.measure:
+            model = train(name, recipe, options.work, options.seed, not options.no_compile)
+            write(name, model, folder)
+        figures = measure(folder, recipe, options.held_out)
+        write_card(name, recipe, folder, figures, options.held_out, options.seed)
+
+
+if __name__ == "__main__":
+    main()

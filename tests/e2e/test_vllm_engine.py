@@ -1,0 +1,142 @@
+"""The seam over real vLLM: streams, refusals, aborts, seeds and schemas are as `EngineHandle` promises."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from pydantic import ByteSize
+
+from agents.arithmetic import oracle, sampling, scratchpad
+from agents.critic import Critic
+from agents.role import CritiqueTask, Message, Step, read_json
+from runtime import config
+from runtime.engines.base import EngineSpec, EngineState, GenerateRequest
+from runtime.engines.fleet import Fleet
+from runtime.errors import EngineDead, EngineError
+from runtime.events import EngineChanged, Event
+from tests.e2e.tiny_model import write_chat_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+
+STEP = scratchpad.step_prompt(347, "+", 589)
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    return []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> AsyncIterator[Fleet]:
+    """The shipped solver, and a small chat model with random weights that writes any bytes."""
+    folder = tmp_path_factory.mktemp("run")
+    chat = EngineSpec(model=str(write_chat_model(folder / "chat")), max_model_len=10_000, dtype="float32",
+                      enforce_eager=True, kv_cache_memory_bytes=ByteSize(64 << 20))  # fmt: skip
+    specs = {"solver": config.load("embedded").engines["solver"], "chat": chat}
+    async with Fleet(specs, folder / "logs", events.append) as running:
+        yield running
+
+
+def request(content: str, **changes: Any) -> GenerateRequest:
+    values: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 40, **changes}
+    return GenerateRequest(f"r{random.random()}", (Message("user", content),), **values)
+
+
+async def text(fleet: Fleet, engine: str, asked: GenerateRequest) -> str:
+    return "".join([chunk.text async for chunk in fleet.engines[engine].generate(asked)])
+
+
+async def test_start_up_was_reported_and_logs_are_in_files(fleet: Fleet, events: list[Event], tmp_path: Path) -> None:
+    states = [(event.engine, event.state) for event in events if isinstance(event, EngineChanged)]
+    assert states[:2] == [("solver", EngineState.STARTING), ("chat", EngineState.STARTING)]
+    for name in ("solver", "chat"):
+        own = [state for engine, state in states if engine == name]
+        assert own == [EngineState.STARTING, EngineState.LOADING, EngineState.LOADED, EngineState.READY]
+
+
+async def test_tokens_stream_with_their_times(fleet: Fleet) -> None:
+    chunks = [chunk async for chunk in fleet.engines["solver"].generate(request(STEP))]
+    assert "".join(chunk.text for chunk in chunks) == oracle.reply(STEP)
+    assert len(chunks) == len(oracle.reply(STEP).split()) + 1  # and the end token
+    assert [chunk.time_s for chunk in chunks] == sorted(chunk.time_s for chunk in chunks)
+    assert chunks[-1].finish == "stop"
+    assert chunks[0].prompt_tokens == len(STEP.split()) + 2  # start and reply tokens
+
+
+async def test_many_at_once_reply_as_one_does(fleet: Fleet) -> None:
+    rng = random.Random(1)
+    prompts = [scratchpad.step_prompt(*sampling.draw_step(rng)) for _ in range(100)]
+    together = await asyncio.gather(*(text(fleet, "solver", request(p)) for p in prompts))
+    alone = [await text(fleet, "solver", request(p)) for p in prompts[:10]]
+    assert list(together[:10]) == alone
+    assert sum(reply == oracle.reply(p) for p, reply in zip(prompts, together, strict=True)) >= 98
+
+
+async def test_a_prompt_beyond_the_engines_length_is_refused_and_the_engine_goes_on(fleet: Fleet) -> None:
+    with pytest.raises(EngineError, match="solver refused"):
+        await text(fleet, "solver", request("1 " * 500))
+    assert await text(fleet, "solver", request(STEP)) == oracle.reply(STEP)
+
+
+async def test_closing_a_stream_early_frees_its_place(fleet: Fleet) -> None:
+    engine = fleet.engines["chat"]
+    stream = engine.generate(request("hello", max_tokens=1500, temperature=1.0))
+    await anext(stream)
+    assert engine.stats().running == 1
+    await stream.aclose()  # type: ignore[attr-defined]
+    await text(fleet, "chat", request("hello", max_tokens=2))
+    assert engine.stats().running == 0
+
+
+async def test_a_seed_repeats_a_sampled_reply(fleet: Fleet) -> None:
+    def sampled(seed: int) -> GenerateRequest:
+        return request("hello", temperature=1.0, seed=seed)
+
+    first = await text(fleet, "chat", sampled(1))
+    crowd = await asyncio.gather(*(text(fleet, "chat", sampled(seed)) for seed in range(8)))
+    assert crowd[1] == first
+    assert len(set(crowd)) == 8
+
+
+async def test_a_schema_holds_even_random_weights_to_json(fleet: Fleet) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"accepted": {"type": "boolean"}, "reason": {"type": "string", "maxLength": 20}},
+        "required": ["accepted", "reason"],
+        "additionalProperties": False,
+    }
+    replies = await asyncio.gather(
+        *(text(fleet, "chat", request("x", temperature=1.0, seed=s, schema=schema, max_tokens=200)) for s in range(20))
+    )
+    parsed = [read_json(reply) for reply in replies]
+    assert all(isinstance(p["accepted"], bool) and len(p["reason"]) <= 20 for p in parsed)
+    assert len({str(p) for p in parsed}) > 1
+
+
+async def test_a_general_role_parses_what_any_chat_model_says(fleet: Fleet) -> None:
+    role = Critic()
+    task = CritiqueTask("1+2", Step(name="1", instruction="add 1 and 2"), "3")
+    # Four tokens for a character at most: this model writes UTF-8 byte by byte.
+    asked = GenerateRequest("critic", tuple(role.messages(task)), 0.0, 1.0, 4 * 2048, schema=role.schema(task))
+    role.parse(await text(fleet, "chat", asked), task)
+
+
+async def test_stats_count_what_was_asked(fleet: Fleet) -> None:
+    before = fleet.engines["solver"].stats()
+    await text(fleet, "solver", request(STEP))
+    after = fleet.engines["solver"].stats()
+    assert after.requests == before.requests + 1
+    assert after.completion_tokens == before.completion_tokens + len(oracle.reply(STEP).split()) + 1
+    assert after.state is EngineState.READY
+
+
+async def test_a_closed_engine_refuses(fleet: Fleet) -> None:
+    engine = fleet.engines["chat"]
+    await engine.close()
+    await engine.close()
+    with pytest.raises(EngineDead, match="closed"):
+        await text(fleet, "chat", request("hello"))

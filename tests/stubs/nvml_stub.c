@@ -1,0 +1,109 @@
+/* Scripted stand-in for libnvidia-ml.so.1, for machines without a GPU. Every call reads $NVML_STUB afresh, a file of
+ * lines `key=value`; what a line does not name is not supported, as on a real device.
+ *
+ *   init.error=9            what nvmlInit returns (9: driver not loaded)
+ *   driver=580.65.06
+ *   count=1
+ *   0.name=NVIDIA H200
+ *   0.total=..  0.used=..   bytes
+ *   0.error=15              what every question about the device returns (15: lost)
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, DEVICES_MAX = 16 };
+
+typedef struct { unsigned index; } Device;
+typedef struct { unsigned long long total, free, used; } Memory;
+
+static Device devices[DEVICES_MAX];
+static int initialized;
+
+static int lookup(const char *key, char *value, size_t size) {
+    const char *path = getenv("NVML_STUB");
+    FILE *file = path ? fopen(path, "r") : NULL;
+    char line[512];
+    size_t length = strlen(key);
+    int found = 0;
+    if (!file) return 0;
+    while (!found && fgets(line, sizeof line, file)) {
+        line[strcspn(line, "\r\n")] = 0;
+        if (strncmp(line, key, length) == 0 && line[length] == '=') {
+            snprintf(value, size, "%s", line + length + 1);
+            found = 1;
+        }
+    }
+    fclose(file);
+    return found;
+}
+
+static int number(const char *key, int otherwise) {
+    char value[64];
+    return lookup(key, value, sizeof value) ? atoi(value) : otherwise;
+}
+
+static int of_device(Device *device, const char *field, char *value, size_t size) {
+    char key[64];
+    int error;
+    if (!initialized) return UNINITIALIZED;
+    snprintf(key, sizeof key, "%u.error", device->index);
+    if ((error = number(key, SUCCESS)) != SUCCESS) return error;
+    snprintf(key, sizeof key, "%u.%s", device->index, field);
+    return lookup(key, value, size) ? SUCCESS : NOT_SUPPORTED;
+}
+
+int nvmlInitWithFlags(unsigned flags) {
+    int error = number("init.error", SUCCESS);
+    (void)flags;
+    if (error == SUCCESS) initialized++;
+    return error;
+}
+
+int nvmlShutdown(void) {
+    if (!initialized) return UNINITIALIZED;
+    initialized--;
+    return SUCCESS;
+}
+
+int nvmlSystemGetDriverVersion(char *version, unsigned size) {
+    if (!initialized) return UNINITIALIZED;
+    return lookup("driver", version, size) ? SUCCESS : NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    if (!initialized) return UNINITIALIZED;
+    *count = (unsigned)number("count", 0);
+    return SUCCESS;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, Device **device) {
+    unsigned count;
+    int error = nvmlDeviceGetCount_v2(&count);
+    if (error != SUCCESS) return error;
+    if (index >= count || index >= DEVICES_MAX) return INVALID_ARGUMENT;
+    devices[index].index = index;
+    *device = &devices[index];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetName(Device *device, char *name, unsigned size) { return of_device(device, "name", name, size); }
+
+int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
+    char total[64], used[64];
+    int error = of_device(device, "total", total, sizeof total);
+    if (error == SUCCESS) error = of_device(device, "used", used, sizeof used);
+    if (error != SUCCESS) return error;
+    memory->total = strtoull(total, NULL, 10);
+    memory->used = strtoull(used, NULL, 10);
+    memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+
+const char *nvmlErrorString(int error) {
+    switch (error) {
+    case 9: return "Driver Not Loaded";
+    case 15: return "GPU is lost";
+    default: return "Error of the stand-in";
+    }
+}
