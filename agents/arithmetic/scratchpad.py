@@ -180,11 +180,11 @@ def _flip(sign: str) -> str:
 
 
 def _multiply(left: int, right: int) -> list[str]:
-    """A row times the units, a row times the tens, and the row of their sum; each column with the carry before it."""
-    units, tens = _digits(right)[:2]
-    rows = [_with_carries([digit * factor for digit in _digits(left)]) for factor in (units, tens)]
-    shifted = [0, *(column % 10 for column in rows[1][:-1])]
-    rows.append(_with_carries([a % 10 + b for a, b in zip(rows[0], shifted, strict=True)]))
+    """A row times the units and a row times the tens, with carries; both partial products; the row of their sum."""
+    by_units, by_tens = (_with_carries([digit * factor for digit in _digits(left)]) for factor in _digits(right)[:2])
+    units = [column % 10 for column in by_units]
+    tens = [0, *(column % 10 for column in by_tens[:-1])]
+    rows = (by_units, by_tens, units, tens, _with_carries([a + b for a, b in zip(units, tens, strict=True)]))
     return [token for index, row in enumerate(rows) for token in (*([_ROW] if index else []), *map(str, row))]
 
 

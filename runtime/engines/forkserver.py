@@ -20,13 +20,14 @@ PRELOAD = "runtime.engines.preload"
 _main_lock = threading.Lock()
 
 
-def start(log: Path, threads: int) -> None:
-    """Start the forkserver if it does not run; output goes to `log`, each engine gets `threads` OpenMP threads.
+def start(log: Path, temporary: Path, threads: int) -> None:
+    """Start the forkserver if it does not run: its output goes to `log`, its temporary files to `temporary`.
 
-    Returns at once; imports go on in the new process. To be called before other threads exist, since standard output
-    is redirected for the moment of the start.
+    Each engine gets `threads` OpenMP threads. Returns at once; imports go on in the new process. To be called before
+    other threads exist, since standard output and the environment are changed for the moment of the start.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    kept_temporary = os.environ.get("TMPDIR")
     forkserver.set_forkserver_preload([PRELOAD])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -36,8 +37,13 @@ def start(log: Path, threads: int) -> None:
         try:
             for fd, _ in kept:
                 os.dup2(file.fileno(), fd)
+            os.environ["TMPDIR"] = str(temporary)
             forkserver.ensure_running()
         finally:
+            if kept_temporary is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = kept_temporary
             for fd, copy in kept:
                 os.dup2(copy, fd)
                 os.close(copy)

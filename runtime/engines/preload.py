@@ -1,6 +1,7 @@
 """Imported once by the forkserver, before any engine is forked: the guards first, then everything an engine needs."""
 
 import ctypes
+import gc
 import os
 import signal
 
@@ -18,6 +19,9 @@ FORKSERVER_PID = os.getpid()
 os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent, which then closes its engines in order
 os.register_at_fork(after_in_child=die_with_parent)
 
+gc.disable()  # nothing that is imported is garbage
+
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors  # noqa: E402
 import vllm.model_executor.models.llama  # noqa: E402
 import vllm.v1.engine.core  # noqa: E402
 import vllm.v1.executor.uniproc_executor  # noqa: E402
@@ -26,3 +30,6 @@ from vllm.platforms import current_platform  # noqa: E402
 if current_platform.is_cpu():
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
+
+gc.freeze()  # vLLM collects garbage as it starts: a second for each engine, were all of this gone through again
+gc.enable()

@@ -29,6 +29,8 @@ from runtime.engines.base import Chunk, EngineHandle, EngineSpec, EngineState, E
 from runtime.errors import EngineDead, EngineError
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+CLOSE_S = 0.5
+"""Seconds that an engine is given to end by itself; it holds nothing that being killed would lose."""
 _configuring = threading.Lock()
 
 # vLLM knows "fork" and "spawn" only. The first is unsafe from a process with threads, the second imports everything
@@ -130,7 +132,9 @@ class VllmEngine(EngineHandle):
         llm, self._llm = self._llm, None
         self._state = EngineState.CLOSED
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would take the end of the engine for a failure
+            await asyncio.to_thread(llm.shutdown, CLOSE_S)
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml

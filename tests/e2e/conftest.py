@@ -25,7 +25,14 @@ class Command:
         self.folder = folder
         self._started: list[subprocess.Popen[str]] = []
         self._seen: set[psutil.Process] = set()
-        self.environment = {**os.environ, "TROUPE_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.environment = {
+            **os.environ,
+            "TROUPE_HOME": str(folder / "home"),
+            "TMPDIR": str(self.temporary),
+            "HF_HUB_OFFLINE": "1",
+        }
 
     def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
         """Start it in a session of its own, as a terminal does."""

@@ -29,6 +29,7 @@ def test_the_embedded_team_solves_the_sample_problems(troupe: Command) -> None:
     assert "100.0% right" in done.stderr
     assert "vllm" not in (done.stdout + done.stderr).lower()  # its logging is in files
     assert list((troupe.folder / "home" / "runs").glob("*/engine-solver.log"))
+    assert [path for path in troupe.temporary.iterdir() if not path.name.startswith("torchinductor")] == []
     troupe.nothing_left()
 
 
