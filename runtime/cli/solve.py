@@ -16,8 +16,8 @@ from runtime.cli import interrupt
 from runtime.config import Config
 from runtime.engines.base import EngineState
 from runtime.engines.fleet import Fleet
-from runtime.errors import InputError, TroupeError
-from runtime.events import EngineChanged, Event, JobEnded, RoleReplied
+from runtime.errors import InputError, PluginError, TroupeError
+from runtime.events import EngineChanged, Event, RoleReplied
 from runtime.jobs import problems, team
 from runtime.jobs.batch import Summary, summarise, work_all
 from runtime.jobs.job import Job, JobResult
@@ -117,35 +117,36 @@ def _solve_file(
     resume: bool,
     as_json: bool,
 ) -> int:
-    kept = _kept(out, resume)
+    kept = _kept(out, resume, asked)
     faulty = [_check(crew, p) for p in asked]
     results = [JobResult(p.id, p.problem, None, error=p.fault) for p in faulty if p.fault]
     due = [p for p in faulty if p.fault is None and p.id not in kept]
     for result in results:
         click.echo(f"troupe: {result.id}: {result.error}", err=True)
     if kept:
-        click.echo(f"{len(kept)} of {len(asked)} problems are done, {len(due)} to go", err=True)
-    with _Report(out, list(kept.values()), as_json, len(due)) as report:
+        click.echo(f"{len(kept)} problems are done, {len(due)} to go", err=True)
+    with _Report(out, list(kept.values()), as_json, len(kept) + len(results) + len(due)) as report:
         for result in results:
             report.take(result)
         if due:
             interrupt.run(_work(config, crew, [job(p) for p in due], concurrency, report))
-    if not report.results:
-        click.echo("nothing to do", err=True)
-        return 0
     report.summary()
     return 1 if any(result.error for result in report.results) else 0
 
 
-def _kept(out: Path | None, resume: bool) -> dict[str, dict[str, object]]:
-    """The results that a resumed run keeps, by id. Raises InputError when a file would be overwritten."""
+def _kept(out: Path | None, resume: bool, asked: list[Problem]) -> dict[str, JobResult]:
+    """The results that a resumed run keeps, by id: answers, to the same problem where it is asked again.
+
+    Raises InputError when a file would be overwritten.
+    """
     if out is None:
         return {}
     if out.exists() and not resume:
         raise InputError(f"{out} is there already: --resume goes on from it, another --out leaves it alone")
     if not out.parent.is_dir():
         raise InputError(f"--out: there is no folder {out.parent}")
-    return {str(result["id"]): result for result in problems.done(out) if "error" not in result}
+    texts = {p.id: p.problem for p in asked}
+    return {r.id: r for r in problems.done(out) if r.error is None and texts.get(r.id, r.problem) == r.problem}
 
 
 def _check(crew: Team, problem: Problem) -> Problem:
@@ -154,7 +155,7 @@ def _check(crew: Team, problem: Problem) -> Problem:
         return problem
     try:
         crew.check(problem.problem)
-    except InputError as error:
+    except (InputError, PluginError) as error:
         return Problem(problem.id, problem.problem, problem.expected, str(error))
     return problem
 
@@ -170,13 +171,12 @@ async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, r
 class _Report:
     """Results to the file or the screen as they come, and the bar above which they appear."""
 
-    def __init__(self, out: Path | None, kept: list[dict[str, object]], as_json: bool, total: int) -> None:
-        self.results: list[JobResult] = []
+    def __init__(self, out: Path | None, kept: list[JobResult], as_json: bool, total: int) -> None:
+        self.results = list(kept)
         self._as_json = as_json
         self._screen = Console(stderr=True, highlight=False)
         self._lines = Console(highlight=False, soft_wrap=True)
         self._file: IO[str] | None = _rewritten(out, kept) if out else None
-        self._right = self._judged = 0
         self._waiting: dict[str, EngineState] = {}
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -188,7 +188,7 @@ class _Report:
             console=self._screen,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", total=total, rate="", accuracy="")
+        self._task = self._bar.add_task("starting", total=total, completed=len(kept), rate="", accuracy="")
 
     def __enter__(self) -> "_Report":
         self._bar.start()
@@ -203,31 +203,31 @@ class _Report:
         """What happens, on the bar."""
         if isinstance(event, EngineChanged):
             self._bar.update(self._task, description=_starting(event, self._waiting))
-        elif isinstance(event, JobEnded):
-            self._bar.update(self._task, description="solving", advance=1)
 
     def take(self, result: JobResult) -> None:
         """One result: kept, written, shown."""
         self.results.append(result)
         if self._file:
-            self._file.write(problems.line(result) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(problems.line(result) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise TroupeError(f"--out: {error.strerror}; what was written before is kept") from None
         elif self._as_json:
             click.echo(problems.line(result))
         elif result.error is None:
             self._lines.print(_result(result))
-        if result.correct is not None:
-            self._judged += 1
-            self._right += result.correct
+        judged = [r.correct for r in self.results if r.correct is not None]
         speed = self._bar.tasks[0].speed
         self._bar.update(
             self._task,
+            advance=1,
             rate=f"{speed:.1f}/s" if speed else "",
-            accuracy=f"{self._right}/{self._judged} right" if self._judged else "",
+            accuracy=f"{sum(judged)}/{len(judged)} right" if judged else "",
         )
 
     def summary(self) -> None:
-        """The summary of this run, to the screen; as JSON the last line of the output."""
+        """What all results come to, kept ones too, to the screen; as JSON the last line of the output."""
         summary = summarise(self.results)
         if self._as_json:
             click.echo(json.dumps({"summary": summary.as_json()}))
@@ -239,11 +239,11 @@ class _Report:
             self._screen.print(f"[red]failed:[/] {escape(shown)}")
 
 
-def _rewritten(out: Path, kept: list[dict[str, object]]) -> IO[str]:
+def _rewritten(out: Path, kept: list[JobResult]) -> IO[str]:
     """The file of results holding what is kept, whole, and open for more. Replaced in one move: nothing is lost."""
     fresh = out.with_name(out.name + ".part")
-    fresh.write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in kept), encoding="utf-8")
     try:
+        fresh.write_text("".join(f"{problems.line(result)}\n" for result in kept), encoding="utf-8")
         fresh.replace(out)
         return out.open("a", encoding="utf-8")
     except OSError as error:

@@ -75,16 +75,16 @@ class Fleet:
         self._tell(EngineChanged(name, state, time.monotonic() - self._started_s))
 
 
-def _temporary_folder(pid: int | str) -> Path:
-    return Path(tempfile.gettempdir()) / f"troupe-{pid}"
+def _temporary_folder(pid: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"troupe-engines-{pid}"
 
 
 def _make_temporary_folder() -> Path:
     """For the sockets and files that vLLM leaves behind; what is left of processes that were killed goes too."""
-    for old in _temporary_folder("*").parent.glob(_temporary_folder("*").name):
-        if not Path("/proc", old.name.removeprefix("troupe-")).exists():
-            shutil.rmtree(old, ignore_errors=True)
     folder = _temporary_folder(os.getpid())
+    for old in folder.parent.glob("troupe-engines-*"):
+        if not Path("/proc", old.name.removeprefix("troupe-engines-")).exists():
+            shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 

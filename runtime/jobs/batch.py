@@ -12,16 +12,22 @@ from runtime.jobs.orchestrator import Orchestrator
 async def work_all(
     orchestrator: Orchestrator, jobs: Iterable[Job], concurrency: int, take: Callable[[JobResult], None]
 ) -> None:
-    """Work the jobs in order, at most `concurrency` at once; `take` gets each result as it comes."""
+    """Work the jobs in order, at most `concurrency` at once; `take` gets each result as it comes.
+
+    What `take` raises ends the work and is raised.
+    """
     queue = iter(jobs)
 
     async def worker() -> None:
         for job in queue:  # one iterator for all workers: each takes the next job that nobody has
             take(await orchestrator.run(job))
 
-    async with asyncio.TaskGroup() as group:
-        for number in range(concurrency):
-            group.create_task(worker(), name=f"jobs {number}")
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in range(concurrency):
+                group.create_task(worker(), name=f"jobs {number}")
+    except BaseExceptionGroup as failures:  # what `take` raised; the jobs themselves raise nothing
+        raise failures.exceptions[0] from None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A job: one problem for the team, and what came of it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from agents.workflow import Entry
 
@@ -63,6 +64,22 @@ class JobResult:
             **({"expected": self.expected, "correct": self.correct} if self.expected is not None else {}),
             **({"error": self.error} if self.error is not None else {}),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """What `as_json` wrote. Raises KeyError, TypeError or AttributeError for anything else."""
+        return cls(
+            id=data["id"],
+            problem=data["problem"],
+            answer=data["answer"],
+            confirmed=data["confirmed"],
+            rounds=data["rounds"],
+            steps=[Entry(s["role"], s["input"], s["output"], s["verdict"], s["round"]) for s in data["steps"]],
+            usage={seat: Usage(**used) for seat, used in data["usage"].items()},
+            elapsed_s=data["elapsed_s"],
+            expected=data.get("expected"),
+            error=data.get("error"),
+        )
 
 
 def _same(answer: str, expected: str) -> bool:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runtime.errors import InputError
 from runtime.jobs.job import JobResult
@@ -46,23 +45,20 @@ def read(path: Path) -> list[Problem]:
     return problems
 
 
-def done(path: Path) -> Iterator[dict[str, Any]]:
+def done(path: Path) -> Iterator[JobResult]:
     """The whole results in a file of results; none when there is no file. Raises InputError for another file."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, text in enumerate(lines, start=1):
+        if not text:
+            continue
         try:
-            result = json.loads(line) if line else None
-        except json.JSONDecodeError:
+            yield JobResult.from_json(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError):
             if number == len(lines):  # cut off as it was written
                 return
-            raise InputError(f"{path}, line {number}: not JSON; is this a file of results?") from None
-        if result is None:
-            continue
-        if not isinstance(result, dict) or "id" not in result or "elapsed_s" not in result:
-            raise InputError(f"{path}, line {number}: not a result; is this a file of results?")
-        yield result
+            raise InputError(f"{path}, line {number}: not a result; is this a file of results?") from None
 
 
 def line(result: JobResult) -> str:

@@ -114,10 +114,19 @@ def test_an_interrupted_run_keeps_what_is_done_and_resumes(number: int, code: in
     assert again.returncode == 2
     assert "--resume" in again.stderr
     resumed = troupe.run("solve", "--file", troupe.folder / "p.jsonl", "--out", out, "--resume")
-    assert f"{len(kept)} of 200 problems are done" in resumed.stderr
+    assert f"{len(kept)} problems are done, {200 - len(kept)} to go" in resumed.stderr
     whole = results(out)
     assert len(whole) == len(out.read_text().splitlines()) == 200
     assert all(whole[identity] == kept[identity] for identity in kept)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(troupe: Command) -> None:
+    with started(troupe, troupe.folder / "r.jsonl") as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert process.returncode == 130
+    troupe.nothing_left()
 
 
 def test_the_terminals_ctrl_c_reaches_the_parent_alone(troupe: Command) -> None:

@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
+from agents.arithmetic.roles import ArithmeticCritic
+from agents.role import Message, Task
 from runtime.engines.base import Chunk, GenerateRequest
 from runtime.engines.fake import FakeEngine
+from runtime.errors import TroupeError
 from runtime.events import Event, JobEnded, RoleReplied
 from runtime.jobs.batch import summarise, work_all
 from runtime.jobs.job import Job, JobResult
@@ -61,7 +65,7 @@ async def test_a_team_mends_the_solvers_slips(workflow: str) -> None:
 
 async def test_without_critics_the_slips_stay() -> None:
     team = embedded_team()
-    unchecked = type(team)(team.seats, team.workflow, team.options.model_copy(update={"critics": ()}))
+    unchecked = replace(team, options=team.options.model_copy(update={"critics": ()}))
     orchestrator = Orchestrator(unchecked, await engines(slip_in_the_units(0.3)))
     results = [await orchestrator.run(Job(str(n), f"{n}+7*3-2", str(n + 19), temperature=1.0)) for n in range(50)]
     assert sum(bool(result.correct) for result in results) < 40
@@ -87,6 +91,28 @@ async def test_a_refused_problem_costs_no_other_its_result(problem: str) -> None
     jobs = [Job("good", "1+2", "3"), Job("bad", problem), Job("fine", "2+3", "5")]
     await work_all(Orchestrator(embedded_team(), await engines()), jobs, 2, results.append)
     assert {result.id: result.error is None for result in results} == {"good": True, "bad": False, "fine": True}
+
+
+async def test_a_result_that_cannot_be_taken_ends_the_work() -> None:
+    def full(result: JobResult) -> None:
+        raise TroupeError("no space")
+
+    jobs = [Job(str(n), "1+2") for n in range(100)]
+    handles = await engines()
+    with pytest.raises(TroupeError, match="no space"):
+        await work_all(Orchestrator(embedded_team(), handles), jobs, 4, full)
+    assert handles["planner"].stats().requests < 100
+
+
+async def test_a_role_that_raises_fails_the_job_and_no_other() -> None:
+    class Broken(ArithmeticCritic):
+        def messages(self, task: Task) -> list[Message]:
+            raise KeyError("a defect")
+
+    team = embedded_team()
+    seats = {**team.seats, "critic": replace(team.seats["critic"], role=Broken())}
+    result = await Orchestrator(replace(team, seats=seats), await engines()).run(Job("j", "1+2"))
+    assert "the role at critic: messages() raised KeyError('a defect')" in str(result.error)
 
 
 async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from agents.workflow import Entry
 from runtime.errors import InputError
 from runtime.jobs import problems
-from runtime.jobs.job import JobResult
+from runtime.jobs.job import JobResult, Usage
 
 LINES = [
     ('{"id": "a", "problem": "1+2", "answer": 3}', None),
@@ -55,13 +56,14 @@ def test_a_file_without_problems_is_told(content: str, tmp_path: Path) -> None:
 
 def test_results_are_read_back_without_a_line_that_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    line = problems.line(JobResult("a", "1+2", "3", expected="3"))
+    result = JobResult("a", "1+2", "3", True, 1, [Entry("solver", "1+2", "3")], {"solver": Usage(1, 2, 0.5)}, 1.5, "3")
+    line = problems.line(result)
     path.write_text(f"{line}\n{line}\n{line[:20]}")
-    assert [result["answer"] for result in problems.done(path)] == ["3", "3"]
+    assert list(problems.done(path)) == [result, result]
     assert list(problems.done(tmp_path / "nowhere")) == []
 
 
-@pytest.mark.parametrize("content", ["{\n{}\n", '{"id": 1}\n', "1\n"])
+@pytest.mark.parametrize("content", ["{\n{}\n", '{"id": 1}\n', "1\n", "[]\n"])
 def test_another_kind_of_file_is_no_file_of_results(content: str, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(content)
