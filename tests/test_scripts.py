@@ -318,3 +318,12 @@ def test_what_is_there_already_needs_no_disk(tmp_path: Path) -> None:
     command = ["bash", "-c", 'source "$0"; needed_bytes cpu "$1"', str(ROOT / "scripts" / "setup.sh"), str(tmp_path)]
     needed = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 8 * GIB - 2 * 1024**2 < needed <= 8 * GIB - GIB // 1024
+
+
+def test_an_environment_of_somebody_else_is_left_alone(tree: Tree) -> None:
+    (tree.root / ".venv").mkdir()
+    (tree.root / ".venv" / "mine").touch()
+    refused = tree.launch()
+    assert refused.returncode == 1
+    assert "was not made by this script" in refused.stderr
+    assert [path.name for path in (tree.root / ".venv").iterdir()] == ["mine"]

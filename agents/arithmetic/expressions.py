@@ -7,7 +7,7 @@ models are never told a value.
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 OPERAND_MAX = 999
@@ -95,8 +95,8 @@ def _work(node: ast.expr, done: list[Operation]) -> tuple[str, int]:
         left, a = _work(node.left, done)
         right, b = _work(node.right, done)
         value = APPLY[sign](a, b)
-        if sign == "*" and min(abs(a), abs(b)) > FACTOR_MAX:
-            raise OutOfBounds(f"product {a}*{b}; the embedded team needs one factor of at most {FACTOR_MAX}")
+        if sign == "*":
+            _check_factors(a, b)
         if abs(value) > VALUE_MAX:
             raise OutOfBounds(f"{a}{sign}{b} leaves the embedded team's range of {-VALUE_MAX} to {VALUE_MAX}")
         name = STEP_NAMES[len(done)] if len(done) < OPERATIONS_MAX else "?"
@@ -126,9 +126,11 @@ def read_operation(text: str) -> tuple[int, str, int]:
     for value in (left, right):
         if abs(value) > VALUE_MAX:
             raise OutOfBounds(f"{value} leaves the embedded team's range of {-VALUE_MAX} to {VALUE_MAX}")
+    if sign == "*":
+        _check_factors(left, right)
     return left, sign, right
 
 
-def tokens(text: str) -> Iterator[str]:
-    """The expression's numbers, names and signs, in order."""
-    yield from re.findall(r"\d+|[A-Z]|[-+*()]", text)
+def _check_factors(left: int, right: int) -> None:
+    if min(abs(left), abs(right)) > FACTOR_MAX:
+        raise OutOfBounds(f"product {left}*{right}; the embedded team needs one factor of at most {FACTOR_MAX}")

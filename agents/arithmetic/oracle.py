@@ -24,7 +24,7 @@ def reply(prompt: str) -> str:
 def _claim(tokens: list[str]) -> tuple[int, str, int, int]:
     left, sign, right, _, result, *digits = tokens
     if sign == "*":
-        top, claimed, second = digits[0:10:2][::-1], digits[1:10:2][::-1], digits[10:12]
+        top, claimed, second = digits[0:15:3][::-1], digits[1:15:3][::-1], digits[15:17]
     else:
         top, second, claimed = digits[:5], digits[5:10], digits[10:]
     return _number(left, top), sign, _number(right, second), _number(result, claimed)

@@ -32,14 +32,14 @@ def claim_prompt(left: int, sign: str, right: int, result: int) -> str:
     """A step and its claimed result for the critic.
 
     Sums and differences: the digits of the three numbers in turn. A product is laid out for long division, from the
-    top: digits of the first factor and of the result in turn, then units and tens of the second factor under each.
+    top: a digit of the first factor and one of the result, and as often units and tens of the second factor.
     """
     left, right = _smaller_factor_second(left, sign, right)
     signs = (_sign(left), sign, _sign(right), "=", _sign(result))
     if sign != "*":
         return _tokens(*signs, *_digits(left), *_digits(right), *_digits(result))
-    pairs = [d for pair in zip(_digits(left)[::-1], _digits(result)[::-1], strict=True) for d in pair]
-    return _tokens(*signs, *pairs, *(_digits(right)[:2] * DIGITS))
+    top = [d for pair in zip(_digits(left)[::-1], _digits(result)[::-1], strict=True) for d in (*pair, _ROW)]
+    return _tokens(*signs, *top, *((*_digits(right)[:2], _ROW) * DIGITS))
 
 
 def at_once_prompt(problem: str) -> str:
@@ -196,23 +196,31 @@ def _with_carries(columns: Sequence[int]) -> list[int]:
 def _check_by_division(left: int, right: int, result: int) -> list[str]:
     """Long division of the result by the second factor, which must give the first and leave nothing.
 
-    A row of pairs, from the top: a digit of the first factor times the units of the second, and times its tens with
-    that carry. Then a row of pairs: what the remainder leaves in the tens and up when that product is taken from it
-    with the next digit of the result brought down, and the new remainder. A true quotient leaves less than the
-    divisor, so a remainder below zero or above 99 ends it.
+    A line for each digit of the first factor, from the top: the digit, it times the units of the second, and times
+    its tens with that carry. Then a line each for the remainder, with the next digit of the result brought down, when
+    that product is taken away: its units and tens, 10 more for a borrow, and whether nothing is left above. A true
+    quotient leaves less than the divisor, so something left, or missing, above ends it.
     """
     expected = _sign(left * right)
     tokens = [expected, _mark(expected == _sign(result))]
     if tokens[-1] == _DIFFER:
         return [*tokens, WRONG]
     units, tens = _digits(right)[:2]
-    products = [(q * units, q * tens + q * units // 10) for q in _digits(left)[::-1]]
-    tokens += [str(product) for pair in products for product in pair]
-    remainder = 0
-    for (by_units, by_tens), down in zip(products, _digits(result)[::-1], strict=True):
-        above = remainder - by_tens
-        remainder = above * 10 + down - by_units % 10
-        if not 0 <= remainder <= 99:
-            return [*tokens, _DIFFER, WRONG]
-        tokens += [str(above), str(remainder)]
-    return [*tokens, _mark(remainder == 0), RIGHT if remainder == 0 else WRONG]
+    products = [(q, q * units, q * tens + q * units // 10) for q in _digits(left)[::-1]]
+    tokens += [str(number) for line in products for number in line]
+    high = low = 0
+    for (_, by_units, by_tens), down in zip(products, _digits(result)[::-1], strict=True):
+        borrow, new_low = _take_away(down, by_units % 10, 0)
+        next_borrow, new_high = _take_away(low, by_tens % 10, borrow)
+        fits = high == by_tens // 10 + next_borrow
+        tokens += [str(new_low + 10 * borrow), str(new_high + 10 * next_borrow), _mark(fits)]
+        if not fits:
+            return [*tokens, WRONG]
+        high, low = new_high, new_low
+    return [*tokens, RIGHT if (high, low) == (0, 0) else WRONG]
+
+
+def _take_away(digit: int, other: int, borrow: int) -> tuple[int, int]:
+    """Borrow and digit of a difference in one column."""
+    left = digit - other - borrow
+    return int(left < 0), left % 10

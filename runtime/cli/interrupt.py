@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
@@ -32,8 +33,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             if received:
                 os._exit(128 + number)  # the forkserver sees our end and takes the engines with it
             received.append(number)
-            click.echo("\nclosing the engines (once more to end at once)", err=True)
             task.cancel()
+            with suppress(OSError):  # the screen may be gone
+                click.echo("\nclosing the engines (once more to end at once)", err=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)

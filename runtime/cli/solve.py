@@ -1,7 +1,10 @@
 """`troupe solve`: one problem, or a file of them, through the team."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +17,7 @@ from runtime import config as configuration
 from runtime import run_folder
 from runtime.cli import interrupt
 from runtime.config import Config
-from runtime.engines.base import EngineState
+from runtime.engines.base import EngineSpec, EngineState
 from runtime.engines.fleet import Fleet
 from runtime.errors import InputError, PluginError, TroupeError
 from runtime.events import EngineChanged, Event, RoleReplied
@@ -81,7 +84,7 @@ def solve(
 
 async def _solve_one(config: Config, crew: Team, job: Job, as_json: bool) -> int:
     screen = Console(stderr=True, highlight=False)
-    lines = Console(highlight=False, quiet=as_json, soft_wrap=True)
+    lines = Console(quiet=True) if as_json else _lines(screen)
     folder = run_folder.create()
     run_folder.log_to(folder)
     with screen.status("") as status:
@@ -91,10 +94,10 @@ async def _solve_one(config: Config, crew: Team, job: Job, as_json: bool) -> int
                 status.update(_starting(event, waiting))
             elif isinstance(event, RoleReplied):
                 status.update("working")
-                lines.print(_entry(event))
+                lines.print(_entry(event), soft_wrap=True)
 
-        waiting = dict.fromkeys(config.engines, EngineState.STARTING)
-        async with Fleet(config.engines, folder, show) as fleet:
+        waiting: dict[str, EngineState] = {}
+        async with Fleet(_served(config, crew), folder, show) as fleet:
             result = await Orchestrator(crew, fleet.engines, show).run(job)
             status.update("closing the engines")
     if as_json:
@@ -102,8 +105,8 @@ async def _solve_one(config: Config, crew: Team, job: Job, as_json: bool) -> int
     elif result.error:
         screen.print(f"[red]no answer:[/] {escape(result.error)}")
     else:
-        doubt = "" if result.confirmed else "  [yellow](not confirmed by the critic)[/]"
-        lines.print(f"[bold]answer: {escape(str(result.answer))}[/]{doubt}")
+        doubt = "  [yellow](not confirmed by the critic)[/]" if result.confirmed is False else ""
+        lines.print(f"[bold]answer: {escape(str(result.answer))}[/]{doubt}", soft_wrap=True)
     return 1 if result.error else 0
 
 
@@ -119,10 +122,8 @@ def _solve_file(
 ) -> int:
     kept = _kept(out, resume, asked)
     faulty = [_check(crew, p) for p in asked]
-    results = [JobResult(p.id, p.problem, None, error=p.fault) for p in faulty if p.fault]
+    results = [JobResult(p.id, p.problem, None, expected=p.expected, error=p.fault) for p in faulty if p.fault]
     due = [p for p in faulty if p.fault is None and p.id not in kept]
-    for result in results:
-        click.echo(f"troupe: {result.id}: {result.error}", err=True)
     if kept:
         click.echo(f"{len(kept)} problems are done, {len(due)} to go", err=True)
     with _Report(out, list(kept.values()), as_json, len(kept) + len(results) + len(due)) as report:
@@ -145,8 +146,15 @@ def _kept(out: Path | None, resume: bool, asked: list[Problem]) -> dict[str, Job
         raise InputError(f"{out} is there already: --resume goes on from it, another --out leaves it alone")
     if not out.parent.is_dir():
         raise InputError(f"--out: there is no folder {out.parent}")
-    texts = {p.id: p.problem for p in asked}
-    return {r.id: r for r in problems.done(out) if r.error is None and texts.get(r.id, r.problem) == r.problem}
+    if out.exists() and not out.is_file():
+        raise InputError(f"--out: {out} is no file")
+    by_id = {p.id: p for p in asked}
+    kept = (r for r in problems.done(out) if r.error is None)
+    return {
+        r.id: replace(r, expected=by_id[r.id].expected) if r.id in by_id else r
+        for r in kept
+        if r.id not in by_id or by_id[r.id].problem == r.problem
+    }
 
 
 def _check(crew: Team, problem: Problem) -> Problem:
@@ -160,10 +168,15 @@ def _check(crew: Team, problem: Problem) -> Problem:
     return problem
 
 
+def _served(config: Config, crew: Team) -> dict[str, EngineSpec]:
+    """The engines that the team needs; a workflow without critics starts none for them."""
+    return {name: config.engines[name] for name in dict.fromkeys(seat.engine for seat in crew.seats.values())}
+
+
 async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, report: "_Report") -> None:
     folder = run_folder.create()
     run_folder.log_to(folder)
-    async with Fleet(config.engines, folder, report.show) as fleet:
+    async with Fleet(_served(config, crew), folder, report.show) as fleet:
         orchestrator = Orchestrator(crew, fleet.engines, report.show)
         await work_all(orchestrator, jobs, concurrency, report.take)
 
@@ -175,7 +188,8 @@ class _Report:
         self.results = list(kept)
         self._as_json = as_json
         self._screen = Console(stderr=True, highlight=False)
-        self._lines = Console(highlight=False, soft_wrap=True)
+        self._lines = _lines(self._screen)
+        self._right = self._judged = 0
         self._file: IO[str] | None = _rewritten(out, kept) if out else None
         self._waiting: dict[str, EngineState] = {}
         self._bar = Progress(
@@ -188,6 +202,8 @@ class _Report:
             console=self._screen,
             transient=True,
         )
+        for result in kept:
+            self._count(result)
         self._task = self._bar.add_task("starting", total=total, completed=len(kept), rate="", accuracy="")
 
     def __enter__(self) -> "_Report":
@@ -216,15 +232,22 @@ class _Report:
         elif self._as_json:
             click.echo(problems.line(result))
         elif result.error is None:
-            self._lines.print(_result(result))
-        judged = [r.correct for r in self.results if r.correct is not None]
+            self._lines.print(_result(result), soft_wrap=True)
+        if result.error is not None:
+            self._screen.print(f"[red]{escape(result.id)}:[/] {escape(result.error)}", soft_wrap=True)
+        self._count(result)
         speed = self._bar.tasks[0].speed
         self._bar.update(
             self._task,
             advance=1,
             rate=f"{speed:.1f}/s" if speed else "",
-            accuracy=f"{sum(judged)}/{len(judged)} right" if judged else "",
+            accuracy=f"{self._right}/{self._judged} right" if self._judged else "",
         )
+
+    def _count(self, result: JobResult) -> None:
+        if result.correct is not None:
+            self._judged += 1
+            self._right += result.correct
 
     def summary(self) -> None:
         """What all results come to, kept ones too, to the screen; as JSON the last line of the output."""
@@ -236,16 +259,26 @@ class _Report:
         failed = [result.id for result in self.results if result.error]
         if failed:
             shown = ", ".join(failed[:10]) + (f" and {len(failed) - 10} more" if len(failed) > 10 else "")
-            self._screen.print(f"[red]failed:[/] {escape(shown)}")
+            self._screen.print(f"[red]failed:[/] {escape(shown)}", soft_wrap=True)
+
+
+def _lines(screen: Console) -> Console:
+    """Where results go: standard output; on a terminal the screen's own console, which keeps them off the bar."""
+    output = Console(highlight=False)
+    return screen if output.is_terminal and screen.is_terminal else output
 
 
 def _rewritten(out: Path, kept: list[JobResult]) -> IO[str]:
     """The file of results holding what is kept, whole, and open for more. Replaced in one move: nothing is lost."""
-    fresh = out.with_name(out.name + ".part")
+    real = out.resolve()
     try:
-        fresh.write_text("".join(f"{problems.line(result)}\n" for result in kept), encoding="utf-8")
-        fresh.replace(out)
-        return out.open("a", encoding="utf-8")
+        if kept:
+            handle, fresh = tempfile.mkstemp(prefix=f".{real.name}.", dir=real.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.writelines(f"{problems.line(result)}\n" for result in kept)
+            Path(fresh).chmod(real.stat().st_mode)
+            Path(fresh).replace(real)
+        return real.open("a" if kept else "w", encoding="utf-8")
     except OSError as error:
         raise TroupeError(f"--out: {out}: {error.strerror}") from None
 
@@ -261,14 +294,14 @@ def _starting(event: EngineChanged, engines: dict[str, EngineState]) -> str:
 
 def _entry(event: RoleReplied) -> str:
     entry = event.entry
-    mark = {"accepted": "[green]✓[/]", "rejected": "[red]✗[/]", None: " "}[entry.verdict]
+    mark = {"accepted": "[green]✓[/]", "rejected": "[red]✗[/]"}.get(str(entry.verdict), " ")
     return f"{mark} [cyan]{escape(f'{entry.seat:<10}')}[/] {escape(entry.input)}  →  {escape(entry.output)}"
 
 
 def _result(result: JobResult) -> str:
     mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: " "}[result.correct]
     wanted = f"  (expected {result.expected})" if result.correct is False else ""
-    doubt = "" if result.confirmed else "  [yellow](not confirmed)[/]"
+    doubt = "  [yellow](not confirmed)[/]" if result.confirmed is False else ""
     answer = f"[bold]{escape(str(result.answer))}[/]{wanted}{doubt}"
     return f"{mark} [cyan]{escape(result.id)}[/]  {escape(result.problem)}  →  {answer}"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from agents.role import Message
 
@@ -44,6 +44,16 @@ class EngineSpec(BaseModel):
     enforce_eager: bool = False
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     vllm: Mapping[str, Any] = Field(default_factory=dict, description="further arguments of vLLM's engine, as they are")
+
+    @field_validator("vllm")
+    @classmethod
+    def _not_ours(cls, further: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What Troupe sets itself is not to be set behind its back."""
+        ours = {*cls.model_fields, "additional_config", "disable_log_stats", "distributed_executor_backend"}
+        if taken := sorted(ours & set(further)):
+            place = "is a key beside vllm" if taken[0] in cls.model_fields else "is set by Troupe"
+            raise ValueError(f"{taken[0]} {place}, not one in it")
+        return further
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
-"""All engines of a configuration: started side by side, closed together, whatever happens in between."""
+"""All engines of a configuration: started together, closed together, whatever happens in between."""
 
 import asyncio
 import gc
 import importlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Self
 
-from runtime.engines import forkserver, reports
+from runtime.engines import forkserver, reports, temporary
 from runtime.engines.base import EngineHandle, EngineSpec, EngineState
 from runtime.errors import EngineError
 from runtime.events import EngineChanged, Listener, ignore
@@ -30,37 +29,48 @@ class Fleet:
         self._run_folder = run_folder
         self._tell = listener
         self._started_s = time.monotonic()
+        self._owned = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self._started_s = time.monotonic()
-        for name in self._specs:
-            self._changed(name, EngineState.STARTING)
-        prepare_process(self._specs, self._run_folder)
-        # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
-        module = await asyncio.to_thread(_import_vllm_engine)
-        address, listener = await reports.listen(self._changed)
-        self.engines = {
-            name: module.VllmEngine(name, spec, self._run_folder, address) for name, spec in self._specs.items()
-        }
-        try:
-            async with asyncio.TaskGroup() as group:
-                for name, engine in self.engines.items():
-                    group.create_task(self._start(name, engine), name=f"start {name}")
-        except BaseExceptionGroup as failures:
-            await self._close()
-            raise failures.exceptions[0] from None
-        except BaseException:
-            await self._close()
-            raise
-        finally:
+        async with AsyncExitStack() as owned:
+            folder = owned.enter_context(temporary.folder())
+            prepare_process(self._specs, self._run_folder, folder)
+            for name in self._specs:
+                self._changed(name, EngineState.STARTING)
+            # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
+            module = await asyncio.to_thread(_import_vllm_engine)
+            owned.callback(gc.unfreeze)  # the interpreter's end wants to find what was frozen with the import
+            listener = await reports.listen(folder, self._changed)
+            owned.push_async_callback(self._close)
+            for name, spec in self._specs.items():
+                self.engines[name] = module.VllmEngine(name, spec, self._run_folder, folder)
+            await self._start()
             listener.close()
+            self._owned = owned.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._close()
+        await self._owned.aclose()
 
-    async def _start(self, name: str, engine: EngineHandle) -> None:
-        await engine.start()
+    async def _start(self) -> None:
+        """Start side by side what knows its memory; after that, one by one, what measures the device's free memory.
+
+        vLLM takes what its neighbours load meanwhile for its own, so nothing may load beside one that measures.
+        """
+        known = [name for name, spec in self._specs.items() if spec.kv_cache_memory_bytes is not None]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in known:
+                    group.create_task(self._start_one(name), name=f"start {name}")
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        for name in self._specs:
+            if name not in known:
+                await self._start_one(name)
+
+    async def _start_one(self, name: str) -> None:
+        await self.engines[name].start()
         self._changed(name, EngineState.READY)
 
     async def _close(self) -> None:
@@ -68,48 +78,30 @@ class Fleet:
         await asyncio.gather(*(engine.close() for engine in engines.values()))
         for name in engines:
             self._changed(name, EngineState.CLOSED)
-        shutil.rmtree(_temporary_folder(os.getpid()), ignore_errors=True)
-        gc.unfreeze()  # what was frozen with the import; the interpreter's end wants to find it
 
     def _changed(self, name: str, state: EngineState) -> None:
         self._tell(EngineChanged(name, state, time.monotonic() - self._started_s))
 
 
-def _temporary_folder(pid: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"troupe-engines-{pid}"
-
-
-def _make_temporary_folder() -> Path:
-    """For the sockets and files that vLLM leaves behind; what is left of processes that were killed goes too."""
-    folder = _temporary_folder(os.getpid())
-    for old in folder.parent.glob("troupe-engines-*"):
-        if not Path("/proc", old.name.removeprefix("troupe-engines-")).exists():
-            shutil.rmtree(old, ignore_errors=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
 def _import_vllm_engine() -> ModuleType:
-    """Import vLLM's client side without looking for garbage in it, then or ever."""
+    """Import vLLM's client side without looking for garbage in it, then or later. Raises EngineError."""
     gc.disable()
     try:
         return importlib.import_module("runtime.engines.vllm_engine")
+    except ImportError as error:
+        raise EngineError(f"vLLM cannot be imported ({error}); `troupe doctor` says how to mend it") from error
     finally:
         gc.freeze()
         gc.enable()
 
 
-def prepare_process(specs: Mapping[str, EngineSpec], run_folder: Path) -> None:
+def prepare_process(specs: Mapping[str, EngineSpec], run_folder: Path, temporary_folder: Path) -> None:
     """Set what vLLM reads from the environment, and start the forkserver; before vLLM is imported."""
-    if not Path("/proc/self").exists():
-        raise EngineError("engines run on Linux alone")
-    run_folder.mkdir(parents=True, exist_ok=True)
     if all(spec.model.startswith("/") for spec in specs.values()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are folders: no hub needs asking
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    temporary = _make_temporary_folder()
-    os.environ["VLLM_RPC_BASE_PATH"] = str(temporary)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
     threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
-    forkserver.start(run_folder / "engines.log", temporary, threads)
+    forkserver.start(run_folder / "engines.log", threads)
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process; see run_folder.log_to

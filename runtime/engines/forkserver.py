@@ -17,36 +17,20 @@ from pathlib import Path
 from types import ModuleType
 
 PRELOAD = "runtime.engines.preload"
+LOG_VARIABLE = "TROUPE_FORKSERVER_LOG"
 _main_lock = threading.Lock()
 
 
-def start(log: Path, temporary: Path, threads: int) -> None:
-    """Start the forkserver if it does not run: its output goes to `log`, its temporary files to `temporary`.
+def start(log: Path, threads: int) -> None:
+    """Start the forkserver if it does not run; its output goes to `log`.
 
-    Each engine gets `threads` OpenMP threads. Returns at once; imports go on in the new process. To be called before
-    other threads exist, since standard output and the environment are changed for the moment of the start.
+    Each engine gets `threads` OpenMP threads. Returns at once; imports go on in the new process. It lives as long as
+    this process, and keeps what it was started with.
     """
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    kept_temporary = os.environ.get("TMPDIR")
-    forkserver.set_forkserver_preload([PRELOAD])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept = [(fd, os.dup(fd)) for fd in (1, 2)]
-        try:
-            for fd, _ in kept:
-                os.dup2(file.fileno(), fd)
-            os.environ["TMPDIR"] = str(temporary)
-            forkserver.ensure_running()
-        finally:
-            if kept_temporary is None:
-                del os.environ["TMPDIR"]
-            else:
-                os.environ["TMPDIR"] = kept_temporary
-            for fd, copy in kept:
-                os.dup2(copy, fd)
-                os.close(copy)
+    os.environ.update({LOG_VARIABLE: str(log), "OMP_NUM_THREADS": str(threads)})
+    forkserver.set_forkserver_preload([PRELOAD])
+    forkserver.ensure_running()
 
 
 class EngineProcess(ForkServerProcess):

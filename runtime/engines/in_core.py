@@ -1,6 +1,7 @@
 """What runs inside vLLM's engine process: an executor that keeps the worker in that process, one process an engine."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
             # AMX tiles need the kernel's leave, asked for in the process that uses them; without it the first token
             # of a bfloat16 model ends in SIGILL.
             torch.cpu._init_amx()
-        reports.send(told["reports"], told["name"], EngineState.LOADING)
+        os.environ["TMPDIR"] = tempfile.tempdir = told["temporary"]
+        reports.send(Path(told["temporary"]), told["name"], EngineState.LOADING)
         super()._init_executor()
-        reports.send(told["reports"], told["name"], EngineState.LOADED)
+        reports.send(Path(told["temporary"]), told["name"], EngineState.LOADED)

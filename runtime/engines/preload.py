@@ -4,20 +4,32 @@ import ctypes
 import gc
 import os
 import signal
+from pathlib import Path
+
+from runtime.engines.forkserver import LOG_VARIABLE
 
 PR_SET_PDEATHSIG = 1
+_forking_pid = 0
+
+
+def note_parent() -> None:
+    """Before a fork: who the new process's parent is."""
+    global _forking_pid  # noqa: PLW0603 (what is noted here is read on the other side of the fork)
+    _forking_pid = os.getpid()
 
 
 def die_with_parent() -> None:
-    """In a new engine process: be killed when the forkserver ends, also when it has already ended."""
+    """In a new process: be killed when the parent ends, also when it has already ended."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != FORKSERVER_PID:
+    if os.getppid() != _forking_pid:
         os._exit(1)
 
 
-FORKSERVER_PID = os.getpid()
+with Path(os.environ[LOG_VARIABLE]).open("ab") as _log:
+    os.dup2(_log.fileno(), 1)
+    os.dup2(_log.fileno(), 2)
 os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent, which then closes its engines in order
-os.register_at_fork(after_in_child=die_with_parent)
+os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
 
 gc.disable()  # nothing that is imported is garbage
 

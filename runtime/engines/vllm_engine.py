@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMError
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -39,13 +39,14 @@ vllm.v1.engine.utils.get_mp_context = forkserver.context
 
 
 class VllmEngine(EngineHandle):
-    """One vLLM engine. Its log is `<run folder>/engine-<name>.log`; its process tells `reports` of loading."""
+    """One vLLM engine. Its log is `<run folder>/engine-<name>.log`; its process reports its loading into the
+    folder `temporary`."""
 
-    def __init__(self, name: str, spec: EngineSpec, run_folder: Path, reports: str) -> None:
+    def __init__(self, name: str, spec: EngineSpec, run_folder: Path, temporary: Path) -> None:
         self.name = name
         self.spec = spec
         self.log = run_folder / f"engine-{name}.log"
-        self._reports = reports
+        self._temporary = temporary
         self._latest = LatestStats()
         self._state = EngineState.STARTING
         self._llm: AsyncLLM | None = None
@@ -84,7 +85,9 @@ class VllmEngine(EngineHandle):
             "load_format": spec.load_format,
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
             "distributed_executor_backend": "runtime.engines.in_core.InCoreExecutor",
-            "additional_config": {"troupe": {"name": self.name, "log": str(self.log), "reports": self._reports}},
+            "additional_config": {
+                "troupe": {"name": self.name, "log": str(self.log), "temporary": str(self._temporary)}
+            },
             "disable_log_stats": True,
             **spec.vllm,
         }
@@ -108,7 +111,7 @@ class VllmEngine(EngineHandle):
         except EngineDeadError as error:
             self._state = EngineState.DEAD
             raise EngineDead(f"engine {self.name} died (log: {self.log})") from error
-        except (VLLMClientError, ValueError) as error:
+        except (VLLMError, ValueError) as error:  # VLLMError is the base of all that vLLM raises for a request
             raise EngineError(f"engine {self.name} refused the request: {_reason(error)}") from error
 
     def _ready(self) -> AsyncLLM:

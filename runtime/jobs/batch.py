@@ -63,7 +63,7 @@ def summarise(results: list[JobResult]) -> Summary:
     return Summary(
         problems=len(results),
         failed=len(results) - len(answered),
-        unconfirmed=sum(not result.confirmed for result in answered),
+        unconfirmed=sum(result.confirmed is False for result in answered),
         accuracy=statistics.fmean(judged) if judged else None,
         job_time_p50_s=percentile(times, 50),
         job_time_p90_s=percentile(times, 90),

@@ -29,12 +29,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: an answer, or an error. `confirmed` when every step's result was accepted by the critics."""
+    """How a job ended: an answer, or an error.
+
+    `confirmed` when the critics accepted every step's result; None where nobody judged.
+    """
 
     id: str
     problem: str
     answer: str | None
-    confirmed: bool = False
+    confirmed: bool | None = None
     rounds: int = 0
     steps: list[Entry] = field(default_factory=list)
     usage: dict[str, Usage] = field(default_factory=dict)

@@ -9,10 +9,11 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import count
 from typing import ParamSpec, TypeVar
 
-from agents.role import Reply, ReplyUnusable, TaskRefused
+from agents.role import Message, Reply, ReplyUnusable, Role, Task, TaskRefused
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import EngineHandle, GenerateRequest
 from runtime.errors import EngineError, InputError, PluginError
@@ -37,21 +38,22 @@ class Orchestrator:
         """Work one job to its end. Cancelling it aborts its open requests."""
         started = time.monotonic()
         usage: dict[str, Usage] = {}
-        workflow = self.team.begin(job.problem)
+        workflow: Workflow | None = None
         error: str | None = None
         try:
             self.team.check(job.problem)
+            workflow = _plugged("the workflow", self.team.begin, job.problem)
             await self._work(job, workflow, usage)
         except (EngineError, InputError, PluginError, TaskRefused) as refusal:
             error = str(refusal)
-        outcome = workflow.outcome
+        outcome = workflow.outcome if workflow else None
         result = JobResult(
             id=job.id,
             problem=job.problem,
             answer=outcome.answer if outcome else None,
-            confirmed=outcome.confirmed if outcome else False,
+            confirmed=outcome.confirmed if outcome else None,
             rounds=outcome.rounds if outcome else 0,
-            steps=workflow.transcript,
+            steps=workflow.transcript if workflow else [],
             usage=usage,
             elapsed_s=time.monotonic() - started,
             expected=job.expected,
@@ -62,7 +64,7 @@ class Orchestrator:
 
     async def _work(self, job: Job, workflow: Workflow, usage: dict[str, Usage]) -> None:
         """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
-        due = _plugged("the workflow's begin()", workflow.begin)
+        due = _plugged("the workflow's begin()", lambda: list(workflow.begin()))
         open_calls: dict[asyncio.Task[Reply | Unusable], RoleCall] = {}
         try:
             while workflow.outcome is None:
@@ -73,6 +75,8 @@ class Orchestrator:
                 for call in due:
                     task = asyncio.create_task(self._ask(job, call, usage), name=f"{job.id} {call.seat} {call.number}")
                     open_calls[task] = call
+                if not open_calls:
+                    raise PluginError("the workflow has no outcome and asks for nothing")
                 done, _ = await asyncio.wait(open_calls, return_when=asyncio.FIRST_COMPLETED)
                 # By number, not as the set has them: the same replies must lead to the same state.
                 due = [
@@ -88,14 +92,14 @@ class Orchestrator:
 
     def _take(self, job: Job, workflow: Workflow, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         known = len(workflow.transcript)
-        due = _plugged("the workflow's take()", workflow.take, call, reply)
+        due = _plugged("the workflow's take()", lambda: list(workflow.take(call, reply)))
         for entry in workflow.transcript[known:]:
-            self._tell(RoleReplied(job.id, entry))
+            self._tell(RoleReplied(job.id, replace(entry)))
         return due
 
     async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Reply | Unusable:
         """One request: the role's messages to its engine, the text that comes back to the role."""
-        seat = self.team.seats[call.seat]
+        seat = _plugged(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
         request = self._request(job, seat, call)
         spent = usage.setdefault(seat.name, Usage())
         started = time.monotonic()
@@ -110,7 +114,7 @@ class Orchestrator:
                 finish = chunk.finish
         spent.seconds += time.monotonic() - started
         try:
-            return _plugged(f"the role at {seat.name}: parse()", seat.role.parse, "".join(pieces), call.task)
+            return _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse("".join(pieces), call.task))
         except ReplyUnusable as error:
             cut = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
             return Unusable(f"{error}{cut}")
@@ -122,13 +126,13 @@ class Orchestrator:
             temperature = max(temperature, sampling.retry_temperature)
         return GenerateRequest(
             request_id=f"{job.id}/{next(self._requests)}",
-            messages=tuple(_plugged(f"the role at {seat.name}: messages()", seat.role.messages, call.task)),
+            messages=_plugged(f"the role at {seat.name}: messages()", lambda: _messages(seat.role, call.task)),
             temperature=temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop=sampling.stop,
             seed=None if job.seed is None or not temperature else _seed(job.seed, call),
-            schema=_plugged(f"the role at {seat.name}: schema()", seat.role.schema, call.task),
+            schema=_plugged(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task)),
         )
 
 
@@ -142,7 +146,14 @@ def _plugged(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         raise PluginError(f"{what} raised {error!r}") from error
 
 
+def _messages(role: Role, task: Task) -> tuple[Message, ...]:
+    messages = tuple(role.messages(task))
+    if not messages or not all(isinstance(message, Message) for message in messages):
+        raise TypeError(f"{messages!r} is no list of Message")
+    return messages
+
+
 def _seed(seed: int, call: RoleCall) -> int:
     """A seed for one call, from what is asked and not from when: jobs that run beside it do not change a reply."""
-    text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}"
+    text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}/{call.retries}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

@@ -117,7 +117,7 @@ def _role(config: Config, seat: str, member: Member) -> Role:
         path = Path(member.role)
         try:
             return template_role.from_mapping(read_yaml(path), str(path))
-        except template_role.SpecError as error:
+        except (ConfigError, template_role.SpecError) as error:
             raise ConfigError(f"{place}: {error}") from None
     try:
         return registry.find_role(member.role)()

@@ -160,9 +160,13 @@ def test_roles_put_results_in_the_place_of_names() -> None:
     assert claim[0].content == "- - - = + 5 0 0 0 0 2 1 0 0 0 7 0 0 0 0"
 
 
-def test_a_step_beyond_the_range_is_refused() -> None:
-    with pytest.raises(TaskRefused, match="100000"):
-        ArithmeticSolver().messages(SolveTask("", Step(name="B", instruction="A+1"), {"A": "100000"}))
+@pytest.mark.parametrize(("instruction", "told"), [("A+1", "100000"), ("150*120", "one factor of at most 99")])
+def test_a_step_beyond_the_range_is_refused(instruction: str, told: str) -> None:
+    step = Step(name="B", instruction=instruction)
+    with pytest.raises(TaskRefused, match=told):
+        ArithmeticSolver().messages(SolveTask("", step, {"A": "100000"}))
+    with pytest.raises(TaskRefused, match=told):
+        ArithmeticCritic().messages(CritiqueTask("", step, "3000", {"A": "100000"}))
 
 
 def test_the_roles_read_what_the_oracle_writes() -> None:

@@ -160,7 +160,7 @@ def test_without_rounds_a_rejected_result_goes_on_at_once() -> None:
 def test_without_critics_nothing_is_judged() -> None:
     workflow = deliberate(critics=[])
     assert {call.seat for call in drive(workflow, Team())} == {"planner", "solver"}
-    assert workflow.outcome == Outcome("95", confirmed=True, rounds=0)
+    assert workflow.outcome == Outcome("95", confirmed=None, rounds=0)
     assert {entry.verdict for entry in workflow.transcript} == {None}
 
 
@@ -316,7 +316,7 @@ def test_a_vote_waits_for_every_critic() -> None:
 def test_alone_the_solver_answers_at_once() -> None:
     workflow = Solo(PROBLEM, Solo.Options())
     assert [(c.seat, c.task) for c in drive(workflow, Team())] == [("solver", AnswerTask(PROBLEM))]
-    assert workflow.outcome == Outcome("95", confirmed=True, rounds=0)
+    assert workflow.outcome == Outcome("95", confirmed=None, rounds=0)
     assert [(e.seat, e.input, e.output) for e in workflow.transcript] == [("solver", PROBLEM, "95")]
 
 

@@ -120,8 +120,8 @@ async def test_a_schema_holds_even_random_weights_to_json(fleet: Fleet) -> None:
 async def test_a_general_role_parses_what_any_chat_model_says(fleet: Fleet) -> None:
     role = Critic()
     task = CritiqueTask("1+2", Step(name="1", instruction="add 1 and 2"), "3")
-    # Four tokens for a character at most: this model writes UTF-8 byte by byte.
-    asked = GenerateRequest("critic", tuple(role.messages(task)), 0.0, 1.0, 4 * 2048, schema=role.schema(task))
+    tokens = role.sampling.max_tokens  # this model writes UTF-8 byte by byte
+    asked = GenerateRequest("critic", tuple(role.messages(task)), 0.0, 1.0, tokens, schema=role.schema(task))
     role.parse(await text(fleet, "chat", asked), task)
 
 

@@ -48,7 +48,7 @@ def test_it_is_frozen_and_survives_being_written_and_read(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="frozen"):
         found.workflow = config.WorkflowChoice()
     again = config.load(write(tmp_path, config.dump(found)))
-    assert again.model_copy(update={"source": found.source}) == found
+    assert again.model_dump() == found.model_dump()
 
 
 WRONG: list[tuple[str, list[str]]] = [
@@ -61,6 +61,10 @@ WRONG: list[tuple[str, list[str]]] = [
     ("team: {}\n", ["engines: missing"]),
     ("extends: embedded\nengine: {}\n", ["engine: unknown key; did you mean engines?"]),
     ("extends: embedded\nengines: {solver: {modle: x}}\n", ["engines.solver.modle: unknown key; did you mean model?"]),
+    ("extends: embedded\nsource: x\n", ["source: unknown key"]),
+    ("extends: embedded\nday: 2024-13-45\n", ["month must be in 1..12"]),
+    ("extends: embedded\nengines: {solver: {vllm: {max_num_seqs: 5}}}\n", ["engines.solver.vllm", "a key beside vllm"]),
+    ("extends: embedded\nengines: {solver: {vllm: {additional_config: {}}}}\n", ["set by Troupe"]),
     ("extends: embedded\nengines: {solver: {max_num_seqs: many}}\n", ["engines.solver.max_num_seqs", "'many'"]),
     ("extends: embedded\nengines: {solver: {gpu_memory_utilization: 1.5}}\n", ["gpu_memory_utilization", "1.5"]),
     ("extends: embedded\nengines: {solver: {gpu_memory_utilization: 0.7}}\n", ["adds up to 1.3", "solver 0.7"]),
@@ -87,7 +91,7 @@ def test_a_wrong_configuration_is_told_with_its_place(text: str, told: list[str]
         assemble(config.load(path))
     for part in told:
         assert part in str(error.value)
-    assert path in str(error.value) or "extends" in text
+    assert path in str(error.value)
 
 
 def test_a_missing_configuration_is_told_with_what_there_is() -> None:

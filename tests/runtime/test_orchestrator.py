@@ -1,13 +1,15 @@
 """Jobs over the shipped fake engine: what comes out, what failures cost, what may run beside what."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 import pytest
 
+from agents.arithmetic import oracle
 from agents.arithmetic.roles import ArithmeticCritic
-from agents.role import Message, Task
+from agents.role import Message, PlanTask, Reply, Task, Value
+from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import Chunk, GenerateRequest
 from runtime.engines.fake import FakeEngine
 from runtime.errors import TroupeError
@@ -113,6 +115,61 @@ async def test_a_role_that_raises_fails_the_job_and_no_other() -> None:
     seats = {**team.seats, "critic": replace(team.seats["critic"], role=Broken())}
     result = await Orchestrator(replace(team, seats=seats), await engines()).run(Job("j", "1+2"))
     assert "the role at critic: messages() raised KeyError('a defect')" in str(result.error)
+
+
+class Mute(Workflow):
+    """Asks for nothing and has no outcome."""
+
+    @classmethod
+    def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
+        return {}
+
+    def begin(self) -> list[RoleCall]:
+        return []
+
+    def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+        return []
+
+
+class Stranger(Mute):
+    """Calls on somebody who is not there."""
+
+    def begin(self) -> list[RoleCall]:
+        return [RoleCall(1, "stranger", PlanTask(self.problem))]
+
+
+class Unmade(Mute):
+    """Cannot be made."""
+
+    def __init__(self, problem: str, options: Value) -> None:
+        raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize(
+    ("workflow", "told"), [(Mute, "asks for nothing"), (Stranger, "'stranger'"), (Unmade, "a defect")]
+)
+async def test_a_workflow_that_misbehaves_fails_the_job_and_no_other(workflow: type[Workflow], told: str) -> None:
+    team = replace(embedded_team(), workflow=workflow)
+    result = await Orchestrator(team, await engines()).run(Job("j", "1+2"))
+    assert result.answer is None
+    assert told in str(result.error)
+
+
+async def test_no_two_tries_share_a_seed() -> None:
+    seeds: list[int | None] = []
+
+    class Unreadable(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+            seeds.append(request.seed)
+            yield Chunk(
+                "rubbish" if len(seeds) < 3 else oracle.reply(request.messages[-1].content), (1,), 0.0, 1, "stop"
+            )
+
+    handles = await engines()
+    handles["solver"] = Unreadable("solver", lambda request: "")
+    result = await Orchestrator(embedded_team("vote"), handles).run(Job("j", "1+2", temperature=1.0))
+    assert result.answer == "3"
+    assert len(set(seeds)) == len(seeds) == 5
 
 
 async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:

@@ -21,6 +21,12 @@ LINES = [
     ('{"id": "e", "problem": "1", "anwser": 1}', "line 9: unknown key 'anwser'"),
     ('{"id": "a", "problem": "2+2"}', "line 10: id 'a' was used in line 1"),
     ('{"id": "f", "problem": "1", "answer": null}', None),
+    ("[" * 100_000, "line 12: not JSON"),
+    ('{"id": "g", "problem": "1", "answer": ' + "9" * 5000 + "}", "line 13: not JSON"),
+    ('{"id": "h", "problem": "\\ud800"}', "line 14: not text"),
+    ('{"id": "line-3", "problem": "1"}', None),
+    ('{"id": 17, "problem": "1"}', None),
+    ('{"problem": "1"}', None),
 ]
 
 
@@ -32,7 +38,9 @@ def test_every_line_is_read_or_told_by_its_number(tmp_path: Path) -> None:
     for problem, (line, fault) in zip(read, LINES, strict=True):
         assert (problem.fault is None) == (fault is None), line
         assert fault is None or fault in str(problem.fault)
-    assert [(p.id, p.expected) for p in read if not p.fault] == [("a", "3"), ("2", None), ("f", None)]
+    assert [(p.id, p.expected) for p in read if not p.fault] == [
+        *(("a", "3"), ("2", None), ("f", None), ("line-3", None), ("17", None), ("line-17", None))
+    ]
     assert len({p.id for p in read}) == len(read)
 
 
