@@ -103,7 +103,7 @@ RECIPES = {
         160, 4, 512, 8_000, 64, 3e-3, 128, planner_example, {"plans exact": planner_example}
     ),
     "solver": Recipe(
-        160, 4, 448, 6_000, 64, 3e-3, 96, solver_example,
+        160, 4, 448, 10_000, 64, 3e-3, 96, solver_example,
         {"steps exact": step_example, "whole problems at once, without steps": at_once_example},
     ),
     "critic": Recipe(

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 PRELOAD = "runtime.engines.preload"
-LOG_VARIABLE = "TROUPE_FORKSERVER_LOG"
+LOG_VARIABLE, PARENT_VARIABLE = "TROUPE_FORKSERVER_LOG", "TROUPE_FORKSERVER_PARENT"
 _main_lock = threading.Lock()
 
 
@@ -28,7 +28,7 @@ def start(log: Path, threads: int) -> None:
     this process, and keeps what it was started with.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.update({LOG_VARIABLE: str(log), "OMP_NUM_THREADS": str(threads)})
+    os.environ.update({LOG_VARIABLE: str(log), PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)})
     forkserver.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()
 
@@ -40,6 +40,15 @@ class EngineProcess(ForkServerProcess):
     def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:  # noqa: N802 (multiprocessing's name)
         with _no_main():
             return popen_forkserver.Popen(process_obj)
+
+    def run(self) -> None:
+        """In the new process: let go of the pipe by which the forkserver knows that the parent lives.
+
+        multiprocessing hands the parent's end to every child, so that the forkserver outlives the parent while a child
+        runs. Ours are to end with the parent.
+        """
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]  # it has no public name
+        super().run()
 
 
 class EngineContext(ForkServerContext):
