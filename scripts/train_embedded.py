@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agents.arithmetic import sampling, scratchpad, wording  # noqa: E402  (the repository, installed or not)
-from agents.arithmetic.expressions import APPLY, OPERAND_MAX, STEP_NAMES  # noqa: E402
+from agents.arithmetic import oracle, sampling, scratchpad, wording  # noqa: E402  (the repository, installed or not)
+from agents.arithmetic.expressions import APPLY, NUMBER_NAMES, OPERAND_MAX, STEP_NAMES  # noqa: E402
 
 PAD, BOS, EOS, REPLY = "<pad>", "<s>", "</s>", "<reply>"
 BUCKET_TOKENS = 16
@@ -42,7 +42,8 @@ def planner_example(rng: random.Random, held_out: bool) -> Example:
     while True:
         problem = sampling.draw_problem(rng)
         if sampling.is_held_out(problem.text) == held_out:
-            return problem.text, scratchpad.plan_reply(problem.expression.operations)
+            prompt = scratchpad.plan_prompt(problem.text)
+            return prompt, scratchpad.plan_reply(oracle.plan(prompt))
 
 
 def draw_step(rng: random.Random, held_out: bool) -> tuple[int, str, int]:
@@ -85,7 +86,7 @@ def critic_example(rng: random.Random, held_out: bool) -> Example:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its size, its data, and what its card reports (name of the figure -> held-out examples)."""
+    """One model: its size, how it writes numbers, its data, and what its card reports (held-out examples by figure)."""
 
     hidden: int
     layers: int
@@ -94,20 +95,23 @@ class Recipe:
     batch: int
     learning_rate: float
     max_tokens: int
+    numbers: tuple[str, ...]
     example: Callable[[random.Random, bool], Example]
     figures: dict[str, Callable[[random.Random, bool], Example]]
 
 
+NAMED = tuple(NUMBER_NAMES)
+WRITTEN = tuple(str(n) for n in range(OPERAND_MAX + 1))
 RECIPES = {
     "planner": Recipe(
-        160, 4, 512, 8_000, 64, 3e-3, 128, planner_example, {"plans exact": planner_example}
+        160, 4, 512, 6_000, 64, 3e-3, 128, NAMED, planner_example, {"plans exact": planner_example}
     ),
     "solver": Recipe(
-        160, 4, 448, 10_000, 64, 3e-3, 96, solver_example,
+        160, 4, 448, 10_000, 64, 3e-3, 96, WRITTEN, solver_example,
         {"steps exact": step_example, "whole problems at once, without steps": at_once_example},
     ),
     "critic": Recipe(
-        128, 4, 384, 10_000, 64, 3e-3, 96, critic_example,
+        128, 4, 384, 10_000, 64, 3e-3, 96, WRITTEN, critic_example,
         {
             "right results accepted": partial(claim_example, right=True),
             "wrong results rejected": partial(claim_example, right=False),
@@ -116,11 +120,10 @@ RECIPES = {
 }  # fmt: skip
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of the grammar, the numbers 0 to 999, signs and step names; the prompt is a chat's last message."""
+def build_tokenizer(numbers: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """Words of the grammar, numbers, signs and step names, a token each; the prompt is a chat's last message."""
     signs = ["+", "-", "*", "(", ")", "=", "<", ">", ".", ",", "?", "!", ";"]
     names = [form for name in STEP_NAMES for form in (name, f"{name}=", f";{name}=")]
-    numbers = [str(n) for n in range(OPERAND_MAX + 1)]
     words = sorted(wording.vocabulary() | {scratchpad.RIGHT, scratchpad.WRONG})
     vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, REPLY, *signs, *names, *numbers, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
@@ -198,7 +201,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 def train(name: str, recipe: Recipe, work: Path, seed: int, compiled: bool) -> LlamaForCausalLM:
     """Train to the recipe's number of steps, from the checkpoint in `work` where there is one."""
     torch.manual_seed(seed)
-    encoder = Encoder(build_tokenizer())
+    encoder = Encoder(build_tokenizer(recipe.numbers))
     model = build_model(recipe, encoder.tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     checkpoint = work / f"{name}.pt"
@@ -295,12 +298,12 @@ def generate(
     return [reply[: reply.index(eos) + 1] if eos in reply else reply for reply in replies]
 
 
-def write(model: LlamaForCausalLM, folder: Path) -> None:
+def write(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> None:
     """Weights as bfloat16 safetensors, configuration, tokenizer: each file put in place when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
         model.to(torch.bfloat16).save_pretrained(fresh)
-        build_tokenizer().save_pretrained(fresh)
+        build_tokenizer(recipe.numbers).save_pretrained(fresh)
         for file in Path(fresh).iterdir():
             if file.name != "generation_config.json":
                 file.chmod(0o644)
@@ -357,7 +360,7 @@ def main() -> None:
         folder = options.out / name
         if not options.measure:
             model = train(name, recipe, options.work, options.seed, not options.no_compile)
-            write(model, folder)
+            write(model, recipe, folder)
         figures = measure(folder, recipe, options.held_out)
         if not options.measure:
             write_card(name, recipe, folder, figures, options.held_out, options.seed)

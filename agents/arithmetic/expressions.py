@@ -17,6 +17,8 @@ FACTOR_MAX = 99
 DIGITS = 5
 VALUE_MAX = 10**DIGITS - 1
 STEP_NAMES = "ABCDEF"
+NUMBER_NAMES = "PQRSTUV"
+"""For the planner, which does not need to know a number to say what is to be done with it."""
 
 APPLY: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _SIGNS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
@@ -65,6 +67,22 @@ def read(text: str) -> Expression:
     if nesting > NESTING_MAX:
         raise OutOfBounds(f"parentheses nested {nesting} deep; the embedded team works up to {NESTING_MAX}")
     return Expression(canonical, tuple(operations), value)
+
+
+def order(named: str) -> tuple[Operation, ...]:
+    """The steps of an expression over the names of numbers, such as "(P + Q) * R"."""
+    done: list[Operation] = []
+    _order(ast.parse(named, mode="eval").body, done)
+    return tuple(done)
+
+
+def _order(node: ast.expr, done: list[Operation]) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    assert isinstance(node, ast.BinOp), ast.dump(node)
+    left, right = _order(node.left, done), _order(node.right, done)
+    done.append(Operation(STEP_NAMES[len(done)], left, _SIGNS[type(node.op)], right))
+    return done[-1].name
 
 
 def _parse(text: str) -> ast.expr:

@@ -3,7 +3,7 @@
 import re
 
 from agents.arithmetic import scratchpad, wording
-from agents.arithmetic.expressions import Expression, read
+from agents.arithmetic.expressions import Expression, Operation, order, read
 
 
 def reply(prompt: str) -> str:
@@ -11,7 +11,7 @@ def reply(prompt: str) -> str:
     if prompt.startswith(scratchpad.AT_ONCE):
         return " ".join(scratchpad.at_once_reply(_expression(prompt[1:].strip()).value))
     if prompt[0] not in "+-":
-        return " ".join(scratchpad.plan_reply(_expression(prompt).operations))
+        return " ".join(scratchpad.plan_reply(plan(prompt)))
     tokens = prompt.split()
     if tokens[3] == "=":
         return " ".join(scratchpad.worked_check(*_claim(tokens)))
@@ -19,6 +19,11 @@ def reply(prompt: str) -> str:
     digits = tokens[3:]
     second = digits[5::5] if sign == "*" else digits[5:]
     return " ".join(scratchpad.worked_step(_number(left, digits[:5]), sign, _number(right, second)))
+
+
+def plan(prompt: str) -> tuple[Operation, ...]:
+    """The right steps for a planner's prompt."""
+    return order(wording.recognise_named(re.sub("[P-V]", "1", prompt)) if re.search("[a-z]", prompt) else prompt)
 
 
 def _claim(tokens: list[str]) -> tuple[int, str, int, int]:

@@ -70,10 +70,11 @@ class ArithmeticPlanner(ArithmeticRole):
 
     def prompt(self, task: Task) -> str:
         assert isinstance(task, PlanTask)
-        return as_read(task.problem)
+        return scratchpad.plan_prompt(as_read(task.problem))
 
     def read(self, text: str, task: Task) -> Reply:
-        operations = scratchpad.read_plan(text)
+        assert isinstance(task, PlanTask)
+        operations = scratchpad.read_plan(text, as_read(task.problem))
         return Plan(
             steps=tuple(
                 Step(name=o.name, instruction=str(o), needs=tuple(x for x in (o.left, o.right) if x.isalpha()))

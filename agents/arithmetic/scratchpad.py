@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from agents.arithmetic.expressions import DIGITS, STEP_NAMES, Operation
+from agents.arithmetic.expressions import DIGITS, NUMBER_NAMES, STEP_NAMES, Operation
 
 RIGHT, WRONG = "right", "wrong"
 AT_ONCE = "?"
@@ -47,8 +47,14 @@ def at_once_prompt(problem: str) -> str:
     return f"{AT_ONCE} {problem}"
 
 
+def plan_prompt(problem: str) -> str:
+    """A problem for the planner: its numbers by name, in order. "(12 + 7) * 3" becomes "(P + Q) * R"."""
+    names = iter(NUMBER_NAMES)
+    return re.sub(r"\d+", lambda _: next(names), problem)
+
+
 def plan_reply(operations: Iterable[Operation]) -> list[str]:
-    """The planner's reply, four tokens a step: A= 12 + 7 ;B= A * 3"""
+    """The planner's reply, four tokens a step: A= P + Q ;B= A * R"""
     return [
         token
         for index, o in enumerate(operations)
@@ -81,18 +87,22 @@ def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
     return [*inverse.tokens, inverse.sign, *marks, RIGHT if _DIFFER not in marks else WRONG]
 
 
-def read_plan(text: str) -> list[Operation]:
-    """Read the planner's reply. Raises ValueError when it is not a list of named steps in order."""
+def read_plan(text: str, problem: str) -> list[Operation]:
+    """Read the planner's reply to a problem, with its numbers back in place.
+
+    Raises ValueError when it is not a list of steps in order, each over numbers of the problem and earlier steps.
+    """
+    known = dict(zip(NUMBER_NAMES, re.findall(r"\d+", problem), strict=False))
     steps: list[Operation] = []
     for line in text.replace(" ", "").split(";"):
-        match = re.fullmatch(r"([A-F])=(\d+|[A-F])([-+*])(\d+|[A-F])", line)
+        match = re.fullmatch(r"([A-F])=([A-Z])([-+*])([A-Z])", line)
         if not match:
             raise ValueError(f"not a step: {line!r}")
-        step = Operation(*match.groups())
-        known = [earlier.name for earlier in steps]
-        if step.name != STEP_NAMES[len(steps)] or any(o.isalpha() and o not in known for o in (step.left, step.right)):
+        name, left, sign, right = match.groups()
+        if name != STEP_NAMES[len(steps)] or left not in known or right not in known:
             raise ValueError(f"step {line!r} is out of order")
-        steps.append(step)
+        steps.append(Operation(name, known[left], sign, known[right]))
+        known[name] = name
     return steps
 
 

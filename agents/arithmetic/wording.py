@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from agents.arithmetic.expressions import OutOfBounds
+from agents.arithmetic.expressions import NUMBER_NAMES, OutOfBounds
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "name": ("tom", "anna", "ben", "mia", "omar", "lina", "noah", "eva", "ivan", "zoe", "raj", "kim"),
@@ -60,7 +60,7 @@ WORDINGS: tuple[tuple[str, str], ...] = (
     ("each of {a} workers at the {place} makes {b} {thing} before noon and {c} after. {d} are broken. "
      "how many are good?",
      "a*(b+c)-d"),
-    ("{name} has {a} {thing} more than {b} and {other} has {c} less than {d}. how many do they have?", "b+a+(d-c)"),
+    ("{name} has {a} {thing} more than {b} and {other} has {c} less than {d}. how many do they have?", "a+b+(d-c)"),
     ("there are {a} red, {b} blue, {c} green and {d} white {thing}. how many {thing} are there?", "a+b+c+d"),
     ("from {a} {thing} the {place} keeps {b}. the rest are packed {c} times over, and {d} are added. how many is that?",
      "(a-b)*c+d"),
@@ -121,8 +121,8 @@ class Wording:
 
         return _SLOT.sub(fill, self.text)
 
-    def fill(self, values: Mapping[str, int]) -> str:
-        """The expression with numbers for its slots."""
+    def fill(self, values: Mapping[str, object]) -> str:
+        """The expression with numbers, or names of numbers, for its slots."""
         return re.sub(r"[a-g]", lambda m: str(values[m[0]]), self.expression)
 
 
@@ -136,11 +136,22 @@ def tidy(text: str) -> str:
 
 def recognise(text: str) -> str:
     """The expression a word problem asks for. Raises OutOfBounds with the closest wording known."""
+    wording, match = _match(text)
+    return wording.fill({slot: match[slot] for slot in wording.numbers})
+
+
+def recognise_named(text: str) -> str:
+    """The same over the names of the numbers, given in the order of the text."""
+    wording, match = _match(text)
+    ordered = sorted(wording.numbers, key=match.start)
+    return wording.fill(dict(zip(ordered, NUMBER_NAMES, strict=False)))
+
+
+def _match(text: str) -> tuple[Wording, re.Match[str]]:
     problem = tidy(text)
     for wording, pattern in _patterns():
-        match = pattern.fullmatch(problem)
-        if match:
-            return wording.fill({slot: int(match[slot]) for slot in wording.numbers})
+        if match := pattern.fullmatch(problem):
+            return wording, match
     raise OutOfBounds(f"the embedded team does not know this wording; the closest it knows: {_closest(problem)!r}")
 
 

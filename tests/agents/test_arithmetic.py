@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.arithmetic import oracle, sampling, scratchpad, wording
-from agents.arithmetic.expressions import APPLY, NESTING_MAX, OPERATIONS_MAX, VALUE_MAX, read
+from agents.arithmetic.expressions import APPLY, NESTING_MAX, OPERATIONS_MAX, VALUE_MAX, order, read
 from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner, ArithmeticSolver, as_read
 from agents.role import AnswerTask, CritiqueTask, Plan, PlanTask, ReplyUnusable, Solution, SolveTask, Step, TaskRefused
 
@@ -36,7 +36,8 @@ def test_drawn_problems_are_within_the_bounds(seed: int) -> None:
 def test_the_plan_of_an_expression_leads_to_its_value(seed: int) -> None:
     expression = sampling.draw_expression(random.Random(seed)).expression
     values: dict[str, int] = {}
-    for operation in scratchpad.read_plan(" ".join(scratchpad.plan_reply(expression.operations))):
+    prompt = scratchpad.plan_prompt(expression.text)
+    for operation in scratchpad.read_plan(" ".join(scratchpad.plan_reply(order(prompt))), expression.text):
         left, right = (values[o] if o in values else int(o) for o in (operation.left, operation.right))
         values[operation.name] = APPLY[operation.sign](left, right)
     assert list(values.values())[-1] == expression.value
@@ -46,6 +47,8 @@ def test_the_plan_of_an_expression_leads_to_its_value(seed: int) -> None:
 def test_a_word_problem_is_recognised_as_the_expression_it_was_made_from(seed: int) -> None:
     problem = sampling.draw_word_problem(random.Random(seed))
     assert read(wording.recognise(problem.text.title())) == problem.expression
+    written = " ".join(scratchpad.plan_reply(oracle.plan(scratchpad.plan_prompt(problem.text))))
+    assert scratchpad.read_plan(written, problem.text) == list(problem.expression.operations)
 
 
 def test_the_grammar_is_as_large_as_promised_and_every_wording_uses_its_slots() -> None:
@@ -131,7 +134,9 @@ def test_any_text_is_read_or_refused(problem: str) -> None:
         ArithmeticPlanner().check(problem)
 
 
-@pytest.mark.parametrize("text", ["", "A", "A=1+", "B=1+2", "A=1+B", "A=1+2;A=3+4", "A=1+2;", "A=1+2;B=C*3", "A=1/2"])
+@pytest.mark.parametrize(
+    "text", ["", "A", "A=P+", "B=P+Q", "A=P+B", "A=P+Q;A=P+Q", "A=P+Q;", "A=P+Q;B=C*P", "A=P/Q", "A=P+R", "A=1+2"]
+)
 def test_a_plan_that_cannot_be_worked_is_unusable(text: str) -> None:
     with pytest.raises(ReplyUnusable):
         ArithmeticPlanner().parse(text, PlanTask("1+2"))
@@ -170,7 +175,10 @@ def test_a_step_beyond_the_range_is_refused(instruction: str, told: str) -> None
 
 
 def test_the_roles_read_what_the_oracle_writes() -> None:
-    plan = ArithmeticPlanner().parse(oracle.reply("(12 + 7) * 3"), PlanTask("(12+7)*3"))
+    asked = PlanTask("(12+7)*3")
+    prompt = ArithmeticPlanner().messages(asked)[0].content
+    assert prompt == "(P + Q) * R"
+    plan = ArithmeticPlanner().parse(oracle.reply(prompt), asked)
     assert isinstance(plan, Plan)
     assert str(plan) == "A=12+7; B=A*3"
     assert plan.steps[1].needs == ("A",)
