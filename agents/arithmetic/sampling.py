@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from agents.arithmetic import wording
 from agents.arithmetic.expressions import (
     APPLY,
+    DIGITS,
     FACTOR_MAX,
     NESTING_MAX,
     OPERAND_MAX,
@@ -87,6 +88,29 @@ def draw_wrong_result(rng: random.Random, left: int, sign: str, right: int) -> i
         result = _slip(rng, left, sign, right, true)
         if result != true and abs(result) <= VALUE_MAX:
             return result
+
+
+def draw_uneven_product(rng: random.Random) -> tuple[int, int, int]:
+    """Two factors and a wrong product whose long division goes on to its end: every remainder is as likely.
+
+    Slips alone do not teach the check: most of their remainders are those of a right product.
+    """
+    while True:
+        divisor = rng.randint(1, FACTOR_MAX)
+        factor = product = remainder = 0
+        for _ in range(DIGITS):
+            down = rng.randint(0, 9)
+            least = max(0, -(-(remainder * 10 + down - 99) // divisor))
+            most = min(9, (remainder * 10 + down) // divisor)
+            if least > most:
+                break
+            digit = rng.randint(least, most)
+            remainder = remainder * 10 + down - digit * divisor
+            factor, product = factor * 10 + digit, product * 10 + down
+        else:
+            if remainder and factor >= divisor:
+                signs = rng.choice((-1, 1)), rng.choice((-1, 1))
+                return signs[0] * factor, signs[1] * divisor, signs[0] * signs[1] * product
 
 
 def steps_of(expression: Expression) -> list[tuple[int, str, int]]:

@@ -75,6 +75,14 @@ def test_the_check_accepts_the_true_result_and_no_other(seed: int) -> None:
     assert not scratchpad.read_verdict(" ".join(scratchpad.worked_check(*step, wrong)))
 
 
+@given(SEEDS)
+def test_an_uneven_product_is_divided_to_the_end_and_rejected(seed: int) -> None:
+    left, right, result = sampling.draw_uneven_product(random.Random(seed))
+    tokens = scratchpad.worked_check(left, "*", right, result)
+    assert tokens[-1] == scratchpad.WRONG
+    assert len(tokens) == len(scratchpad.worked_check(left, "*", right, left * right))
+
+
 @pytest.mark.parametrize("left", range(-12, 13, 3))
 @pytest.mark.parametrize("right", range(-12, 13, 4))
 @pytest.mark.parametrize("sign", "+-*")
