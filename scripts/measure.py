@@ -224,7 +224,7 @@ async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
                     "right": sum(bool(result.correct) for result in results),
                     "failed": summary.failed,
                     "unconfirmed": summary.unconfirmed,
-                    "wrong_but_confirmed": sum(r.confirmed and not r.correct for r in results),
+                    "wrong_but_confirmed": sum(r.confirmed is True and not r.correct for r in results),
                     "seconds": round(time.monotonic() - started, 1),
                     "tokens": sum(used.completion_tokens for used in summary.usage.values()),
                 }

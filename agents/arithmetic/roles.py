@@ -44,7 +44,7 @@ class ArithmeticRole(Role):
 
     def parse(self, text: str, task: Task) -> Reply:
         try:
-            return self.read(text, task)
+            return self.read(text.strip(), task)
         except ValueError as error:
             raise ReplyUnusable(str(error)) from None
 

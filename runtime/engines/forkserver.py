@@ -29,6 +29,8 @@ def start(log: Path, threads: int) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ.update({LOG_VARIABLE: str(log), PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)})
+    # An engine that is killed leaves semaphores, which Python's own tracker removes; it need not tell the user so.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     forkserver.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()
 
