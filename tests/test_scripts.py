@@ -55,7 +55,7 @@ class Tree:
             text=True,
             start_new_session=True,
             # Tests that run in the background of a shell inherit a SIGINT that is ignored, and bash cannot trap that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no other threads here)
         )
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
