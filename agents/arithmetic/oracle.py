@@ -3,7 +3,7 @@
 import re
 
 from agents.arithmetic import scratchpad, wording
-from agents.arithmetic.expressions import Expression, Operation, order, read
+from agents.arithmetic.expressions import NUMBER_NAMES, Expression, Operation, order, read
 
 
 def reply(prompt: str) -> str:
@@ -23,7 +23,9 @@ def reply(prompt: str) -> str:
 
 def plan(prompt: str) -> tuple[Operation, ...]:
     """The right steps for a planner's prompt."""
-    return order(wording.recognise_named(re.sub("[P-V]", "1", prompt)) if re.search("[a-z]", prompt) else prompt)
+    return order(
+        wording.recognise_named(re.sub(f"[{NUMBER_NAMES}]", "1", prompt)) if re.search("[a-z]", prompt) else prompt
+    )
 
 
 def _claim(tokens: list[str]) -> tuple[int, str, int, int]:

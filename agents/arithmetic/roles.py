@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import ClassVar
 
 from agents.arithmetic import scratchpad, wording
@@ -115,6 +116,7 @@ class ArithmeticCritic(ArithmeticRole):
         return Verdict(accepted=accepted, reason="" if accepted else "the inverse operation does not give it back")
 
 
+@lru_cache(maxsize=1024)  # every seat's check asks, and the planner twice more
 def as_read(problem: str) -> str:
     """The problem as the planner was taught to read it: an expression, or a known wording. Raises OutOfBounds."""
     if len(problem) > PROBLEM_MAX_CHARACTERS:

@@ -14,7 +14,6 @@ from agents.arithmetic.expressions import DIGITS, NUMBER_NAMES, STEP_NAMES, Oper
 
 RIGHT, WRONG = "right", "wrong"
 AT_ONCE = "?"
-_INVERSE = {"+": "-", "-": "+"}
 _MATCH, _DIFFER = ".", "!"
 _ROW = ";"
 
@@ -81,7 +80,7 @@ def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
     left, right = _smaller_factor_second(left, sign, right)
     if sign == "*":
         return _check_by_division(left, right, result)
-    inverse = _sum(result, _INVERSE[sign], right)
+    inverse = _sum(result, _flip(sign), right)
     marks = [_mark(column % 10 == digit) for column, digit in zip(inverse.columns, _digits(left), strict=True)]
     marks += [_mark(inverse.columns[-1] < 10), _mark(inverse.sign == _sign(left))]
     return [*inverse.tokens, inverse.sign, *marks, RIGHT if _DIFFER not in marks else WRONG]

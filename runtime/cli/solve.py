@@ -164,7 +164,7 @@ def _check(crew: Team, problem: Problem) -> Problem:
     try:
         crew.check(problem.problem)
     except (InputError, PluginError) as error:
-        return Problem(problem.id, problem.problem, problem.expected, str(error))
+        return replace(problem, fault=str(error))
     return problem
 
 

@@ -41,12 +41,11 @@ class Fleet:
             # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
             module = await asyncio.to_thread(_import_vllm_engine)
             owned.callback(gc.unfreeze)  # the interpreter's end wants to find what was frozen with the import
-            listener = await reports.listen(folder, self._changed)
+            owned.callback((await reports.listen(folder, self._changed)).close)
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
                 self.engines[name] = module.VllmEngine(name, spec, self._run_folder, folder)
             await self._start()
-            listener.close()
             self._owned = owned.pop_all()
         return self
 
