@@ -31,7 +31,7 @@ def plan(prompt: str) -> tuple[Operation, ...]:
 def _claim(tokens: list[str]) -> tuple[int, str, int, int]:
     left, sign, right, _, result, *digits = tokens
     if sign == "*":
-        top, claimed, second = digits[0:15:3][::-1], digits[1:15:3][::-1], digits[15:17]
+        top, second, claimed = (row.split()[::-1] for row in " ".join(digits).split(";")[:3])
     else:
         top, second, claimed = digits[:5], digits[5:10], digits[10:]
     return _number(left, top), sign, _number(right, second), _number(result, claimed)

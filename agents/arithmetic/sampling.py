@@ -6,6 +6,7 @@ Every draw takes the caller's random.Random, so that a seed gives the same data 
 import hashlib
 import random
 from dataclasses import dataclass
+from itertools import accumulate
 
 from agents.arithmetic import wording
 from agents.arithmetic.expressions import (
@@ -45,7 +46,14 @@ def draw_problem(rng: random.Random) -> Problem:
 
 
 def draw_expression(rng: random.Random) -> Problem:
-    """One to six operations, more often many; the shape is a random tree, products mostly with a small factor."""
+    """One to six operations, more often many; the shape is a random tree, products mostly with a small factor.
+
+    Two of three are the deepest nested of several draws: few random trees need parentheses in parentheses.
+    """
+    return max((_draw_tree(rng) for _ in range(rng.choice((1, 4, 12)))), key=lambda p: _nesting(p.text))
+
+
+def _draw_tree(rng: random.Random) -> Problem:
     while True:
         operations = rng.choices(range(1, OPERATIONS_MAX + 1), weights=(1, 2, 3, 4, 5, 6))[0]
         try:
@@ -53,6 +61,10 @@ def draw_expression(rng: random.Random) -> Problem:
         except OutOfBounds:
             continue
         return Problem(expression.text, expression)
+
+
+def _nesting(text: str) -> int:
+    return max(accumulate((character == "(") - (character == ")") for character in text))
 
 
 def draw_word_problem(rng: random.Random) -> Problem:
@@ -90,29 +102,6 @@ def draw_wrong_result(rng: random.Random, left: int, sign: str, right: int) -> i
             return result
 
 
-def draw_uneven_product(rng: random.Random) -> tuple[int, int, int]:
-    """Two factors and a wrong product whose long division goes on to its end: every remainder is as likely.
-
-    Slips alone do not teach the check: most of their remainders are those of a right product.
-    """
-    while True:
-        divisor = rng.randint(1, FACTOR_MAX)
-        factor = product = remainder = 0
-        for _ in range(DIGITS):
-            down = rng.randint(0, 9)
-            least = max(0, -(-(remainder * 10 + down - 99) // divisor))
-            most = min(9, (remainder * 10 + down) // divisor)
-            if least > most:
-                break
-            digit = rng.randint(least, most)
-            remainder = remainder * 10 + down - digit * divisor
-            factor, product = factor * 10 + digit, product * 10 + down
-        else:
-            if remainder and factor >= divisor:
-                signs = rng.choice((-1, 1)), rng.choice((-1, 1))
-                return signs[0] * factor, signs[1] * divisor, signs[0] * signs[1] * product
-
-
 def steps_of(expression: Expression) -> list[tuple[int, str, int]]:
     """The expression's steps with their operands worked out."""
     values: dict[str, int] = {}
@@ -133,7 +122,8 @@ def _tree(rng: random.Random, operations: int, depth: int) -> str:
         pair = [str(rng.randint(0, FACTOR_MAX)), str(_number(rng))]
         rng.shuffle(pair)
         return "*".join(pair)
-    left = rng.randint(0, operations - 1)
+    # Chains, which nest the deepest, would be rare if every split were as likely.
+    left = rng.choice((0, operations - 1, rng.randint(0, operations - 1)))
     return sign.join(_side(rng, count, depth) for count in (left, operations - 1 - left))
 
 
@@ -144,15 +134,21 @@ def _side(rng: random.Random, operations: int, depth: int) -> str:
 
 
 def _number(rng: random.Random) -> int:
-    """An operand, every length as often."""
-    return rng.choice(
+    """An operand, every length as often, a tenth of them round."""
+    number = rng.choice(
         (rng.randint(0, 9), rng.randint(10, 99), rng.randint(0, FACTOR_MAX), rng.randint(100, OPERAND_MAX))
     )
+    return _rounded(rng, number) if rng.random() < 0.1 else number
 
 
 def _signed(rng: random.Random) -> int:
-    most = int("9" * rng.randint(1, 5))
-    return rng.randint(0, most) * rng.choice((-1, 1))
+    number = rng.randint(0, int("9" * rng.randint(1, DIGITS)))
+    return (_rounded(rng, number) if rng.random() < 0.2 else number) * rng.choice((-1, 1))
+
+
+def _rounded(rng: random.Random, number: int) -> int:
+    place = rng.choice(PLACES[1:])
+    return number // place * place or number
 
 
 def _slip(rng: random.Random, left: int, sign: str, right: int, true: int) -> int:

@@ -28,17 +28,15 @@ def step_prompt(left: int, sign: str, right: int) -> str:
 
 
 def claim_prompt(left: int, sign: str, right: int, result: int) -> str:
-    """A step and its claimed result for the critic.
+    """A step and its claimed result for the critic: signs, then the digits of the three numbers.
 
-    Sums and differences: the digits of the three numbers in turn. A product is laid out for long division, from the
-    top: a digit of the first factor and one of the result, and as often units and tens of the second factor.
+    Of a product they are written from the top, and two digits do for its second factor.
     """
     left, right = _smaller_factor_second(left, sign, right)
     signs = (_sign(left), sign, _sign(right), "=", _sign(result))
     if sign != "*":
         return _tokens(*signs, *_digits(left), *_digits(right), *_digits(result))
-    top = [d for pair in zip(_digits(left)[::-1], _digits(result)[::-1], strict=True) for d in (*pair, _ROW)]
-    return _tokens(*signs, *top, *((*_digits(right)[:2], _ROW) * DIGITS))
+    return _tokens(*signs, *(token for row in _from_the_top(left, right, result) for token in (*row, _ROW)))
 
 
 def at_once_prompt(problem: str) -> str:
@@ -76,10 +74,13 @@ def worked_step(left: int, sign: str, right: int) -> list[str]:
 
 
 def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
-    """The critic's reply: the inverse operation, marks against the first operand, and the verdict."""
+    """The critic's reply: another computation than the solver's, marks where it agrees and differs, the verdict.
+
+    A sum or difference is undone, which must give the first number back. A product is checked by casting out.
+    """
     left, right = _smaller_factor_second(left, sign, right)
     if sign == "*":
-        return _check_by_division(left, right, result)
+        return _check_by_casting_out(left, right, result)
     inverse = _sum(result, _flip(sign), right)
     marks = [_mark(column % 10 == digit) for column, digit in zip(inverse.columns, _digits(left), strict=True)]
     marks += [_mark(inverse.columns[-1] < 10), _mark(inverse.sign == _sign(left))]
@@ -189,11 +190,14 @@ def _flip(sign: str) -> str:
 
 
 def _multiply(left: int, right: int) -> list[str]:
-    """A row times the units and a row times the tens, with carries; both partial products; the row of their sum."""
+    """A row times the units and a row times the tens, with carries; the digits of both; the row of their sum.
+
+    The digits of the tens stand under their own columns; the sum takes them one column up.
+    """
     by_units, by_tens = (_with_carries([digit * factor for digit in _digits(left)]) for factor in _digits(right)[:2])
-    units = [column % 10 for column in by_units]
-    tens = [0, *(column % 10 for column in by_tens[:-1])]
-    rows = (by_units, by_tens, units, tens, _with_carries([a + b for a, b in zip(units, tens, strict=True)]))
+    units, tens = ([column % 10 for column in row] for row in (by_units, by_tens))
+    total = _with_carries([a + b for a, b in zip(units, [0, *tens[:-1]], strict=True)])
+    rows = (by_units, by_tens, units, tens, total)
     return [token for index, row in enumerate(rows) for token in (*([_ROW] if index else []), *map(str, row))]
 
 
@@ -202,34 +206,30 @@ def _with_carries(columns: Sequence[int]) -> list[int]:
     return list(accumulate(columns, lambda before, column: column + before // 10))
 
 
-def _check_by_division(left: int, right: int, result: int) -> list[str]:
-    """Long division of the result by the second factor, which must give the first and leave nothing.
+def _check_by_casting_out(left: int, right: int, result: int) -> list[str]:
+    """The sign; the remainders by 9 and by 11, digit by digit, and their product; the last digit.
 
-    A line for each digit of the first factor, from the top: the digit, it times the units of the second, and times
-    its tens with that carry. Then a line each for the remainder, with the next digit of the result brought down, when
-    that product is taken away: its units and tens, 10 more for a borrow, and whether nothing is left above. A true
-    quotient leaves less than the divisor, so something left, or missing, above ends it.
+    It misses what is off by a multiple of 990, one in as many of the results that have nothing to do with the right
+    one, and no slip in a single digit, carry, sign or order of neighbours.
     """
     expected = _sign(left * right)
-    tokens = [expected, _mark(expected == _sign(result))]
-    if tokens[-1] == _DIFFER:
-        return [*tokens, WRONG]
-    units, tens = _digits(right)[:2]
-    products = [(q, q * units, q * tens + q * units // 10) for q in _digits(left)[::-1]]
-    tokens += [str(number) for line in products for number in line]
-    high = low = 0
-    for (_, by_units, by_tens), down in zip(products, _digits(result)[::-1], strict=True):
-        borrow, new_low = _take_away(down, by_units % 10, 0)
-        next_borrow, new_high = _take_away(low, by_tens % 10, borrow)
-        fits = high == by_tens // 10 + next_borrow
-        tokens += [str(new_low + 10 * borrow), str(new_high + 10 * next_borrow), _mark(fits)]
-        if not fits:
-            return [*tokens, WRONG]
-        high, low = new_high, new_low
-    return [*tokens, RIGHT if (high, low) == (0, 0) else WRONG]
+    tokens, marks = [expected], [_mark(expected == _sign(result))]
+    tokens += marks
+    numbers = _from_the_top(left, right, result)
+    for divisor in (9, 11):
+        rows = [_remainders(digits, divisor) for digits in numbers]
+        marks.append(_mark(rows[0][-1] * rows[1][-1] % divisor == rows[2][-1]))
+        tokens += [token for row in rows for token in (*map(str, row), _ROW)]
+        tokens += [str(rows[0][-1] * rows[1][-1] % divisor), marks[-1]]
+    last = abs(left * right) % 10
+    marks.append(_mark(last == abs(result) % 10))
+    return [*tokens, str(last), marks[-1], RIGHT if _DIFFER not in marks else WRONG]
 
 
-def _take_away(digit: int, other: int, borrow: int) -> tuple[int, int]:
-    """Borrow and digit of a difference in one column."""
-    left = digit - other - borrow
-    return int(left < 0), left % 10
+def _from_the_top(left: int, right: int, result: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return _digits(left)[::-1], _digits(right)[1::-1], _digits(result)[::-1]
+
+
+def _remainders(digits: Sequence[int], divisor: int) -> list[int]:
+    """The remainder of the number as far as each of its digits, from the top."""
+    return list(accumulate(digits, lambda before, digit: (10 * before + digit) % divisor, initial=0))[1:]
