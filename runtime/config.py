@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from agents.names import nearest
 from agents.role import Sampling
@@ -45,6 +54,13 @@ class Member(Section):
         return defaults.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
+class Device(Section):
+    """What the engines share. `memory_bytes` is what counts as the whole of it: by default the GPU's memory, or the
+    machine's where there is no GPU."""
+
+    memory_bytes: ByteSize | None = Field(default=None, gt=0)
+
+
 class WorkflowChoice(BaseModel):
     """The workflow by name; every other key is one of its options, which the workflow itself checks."""
 
@@ -59,8 +75,9 @@ class WorkflowChoice(BaseModel):
 
 
 class Config(Section):
-    """Engines, the team that they serve, and how the team works."""
+    """The device, the engines that share it, the team that they serve, and how the team works."""
 
+    device: Device = Device()
     engines: Mapping[str, EngineSpec] = Field(min_length=1)
     team: Mapping[str, Member] = Field(min_length=1)
     workflow: WorkflowChoice = WorkflowChoice()
@@ -82,6 +99,12 @@ class Config(Section):
             if member.engine not in self.engines:
                 raise ValueError(
                     f"team.{seat}.engine: there is no engine {member.engine!r}; {nearest(member.engine, self.engines)}"
+                )
+        for name, spec in self.engines.items():
+            if spec.max_gpu_memory_utilization < spec.gpu_memory_utilization:
+                raise ValueError(
+                    f"engines.{name}: max_gpu_memory_utilization {spec.max_gpu_memory_utilization:g} is below "
+                    f"gpu_memory_utilization {spec.gpu_memory_utilization:g}, which it begins with"
                 )
         shares = sum(spec.gpu_memory_utilization for spec in self.engines.values())
         if shares > 1 + 1e-9:
@@ -241,7 +264,7 @@ def _complaint(error: dict[str, Any]) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    parts: dict[str, type[BaseModel]] = {"engines": EngineSpec, "team": Member}
+    parts: dict[str, type[BaseModel]] = {"device": Device, "engines": EngineSpec, "team": Member}
     section = parts.get(str(location[0])) if len(location) > 1 else Config
     names = list((section or Config).model_fields)
     return [*names, *(["extends"] if section is Config else [])]

@@ -41,8 +41,9 @@ def main() -> None:
     kept: dict[str, Pins] = {kind: {} for kind in KINDS} if parser.parse_args().upgrade else {k: read(k) for k in KINDS}
     cpu = closure("cpu", (), kept["cpu"])
     cuda = closure("cuda", (), cpu | kept["cuda"])
-    test = without(closure("cpu", ("test",), kept["test"] | cpu), cpu)
-    if test != without(closure("cuda", ("test",), kept["test"] | test | cuda), cuda):
+    test = without(closure("cpu", ("test",), cuda | kept["test"] | cpu), cpu)
+    beside_cuda = closure("cuda", ("test",), kept["test"] | test | cuda)
+    if without(beside_cuda, cuda) != without(test, cuda) or any(beside_cuda[name] != test[name] for name in test):
         sys.exit("the test tools resolve differently beside cpu and beside cuda: pin what differs in pyproject.toml")
     write("cpu", {**cpu, "torch": TORCH_CPU}, "The extra `cpu`, with what builds Troupe. Installed and tried.")
     write("cuda", cuda, "The extra `cuda`, with what builds Troupe. Resolved, not tried as a whole: needs a GPU.")

@@ -250,7 +250,8 @@ async def fleet() -> AsyncIterator[dict[str, EngineHandle]]:
     """The embedded engines, logging to a run folder."""
     folder = run_folder.create()
     run_folder.log_to(folder)
-    async with Fleet(config.load("embedded").engines, folder) as started:
+    embedded = config.load("embedded")
+    async with Fleet(embedded.engines, folder, device_bytes=embedded.device.memory_bytes) as started:
         yield started.engines
 
 

@@ -97,7 +97,7 @@ async def _solve_one(config: Config, crew: Team, job: Job, as_json: bool) -> int
                 lines.print(_entry(event), soft_wrap=True)
 
         waiting: dict[str, EngineState] = {}
-        async with Fleet(_served(config, crew), folder, show) as fleet:
+        async with Fleet(_served(config, crew), folder, show, config.device.memory_bytes) as fleet:
             result = await Orchestrator(crew, fleet.engines, show).run(job)
             status.update("closing the engines")
     if as_json:
@@ -176,7 +176,7 @@ def _served(config: Config, crew: Team) -> dict[str, EngineSpec]:
 async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, report: "_Report") -> None:
     folder = run_folder.create()
     run_folder.log_to(folder)
-    async with Fleet(_served(config, crew), folder, report.show) as fleet:
+    async with Fleet(_served(config, crew), folder, report.show, config.device.memory_bytes) as fleet:
         orchestrator = Orchestrator(crew, fleet.engines, report.show)
         await work_all(orchestrator, jobs, concurrency, report.take)
 

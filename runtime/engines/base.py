@@ -4,6 +4,8 @@ Everything above knows engines by these types alone. Errors: EngineError when a 
 the process behind the handle is gone.
 """
 
+import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ from agents.role import Message
 
 
 class EngineState(StrEnum):
-    """The life of an engine, in order; LOADING and LOADED are of its weights."""
+    """The life of an engine, in order; LOADING and LOADED are of its weights.
+
+    A DEAD engine is started again; one that keeps dying has FAILED.
+    """
 
     STARTING = "starting"
     LOADING = "loading"
@@ -24,19 +29,22 @@ class EngineState(StrEnum):
     READY = "ready"
     CLOSED = "closed"
     DEAD = "dead"
+    FAILED = "failed"
 
 
 class EngineSpec(BaseModel):
     """What a configuration says of one engine.
 
-    `gpu_memory_utilization` is the share of the device that the engine may hold, weights included. On CPU the KV
-    cache is `kv_cache_memory_bytes`; on a GPU leaving it out lets vLLM measure what the share leaves for it.
+    `gpu_memory_utilization` is the share of the device that the engine begins with, weights included; the KV cache
+    gets what the share leaves, or `kv_cache_memory_bytes` where that is given. While it runs the engine may be
+    granted up to `max_gpu_memory_utilization`; the address space for that is reserved at its start.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(min_length=1, description="a folder, relative to the configuration, or a hub's model name")
     gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
+    max_gpu_memory_utilization: float = Field(default=1, gt=0, le=1)
     kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
     max_model_len: int | None = Field(default=None, gt=0)
     max_num_seqs: int = Field(default=64, gt=0)
@@ -58,7 +66,11 @@ class EngineSpec(BaseModel):
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One chat to be answered. `schema` holds the reply to a JSON schema; `seed` None leaves sampling to chance."""
+    """One chat to be answered. `schema` holds the reply to a JSON schema; `seed` None leaves sampling to chance.
+
+    `given` are tokens of the reply that the caller has already, from an engine that died: what is streamed goes on
+    after them, and `max_tokens` counts them.
+    """
 
     request_id: str
     messages: tuple[Message, ...]
@@ -68,6 +80,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,10 +98,109 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Grant:
+    """What an engine may use: its share of the device, weights included; how many sequences it runs at once; how many
+    tokens a step may carry."""
+
+    gpu_memory_utilization: float
+    max_active_seqs: int
+    max_step_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine that is up has found of itself, and how far grants can go. Memory in bytes.
+
+    `fixed_bytes` is what it holds besides its KV cache. Below `kv_floor_bytes` the KV cache could not hold one
+    sequence of the model's full length, and the engine could not finish its work.
+    """
+
+    device_bytes: int
+    fixed_bytes: int
+    kv_floor_bytes: int
+    kv_ceiling_bytes: int
+    seqs_ceiling: int
+    step_tokens_floor: int
+    step_tokens_ceiling: int
+
+    def kv_cache_bytes(self, share: float) -> int:
+        """What a share of the device leaves for the KV cache; below zero where the rest alone does not fit."""
+        return int(share * self.device_bytes) - self.fixed_bytes
+
+    def share(self, kv_cache_bytes: int) -> float:
+        """The share of the device that an engine with such a KV cache holds."""
+        return (self.fixed_bytes + kv_cache_bytes) / self.device_bytes
+
+    def complaint(self, grant: Grant) -> str | None:
+        """Why a grant cannot be, naming the field and its bounds; None when it can."""
+        share, least, most = (
+            grant.gpu_memory_utilization,
+            *map(self.share, (self.kv_floor_bytes, self.kv_ceiling_bytes)),
+        )
+        if not math.isfinite(share) or not least <= share:
+            return f"gpu_memory_utilization {share:g} is below the engine's floor of {least:.4f}"
+        if share > max(most, 0) + 1e-9:
+            return f"gpu_memory_utilization {share:g} is above the engine's ceiling of {most:.4f}"
+        for name, value, low, high in (
+            ("max_active_seqs", grant.max_active_seqs, 1, self.seqs_ceiling),
+            ("max_step_tokens", grant.max_step_tokens, self.step_tokens_floor, self.step_tokens_ceiling),
+        ):
+            if not low <= value <= high:
+                return f"{name} {value} is not within {low} to {high}"
+        return None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A grant is in force. `moved_bytes` were backed or given back in `seconds`, from the engine's own point of view;
+    `preempted` requests gave way and are computed again."""
+
+    grant: Grant
+    kv_cache_bytes: int
+    moved_bytes: int
+    seconds: float
+    preempted: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A grant was refused, and nothing has changed."""
+
+    grant: Grant
+    reason: str
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """A deferred grant gave way to a newer one before it was in force."""
+
+    grant: Grant
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Limits hold at once, but `held_bytes` are still in use, for `grace_s` seconds at most before their requests are
+    preempted. `settled` says how it ended."""
+
+    grant: Grant
+    held_bytes: int
+    grace_s: float
+    settled: "asyncio.Future[Applied | Rejected | Superseded]"
+
+
+ResizeOutcome = Applied | Deferred | Rejected
+
+
+@dataclass(frozen=True)
 class EngineStats:
-    """What an engine says of itself at this moment; counts are since its start."""
+    """What an engine says of itself at this moment; counts are since its start.
+
+    `grant` is the one in force, or under way where a shrink is deferred; None until the engine is up.
+    """
 
     state: EngineState
+    grant: Grant | None
+    kv_cache_bytes: int
     running: int
     waiting: int
     kv_cache_usage: float
@@ -114,9 +226,31 @@ class EngineHandle(ABC):
         it is gone.
         """
 
+    @property
+    @abstractmethod
+    def limits(self) -> EngineLimits:
+        """What grants are held against. Raises EngineError before the engine is up."""
+
+    @abstractmethod
+    async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
+        """Move memory and concurrency while requests run.
+
+        Growing is in force when this returns. Shrinking keeps new work off what is to go at once; what is in use
+        there may finish for `grace_s` seconds, then its requests are preempted. A newer resize supersedes a deferred
+        one. Raises nothing that a grant could be wrong with: that is Rejected.
+        """
+
     @abstractmethod
     def stats(self) -> EngineStats:
         """The latest figures; never blocks."""
+
+    @abstractmethod
+    async def pulse(self) -> None:
+        """Return once the engine has been through its loop: it lives. Raises EngineDead."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End the engine's process at once, as a crash would; requests in flight raise EngineDead."""
 
     @abstractmethod
     async def close(self) -> None:

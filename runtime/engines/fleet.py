@@ -1,4 +1,4 @@
-"""All engines of a configuration: started together, closed together, whatever happens in between."""
+"""All engines of a configuration: started together, kept up, closed together, whatever happens in between."""
 
 import asyncio
 import gc
@@ -7,25 +7,40 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Self
 
 from runtime.engines import forkserver, reports, temporary
-from runtime.engines.base import EngineHandle, EngineSpec, EngineState
+from runtime.engines.base import EngineHandle, EngineSpec, EngineState, Grant
+from runtime.engines.ledger import Ledger, OverBudget
+from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import SupervisedEngine
 from runtime.errors import EngineError
 from runtime.events import EngineChanged, Listener, ignore
 
 
 class Fleet:
-    """An async context manager over the engines; `engines` maps names to handles that are ready.
+    """An async context manager over the engines; `engines` maps names to handles that are ready, and stay so: an engine
+    that dies is started again. `sharing` moves memory between them.
 
-    Entering raises EngineError when one does not come up, after the others are closed again.
+    `device_bytes` is what counts as the whole device, None for all of it. Entering raises EngineError when an engine
+    does not come up, after the others are closed again.
     """
 
-    def __init__(self, specs: Mapping[str, EngineSpec], run_folder: Path, listener: Listener = ignore) -> None:
+    sharing: Sharing
+
+    def __init__(
+        self,
+        specs: Mapping[str, EngineSpec],
+        run_folder: Path,
+        listener: Listener = ignore,
+        device_bytes: int | None = None,
+    ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
+        self._device_bytes = device_bytes
         self._run_folder = run_folder
         self._tell = listener
         self._started_s = time.monotonic()
@@ -44,33 +59,44 @@ class Fleet:
             owned.callback((await reports.listen(folder, self._changed)).close)
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
-                self.engines[name] = module.VllmEngine(name, spec, self._run_folder, folder)
+                self.engines[name] = self._supervised(name, spec, module, folder)
             await self._start()
+            self.sharing = Sharing(self.engines, self._ledger())
+            owned.push_async_callback(self.sharing.close)
             self._owned = owned.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._owned.aclose()
 
-    async def _start(self) -> None:
-        """Start side by side what knows its memory; after that, one by one, what measures the device's free memory.
+    def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
+        def make(grant: Grant | None) -> EngineHandle:
+            engine: EngineHandle = module.VllmEngine(name, spec, self._run_folder, folder, self._device_bytes, grant)
+            return engine
 
-        vLLM takes what its neighbours load meanwhile for its own, so nothing may load beside one that measures.
-        """
-        known = [name for name, spec in self._specs.items() if spec.kv_cache_memory_bytes is not None]
+        return SupervisedEngine(name, make, partial(self._changed, name))
+
+    async def _start(self) -> None:
+        """Start all side by side: an engine starts with its floor and takes up its share once it knows what it holds
+        itself, so that what its neighbours load meanwhile does not come in."""
         try:
             async with asyncio.TaskGroup() as group:
-                for name in known:
-                    group.create_task(self._start_one(name), name=f"start {name}")
+                for name, engine in self.engines.items():
+                    group.create_task(engine.start(), name=f"start {name}")
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        for name in self._specs:
-            if name not in known:
-                await self._start_one(name)
 
-    async def _start_one(self, name: str) -> None:
-        await self.engines[name].start()
-        self._changed(name, EngineState.READY)
+    def _ledger(self) -> Ledger:
+        """What every engine holds now. Raises EngineError where that is more than there is."""
+        ledger = Ledger(min(engine.limits.device_bytes for engine in self.engines.values()))
+        for name, engine in self.engines.items():
+            grant = engine.stats().grant
+            assert grant is not None
+            try:
+                ledger.claim(name, int(grant.gpu_memory_utilization * engine.limits.device_bytes))
+            except OverBudget as error:
+                raise EngineError(f"the engines do not fit the device together: {error}") from None
+        return ledger
 
     async def _close(self) -> None:
         engines, self.engines = self.engines, {}

@@ -37,15 +37,13 @@ os.register_at_fork(before=note_parent, after_in_child=lambda: die_with(_forking
 
 gc.disable()  # nothing that is imported is garbage
 
-import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors  # noqa: E402
-import vllm.model_executor.models.llama  # noqa: E402
-import vllm.v1.engine.core  # noqa: E402
-import vllm.v1.executor.uniproc_executor  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
+import runtime.engines.elastic.executor  # noqa: E402
+import runtime.engines.elastic.scheduler  # noqa: E402
+
 if current_platform.is_cpu():
-    import vllm.v1.worker.cpu_model_runner
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    import runtime.engines.elastic.cpu_worker  # noqa: F401
 
 gc.freeze()  # vLLM collects garbage as it starts: a second for each engine, were all of this gone through again
 gc.enable()

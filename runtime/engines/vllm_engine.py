@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
+from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,7 +27,21 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from runtime.engines import forkserver
-from runtime.engines.base import Chunk, EngineHandle, EngineSpec, EngineState, EngineStats, GenerateRequest
+from runtime.engines.base import (
+    Applied,
+    Chunk,
+    Deferred,
+    EngineHandle,
+    EngineLimits,
+    EngineSpec,
+    EngineState,
+    EngineStats,
+    GenerateRequest,
+    Grant,
+    Rejected,
+    ResizeOutcome,
+    Superseded,
+)
 from runtime.errors import EngineDead, EngineError
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
@@ -40,13 +56,27 @@ vllm.v1.engine.utils.get_mp_context = forkserver.context
 
 class VllmEngine(EngineHandle):
     """One vLLM engine. Its log is `<run folder>/engine-<name>.log`; its process reports its loading into the
-    folder `temporary`."""
+    folder `temporary`. Shares are of `device_bytes`, or of all that the device has. It begins with
+    `grant`, or with what its specification says."""
 
-    def __init__(self, name: str, spec: EngineSpec, run_folder: Path, temporary: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: EngineSpec,
+        run_folder: Path,
+        temporary: Path,
+        device_bytes: int | None = None,
+        grant: Grant | None = None,
+    ) -> None:
         self.name = name
         self.spec = spec
         self.log = run_folder / f"engine-{name}.log"
         self._temporary = temporary
+        self._device_bytes = device_bytes
+        self._limits: EngineLimits | None = None
+        self._grant = grant
+        self._kv_cache_bytes = 0
+        self._resizing = asyncio.Lock()
         self._latest = LatestStats()
         self._state = EngineState.STARTING
         self._llm: AsyncLLM | None = None
@@ -66,6 +96,29 @@ class VllmEngine(EngineHandle):
             self._state = EngineState.DEAD
             raise EngineError(f"engine {self.name} did not start: {_reason(error)} (log: {self.log})") from error
         self._state = EngineState.READY
+        await self._begin()
+
+    async def _begin(self) -> None:
+        """Take up the share that the engine begins with; vLLM has started it with its floor."""
+        limits = self._limits = EngineLimits(**await self._call("troupe_limits"))
+        if self._device_bytes is not None:
+            limits = self._limits = replace(limits, device_bytes=self._device_bytes)
+        if self._grant is None:
+            kv, share = self.spec.kv_cache_memory_bytes, self.spec.gpu_memory_utilization
+            share = share if kv is None else limits.share(kv)
+            self._grant = Grant(share, limits.seqs_ceiling, limits.step_tokens_ceiling)
+        outcome = await self.resize(self._grant)
+        if isinstance(outcome, Rejected):
+            await self.close()
+            raise EngineError(f"engine {self.name} did not start: {outcome.reason} (log: {self.log})")
+
+    async def _call(self, method: str, *arguments: object) -> dict[str, Any]:
+        """Call a method of the engine core, between two of its steps. Raises EngineDead."""
+        try:
+            return await self._ready().engine_core.call_utility_async(method, *arguments)  # type: ignore[no-any-return]
+        except EngineDeadError as error:
+            self._state = EngineState.DEAD
+            raise EngineDead(f"engine {self.name} died (log: {self.log})") from error
 
     def _start(self) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
@@ -76,23 +129,35 @@ class VllmEngine(EngineHandle):
         spec = self.spec
         arguments: dict[str, Any] = {
             "model": spec.model,
-            "gpu_memory_utilization": spec.gpu_memory_utilization,
-            "kv_cache_memory_bytes": spec.kv_cache_memory_bytes,
+            "gpu_memory_utilization": 0.01,  # of the free memory that vLLM wants to see before it loads
+            "kv_cache_memory_bytes": 1,  # not to be measured: the elastic worker puts its ceiling here
             "max_model_len": spec.max_model_len,
             "max_num_seqs": spec.max_num_seqs,
             "dtype": spec.dtype,
             "enforce_eager": spec.enforce_eager,
             "load_format": spec.load_format,
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-            "distributed_executor_backend": "runtime.engines.in_core.InCoreExecutor",
+            "distributed_executor_backend": "runtime.engines.elastic.executor.InCoreExecutor",
             "additional_config": {
-                "troupe": {"name": self.name, "log": str(self.log), "temporary": str(self._temporary)}
+                "troupe": {
+                    "name": self.name,
+                    "log": str(self.log),
+                    "temporary": str(self._temporary),
+                    "ceiling_share": spec.max_gpu_memory_utilization,
+                    "device_bytes": self._device_bytes,
+                }
             },
             "disable_log_stats": True,
             **spec.vllm,
         }
         with _configuring:  # it reads and writes environment variables
-            return AsyncEngineArgs(**arguments).create_engine_config()
+            config = AsyncEngineArgs(**arguments).create_engine_config()
+        # Only now is it known which of each is right for the platform and its model.
+        worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
+        scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
+        config.parallel_config.worker_cls = f"runtime.engines.elastic.{worker}"
+        config.scheduler_config.scheduler_cls = f"runtime.engines.elastic.scheduler.{scheduler}"
+        return config
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         llm = self._ready()
@@ -100,11 +165,13 @@ class VllmEngine(EngineHandle):
         prompt_tokens = 0
         try:
             _, (prompt,) = await llm.renderer.render_chat_async([conversation], _CHAT)
+            if request.given:  # the prompt as it was, and what was written since: the reply goes on from there
+                prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.given]}
             self._requests += 1
             async for output in llm.generate(prompt, _sampling(request), request.request_id):
                 new = output.outputs[0]
                 if not prompt_tokens:
-                    prompt_tokens = len(output.prompt_token_ids)
+                    prompt_tokens = len(output.prompt_token_ids) - len(request.given)
                     self._prompt_tokens += prompt_tokens
                 self._completion_tokens += len(new.token_ids)
                 yield Chunk(new.text, tuple(new.token_ids), time.monotonic(), prompt_tokens, new.finish_reason)
@@ -119,10 +186,51 @@ class VllmEngine(EngineHandle):
             raise EngineDead(f"engine {self.name} is {self._state} (log: {self.log})")
         return self._llm
 
+    @property
+    def limits(self) -> EngineLimits:
+        if self._limits is None:
+            raise EngineError(f"engine {self.name} is {self._state}: what it can be granted is not known yet")
+        return self._limits
+
+    async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
+        if self._state is not EngineState.READY or self._limits is None:
+            return Rejected(grant, f"engine {self.name} is {self._state}")
+        if complaint := self._limits.complaint(grant):
+            return Rejected(grant, f"engine {self.name}: {complaint}")
+        share = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
+        arguments = (share, grant.max_active_seqs, grant.max_step_tokens, grace_s)
+        async with self._resizing:  # two calls that belong together where the shrink is deferred
+            try:
+                report = await self._call("troupe_resize", *arguments)
+                if report["state"] == "refused":
+                    return Rejected(grant, f"engine {self.name}: {report['reason']}")
+                self._grant = grant
+                if report["state"] == "deferred":
+                    settled = asyncio.ensure_future(self._settle(grant))
+                    await asyncio.sleep(0)  # it is on its way before another resize can be
+                    return Deferred(grant, report["held_bytes"], grace_s, settled)
+            except EngineDead as error:
+                return Rejected(grant, str(error))
+        return self._applied(grant, report)
+
+    async def _settle(self, grant: Grant) -> Applied | Rejected | Superseded:
+        try:
+            report = await self._call("troupe_settled")
+        except EngineDead as error:
+            return Rejected(grant, str(error))
+        return Superseded(grant) if report["state"] == "superseded" else self._applied(grant, report)
+
+    def _applied(self, grant: Grant, report: dict[str, Any]) -> Applied:
+        self._kv_cache_bytes = report["kv_cache_bytes"]
+        figures = {key: report[key] for key in ("kv_cache_bytes", "moved_bytes", "seconds", "preempted")}
+        return Applied(grant, **figures)
+
     def stats(self) -> EngineStats:
         latest = self._latest.scheduler
         return EngineStats(
             state=self._state,
+            grant=self._grant,
+            kv_cache_bytes=self._kv_cache_bytes,
             running=latest.num_running_reqs if latest else 0,
             waiting=latest.num_waiting_reqs if latest else 0,
             kv_cache_usage=latest.kv_cache_usage if latest else 0.0,
@@ -131,10 +239,19 @@ class VllmEngine(EngineHandle):
             completion_tokens=self._completion_tokens,
         )
 
+    async def pulse(self) -> None:
+        await self._call("is_scheduler_paused")  # any call will do
+
+    def kill(self) -> None:
+        manager = self._llm and self._llm.engine_core.resources.engine_manager
+        for process in manager.processes if manager else ():
+            process.kill()
+
     async def close(self) -> None:
         llm, self._llm = self._llm, None
         self._state = EngineState.CLOSED
         if llm is not None:
+            llm.output_processor.propagate_error(EngineDeadError())  # to those who still wait for tokens
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # it would take the end of the engine for a failure
             await asyncio.to_thread(llm.shutdown, CLOSE_S)
@@ -166,7 +283,7 @@ def _sampling(request: GenerateRequest) -> SamplingParams:
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
-        max_tokens=request.max_tokens,
+        max_tokens=request.max_tokens - len(request.given),
         stop=list(request.stop) or None,
         seed=request.seed,
         structured_outputs=StructuredOutputsParams(json=dict(schema)) if schema else None,

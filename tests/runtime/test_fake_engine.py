@@ -59,7 +59,7 @@ async def test_a_failed_engine_ends_streams_and_refuses_more() -> None:
     async with FakeEngine("f", lambda request: "a b c", time_scale=1) as engine:
         stream = engine.generate(REQUEST)
         await anext(stream)
-        engine.fail()
+        engine.kill()
         with pytest.raises(EngineDead):
             await anext(stream)
         with pytest.raises(EngineDead):

@@ -176,10 +176,10 @@ async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:
     handles = await engines()
     critic = handles["critic"]
     assert isinstance(critic, FakeEngine)
-    critic.fail()
+    critic.kill()
     result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
     assert result.answer is None
-    assert "critic died" in str(result.error)
+    assert "critic is dead" in str(result.error)
 
 
 async def test_cancelling_a_job_frees_its_places_in_the_engines() -> None:

@@ -1,5 +1,6 @@
-"""Stand-ins for what a test machine lacks: a scripted NVML, and a Python that installs nothing."""
+"""Stand-ins for what a test machine lacks: a scripted NVML, CUDA's memory calls, and a Python that installs nothing."""
 
+import ctypes
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -10,14 +11,25 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def nvml(folder: Path, lines: Mapping[str, object]) -> dict[str, str]:
-    """Build the scripted NVML in a folder; the environment in which a process finds it instead of the driver's."""
+def build(source: str, library: Path) -> Path:
+    """Compile a stand-in if it is not there yet; skip the test where there is no compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        pytest.skip("no C compiler to build the stand-in for NVML with")
-    library = folder / "libnvidia-ml.so.1"
+        pytest.skip(f"no C compiler to build {source} with")
     if not library.exists():
-        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "nvml_stub.c"], check=True)
+        named = f"-Wl,-soname,{library.name}"
+        subprocess.run([compiler, "-shared", "-fPIC", "-O1", named, "-o", library, HERE / source, "-ldl"], check=True)
+    return library
+
+
+def nvml(folder: Path, lines: Mapping[str, object]) -> dict[str, str]:
+    """Build the scripted NVML in a folder; the environment in which a process finds it instead of the driver's."""
+    build("nvml_stub.c", folder / "libnvidia-ml.so.1")
     script = folder / "nvml.txt"
     script.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
     return {"LD_LIBRARY_PATH": str(folder), "NVML_STUB": str(script)}
+
+
+def cuda(folder: Path) -> ctypes.CDLL:
+    """Build and load the stand-in for CUDA's driver: cuda-bindings, loaded after it, finds it by its name."""
+    return ctypes.CDLL(str(build("cuda_stub.c", folder / "libcuda.so.1")), mode=ctypes.RTLD_GLOBAL)

@@ -1,4 +1,4 @@
-"""What runs inside vLLM's engine process: an executor that keeps the worker in that process, one process an engine."""
+"""An executor that keeps the worker in the engine's process: one process an engine, and memory moves between steps."""
 
 import os
 import tempfile
@@ -9,6 +9,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from runtime.engines import reports
 from runtime.engines.base import EngineState
+from runtime.engines.elastic import core
 
 
 class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
@@ -28,5 +29,6 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
             torch.cpu._init_amx()
         os.environ["TMPDIR"] = tempfile.tempdir = told["temporary"]
         reports.send(Path(told["temporary"]), told["name"], EngineState.LOADING)
+        core.install()
         super()._init_executor()
         reports.send(Path(told["temporary"]), told["name"], EngineState.LOADED)

@@ -1,0 +1,129 @@
+"""Resizing an engine between two of its steps: what vLLM's engine core is taught, and calls on request.
+
+Methods of EngineCore can be called from the client (`call_utility_async`); they run between steps. What they return
+is plain data.
+"""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.engine.core import EngineCore
+
+from runtime.engines.elastic.pages import OutOfMemory
+from runtime.engines.elastic.scheduler import ElasticScheduling
+from runtime.engines.elastic.worker import ElasticWorker
+
+Report = dict[str, Any]
+
+
+@dataclass
+class _Shrink:
+    """A shrink that waits for blocks to be let go; `ends_s` on time.perf_counter's clock."""
+
+    blocks: int
+    started_s: float
+    ends_s: float
+    report: Report
+    finished: Future[Report] = field(default_factory=Future)
+
+
+class Resizer:
+    """One engine's scheduler and worker, and the shrink that is under way."""
+
+    def __init__(self, scheduler: ElasticScheduling, worker: ElasticWorker) -> None:
+        self._scheduler = scheduler
+        self._worker = worker
+        self._shrink: _Shrink | None = None
+        self._last: Future[Report] = Future()
+
+    def limits(self) -> Report:
+        """What the engine holds and how far it can go; memory in bytes."""
+        worker, config = self._worker, self._scheduler.scheduler_config
+        return {
+            "device_bytes": worker.device_bytes(),
+            "fixed_bytes": worker.fixed_bytes(),
+            "kv_floor_bytes": worker.layout.backed_bytes(worker.floor_blocks),
+            "kv_ceiling_bytes": worker.layout.backed_bytes(worker.layout.blocks),
+            "seqs_ceiling": self._scheduler.max_num_running_reqs,
+            "step_tokens_floor": 1 if config.enable_chunked_prefill else self._scheduler.max_model_len,
+            "step_tokens_ceiling": config.max_num_batched_tokens,
+        }
+
+    def resize(self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Report:
+        """Move to the most blocks that `kv_cache_bytes` back. The report's "state" is applied, deferred or refused."""
+        started = time.perf_counter()
+        blocks = self._worker.layout.capacity(kv_cache_bytes)
+        if blocks < self._worker.floor_blocks:
+            return {"state": "refused", "reason": f"{kv_cache_bytes} bytes are below the floor"}
+        report: Report = {"state": "applied", "kv_cache_bytes": self._worker.layout.backed_bytes(blocks)}
+        report |= {"moved_bytes": 0, "preempted": 0}
+        if blocks > self._worker.backed_blocks:
+            try:
+                report["moved_bytes"] = self._worker.back(blocks)
+            except OutOfMemory as error:
+                return {"state": "refused", "reason": str(error)}
+        self._supersede()
+        self._scheduler.set_limits(blocks, active_seqs, step_tokens)
+        if blocks < self._worker.backed_blocks:
+            self._shrink = shrink = _Shrink(blocks, started, started + grace_s, report)
+            self._scheduler.after_step = self._go_on
+            self._go_on()
+            if not shrink.finished.done():
+                held = self._worker.layout.backed_bytes(self._worker.backed_blocks) - report["kv_cache_bytes"]
+                self._last = shrink.finished
+                return {"state": "deferred", "held_bytes": held, "draining_blocks": len(self._scheduler.pool.draining)}
+        report["seconds"] = time.perf_counter() - started
+        return report
+
+    def settled(self) -> Future[Report]:
+        """How the shrink that was last deferred ended: its report, or {"state": "superseded"}."""
+        return self._last
+
+    def _supersede(self) -> None:
+        shrink, self._shrink = self._shrink, None
+        self._scheduler.after_step = None
+        if shrink:
+            shrink.finished.set_result({"state": "superseded"})
+
+    def _go_on(self) -> None:
+        """Give the memory back once nobody uses it; after the grace, see to it that nobody does."""
+        shrink = self._shrink
+        if shrink is None:
+            return
+        if self._scheduler.pool.draining and time.perf_counter() >= shrink.ends_s:
+            shrink.report["preempted"] += self._scheduler.preempt_drainers()
+        if self._scheduler.pool.draining:
+            return
+        self._shrink = self._scheduler.after_step = None
+        shrink.report["moved_bytes"] = self._worker.back(shrink.blocks)
+        shrink.report["seconds"] = time.perf_counter() - shrink.started_s
+        shrink.finished.set_result(shrink.report)
+
+
+def _resizer(core: EngineCore) -> Resizer:
+    if not hasattr(core, "_troupe_resizer"):
+        core._troupe_resizer = Resizer(core.scheduler, core.model_executor.driver_worker.worker)
+    return core._troupe_resizer  # type: ignore[no-any-return]  # vLLM is not analysed
+
+
+def _limits(core: EngineCore) -> Report:
+    return _resizer(core).limits()
+
+
+def _resize(core: EngineCore, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Report:
+    return _resizer(core).resize(kv_cache_bytes, active_seqs, step_tokens, grace_s)
+
+
+def _settled(core: EngineCore) -> Future[Report]:
+    return _resizer(core).settled()
+
+
+def install() -> None:
+    """Give this process's EngineCore the methods `troupe_limits`, `troupe_resize` and `troupe_settled`.
+
+    Done where an elastic engine is made, and not by a vLLM plug-in: those change every vLLM process of the
+    environment, our users' own too.
+    """
+    EngineCore.troupe_limits, EngineCore.troupe_resize, EngineCore.troupe_settled = _limits, _resize, _settled

@@ -1,0 +1,39 @@
+"""The elastic worker on an NVIDIA GPU."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+from runtime.engines.elastic.cuda_pages import CudaPages
+from runtime.engines.elastic.worker import ElasticWorker
+
+CONTEXT_BYTES = 768 << 20
+"""What a process holds of the GPU beside PyTorch's allocator, the CUDA context above all: a bound, not measured."""
+
+
+class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
+    """vLLM's CUDA worker with its KV cache in CUDA pages."""
+
+    def reserve(self, size: int) -> CudaPages:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        return CudaPages(size, torch.cuda.current_device(), stream=stream)
+
+    def tensor(self, nbytes: int) -> torch.Tensor:
+        return torch.as_tensor(_CudaArray(self.pages.address, nbytes), device=self.device)
+
+    def device_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[1])
+
+    def fixed_bytes(self) -> int:
+        """PyTorch's allocator and a bound for the context: what neighbours do meanwhile does not come in."""
+        return int(torch.cuda.memory_reserved(self.device)) + CONTEXT_BYTES
+
+
+class _CudaArray:
+    """Memory at an address, as PyTorch takes it in without a copy."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (nbytes,), "typestr": "|i1", "data": (address, False), "strides": None, "version": 3
+        }  # fmt: skip

@@ -1,0 +1,54 @@
+"""A block pool whose capacity moves while requests run."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+
+class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
+    """vLLM's pool over all blocks of the ceiling, of which the first `num_gpu_blocks` may be handed out.
+
+    A block above the line is parked, in no queue, or draining: still in use, and parked when its last user lets go.
+    Neither is found by prefix caching. `num_gpu_blocks` is the live capacity, so that usage follows it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_gpu_blocks: int = len(self.blocks)
+        self.draining: set[int] = set()
+
+    def set_capacity(self, capacity: int) -> None:
+        """Move the line: blocks, of which one is the null block."""
+        assert 1 < capacity <= len(self.blocks), capacity
+        before, self.num_gpu_blocks = self.num_gpu_blocks, capacity
+        for block in self.blocks[capacity:before]:
+            if block.ref_cnt:
+                self.draining.add(block.block_id)
+            else:
+                self.free_block_queue.remove(block)
+            self._maybe_evict_cached_block(block)
+        self.free_block_queue.append_n(
+            [block for block in self.blocks[before:capacity] if block.block_id not in self.draining]
+        )
+        self.draining -= set(range(before, capacity))
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        if not self.draining:
+            super().free_blocks(ordered_blocks)
+            return
+        blocks = list(ordered_blocks)
+        super().free_blocks(blocks)
+        for block in blocks:
+            if block.block_id in self.draining and not block.ref_cnt:
+                self.draining.discard(block.block_id)
+                self.free_block_queue.remove(block)
+
+    def _insert_block_hash(self, block_hash: Any, block: KVCacheBlock, num_tokens: int | None) -> None:
+        """Keep a draining block that fills up out of the prefix cache: a hit would give it a new user."""
+        if block.block_id < self.num_gpu_blocks:
+            super()._insert_block_hash(block_hash, block, num_tokens)
+
+    def reset_prefix_cache(self) -> bool:
+        return not self.draining and bool(super().reset_prefix_cache())

@@ -1,0 +1,113 @@
+"""What a worker needs to hold its KV cache in pages: a mixin over vLLM's workers, for the CPU and for CUDA alike."""
+
+from collections.abc import Callable
+from ctypes import c_int8
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+from runtime.engines.elastic.layout import BlockLayout, layout_of
+from runtime.engines.elastic.pages import Pages
+
+
+class ElasticWorker:
+    """Mixin: the cache's address space is reserved for its ceiling, and backed as far as `back` says.
+
+    It starts with its floor: one sequence of the model's full length, and vLLM's null block.
+    """
+
+    vllm_config: Any
+    pages: Pages
+    layout: BlockLayout
+    floor_blocks: int
+    backed_blocks = 0
+
+    def ceiling_bytes(self) -> int:
+        """The most that the KV cache may take: the share that the engine may ever be granted."""
+        told = self.vllm_config.additional_config["troupe"]
+        return int(told["ceiling_share"] * (told["device_bytes"] or self.device_bytes()))
+
+    def determine_available_memory(self) -> int:
+        """The ceiling; what is free at this moment does not come in, so neighbours that start too change nothing."""
+        self.vllm_config.cache_config.kv_cache_memory_bytes = self.ceiling_bytes()
+        return int(super().determine_available_memory())  # type: ignore[misc]
+
+    def reserve(self, size: int) -> Pages:
+        """Address space on this worker's device: bytes."""
+        raise NotImplementedError
+
+    def device_bytes(self) -> int:
+        """The device's memory in all."""
+        raise NotImplementedError
+
+    def fixed_bytes(self) -> int:
+        """What this engine holds of it besides the KV cache, at this moment."""
+        raise NotImplementedError
+
+    def tensor(self, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` of the pages as int8 [nbytes]."""
+        raise NotImplementedError
+
+    def back(self, blocks: int) -> int:
+        """Back as many blocks, more or fewer than now; bytes that moved.
+
+        Raises OutOfMemory, and then what was backed still is. No step that could touch the blocks may be in flight.
+        """
+        low, high = sorted((self.backed_blocks, blocks))
+        move, undo = self.pages.back, self.pages.release
+        if blocks < self.backed_blocks:
+            move, undo = undo, move
+        done: list[tuple[int, int]] = []
+        try:
+            for span in self.layout.spans(low, high):
+                move(*span)
+                done.append(span)
+        except BaseException:
+            for span in done:
+                undo(*span)
+            raise
+        self.backed_blocks = blocks
+        return sum(stop - start for start, stop in done)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        self._kv_cache_config = kv_cache_config
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]  # of the worker that this is mixed into
+        if not self.backed_blocks:
+            raise RuntimeError("vLLM did not allocate its KV cache in the way that elastic engines know")
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> Any:
+        # vLLM asks here for the context in which it allocates; the CUDA worker for both of its model runners.
+        if tag != "kv_cache":
+            return super()._maybe_get_memory_pool_context(tag)  # type: ignore[misc]
+        return _InPlaceOfZeros(self._kv_cache_config.kv_cache_tensors[0].size, self._allocate)
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        config = self._kv_cache_config
+        blocks = int(config.num_blocks)
+        self.pages = self.reserve(nbytes)
+        self.layout = layout_of(config.kv_cache_tensors, blocks, self.pages.granule)
+        sequences = get_max_concurrency_for_kv_cache_config(self.vllm_config, config)
+        self.floor_blocks = min(blocks, int(-(-blocks // sequences)) + 1)
+        self.back(self.floor_blocks)
+        return self.tensor(nbytes)
+
+
+class _InPlaceOfZeros(TorchFunctionMode):  # type: ignore[misc]  # torch is not analysed: see pyproject.toml
+    """Stands in for the one torch.zeros that backs the whole KV cache (`allocate_kv_cache`)."""
+
+    def __init__(self, nbytes: int, allocate: Callable[[int], torch.Tensor]) -> None:
+        super().__init__()
+        self._nbytes = nbytes
+        self._allocate = allocate
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.zeros and args and args[0] == self._nbytes:
+            return self._allocate(self._nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def host_tensor(address: int, nbytes: int) -> torch.Tensor:
+    """Host memory at an address as int8 [nbytes]; the memory stays its owner's."""
+    return torch.frombuffer((c_int8 * nbytes).from_address(address), dtype=torch.int8)

@@ -1,0 +1,214 @@
+"""Memory that moves between the engines of one device: donors first, recipients out of what was released.
+
+Grants come together as one decision. The ledger keeps what is physically held within the budget at every instant: an
+engine claims before it grows, and gives up its claim once memory was released.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from runtime.engines.base import Applied, Deferred, EngineHandle, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.ledger import Ledger
+
+GRACE_S = 0.5
+"""Default: what is in use above the line may finish for so long."""
+_STEP_BYTES = 1 << 20
+"""A recipient that has to wait grows by no less than this at a time."""
+
+Settled = Applied | Rejected | Superseded
+
+
+@dataclass
+class _Decision:
+    """Grants that came together: what its donors held before, and who has it back since a recipient failed."""
+
+    before: dict[str, Grant] = field(default_factory=dict)
+    rolled_back: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Wanting:
+    """A recipient whose memory is not all released yet, and what it has grown by so far."""
+
+    grant: Grant
+    decision: _Decision
+    part: Applied | None
+    settled: "asyncio.Future[Settled]"
+
+
+class Sharing:
+    """The engines of one device and their ledger. Engines must be up and hold what their `stats` say."""
+
+    def __init__(self, engines: Mapping[str, EngineHandle], ledger: Ledger) -> None:
+        self._engines = engines
+        self.ledger = ledger
+        self._wanting: dict[str, _Wanting] = {}
+        self._moving = asyncio.Lock()
+        self._settling: set[asyncio.Task[None]] = set()
+
+    async def resize(self, grants: Mapping[str, Grant], grace_s: float = GRACE_S) -> dict[str, ResizeOutcome]:
+        """Apply a decision; an outcome for every grant.
+
+        Rejected where the grant cannot be, and for all where together they go beyond the budget: then nothing has
+        changed. Where a recipient fails, its donors get back what they gave. Deferred where memory is still in use: for
+        a donor until it has let go, for a recipient until its donors have; it has grown by what there was. A newer
+        grant for an engine supersedes a deferred one.
+        """
+        outcomes: dict[str, ResizeOutcome] = {}
+        for name, grant in grants.items():
+            if complaint := self._complaint(name, grant):
+                outcomes[name] = Rejected(grant, complaint)
+        if outcomes or (complaint := self._beyond_budget(grants)):
+            return {
+                name: outcomes.get(name, Rejected(grant, complaint or "another grant of the decision was rejected"))
+                for name, grant in grants.items()
+            }
+        async with self._moving:
+            decision = _Decision()
+            for name in grants:
+                self._supersede(name)
+            donors = {name: grant for name, grant in grants.items() if self._bytes(name, grant) < self._held(name)}
+            for name in donors:
+                decision.before[name] = self._now(name)
+            found = await asyncio.gather(*(self._shrink(name, grant, grace_s) for name, grant in donors.items()))
+            outcomes.update(zip(donors, found, strict=True))
+            for name, grant in grants.items():
+                if name not in donors:
+                    outcomes[name] = await self._grow(name, grant, decision, grace_s)
+            for name in decision.rolled_back:
+                outcomes[name] = Rejected(grants[name], f"engine {name}: rolled back, as a recipient could not grow")
+        return outcomes
+
+    def _complaint(self, name: str, grant: Grant) -> str | None:
+        if name not in self._engines:
+            return f"there is no engine {name!r}; there are {', '.join(self._engines)}"
+        engine = self._engines[name]
+        if engine.stats().grant is None:
+            return f"engine {name} is {engine.stats().state}"
+        return engine.limits.complaint(grant)
+
+    def _beyond_budget(self, grants: Mapping[str, Grant]) -> str | None:
+        """Why a decision as a whole cannot be: what its engines would hold, what the others may come to."""
+        wanted = {name: w.grant for name, w in self._wanting.items()} | dict(grants)
+        total = sum(self._bytes(name, wanted[name]) if name in wanted else self._held(name) for name in self._engines)
+        grows = any(self._bytes(name, grant) > self._held(name) for name, grant in grants.items())
+        if not grows or total <= self.ledger.budget_bytes:
+            return None
+        return f"the engines would hold {total} bytes; the budget is {self.ledger.budget_bytes}"
+
+    def _bytes(self, name: str, grant: Grant) -> int:
+        return int(grant.gpu_memory_utilization * self._engines[name].limits.device_bytes)
+
+    def _held(self, name: str) -> int:
+        return self.ledger.held[name]
+
+    def _now(self, name: str) -> Grant:
+        grant = self._engines[name].stats().grant
+        assert grant is not None
+        return grant
+
+    def _supersede(self, name: str) -> None:
+        wanting = self._wanting.pop(name, None)
+        if wanting:
+            wanting.settled.set_result(Superseded(wanting.grant))
+
+    async def _shrink(self, name: str, grant: Grant, grace_s: float) -> ResizeOutcome:
+        outcome = await self._engines[name].resize(grant, grace_s)
+        if isinstance(outcome, Applied):
+            self.ledger.claim(name, self._bytes(name, grant))
+        elif isinstance(outcome, Deferred):
+            task = asyncio.create_task(self._let_go(name, outcome), name=f"shrink {name}")
+            self._settling.add(task)
+        return outcome
+
+    async def _let_go(self, name: str, deferred: Deferred) -> None:
+        """A deferred shrink ends: give up the claim, and let those grow who wait for it.
+
+        Rejected means that the engine died: its memory is gone too, and it begins again with the grant.
+        """
+        outcome = await deferred.settled
+        async with self._moving:
+            self._settling.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            # It may have been granted anew since; then this memory is the newer grant's business.
+            if not isinstance(outcome, Superseded) and self._now(name) == deferred.grant:
+                self.ledger.claim(name, self._bytes(name, deferred.grant))
+            await self._serve_waiting()
+
+    async def _grow(self, name: str, grant: Grant, decision: _Decision, grace_s: float) -> ResizeOutcome:
+        """All of it where there is memory, else what there is, and the rest as it comes."""
+        missing = self._bytes(name, grant) - self._held(name) - max(self.ledger.free, 0)
+        if missing <= 0:
+            return await self._grow_now(name, grant, decision)
+        part = await self._grow_by_what_there_is(name, grant, decision)
+        if isinstance(part, Rejected):
+            return part
+        if not self._settling:
+            return part or self._not_released(name, grant)
+        settled: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+        self._wanting[name] = _Wanting(grant, decision, part, settled)
+        return Deferred(grant, missing, grace_s, settled)
+
+    def _not_released(self, name: str, grant: Grant) -> Rejected:
+        return Rejected(grant, f"engine {name}: what its donors released does not go round; it keeps what it has")
+
+    async def _grow_now(self, name: str, grant: Grant, decision: _Decision) -> Applied | Rejected:
+        before, held = self._now(name), self._held(name)
+        self.ledger.claim(name, self._bytes(name, grant))
+        outcome = await self._engines[name].resize(grant)
+        if isinstance(outcome, Applied):
+            return outcome
+        assert isinstance(outcome, Rejected), outcome  # growing is never deferred
+        self.ledger.claim(name, max(held, self._bytes(name, before)))
+        if self._bytes(name, grant) > held:
+            await self._roll_back(decision)
+        return outcome
+
+    async def _grow_by_what_there_is(self, name: str, grant: Grant, decision: _Decision) -> Applied | Rejected | None:
+        nbytes = self._held(name) + max(self.ledger.free, 0)
+        if nbytes < self._held(name) + _STEP_BYTES:
+            return None
+        share = nbytes / self._engines[name].limits.device_bytes
+        part = Grant(share, grant.max_active_seqs, grant.max_step_tokens)
+        return await self._grow_now(name, part, decision)
+
+    async def _roll_back(self, decision: _Decision) -> None:
+        """A recipient failed: its donors get back what is free of what they gave."""
+        for name, before in decision.before.items():
+            nbytes = min(self._bytes(name, before), self._held(name) + max(self.ledger.free, 0))
+            if nbytes <= self._held(name):
+                continue
+            share = nbytes / self._engines[name].limits.device_bytes
+            self.ledger.claim(name, nbytes)
+            back = Grant(min(share, before.gpu_memory_utilization), before.max_active_seqs, before.max_step_tokens)
+            if isinstance(await self._engines[name].resize(back), Applied):
+                decision.rolled_back.add(name)
+            else:
+                self.ledger.claim(name, self._bytes(name, self._now(name)))
+        decision.before.clear()
+
+    async def _serve_waiting(self) -> None:
+        """Memory was released: let those grow who wait for it, and tell them so when there is no more to come."""
+        for name, wanting in list(self._wanting.items()):
+            missing = self._bytes(name, wanting.grant) - self._held(name) - max(self.ledger.free, 0)
+            if missing > 0:
+                part = await self._grow_by_what_there_is(name, wanting.grant, wanting.decision)
+                if isinstance(part, Applied):
+                    wanting.part = part
+                if not isinstance(part, Rejected) and self._settling:
+                    continue
+                outcome: Settled = part or wanting.part or self._not_released(name, wanting.grant)
+            else:
+                outcome = await self._grow_now(name, wanting.grant, wanting.decision)
+            del self._wanting[name]
+            wanting.settled.set_result(outcome)
+
+    async def close(self) -> None:
+        """Forget what is under way; whoever waits is told that it is superseded."""
+        for name in list(self._wanting):
+            self._supersede(name)
+        for task in list(self._settling):
+            task.cancel()
+        if self._settling:
+            await asyncio.wait(self._settling)

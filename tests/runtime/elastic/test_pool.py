@@ -1,0 +1,80 @@
+"""The elastic block pool, driven in any order: what may be handed out is below the line, and nothing is lost."""
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from runtime.engines.elastic.pool import ElasticBlockPool
+
+CEILING = 12
+
+
+class Pool(RuleBasedStateMachine):
+    """Requests take blocks, let go of them, and find each other's by prefix; the line moves all the while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = ElasticBlockPool(CEILING, enable_caching=True, hash_block_size=16)
+        self.used: list[list[Any]] = []
+        self.hashes = 0
+
+    @rule(capacity=st.integers(2, CEILING))
+    def move_the_line(self, capacity: int) -> None:
+        self.pool.set_capacity(capacity)
+
+    @rule(count=st.integers(1, 4))
+    def take(self, count: int) -> None:
+        if count <= self.pool.get_num_free_blocks():
+            self.used.append(self.pool.get_new_blocks(count))
+
+    @precondition(lambda self: self.used)
+    @rule(data=st.data())
+    def fill(self, data: st.DataObject) -> None:
+        """A block becomes full, and would be found by its hash from now on."""
+        block = data.draw(st.sampled_from([b for blocks in self.used for b in blocks]))
+        if block.block_hash is None:
+            self.hashes += 1
+            self.pool._insert_block_hash(b"%d\0\0\0\0" % self.hashes, block, 16)
+
+    @rule(data=st.data())
+    def find(self, data: st.DataObject) -> None:
+        """A request comes whose prefix is cached: it shares the block."""
+        cached = [b for b in self.pool.blocks if b.block_hash is not None]
+        if cached:
+            block = data.draw(st.sampled_from(cached))
+            assert block.block_id < self.pool.num_gpu_blocks
+            self.pool.touch([block])
+            self.used.append([block])
+
+    @precondition(lambda self: self.used)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        blocks = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
+        self.pool.free_blocks(reversed(blocks))
+
+    @rule()
+    def reset(self) -> None:
+        assert self.pool.reset_prefix_cache() == (not self.used)
+
+    @invariant()
+    def every_block_is_in_one_place(self) -> None:
+        pool, line = self.pool, self.pool.num_gpu_blocks
+        free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
+        used = {block.block_id for blocks in self.used for block in blocks}
+        assert free == {block.block_id for block in pool.blocks[1:line]} - used
+        assert pool.draining == {block for block in used if block >= line}
+        assert pool.get_num_free_blocks() == len(free)
+        below = len([block for block in used if block < line])
+        assert abs(pool.get_usage() - below / (line - 1)) < 1e-9
+        counts = {b.block_id: sum(b in blocks for blocks in self.used) for b in pool.blocks[1:]}
+        assert counts == {b.block_id: b.ref_cnt for b in pool.blocks[1:]}
+
+    @invariant()
+    def nothing_above_the_line_is_found_by_its_prefix(self) -> None:
+        assert all(block.block_hash is None for block in self.pool.blocks[self.pool.num_gpu_blocks :])
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

@@ -1,0 +1,216 @@
+"""An engine that dies comes back, and its callers notice no more than a pause."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from agents.role import Message
+from runtime.engines.base import Chunk, EngineState, GenerateRequest, Grant
+from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.errors import EngineDead, EngineError
+
+WORDS = "one two three four five six seven eight"
+REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
+QUICK = Patience(hang_s=0.2, pulse_every_s=0.02, backoff_s=(0, 0.01), restarts=4, within_s=60)
+
+
+class Hanging(FakeEngine):
+    """Hangs when told to: no token, no pulse."""
+
+    hangs = False
+    fails_to_start = False
+
+    async def start(self) -> None:
+        if self.fails_to_start:
+            raise EngineError("no memory left")
+        await super().start()
+
+    async def pulse(self) -> None:
+        while self.hangs:
+            await asyncio.sleep(0.01)
+            self._check()
+        await super().pulse()
+
+    async def _spend(self, seconds: float) -> None:
+        while self.hangs:
+            await asyncio.sleep(0.01)
+            self._check()
+        await super()._spend(seconds)
+
+
+@dataclass
+class Made:
+    """Every engine that the supervisor had made, the grants they began with, and the states it told."""
+
+    engines: list[Hanging] = field(default_factory=list)
+    grants: list[Grant | None] = field(default_factory=list)
+    states: list[EngineState] = field(default_factory=list)
+    requests: list[GenerateRequest] = field(default_factory=list)
+    fail_to_start: int = 0
+    die_at_once: bool = False
+    drift: bool = False
+
+    def make(self, grant: Grant | None) -> Hanging:
+        number = len(self.engines)
+
+        def script(request: GenerateRequest) -> str:
+            self.requests.append(request)
+            if self.die_at_once:
+                self.engines[-1].kill()
+            return WORDS.replace("two", "zwei") if self.drift and number else WORDS
+
+        engine = Hanging("e", script, times=ServiceTime(step_s=0.01, token_s=0), time_scale=1, grant=grant)
+        engine.fails_to_start = 0 < number <= self.fail_to_start
+        self.engines.append(engine)
+        self.grants.append(grant)
+        return engine
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made()
+
+
+@pytest.fixture
+async def engine(made: Made) -> AsyncIterator[SupervisedEngine]:
+    async with SupervisedEngine("e", made.make, made.states.append, QUICK) as supervised:
+        yield supervised
+
+
+async def reply(engine: SupervisedEngine, request: GenerateRequest = REQUEST) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def text(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+@pytest.mark.parametrize("after", range(9))
+@pytest.mark.parametrize("how", [{}, {"schema": {"type": "object"}}, {"schema": {}, "temperature": 1.0}])
+async def test_a_reply_goes_on_where_the_dead_engine_left_it(
+    engine: SupervisedEngine, made: Made, after: int, how: dict[str, Any]
+) -> None:
+    chunks = []
+    async for chunk in engine.generate(replace(REQUEST, **how)):
+        chunks.append(chunk)
+        if len(chunks) == after:
+            made.engines[0].kill()
+    assert text(chunks) == WORDS
+    undisturbed = await reply(engine)  # after a restart, where there was one
+    assert [t for chunk in chunks for t in chunk.token_ids] == [t for chunk in undisturbed for t in chunk.token_ids]
+    assert chunks[-1].finish == "stop"
+    assert len(made.engines) == (1 if after == 0 else 2)
+
+
+async def test_without_a_schema_it_goes_on_from_the_tokens_and_with_one_is_written_again_from_its_seed(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    for schema in (None, {"type": "object"}):
+        made.requests.clear()
+        seen = 0
+        async for _ in engine.generate(replace(REQUEST, schema=schema, temperature=1.0)):
+            seen += 1
+            if seen == 3:
+                engine.kill()
+        first, second = made.requests
+        assert len(second.given) == (3 if schema is None else 0)
+        assert first.seed == second.seed
+        assert (first.seed is None) == (schema is None)
+        assert first.request_id != second.request_id
+
+
+async def test_a_reply_that_cannot_be_gone_on_with_is_an_error_not_a_mixture(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    made.drift = True
+    seen: list[Chunk] = []
+
+    async def disturbed() -> None:
+        async for chunk in engine.generate(replace(REQUEST, schema={})):
+            seen.append(chunk)
+            if len(seen) == 3:
+                engine.kill()
+
+    with pytest.raises(EngineError, match="does not go on from before"):
+        await disturbed()
+    assert text(seen) == "one two three"
+
+
+async def test_a_dead_engine_is_started_again_before_anyone_asks_and_keeps_its_grant(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    grant = Grant(0.5, 7, 100)
+    await engine.resize(grant)
+    engine.kill()
+    await asyncio.sleep(0.2)
+    assert made.grants == [None, grant]
+    assert engine.stats().grant == grant
+    assert made.states == [EngineState.READY, EngineState.DEAD, EngineState.STARTING, EngineState.READY]
+
+
+async def test_requests_that_come_while_it_restarts_are_held(engine: SupervisedEngine, made: Made) -> None:
+    made.fail_to_start = 2
+    engine.kill()
+    replies = await asyncio.gather(*(reply(engine) for _ in range(20)))
+    assert {text(chunks) for chunks in replies} == {WORDS}
+    assert len(made.engines) == 4
+
+
+async def test_a_hanging_engine_is_killed_and_its_requests_served_again(engine: SupervisedEngine, made: Made) -> None:
+    asked = asyncio.create_task(reply(engine))
+    await asyncio.sleep(0.03)
+    made.engines[0].hangs = True
+    assert text(await asked) == WORDS
+    assert made.engines[0].stats().state is EngineState.CLOSED
+
+
+async def test_a_crash_loop_ends_in_a_clear_state_and_error(engine: SupervisedEngine, made: Made) -> None:
+    made.fail_to_start = 100
+    engine.kill()
+    with pytest.raises(EngineError, match=r"e keeps failing: 4 restarts within 60 s; no memory left"):
+        await reply(engine)
+    assert engine.stats().state is EngineState.FAILED
+    assert made.states[-1] is EngineState.FAILED
+    with pytest.raises(EngineError, match="keeps failing"):
+        await reply(engine)
+    outcome = await engine.resize(Grant(0.5, 7, 100))
+    assert "keeps failing" in getattr(outcome, "reason", "")
+
+
+async def test_a_request_that_kills_every_engine_is_given_up(engine: SupervisedEngine, made: Made) -> None:
+    made.die_at_once = True
+    with pytest.raises(EngineDead, match="died 3 times under this request"):
+        await reply(engine)
+    made.die_at_once = False
+    assert text(await reply(engine)) == WORDS
+
+
+async def test_many_requests_in_flight_all_end_right(engine: SupervisedEngine, made: Made) -> None:
+    asked = [asyncio.create_task(reply(engine)) for _ in range(50)]
+    for _ in range(2):
+        await asyncio.sleep(0.04)
+        engine.kill()
+    assert {text(chunks) for chunks in await asyncio.gather(*asked)} == {WORDS}
+
+
+async def test_a_failed_first_start_is_the_callers(made: Made) -> None:
+    supervised = SupervisedEngine("e", made.make)
+    made.engines[0].fails_to_start = True
+    with pytest.raises(EngineError, match="no memory left"):
+        await supervised.start()
+    await supervised.close()
+
+
+async def test_closing_ends_those_who_wait(made: Made) -> None:
+    supervised = SupervisedEngine("e", made.make, patience=replace(QUICK, backoff_s=(60,)))
+    await supervised.start()
+    supervised.kill()
+    waiting = asyncio.create_task(reply(supervised))
+    await asyncio.sleep(0.05)
+    await supervised.close()
+    with pytest.raises(EngineError, match="e is closed"):
+        await waiting
