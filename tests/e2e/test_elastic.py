@@ -1,0 +1,243 @@
+"""Real vLLM engines whose memory and concurrency move while they work, and that are killed."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from agents.role import Message
+from runtime.engines.base import (
+    Applied,
+    Deferred,
+    EngineHandle,
+    EngineSpec,
+    EngineState,
+    GenerateRequest,
+    Grant,
+    Rejected,
+    Superseded,
+)
+from runtime.engines.fleet import Fleet
+from runtime.errors import EngineError
+from runtime.events import EngineChanged, Event
+from tests.e2e.tiny_model import write_chat_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+
+MIB = 1 << 20
+DEVICE = 1 << 30
+SCHEMA = {
+    "type": "object",
+    "properties": {"accepted": {"type": "boolean"}, "reason": {"type": "string", "maxLength": 40}},
+    "required": ["accepted", "reason"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    return []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> AsyncIterator[Fleet]:
+    """Two engines of one chat model with random weights, with prefix caching and without."""
+    folder = tmp_path_factory.mktemp("run")
+    spec = EngineSpec(
+        model=str(write_chat_model(folder / "chat")),
+        gpu_memory_utilization=0.4,
+        max_model_len=512,
+        max_num_seqs=32,
+        dtype="float32",
+        enforce_eager=True,
+    )
+    specs = {"cached": spec, "plain": spec.model_copy(update={"vllm": {"enable_prefix_caching": False}})}
+    async with Fleet(specs, folder / "logs", events.append, DEVICE) as running:
+        yield running
+
+
+def asked(number: int, **changes: Any) -> GenerateRequest:
+    """A request that is the same for the same number; every fifth is held to a schema, many share a beginning."""
+    rng = random.Random(number)
+    words = " ".join(rng.choices("hello world plan solve critique answer".split(), k=rng.randint(1, 12)))
+    beginning = "You are one of a team of agents that works problems together. " * 2 if number % 2 else ""
+    values: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 20 + number % 60}
+    if number % 5 == 0:
+        values |= {"schema": SCHEMA, "max_tokens": 100}
+    content = beginning + words
+    return GenerateRequest(f"{number}/{time.monotonic_ns()}", (Message("user", content),), **(values | changes))
+
+
+async def tokens(engine: EngineHandle, request: GenerateRequest) -> tuple[int, ...]:
+    return tuple([t async for chunk in engine.generate(request) for t in chunk.token_ids])
+
+
+async def all_tokens(engine: EngineHandle, count: int) -> list[tuple[int, ...]]:
+    return await asyncio.gather(*(tokens(engine, asked(number)) for number in range(count)))
+
+
+def kv_grant(engine: EngineHandle, kv_cache_bytes: int, seqs: int = 32, step_tokens: int = 2048) -> Grant:
+    return Grant(engine.limits.share(kv_cache_bytes) + 1e-9, seqs, step_tokens)
+
+
+@pytest.mark.parametrize("name", ["cached", "plain"])
+async def test_output_is_the_same_token_for_token_under_random_grants(fleet: Fleet, name: str) -> None:
+    engine = fleet.engines[name]
+    floor = engine.limits.kv_floor_bytes
+    calm = await all_tokens(engine, 150)
+    rng = random.Random(0)
+    outcomes: list[Applied | Deferred | Rejected] = []
+
+    async def shake() -> None:
+        while True:
+            grant = kv_grant(
+                engine, rng.choice([floor, 2 * floor, 4 * floor, 32 * floor]), rng.choice([1, 8, 32]),
+                rng.choice([16, 256, engine.limits.step_tokens_ceiling]),
+            )  # fmt: skip
+            outcomes.append(await engine.resize(grant, rng.choice([0, 0, 0.05])))
+            await asyncio.sleep(0.01)
+
+    shaking = asyncio.create_task(shake())
+    shaken = await all_tokens(engine, 150)
+    shaking.cancel()
+    assert shaken == calm
+    applied = [o for o in outcomes if isinstance(o, Applied)]
+    assert len(outcomes) > 30
+    assert not any(isinstance(o, Rejected) for o in outcomes)
+    assert sum(o.preempted for o in applied) > 0, "nothing gave way: the test shows nothing"
+    assert max(o.seconds for o in applied) < 1
+
+
+async def test_a_shrink_waits_for_its_grace_and_a_newer_one_wins(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    floor = engine.limits.kv_floor_bytes
+    await engine.resize(kv_grant(engine, 32 * floor))
+    work = asyncio.create_task(all_tokens(engine, 100))
+    while engine.stats().kv_cache_usage < 0.1:
+        await asyncio.sleep(0.005)
+    first = await engine.resize(kv_grant(engine, floor), grace_s=30)
+    assert isinstance(first, Deferred)
+    assert first.held_bytes > 0
+    second = await engine.resize(kv_grant(engine, 2 * floor), grace_s=0.2)
+    assert isinstance(await first.settled, Superseded)
+    assert isinstance(second, Deferred)
+    third = await second.settled
+    assert isinstance(third, Applied)
+    assert third.kv_cache_bytes <= 2 * floor
+    assert 0.15 < third.seconds < 5
+    await work
+
+
+async def test_what_a_grant_cannot_be_is_rejected_and_changes_nothing(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    before = engine.stats().grant
+    floor = engine.limits.share(engine.limits.kv_floor_bytes)
+    for grant, told in [
+        (Grant(floor * 0.99, 32, 2048), "floor"),
+        (Grant(-1, 32, 2048), "floor"),
+        (Grant(float("nan"), 32, 2048), "floor"),
+        (Grant(3, 32, 2048), "ceiling"),
+        (Grant(0.4, 33, 2048), "max_active_seqs 33 is not within 1 to 32"),
+        (Grant(0.4, 32, 0), "max_step_tokens 0 is not within 1 to"),
+    ]:
+        outcome = await engine.resize(grant)
+        assert isinstance(outcome, Rejected)
+        assert told in outcome.reason
+    assert engine.stats().grant == before
+
+
+async def test_usage_follows_the_live_capacity(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    floor = engine.limits.kv_floor_bytes
+    await engine.resize(kv_grant(engine, 2 * floor, seqs=1))
+    stream = engine.generate(asked(1, max_tokens=400))
+    for _ in range(150):
+        await anext(stream)
+    narrow = engine.stats().kv_cache_usage
+    await engine.resize(kv_grant(engine, 16 * floor, seqs=1))
+    for _ in range(5):
+        await anext(stream)
+    assert engine.stats().kv_cache_usage < narrow / 4
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_at_its_floor_an_engine_still_serves_its_longest_request(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    await engine.resize(kv_grant(engine, engine.limits.kv_floor_bytes, seqs=32))
+    long = GenerateRequest("long", (Message("user", "x" * 500),), 0.0, 1.0, 8)
+    short = [asked(n) for n in range(10)]
+    replies = await asyncio.gather(tokens(engine, long), *(tokens(engine, request) for request in short))
+    assert all(replies)
+    with pytest.raises(EngineError, match="refused"):
+        await tokens(engine, GenerateRequest("too long", (Message("user", "x" * 600),), 0.0, 1.0, 8))
+
+
+def engine_process(fleet: Fleet, name: str) -> psutil.Process:
+    """The process of an engine, found by the log that it writes to."""
+    log = fleet._run_folder / f"engine-{name}.log"
+    for process in psutil.Process().children(recursive=True):
+        if any(Path(f"/proc/{process.pid}/fd/{fd}").resolve() == log.resolve() for fd in (1, 2)):
+            return process
+    raise AssertionError(f"no process writes to {log}")
+
+
+async def test_memory_goes_back_to_the_system(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    floor = engine.limits.kv_floor_bytes
+    await engine.resize(kv_grant(engine, 32 * floor))
+    await all_tokens(engine, 100)
+    process = engine_process(fleet, "plain")
+    full = process.memory_full_info().uss
+    outcome = await engine.resize(kv_grant(engine, floor))
+    assert isinstance(outcome, Applied)
+    assert full - process.memory_full_info().uss > 8 * floor
+
+
+async def test_two_engines_trade_memory_and_nothing_is_lost(fleet: Fleet) -> None:
+    cached, plain = fleet.engines["cached"], fleet.engines["plain"]
+    calm = await all_tokens(cached, 60)
+    both = 0.9
+
+    def split(share: float) -> Mapping[str, Grant]:
+        return {"cached": Grant(share, 32, 2048), "plain": Grant(both - share, 32, 2048)}
+
+    await fleet.sharing.resize(split(0.45))
+    work = asyncio.gather(all_tokens(cached, 60), all_tokens(plain, 60))
+    rounds = 0
+    while not work.done():
+        outcomes = await fleet.sharing.resize(split(0.6 if rounds % 2 else 0.3), grace_s=0.02)
+        for outcome in outcomes.values():
+            assert not isinstance(outcome, Rejected)
+            if isinstance(outcome, Deferred):
+                assert isinstance(await outcome.settled, Applied | Superseded)
+        assert sum(fleet.sharing.ledger.held.values()) <= DEVICE
+        rounds += 1
+    assert rounds > 5
+    assert await work == [calm, calm]
+
+
+@pytest.mark.parametrize("name", ["cached", "plain"])
+async def test_a_killed_engine_comes_back_and_every_request_is_answered_once_and_right(
+    fleet: Fleet, events: list[Event], name: str
+) -> None:
+    engine, other = fleet.engines[name], fleet.engines["plain" if name == "cached" else "cached"]
+    await fleet.sharing.resize({"cached": Grant(0.4, 32, 2048), "plain": Grant(0.4, 32, 2048)})
+    calm = await all_tokens(engine, 60)
+    before = len(events)
+    grant = engine.stats().grant
+    work = asyncio.gather(all_tokens(engine, 60), all_tokens(other, 60))
+    await asyncio.sleep(0.3)
+    engine_process(fleet, name).kill()
+    assert await work == [calm, calm]
+    assert await tokens(engine, asked(1)) == calm[1]
+    assert engine.stats().grant == grant
+    told = [(e.engine, e.state) for e in events[before:] if isinstance(e, EngineChanged)]
+    assert (name, EngineState.DEAD) in told
+    assert told[-1] == (name, EngineState.READY)
+    assert all(engine == name for engine, _ in told), "the other engine noticed"
