@@ -111,7 +111,7 @@ RECIPES = {
         {"steps exact": step_example, "whole problems at once, without steps": at_once_example},
     ),
     "critic": Recipe(
-        128, 4, 384, 10_000, 64, 3e-3, 96, WRITTEN, critic_example,
+        128, 4, 384, 9_000, 64, 2e-3, 96, WRITTEN, critic_example,
         {
             "right results accepted": partial(claim_example, right=True),
             "wrong results rejected": partial(claim_example, right=False),
@@ -267,14 +267,14 @@ def measure(folder: Path, recipe: Recipe, count: int) -> dict[str, float]:
     for figure, example in recipe.figures.items():
         rng = random.Random(f"held-out {figure}")
         examples = sorted((example(rng, True) for _ in range(count)), key=lambda e: len(encoder.prompt(e[0])))
-        verdict_only = figure.endswith(("accepted", "rejected"))
+        verdict = {"accepted": scratchpad.RIGHT, "rejected": scratchpad.WRONG}.get(figure.split()[-1])
         exact = 0
         for start in range(0, count, 250):
             part = examples[start : start + 250]
             replies = generate(model, tokenizer, [encoder.prompt(prompt) for prompt, _ in part], recipe.max_tokens)
             for (_, wanted), reply in zip(part, replies, strict=True):
-                ids = encoder.reply(wanted)
-                exact += reply[-2:] == ids[-2:] if verdict_only else reply == ids
+                # A verdict is held against the truth, which the check itself can miss; all else against the notation.
+                exact += reply[-2:] == encoder.reply([verdict]) if verdict else reply == encoder.reply(wanted)
             print(f"\r{figure}: {exact}/{start + len(part)} ", end="")
             sys.stdout.flush()
         print()

@@ -34,16 +34,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 """What each part may import of ours, from the bottom up. A new part is entered here with the part that it adds."""
 
+MODEL_MAKERS = ("scripts/train_embedded.py", "scripts/tiny_model.py")
+
 OWNERS: dict[str, tuple[str, ...]] = {
     "vllm": (
         "runtime/engines/vllm_engine.py",  # the client's side
-        "runtime/engines/preload.py",  # these two run where the engines are made
-        "runtime/engines/in_core.py",
+        "runtime/engines/preload.py",  # these run where the engines are made
         "runtime/engines/elastic/",
     ),
-    "torch": ("runtime/engines/", "scripts/train_embedded.py"),
-    "transformers": ("runtime/engines/", "scripts/train_embedded.py"),
-    "tokenizers": ("runtime/engines/", "scripts/train_embedded.py"),
+    "torch": ("runtime/engines/", *MODEL_MAKERS),
+    "transformers": MODEL_MAKERS,
+    "tokenizers": MODEL_MAKERS,
+    "cuda": ("runtime/engines/elastic/cuda_pages.py",),
     "pynvml": ("runtime/telemetry/nvml.py",),
     "yaml": ("runtime/config.py",),
 }

@@ -31,7 +31,7 @@ def plan(prompt: str) -> tuple[Operation, ...]:
 def _claim(tokens: list[str]) -> tuple[int, str, int, int]:
     left, sign, right, _, result, *digits = tokens
     if sign == "*":
-        top, second, claimed = (row.split()[::-1] for row in " ".join(digits).split(";")[:3])
+        top, second, _, claimed = (row.split()[::-1] for row in " ".join(digits).split(";")[:4])
     else:
         top, second, claimed = digits[:5], digits[5:10], digits[10:]
     return _number(left, top), sign, _number(right, second), _number(result, claimed)

@@ -30,13 +30,15 @@ def step_prompt(left: int, sign: str, right: int) -> str:
 def claim_prompt(left: int, sign: str, right: int, result: int) -> str:
     """A step and its claimed result for the critic: signs, then the digits of the three numbers.
 
-    Of a product they are written from the top, and two digits do for its second factor.
+    Of a product they are written from the top; two digits do for its second factor, and "=" keeps the place where the
+    check multiplies.
     """
     left, right = _smaller_factor_second(left, sign, right)
     signs = (_sign(left), sign, _sign(right), "=", _sign(result))
     if sign != "*":
         return _tokens(*signs, *_digits(left), *_digits(right), *_digits(result))
-    return _tokens(*signs, *(token for row in _from_the_top(left, right, result) for token in (*row, _ROW)))
+    first, second, product = _from_the_top(left, right, result)
+    return _tokens(*signs, *first, _ROW, *second, _ROW, "=", _ROW, *product, _ROW)
 
 
 def at_once_prompt(problem: str) -> str:
@@ -207,8 +209,9 @@ def _with_carries(columns: Sequence[int]) -> list[int]:
 
 
 def _check_by_casting_out(left: int, right: int, result: int) -> list[str]:
-    """The sign; the remainders by 9 and by 11, digit by digit, and their product; the last digit.
+    """The sign; the remainders by 9 and by 11, digit by digit; the last digit.
 
+    Multiplied is before the result is looked at: a model that sees the result's remainder first learns to copy it.
     It misses what is off by a multiple of 990, one in as many of the results that have nothing to do with the right
     one, and no slip in a single digit, carry, sign or order of neighbours.
     """
@@ -217,10 +220,11 @@ def _check_by_casting_out(left: int, right: int, result: int) -> list[str]:
     tokens += marks
     numbers = _from_the_top(left, right, result)
     for divisor in (9, 11):
-        rows = [_remainders(digits, divisor) for digits in numbers]
-        marks.append(_mark(rows[0][-1] * rows[1][-1] % divisor == rows[2][-1]))
-        tokens += [token for row in rows for token in (*map(str, row), _ROW)]
-        tokens += [str(rows[0][-1] * rows[1][-1] % divisor), marks[-1]]
+        first, second, product = (_remainders(digits, divisor) for digits in numbers)
+        expected_remainder = first[-1] * second[-1] % divisor
+        marks.append(_mark(expected_remainder == product[-1]))
+        rows = (first, second, [expected_remainder], product)
+        tokens += [*(token for row in rows for token in (*map(str, row), _ROW)), marks[-1]]
     last = abs(left * right) % 10
     marks.append(_mark(last == abs(result) % 10))
     return [*tokens, str(last), marks[-1], RIGHT if _DIFFER not in marks else WRONG]

@@ -3,21 +3,24 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 
 from runtime import config as configuration
 from runtime import run_folder
 from runtime.cli import interrupt
+from runtime.cli.watch import table
 from runtime.config import Config
-from runtime.engines.base import EngineSpec, EngineState
+from runtime.engines.base import EngineHandle, EngineSpec, EngineState
 from runtime.engines.fleet import Fleet
 from runtime.errors import InputError, PluginError, TroupeError
 from runtime.events import EngineChanged, Event, RoleReplied
@@ -41,6 +44,7 @@ from runtime.jobs.team import Team
 @click.option("--workflow", "-w", help="deliberate, vote, solo, or one of your own, at its defaults.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Sample every role at this temperature.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; the same seed, the same replies.")
+@click.option("--watch", is_flag=True, help="Show each engine's share, KV cache, concurrency and queue meanwhile.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: an object a problem.")
 def solve(
     problem: str | None,
@@ -52,6 +56,7 @@ def solve(
     workflow: str | None,
     temperature: float | None,
     seed: int,
+    watch: bool,
     as_json: bool,
 ) -> None:
     """Solve PROBLEM, or every line of a file, with the team.
@@ -75,31 +80,36 @@ def solve(
 
     if problem is not None:
         crew.check(problem)
-        code = interrupt.run(_solve_one(chosen, crew, job(Problem("1", problem)), as_json))
+        code = interrupt.run(_solve_one(chosen, crew, job(Problem("1", problem)), watch, as_json))
     else:
         assert file is not None
-        code = _solve_file(chosen, crew, problems.read(file), job, concurrency, out, resume, as_json)
+        code = _solve_file(chosen, crew, problems.read(file), job, concurrency, out, resume, watch, as_json)
     raise SystemExit(code)
 
 
-async def _solve_one(config: Config, crew: Team, job: Job, as_json: bool) -> int:
+async def _solve_one(config: Config, crew: Team, job: Job, watch: bool, as_json: bool) -> int:
     screen = Console(stderr=True, highlight=False)
     lines = Console(quiet=True) if as_json else _lines(screen)
     folder = run_folder.create()
     run_folder.log_to(folder)
-    with screen.status("") as status:
+    status = Spinner("dots")
+    engines: dict[str, EngineHandle] = {}
+    with _live(screen, status, engines, crew, watch):
 
         def show(event: Event) -> None:
             if isinstance(event, EngineChanged):
-                status.update(_starting(event, waiting))
+                status.update(text=_starting(event, waiting))
             elif isinstance(event, RoleReplied):
-                status.update("working")
+                status.update(text="working")
                 lines.print(_entry(event), soft_wrap=True)
 
         waiting: dict[str, EngineState] = {}
         async with Fleet(_served(config, crew), folder, show, config.device.memory_bytes) as fleet:
+            engines.update(fleet.engines)
             result = await Orchestrator(crew, fleet.engines, show).run(job)
-            status.update("closing the engines")
+            if watch:
+                screen.print(table(engines, crew))
+            status.update(text="closing the engines")
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
     elif result.error:
@@ -118,6 +128,7 @@ def _solve_file(
     concurrency: int,
     out: Path | None,
     resume: bool,
+    watch: bool,
     as_json: bool,
 ) -> int:
     kept = _kept(out, resume, asked)
@@ -126,7 +137,8 @@ def _solve_file(
     due = [p for p in faulty if p.fault is None and p.id not in kept]
     if kept:
         click.echo(f"{len(kept)} problems are done, {len(due)} to go", err=True)
-    with _Report(out, list(kept.values()), as_json, len(kept) + len(results) + len(due)) as report:
+    total = len(kept) + len(results) + len(due)
+    with _Report(out, list(kept.values()), as_json, total, crew, watch) as report:
         for result in results:
             report.take(result)
         if due:
@@ -177,14 +189,19 @@ async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, r
     folder = run_folder.create()
     run_folder.log_to(folder)
     async with Fleet(_served(config, crew), folder, report.show, config.device.memory_bytes) as fleet:
+        report.engines.update(fleet.engines)
         orchestrator = Orchestrator(crew, fleet.engines, report.show)
         await work_all(orchestrator, jobs, concurrency, report.take)
+        report.engines_at_the_end()
 
 
 class _Report:
     """Results to the file or the screen as they come, and the bar above which they appear."""
 
-    def __init__(self, out: Path | None, kept: list[JobResult], as_json: bool, total: int) -> None:
+    def __init__(
+        self, out: Path | None, kept: list[JobResult], as_json: bool, total: int, crew: Team, watch: bool
+    ) -> None:
+        self.engines: dict[str, EngineHandle] = {}
         self.results = list(kept)
         self._as_json = as_json
         self._screen = Console(stderr=True, highlight=False)
@@ -199,19 +216,19 @@ class _Report:
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[accuracy]}"),
             TimeRemainingColumn(),
-            console=self._screen,
-            transient=True,
         )
+        self._crew, self._watch = crew, watch
+        self._live = _live(self._screen, self._bar, self.engines, crew, watch)
         for result in kept:
             self._count(result)
         self._task = self._bar.add_task("starting", total=total, completed=len(kept), rate="", accuracy="")
 
     def __enter__(self) -> "_Report":
-        self._bar.start()
+        self._live.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        self._live.stop()
         if self._file:
             self._file.close()
 
@@ -219,6 +236,11 @@ class _Report:
         """What happens, on the bar."""
         if isinstance(event, EngineChanged):
             self._bar.update(self._task, description=_starting(event, self._waiting))
+
+    def engines_at_the_end(self) -> None:
+        """The engines once more for those who watched, above what follows."""
+        if self._watch:
+            self._screen.print(table(self.engines, self._crew))
 
     def take(self, result: JobResult) -> None:
         """One result: kept, written, shown."""
@@ -260,6 +282,17 @@ class _Report:
         if failed:
             shown = ", ".join(failed[:10]) + (f" and {len(failed) - 10} more" if len(failed) > 10 else "")
             self._screen.print(f"[red]failed:[/] {escape(shown)}", soft_wrap=True)
+
+
+def _live(
+    screen: Console, progress: RenderableType, engines: Mapping[str, EngineHandle], crew: Team, watch: bool
+) -> Live:
+    """The lower edge of the screen: progress, and below it the engines for those who watch."""
+
+    def shown() -> RenderableType:
+        return Group(progress, table(engines, crew)) if watch and engines else progress
+
+    return Live(get_renderable=shown, console=screen, transient=True, refresh_per_second=10)
 
 
 def _lines(screen: Console) -> Console:

@@ -69,9 +69,13 @@ class Fleet:
     async def __aexit__(self, *exc: object) -> None:
         await self._owned.aclose()
 
+    def log(self, name: str) -> Path:
+        """Where an engine's own log goes."""
+        return self._run_folder / f"engine-{name}.log"
+
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:
-            engine: EngineHandle = module.VllmEngine(name, spec, self._run_folder, folder, self._device_bytes, grant)
+            engine: EngineHandle = module.VllmEngine(name, spec, self.log(name), folder, self._device_bytes, grant)
             return engine
 
         return SupervisedEngine(name, make, partial(self._changed, name))

@@ -55,22 +55,24 @@ vllm.v1.engine.utils.get_mp_context = forkserver.context
 
 
 class VllmEngine(EngineHandle):
-    """One vLLM engine. Its log is `<run folder>/engine-<name>.log`; its process reports its loading into the
-    folder `temporary`. Shares are of `device_bytes`, or of all that the device has. It begins with
-    `grant`, or with what its specification says."""
+    """One vLLM engine, whose process writes to `log` and reports its loading into the folder `temporary`.
+
+    Shares are of `device_bytes`, or of all that the device has. It begins with `grant`, or with what its specification
+    says.
+    """
 
     def __init__(
         self,
         name: str,
         spec: EngineSpec,
-        run_folder: Path,
+        log: Path,
         temporary: Path,
         device_bytes: int | None = None,
         grant: Grant | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
-        self.log = run_folder / f"engine-{name}.log"
+        self.log = log
         self._temporary = temporary
         self._device_bytes = device_bytes
         self._limits: EngineLimits | None = None
@@ -96,6 +98,8 @@ class VllmEngine(EngineHandle):
             self._state = EngineState.DEAD
             raise EngineError(f"engine {self.name} did not start: {_reason(error)} (log: {self.log})") from error
         self._state = EngineState.READY
+        for process in self._processes():
+            asyncio.get_running_loop().add_reader(process.sentinel, self._died)
         await self._begin()
 
     async def _begin(self) -> None:
@@ -243,18 +247,37 @@ class VllmEngine(EngineHandle):
         await self._call("is_scheduler_paused")  # any call will do
 
     def kill(self) -> None:
-        manager = self._llm and self._llm.engine_core.resources.engine_manager
-        for process in manager.processes if manager else ():
+        for process in self._processes():
             process.kill()
 
+    def _processes(self) -> list[Any]:
+        manager = self._llm and self._llm.engine_core.resources.engine_manager
+        return list(manager.processes) if manager else []
+
+    def _died(self) -> None:
+        """The process has ended: tell everyone who waits for it. vLLM tells only those who have a request running."""
+        self._state = EngineState.DEAD
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Raise EngineDeadError where a token or the answer to a call is waited for; look out for no more."""
+        for process in self._processes():
+            asyncio.get_running_loop().remove_reader(process.sentinel)
+        assert self._llm is not None
+        self._llm.output_processor.propagate_error(EngineDeadError())
+        for answer in self._llm.engine_core.utility_results.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
+
     async def close(self) -> None:
-        llm, self._llm = self._llm, None
         self._state = EngineState.CLOSED
-        if llm is not None:
-            llm.output_processor.propagate_error(EngineDeadError())  # to those who still wait for tokens
-            if llm.output_handler is not None:
-                llm.output_handler.cancel()  # it would take the end of the engine for a failure
-            await asyncio.to_thread(llm.shutdown, CLOSE_S)
+        if self._llm is None:
+            return
+        self._let_go()
+        llm, self._llm = self._llm, None
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # it would take the end of the engine for a failure
+        await asyncio.to_thread(llm.shutdown, CLOSE_S)
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml

@@ -18,7 +18,7 @@ from runtime.engines.base import EngineSpec, EngineState, GenerateRequest
 from runtime.engines.fleet import Fleet
 from runtime.errors import EngineDead, EngineError
 from runtime.events import EngineChanged, Event
-from tests.e2e.tiny_model import write_chat_model
+from scripts.tiny_model import write_chat_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
