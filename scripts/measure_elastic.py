@@ -65,25 +65,30 @@ async def measure_grants(options: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {}
     async with fleet({"cached": spec(), "plain": spec(vllm={"enable_prefix_caching": False})}) as running:
         for name, engine in running.engines.items():
-            calm = await replies(engine, options.requests)
-            idle = [await timed_grant(engine, random.Random(n)) for n in range(options.grants // 5)]
-            loaded, shaken = await under_grants(engine, options.grants, options.requests, calm)
-            record[name] = {
-                "grants": len(loaded),
-                "requests": len(shaken),
-                "lost": sum(not reply for reply in shaken),
-                "identical": sum(reply == calm[i % len(calm)] for i, reply in enumerate(shaken)),
-                "preempted": sum(applied.preempted for _, applied in loaded),
-                "idle": resize_times(idle),
-                "loaded": resize_times(loaded),
-            }
+            record[name] = await under_random_grants(engine, options.grants, options.requests)
             progress(f"{name}: {record[name]}")
     record["restart_s"] = spread([await restart() for _ in range(options.repeats)])
     return record
 
 
-async def under_grants(
-    engine: EngineHandle, grants: int, requests: int, calm: list[Reply]
+async def under_random_grants(engine: EngineHandle, grants: int, requests: int) -> dict[str, Any]:
+    """What an engine's replies and its resizes come to, idle and under load."""
+    calm = await replies(engine, requests)
+    idle = [await timed_grant(engine, random.Random(n)) for n in range(grants // 5)]
+    loaded, shaken = await loaded_grants(engine, grants, requests)
+    return {
+        "grants": len(loaded),
+        "requests": len(shaken),
+        "lost": sum(not reply for reply in shaken),
+        "identical": sum(reply == calm[i % requests] for i, reply in enumerate(shaken)),
+        "preempted": sum(applied.preempted for _, applied in loaded),
+        "idle": resize_times(idle),
+        "loaded": resize_times(loaded),
+    }
+
+
+async def loaded_grants(
+    engine: EngineHandle, grants: int, requests: int
 ) -> tuple[list[tuple[float, Applied]], list[Reply]]:
     """Random grants one after another while the requests are asked again and again; times, and all replies."""
     done: list[tuple[float, Applied]] = []
@@ -170,43 +175,58 @@ async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 async def measure_price(options: argparse.Namespace) -> dict[str, Any]:
     """The same load on an elastic engine and on stock vLLM with the same fixed settings, in turn."""
-    from runtime.engines import vllm_engine  # once the process is prepared
-
-    class StockEngine(vllm_engine.VllmEngine):
-        """vLLM's own worker and scheduler, and a KV cache as large as the other's."""
-
-        async def _begin(self) -> None:
-            return None
-
-        def _config(self) -> Any:
-            config = super()._config()
-            config.cache_config.kv_cache_memory_bytes = 64 * MIB
-            config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
-            config.scheduler_config.scheduler_cls = None
-            return config
-
-    record: dict[str, Any] = {}
     chosen = spec(kv_cache_memory_bytes=64 * MIB, max_num_seqs=64)
+    async with elastic_and_stock(chosen, GIB) as (elastic, stock):
+        return await price(elastic, stock, options.repeats)
+
+
+@asynccontextmanager
+async def elastic_and_stock(
+    chosen: EngineSpec, device_bytes: int | None
+) -> AsyncIterator[tuple[EngineHandle, EngineHandle]]:
+    """An elastic engine, and beside it one of vLLM's own worker and scheduler with a KV cache as large."""
+    folder = run_folder.create()
+    run_folder.log_to(folder)
     async with AsyncExitStack() as stack:
-        folder = run_folder.create()
         place = stack.enter_context(temporary.folder())
-        elastic = await stack.enter_async_context(
-            vllm_engine.VllmEngine("elastic", chosen, folder / "elastic.log", place, GIB)
-        )
-        stock = await stack.enter_async_context(StockEngine("stock", chosen, folder / "stock.log", place, GIB))
-        for concurrency in (1, 16, 64):
-            times: dict[str, list[dict[str, float]]] = {"elastic": [], "stock": []}
-            for repeat in range(options.repeats + 1):
-                sides: list[EngineHandle] = [elastic, stock]
-                for engine in sides if repeat % 2 else sides[::-1]:
-                    found = await throughput(engine, concurrency, repeat)
-                    if repeat:  # the first round warms both
-                        times[engine.name].append(found)
-            record[f"{concurrency} sequences"] = {
-                figure: spread([e[figure] / s[figure] for e, s in zip(times["elastic"], times["stock"], strict=True)])
-                for figure in ("tokens_per_s", "itl_p50_s")
-            } | {"stock_tokens_per_s": spread([s["tokens_per_s"] for s in times["stock"]])}
-            progress(f"{concurrency} sequences, elastic / stock: {record[f'{concurrency} sequences']}")
+        prepare_process({"elastic": chosen, "stock": chosen}, folder, place)
+        from runtime.engines import vllm_engine  # once the process is prepared
+
+        class StockEngine(vllm_engine.VllmEngine):
+            async def _begin(self) -> None:
+                return None
+
+            def _config(self) -> Any:
+                config = super()._config()
+                config.cache_config.kv_cache_memory_bytes = chosen.kv_cache_memory_bytes
+                on_gpu = "cuda" in config.parallel_config.worker_cls
+                worker = "gpu_worker.Worker" if on_gpu else "cpu_worker.CPUWorker"
+                config.parallel_config.worker_cls = f"vllm.v1.worker.{worker}"
+                config.scheduler_config.scheduler_cls = None
+                return config
+
+        engines = [
+            await stack.enter_async_context(kind(name, chosen, folder / f"engine-{name}.log", place, device_bytes))
+            for name, kind in (("elastic", vllm_engine.VllmEngine), ("stock", StockEngine))
+        ]
+        yield engines[0], engines[1]
+
+
+async def price(elastic: EngineHandle, stock: EngineHandle, repeats: int) -> dict[str, Any]:
+    """Ratios, elastic to stock, of rounds that alternate."""
+    record: dict[str, Any] = {}
+    for concurrency in (1, 16, 64):
+        times: dict[str, list[dict[str, float]]] = {"elastic": [], "stock": []}
+        for repeat in range(repeats + 1):
+            for engine in (elastic, stock) if repeat % 2 else (stock, elastic):
+                found = await throughput(engine, concurrency, repeat)
+                if repeat:  # the first round warms both
+                    times[engine.name].append(found)
+        record[f"{concurrency} sequences"] = {
+            figure: spread([e[figure] / s[figure] for e, s in zip(times["elastic"], times["stock"], strict=True)])
+            for figure in ("tokens_per_s", "itl_p50_s")
+        } | {"stock_tokens_per_s": spread([s["tokens_per_s"] for s in times["stock"]])}
+        progress(f"{concurrency} sequences, elastic / stock: {record[f'{concurrency} sequences']}")
     return record
 
 
@@ -235,75 +255,102 @@ async def throughput(engine: EngineHandle, concurrency: int, repeat: int) -> dic
 async def measure_trade(options: argparse.Namespace) -> dict[str, Any]:
     """Two engines pass memory back and forth under load; a thread adds up their resident memory all the while."""
     async with fleet({"left": spec(), "right": spec()}) as running:
-        left, right = running.engines["left"], running.engines["right"]
-        calm = await replies(left, options.requests)
-        budget = running.sharing.ledger.budget_bytes
         processes = [engine_process(running, name) for name in running.engines]
-        sampled: list[int] = []
-        stop = threading.Event()
+        return await trade(
+            running, options.seconds, options.requests, lambda: sum(resident(process) for process in processes)
+        )
 
-        def watch() -> None:
-            while not stop.wait(0.05):
-                sampled.append(sum(resident(process) for process in processes))
 
-        watching = threading.Thread(target=watch)
-        watching.start()
-        answers: list[bool] = []
+async def trade(running: Fleet, seconds: float, requests: int, held: Callable[[], int]) -> dict[str, Any]:
+    """Random divisions of the device among its engines, one after another, while all of them work.
 
-        async def load(engine: EngineHandle) -> None:
-            while not stop.is_set():
-                answers.extend(a == b for a, b in zip(await replies(engine, options.requests), calm, strict=True))
+    `held` says from outside how many bytes they hold; a thread asks it 20 times a second.
+    """
+    engines = running.engines
+    calm = {name: await replies(engine, requests) for name, engine in engines.items()}
+    budget = running.sharing.ledger.budget_bytes
+    sampled: list[int] = []
+    stop = threading.Event()
 
-        working = asyncio.gather(load(left), load(right))
-        rng = random.Random(0)
-        rounds = rejected = 0
-        end = time.monotonic() + options.seconds
-        floor = left.limits.share(left.limits.kv_floor_bytes)
-        while time.monotonic() < end:
-            share = rng.uniform(floor, 0.98 - floor)
-            grants = {"left": Grant(share, 32, 2048), "right": Grant(0.98 - share, 32, 2048)}
-            outcomes = await running.sharing.resize(grants, grace_s=0.05)
-            rejected += sum(isinstance(outcome, Rejected) for outcome in outcomes.values())
-            for outcome in outcomes.values():
-                if isinstance(outcome, Deferred):
-                    await outcome.settled
-            assert sum(running.sharing.ledger.held.values()) <= budget
-            rounds += 1
-        stop.set()
-        await working
-        watching.join()
-        return {
-            "seconds": options.seconds,
-            "decisions": rounds,
-            "rejected": rejected,
-            "answers": len(answers),
-            "wrong_or_lost": answers.count(False),
-            "budget_mib": budget // MIB,
-            "samples": len(sampled),
-            "most_resident_mib": max(sampled) // MIB,
-        }
+    def watch() -> None:
+        while not stop.wait(0.05):
+            sampled.append(held())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    answers: list[bool] = []
+
+    async def load(name: str) -> None:
+        while not stop.is_set():
+            found = await replies(engines[name], requests)
+            answers.extend(a == b for a, b in zip(found, calm[name], strict=True))
+
+    working = asyncio.gather(*map(load, engines))
+    rng = random.Random(0)
+    rounds = rejected = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        outcomes = await running.sharing.resize(division(engines, rng), grace_s=0.05)
+        rejected += sum(isinstance(outcome, Rejected) for outcome in outcomes.values())
+        for outcome in outcomes.values():
+            if isinstance(outcome, Deferred):
+                await outcome.settled
+        assert sum(running.sharing.ledger.held.values()) <= budget
+        rounds += 1
+    stop.set()
+    await working
+    watching.join()
+    return {
+        "seconds": seconds,
+        "decisions": rounds,
+        "rejected": rejected,
+        "answers": len(answers),
+        "wrong_or_lost": answers.count(False),
+        "budget_mib": budget // MIB,
+        "samples": len(sampled),
+        "most_held_mib": max(sampled) // MIB,
+    }
+
+
+def division(engines: Mapping[str, EngineHandle], rng: random.Random) -> dict[str, Grant]:
+    """The whole device at random: every engine its floor, and a random part of the rest."""
+    floors = {name: engine.limits.share(engine.limits.kv_floor_bytes) + 1e-6 for name, engine in engines.items()}
+    weights = {name: rng.random() for name in engines}
+    rest = (0.98 - sum(floors.values())) / sum(weights.values())
+    return {
+        name: Grant(floors[name] + rest * weights[name], engine.limits.seqs_ceiling, engine.limits.step_tokens_ceiling)
+        for name, engine in engines.items()
+    }
 
 
 async def measure_kill(options: argparse.Namespace) -> dict[str, Any]:
     """SIGKILL to each engine in turn under load: every request answered once and as it would have been."""
-    record: dict[str, Any] = {}
     async with fleet({"left": spec(), "right": spec()}) as running:
-        calm = await replies(running.engines["left"], options.requests)
-        for repeat in range(options.repeats):
-            for name, engine in running.engines.items():
-                work = asyncio.gather(*(replies(e, options.requests) for e in running.engines.values()))
-                await asyncio.sleep(0.4)
-                killed = time.perf_counter()
-                engine_process(running, name).kill()
-                await until(engine, lambda state: state is not EngineState.READY)
-                await until(engine, lambda state: state is EngineState.READY)
-                up = time.perf_counter() - killed
-                both = await work
-                found = record.setdefault(name, {"serves_again_s": [], "requests": 0, "wrong_or_lost": 0})
-                found["serves_again_s"].append(up)
-                found["requests"] += sum(map(len, both))
-                found["wrong_or_lost"] += sum(a != b for side in both for a, b in zip(side, calm, strict=True))
-                progress(f"{repeat} {name}: serves again after {up:.1f} s, all done {time.perf_counter() - killed:.1f}")
+        return await kill_each(running, options.repeats, options.requests)
+
+
+async def kill_each(running: Fleet, repeats: int, requests: int) -> dict[str, Any]:
+    """Kill every engine of a fleet in turn while all of them work."""
+    record: dict[str, Any] = {}
+    engines = running.engines
+    calm = [await replies(engine, requests) for engine in engines.values()]
+    for repeat in range(repeats):
+        for name, engine in engines.items():
+            work = asyncio.gather(*(replies(e, requests) for e in engines.values()))
+            await asyncio.sleep(0.4)
+            killed = time.perf_counter()
+            engine_process(running, name).kill()
+            await until(engine, lambda state: state is not EngineState.READY)
+            await until(engine, lambda state: state is EngineState.READY)
+            up = time.perf_counter() - killed
+            replied = await work
+            found = record.setdefault(name, {"serves_again_s": [], "requests": 0, "wrong_or_lost": 0})
+            found["serves_again_s"].append(up)
+            found["requests"] += sum(map(len, replied))
+            found["wrong_or_lost"] += sum(
+                a != b for side, wanted in zip(replied, calm, strict=True) for a, b in zip(side, wanted, strict=True)
+            )
+            progress(f"{repeat} {name}: serves again after {up:.1f} s, all done {time.perf_counter() - killed:.1f}")
     for found in record.values():
         found["serves_again_s"] = spread(found["serves_again_s"])
     return record
@@ -332,7 +379,7 @@ def spec(shape: Mapping[str, Any] | None = None, **changes: Any) -> EngineSpec:
 
 
 @asynccontextmanager
-async def fleet(specs: Mapping[str, EngineSpec], device_bytes: int = GIB) -> AsyncIterator[Fleet]:
+async def fleet(specs: Mapping[str, EngineSpec], device_bytes: int | None = GIB) -> AsyncIterator[Fleet]:
     folder = run_folder.create()
     run_folder.log_to(folder)
     async with Fleet(specs, folder, device_bytes=device_bytes) as running:
@@ -412,8 +459,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.what == "price":  # no fleet does it there
-        prepare_process({"one": spec(), "other": spec()}, run_folder.create(), Path(tempfile.mkdtemp()))
     record = asyncio.run(MEASURES[options.what](options))
     print(json.dumps(record) if options.json else json.dumps(record, indent=2))
 

@@ -1,5 +1,6 @@
-"""A chat model for tests and measures: random weights, a tokenizer of single bytes, no download."""
+"""Chat models for tests and measures: a tokenizer of single bytes and no trained weights; nothing is downloaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,42 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def write_chat_model(folder: Path, **changes: Any) -> Path:
-    """Write it, with changes to its LlamaConfig; the same weights every time."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    fast.save_pretrained(folder)
+    """A tiny one with random weights, and changes to its LlamaConfig; the same weights every time."""
+    tokenizer = write_tokenizer(folder)
     torch.manual_seed(0)
     shape = {
-        "vocab_size": len(fast),
+        "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 16384,
-        "bos_token_id": fast.bos_token_id,
-        "eos_token_id": fast.eos_token_id,
-        "pad_token_id": fast.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     LlamaForCausalLM(LlamaConfig(**(shape | changes))).save_pretrained(folder)
     return folder
+
+
+def write_shape(folder: Path, shape: Path) -> Path:
+    """A real architecture from its config.json, for vLLM's `load_format: dummy`."""
+    config = json.loads(shape.read_text())
+    write_tokenizer(folder, config["vocab_size"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_tokenizer(folder: Path, size: int = 0) -> PreTrainedTokenizerFast:
+    """Single bytes, and tokens that no text has up to the size of a vocabulary."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *letters]
+    tokens += [f"<{index}>" for index in range(len(tokens), size)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(folder)
+    return fast

@@ -35,14 +35,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 """What each part may import of ours, from the bottom up. A new part is entered here with the part that it adds."""
 
 MODEL_MAKERS = ("scripts/train_embedded.py", "scripts/tiny_model.py")
+ON_THE_GPU = "scripts/gpu_acceptance.py"
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "vllm": (
+        ON_THE_GPU,
         "runtime/engines/vllm_engine.py",  # the client's side
         "runtime/engines/preload.py",  # these run where the engines are made
         "runtime/engines/elastic/",
     ),
-    "torch": ("runtime/engines/", *MODEL_MAKERS),
+    "torch": ("runtime/engines/", ON_THE_GPU, *MODEL_MAKERS),
     "transformers": MODEL_MAKERS,
     "tokenizers": MODEL_MAKERS,
     "cuda": ("runtime/engines/elastic/cuda_pages.py",),

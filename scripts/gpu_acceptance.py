@@ -1,0 +1,299 @@
+"""What only a real GPU can show, in one call of a few minutes: a table, and a record under tests/records/.
+
+    python scripts/gpu_acceptance.py              everything, within --minutes
+    python scripts/gpu_acceptance.py pages eager  some of it
+    python scripts/gpu_acceptance.py --rehearse   the same calls on the CPU with tiny models, no record
+
+Real architectures (configs/shapes) with random weights. What fails is recorded and does not end the rest; what there
+was no time for is named. Needs an NVIDIA GPU with nobody else on it and 60 GiB of memory free.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime.engines.base import Applied, EngineSpec, Grant  # noqa: E402  (the repository, installed or not)
+from runtime.telemetry import nvml  # noqa: E402
+from scripts import measure_elastic as elastic  # noqa: E402
+from scripts.measure import progress, spread  # noqa: E402
+from scripts.tiny_model import write_chat_model, write_shape  # noqa: E402
+
+MIB, GIB = 1 << 20, 1 << 30
+RECORDS = ROOT / "tests" / "records"
+Check = Callable[["Bench"], Awaitable[dict[str, Any]]]
+
+
+class Bench:
+    """The machine under the checks, or what stands in for it in a rehearsal."""
+
+    def __init__(self, rehearsal: bool) -> None:
+        self.rehearsal = rehearsal
+        self.device_bytes = 2 * GIB if rehearsal else None
+        self._folder = Path(tempfile.mkdtemp(prefix="troupe-acceptance-"))
+
+    def spec(self, size: str, share: float, **changes: Any) -> EngineSpec:
+        """An engine of a class of models: "0.5b", "1.5b", "7b"."""
+        folder = self._folder / size
+        if self.rehearsal:
+            model = {"model": str(write_chat_model(folder)), "dtype": "float32", "enforce_eager": True}
+        elif size == "varied":  # 0.5B again, with weights that make replies differ
+            model = {"model": str(write_chat_model(folder, **_HALF_BILLION)), "dtype": "bfloat16"}
+        else:
+            shape = ROOT / "configs" / "shapes" / f"qwen2.5-{size}.json"
+            model = {"model": str(write_shape(folder, shape)), "load_format": "dummy", "dtype": "bfloat16"}
+        values: dict[str, Any] = {"gpu_memory_utilization": share, "max_model_len": 2048, "max_num_seqs": 64}
+        return EngineSpec(**(values | model | changes))
+
+    def held_bytes(self) -> int:
+        """What the device holds in all: NVML's own account."""
+        if self.rehearsal:
+            return 0
+        return nvml.devices()[0].used_bytes or 0
+
+
+_HALF_BILLION = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "initializer_range": 0.05, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+async def pages(bench: Bench) -> dict[str, Any]:
+    """The CUDA backend alone: milliseconds for each GiB by granule, NVML's account, zeroed, out of memory."""
+    if bench.rehearsal:
+        return {"skipped": "the tests drive it over the stand-in driver"}
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from scripts import gpu_acceptance as g; g.pages_alone()"
+    found = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, str(ROOT), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await found.communicate()
+    lines = output.decode().strip().splitlines()
+    if found.returncode:
+        raise RuntimeError("\n".join(lines[-15:]))
+    return dict(json.loads(lines[-1]))
+
+
+def pages_alone() -> None:
+    """In a process of its own, so that a CUDA context is nobody else's; prints the record."""
+    import torch
+
+    from runtime.engines.elastic.cuda_pages import CudaPages
+    from runtime.engines.elastic.pages import OutOfMemory
+
+    torch.cuda.init()
+    torch.cuda.synchronize()
+    record: dict[str, Any] = {}
+    for granule in (2 * MIB, 32 * MIB, 256 * MIB):
+        taken = CudaPages(8 * GIB, granule=granule)
+        before = nvml.devices()[0].used_bytes or 0
+        grow, shrink = [], []
+        for _ in range(5):
+            started = time.perf_counter()
+            taken.back(0, 4 * GIB)
+            torch.cuda.synchronize()
+            grow.append((time.perf_counter() - started) / 4)
+            during = nvml.devices()[0].used_bytes or 0
+            view = torch.as_tensor(_Bytes(taken.address, 4 * GIB), device="cuda")
+            assert int(view[:: 1 << 16].count_nonzero()) == 0, "pages are not zeroed"
+            view.fill_(1)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            taken.release(0, 4 * GIB)
+            shrink.append((time.perf_counter() - started) / 4)
+        after = nvml.devices()[0].used_bytes or 0
+        record[f"granule {granule // MIB} MiB"] = {
+            "grow_ms_per_gib": spread([1000 * s for s in grow]),
+            "shrink_ms_per_gib": spread([1000 * s for s in shrink]),
+            "nvml_grew_mib": (during - before) // MIB,
+            "nvml_left_mib": (after - before) // MIB,
+        }
+        taken.close()
+    whole = CudaPages((nvml.devices()[0].total_bytes or 0) + 8 * GIB, granule=256 * MIB)
+    before = nvml.devices()[0].used_bytes or 0
+    try:
+        whole.back(0, whole.size)
+        record["out_of_memory"] = "not raised"
+    except OutOfMemory as error:
+        record["out_of_memory"] = f"{error}; {((nvml.devices()[0].used_bytes or 0) - before) // MIB} MiB left behind"
+    whole.close()
+    print(json.dumps(record))
+
+
+class _Bytes:
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3
+        }  # fmt: skip
+
+
+async def eager(bench: Bench) -> dict[str, Any]:
+    """One engine without CUDA graphs: random grants, idle and loaded."""
+    return await _grants(bench, enforce_eager=True)
+
+
+async def graphs(bench: Bench) -> dict[str, Any]:
+    """The same with CUDA graphs and async scheduling, as vLLM runs by default."""
+    return await _grants(bench)
+
+
+async def _grants(bench: Bench, **changes: Any) -> dict[str, Any]:
+    chosen = bench.spec("varied", 0.3, **changes)
+    async with elastic.fleet({"one": chosen}, bench.device_bytes) as running:
+        return await elastic.under_random_grants(running.engines["one"], 200, 60)
+
+
+async def identical(bench: Bench) -> dict[str, Any]:
+    """Output token for token under grants, with vLLM's batch-invariant arithmetic."""
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    try:
+        return await _grants(bench)
+    finally:
+        del os.environ["VLLM_BATCH_INVARIANT"]
+
+
+async def memory(bench: Bench) -> dict[str, Any]:
+    """NVML's account of the device before and after a resize, and milliseconds for each GiB."""
+    record: dict[str, Any] = {}
+    async with elastic.fleet({"one": bench.spec("0.5b", 0.1)}, bench.device_bytes) as running:
+        engine = running.engines["one"]
+        limits = engine.limits
+        for size in [64 * MIB, GIB] if bench.rehearsal else [GIB, 4 * GIB, 16 * GIB]:
+            low = bench.held_bytes()
+            grown = await elastic.applied(engine, size)
+            high = bench.held_bytes()
+            shrunk = await elastic.applied(engine, limits.kv_floor_bytes)
+            record[f"{size // MIB} MiB"] = {
+                "nvml_grew_mib": (high - low) // MIB,
+                "nvml_left_mib": (bench.held_bytes() - low) // MIB,
+                "grow_ms": round(grown.seconds * 1000, 2),
+                "shrink_ms": round(shrunk.seconds * 1000, 2),
+            }
+    return record
+
+
+async def price(bench: Bench) -> dict[str, Any]:
+    """Throughput and inter-token latency against stock vLLM, in turn."""
+    chosen = bench.spec("0.5b", 0.2, kv_cache_memory_bytes=(64 * MIB if bench.rehearsal else 8 * GIB))
+    async with elastic.elastic_and_stock(chosen, bench.device_bytes) as (ours, stock):
+        return await elastic.price(ours, stock, 1 if bench.rehearsal else 5)
+
+
+async def trade(bench: Bench) -> dict[str, Any]:
+    """Three engines of different sizes trade the device under load; then each is killed."""
+    specs = {size: bench.spec(size, share) for size, share in (("0.5b", 0.2), ("1.5b", 0.3), ("7b", 0.45))}
+    async with elastic.fleet(specs, bench.device_bytes) as running:
+        for engine in running.engines.values():
+            assert isinstance(await engine.resize(_all_but_a_little(engine.stats().grant)), Applied)
+        traded = await elastic.trade(running, 5 if bench.rehearsal else 30, 40, bench.held_bytes)
+        return {"trade": traded, "kill": await elastic.kill_each(running, 1, 20)}
+
+
+def _all_but_a_little(grant: Grant | None) -> Grant:
+    assert grant is not None
+    return Grant(grant.gpu_memory_utilization * 0.98, grant.max_active_seqs, grant.max_step_tokens)
+
+
+CHECKS: dict[str, tuple[Check, int]] = {
+    "pages": (pages, 20),
+    "eager": (eager, 60),
+    "graphs": (graphs, 80),
+    "memory": (memory, 50),
+    "price": (price, 120),
+    "trade": (trade, 120),
+    "identical": (identical, 80),
+}
+"""In the order of their worth, and the seconds that each may take."""
+
+
+async def run(names: list[str], bench: Bench, seconds: float) -> dict[str, Any]:
+    """Every check that there is time for; what it found, or why it failed or was left out."""
+    started = time.monotonic()
+    record: dict[str, Any] = {}
+    for name in names:
+        check, needed = CHECKS[name]
+        left = seconds - (time.monotonic() - started)
+        if left < needed:
+            record[name] = {"skipped": f"{left:.0f} s were left, it may take {needed}"}
+            continue
+        progress(f"--- {name}")
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                record[name] = await check(bench)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next check may hold)
+            progress(traceback.format_exc())
+            record[name] = {"failed": f"{type(error).__name__}: {error}"}
+        record[name]["took_s"] = round(time.monotonic() - begun, 1)
+    return record
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were seen on."""
+    import torch
+    import vllm
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    gpu = nvml.devices()[0]
+    return {
+        "gpu": gpu.name,
+        "memory_mib": (gpu.total_bytes or 0) // MIB,
+        "driver": gpu.driver_version,
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "commit": commit.stdout.strip() or os.environ.get("TROUPE_COMMIT", "unknown"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def show(record: dict[str, Any], indent: str = "") -> None:
+    """The record as an indented table."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        else:
+            print(f"{indent}{name:<24} {value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"{', '.join(CHECKS)} (default: all)")
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny models; writes no record")
+    options = parser.parse_args()
+    unknown = set(options.checks) - set(CHECKS)
+    if unknown:
+        parser.error(f"unknown check {', '.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not options.rehearse:
+        try:
+            nvml.devices()
+        except (nvml.NoDriver, nvml.DriverFault) as error:
+            raise SystemExit(f"no GPU to check on: {error}; --rehearse runs the calls on the CPU") from None
+    record = asyncio.run(run(options.checks or list(CHECKS), Bench(options.rehearse), options.minutes * 60))
+    if not options.rehearse:
+        record = {"machine": machine()} | record
+        RECORDS.mkdir(exist_ok=True)
+        path = RECORDS / f"gpu-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        progress(f"written: {path.relative_to(ROOT)}")
+    show(record)
+    raise SystemExit(1 if any("failed" in value for value in record.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
