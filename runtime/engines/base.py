@@ -37,7 +37,8 @@ class EngineSpec(BaseModel):
 
     `gpu_memory_utilization` is the share of the device that the engine begins with, weights included; the KV cache
     gets what the share leaves, or `kv_cache_memory_bytes` where that is given. While it runs the engine may be
-    granted up to `max_gpu_memory_utilization`; the address space for that is reserved at its start.
+    granted up to `max_gpu_memory_utilization`; the address space for that is reserved at its start. On a GPU memory
+    moves in granules of `kv_granule_bytes`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class EngineSpec(BaseModel):
     gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
     max_gpu_memory_utilization: float = Field(default=1, gt=0, le=1)
     kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
+    kv_granule_bytes: ByteSize = Field(default=ByteSize(32 << 20), gt=0)
     max_model_len: int | None = Field(default=None, gt=0)
     max_num_seqs: int = Field(default=64, gt=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

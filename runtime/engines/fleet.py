@@ -16,7 +16,7 @@ from runtime.engines import forkserver, reports, temporary
 from runtime.engines.base import EngineHandle, EngineSpec, EngineState, Grant
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
-from runtime.engines.supervised import SupervisedEngine
+from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import EngineError
 from runtime.events import EngineChanged, Listener, ignore
 
@@ -37,10 +37,12 @@ class Fleet:
         run_folder: Path,
         listener: Listener = ignore,
         device_bytes: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
         self._device_bytes = device_bytes
+        self._patience = patience
         self._run_folder = run_folder
         self._tell = listener
         self._started_s = time.monotonic()
@@ -78,7 +80,7 @@ class Fleet:
             engine: EngineHandle = module.VllmEngine(name, spec, self.log(name), folder, self._device_bytes, grant)
             return engine
 
-        return SupervisedEngine(name, make, partial(self._changed, name))
+        return SupervisedEngine(name, make, partial(self._changed, name), self._patience)
 
     async def _start(self) -> None:
         """Start all side by side: an engine starts with its floor and takes up its share once it knows what it holds

@@ -24,6 +24,7 @@ from runtime.engines.base import (
     Superseded,
 )
 from runtime.engines.fleet import Fleet
+from runtime.engines.supervised import Patience
 from runtime.errors import EngineError
 from runtime.events import EngineChanged, Event
 from scripts.tiny_model import write_chat_model
@@ -59,7 +60,8 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
         enforce_eager=True,
     )
     specs = {"cached": spec, "plain": spec.model_copy(update={"vllm": {"enable_prefix_caching": False}})}
-    async with Fleet(specs, folder / "logs", events.append, DEVICE) as running:
+    patience = Patience(hang_s=15)
+    async with Fleet(specs, folder / "logs", events.append, DEVICE, patience) as running:
         yield running
 
 
@@ -85,6 +87,16 @@ async def all_tokens(engine: EngineHandle, count: int) -> list[tuple[int, ...]]:
 
 def kv_grant(engine: EngineHandle, kv_cache_bytes: int, seqs: int = 32, step_tokens: int = 2048) -> Grant:
     return Grant(engine.limits.share(kv_cache_bytes) + 1e-9, seqs, step_tokens)
+
+
+async def test_engines_that_start_side_by_side_hold_what_their_share_says(fleet: Fleet) -> None:
+    for engine in fleet.engines.values():
+        limits, stats = engine.limits, engine.stats()
+        assert limits.device_bytes == DEVICE
+        assert 0 <= limits.kv_cache_bytes(0.4) - stats.kv_cache_bytes < limits.kv_floor_bytes
+        assert limits.fixed_bytes > 32 * MIB
+    held = fleet.sharing.ledger.held
+    assert held == {"cached": int(0.4 * DEVICE), "plain": int(0.4 * DEVICE)}
 
 
 @pytest.mark.parametrize("name", ["cached", "plain"])
@@ -221,6 +233,15 @@ async def test_two_engines_trade_memory_and_nothing_is_lost(fleet: Fleet) -> Non
         rounds += 1
     assert rounds > 5
     assert list(await work) == [calm, calm]
+
+
+async def test_a_hanging_engine_is_replaced_and_its_requests_are_served(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    calm = await all_tokens(engine, 20)
+    work = asyncio.create_task(all_tokens(engine, 20))
+    await asyncio.sleep(0.05)
+    engine_process(fleet, "plain").suspend()
+    assert await work == calm
 
 
 async def test_nobody_waits_for_an_engine_that_died_meanwhile(fleet: Fleet, events: list[Event]) -> None:

@@ -6,8 +6,16 @@ import time
 import pytest
 
 from agents.role import Message
-from runtime.engines.base import EngineState, GenerateRequest
-from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.base import (
+    Applied,
+    Deferred,
+    EngineState,
+    GenerateRequest,
+    Grant,
+    Rejected,
+    Superseded,
+)
+from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.errors import EngineDead, EngineError
 
 REQUEST = GenerateRequest("r", (Message("user", "one two three"),), 0.0, 1.0, 16)
@@ -70,3 +78,61 @@ async def test_a_failed_engine_ends_streams_and_refuses_more() -> None:
 async def test_an_engine_that_was_not_started_refuses() -> None:
     with pytest.raises(EngineError, match="starting"):
         await anext(FakeEngine("f", lambda request: "a").generate(REQUEST))
+
+
+MEMORY = FakeMemory(device=1000, fixed=100, floor=50, token=1)
+"""A request of 3 prompt tokens and 16 to come takes 19 of it."""
+
+
+async def run_many(engine: FakeEngine, count: int) -> tuple[list[asyncio.Task[None]], list[int]]:
+    """Ask many times at once; the tasks, and how many ran at a time as each ended."""
+    running: list[int] = []
+
+    async def ask() -> None:
+        running.extend([engine.stats().running async for _ in engine.generate(REQUEST)])
+
+    tasks = [asyncio.create_task(ask()) for _ in range(count)]
+    await asyncio.sleep(0)
+    return tasks, running
+
+
+async def test_memory_and_concurrency_bound_what_runs_and_move_live() -> None:
+    times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
+    async with FakeEngine("f", lambda request: "one", times=times, time_scale=1, memory=MEMORY) as engine:
+        assert isinstance(await engine.resize(Grant(0.15, 64, 2048)), Applied)  # 50 for the KV cache: two requests
+        tasks, running = await run_many(engine, 10)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert max(running) == 2
+        assert isinstance(await engine.resize(Grant(0.5, 3, 2048)), Applied)
+        await asyncio.gather(*tasks)
+        assert max(running) == 3
+        assert engine.stats().kv_cache_usage == 0
+
+
+async def test_a_shrink_is_deferred_while_its_memory_is_in_use_then_forced() -> None:
+    times = ServiceTime(step_s=0.1, token_s=0, prefill_s=0)
+    async with FakeEngine("f", lambda request: "one two", times=times, time_scale=1, memory=MEMORY) as engine:
+        tasks, _ = await run_many(engine, 8)
+        await asyncio.sleep(0.01)
+        first = await engine.resize(Grant(0.2, 64, 2048), grace_s=60)
+        second = await engine.resize(Grant(0.15, 64, 2048), grace_s=0.01)
+        assert isinstance(first, Deferred)
+        assert isinstance(second, Deferred)
+        assert (first.held_bytes, second.held_bytes) == (8 * 19 - 100, 8 * 19 - 50)
+        assert isinstance(await first.settled, Superseded)
+        forced = await second.settled
+        assert isinstance(forced, Applied)
+        assert forced.preempted == 1
+        third = await engine.resize(Grant(0.16, 64, 2048), grace_s=60)
+        assert isinstance(third, Deferred)
+        await asyncio.gather(*tasks)
+        assert isinstance(await third.settled, Applied)
+
+
+async def test_it_rejects_what_real_engines_reject() -> None:
+    engine = FakeEngine("f", lambda request: "one", memory=MEMORY)
+    assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
+    await engine.start()
+    assert isinstance(await engine.resize(Grant(0.1, 64, 2048)), Rejected)
+    engine.kill()
+    assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)

@@ -12,9 +12,6 @@ from cuda.bindings import driver
 
 from runtime.engines.elastic.pages import OutOfMemory, Pages
 
-GRANULE_BYTES = 32 << 20
-"""Default: a mapping costs about the same whatever its size, so that larger granules move memory faster."""
-
 
 class CudaError(RuntimeError):
     """A call of the CUDA driver failed."""
@@ -23,11 +20,12 @@ class CudaError(RuntimeError):
 class CudaPages(Pages):
     """Reserves `size` bytes, rounded up to whole granules, for device `device` (CUDA's ordinal).
 
-    `granule` is rounded up to what the device asks for (2 MiB as a rule). Zeroing is put on `stream` (a CUDA stream's
+    `granule` is rounded up to what the device asks for (2 MiB as a rule); a mapping costs about the same whatever its
+    size, so that larger ones move memory faster. Zeroing is put on `stream` (a CUDA stream's
     handle), before whatever the stream is given next. Expects a current CUDA context.
     """
 
-    def __init__(self, size: int, device: int = 0, granule: int = GRANULE_BYTES, stream: int = 0) -> None:
+    def __init__(self, size: int, device: int = 0, granule: int = 32 << 20, stream: int = 0) -> None:
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE

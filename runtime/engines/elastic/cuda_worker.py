@@ -17,7 +17,8 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
 
     def reserve(self, size: int) -> CudaPages:
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        return CudaPages(size, torch.cuda.current_device(), stream=stream)
+        granule = self.vllm_config.additional_config["troupe"]["granule_bytes"]
+        return CudaPages(size, torch.cuda.current_device(), granule, stream)
 
     def tensor(self, nbytes: int) -> torch.Tensor:
         return torch.as_tensor(_CudaArray(self.pages.address, nbytes), device=self.device)
