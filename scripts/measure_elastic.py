@@ -125,13 +125,15 @@ async def timed_grant(engine: EngineHandle, rng: random.Random) -> tuple[float, 
 
 
 def resize_times(done: list[tuple[float, Applied]]) -> dict[str, Any]:
-    """Milliseconds, of the resizes that did not wait for anyone, inside the engine and as the caller sees it."""
-    at_once = [(seconds, applied.seconds) for seconds, applied in done if applied.seconds <= seconds]
-    seen, inside = zip(*at_once, strict=True)
-    return {"inside_ms": percentiles(inside), "seen_ms": percentiles(seen), "at_once": len(at_once)}
+    """Milliseconds that the engine's steps waited, and that the caller did where nobody's grace was waited for."""
+    return {
+        "stall_ms": percentiles([applied.stall_seconds for _, applied in done]),
+        "seen_ms": percentiles([seconds for seconds, applied in done if applied.seconds <= seconds]),
+        "moved_mib": round(statistics.mean(applied.moved_bytes for _, applied in done) / MIB, 1),
+    }
 
 
-def percentiles(seconds: tuple[float, ...]) -> dict[str, float]:
+def percentiles(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     points = {"p50": ordered[len(ordered) // 2], "p99": ordered[len(ordered) * 99 // 100], "longest": ordered[-1]}
     return {name: round(value * 1000, 2) for name, value in points.items()}

@@ -154,13 +154,14 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Applied:
-    """A grant is in force. `moved_bytes` were backed or given back in `seconds`, from the engine's own point of view;
-    `preempted` requests gave way and are computed again."""
+    """A grant is in force. `moved_bytes` were backed or given back within `seconds`, of which the engine's steps had to
+    wait `stall_seconds`; `preempted` requests gave way and are computed again."""
 
     grant: Grant
     kv_cache_bytes: int
     moved_bytes: int
     seconds: float
+    stall_seconds: float
     preempted: int
 
 

@@ -190,7 +190,7 @@ class FakeEngine(EngineHandle):
 
     def _applied(self, grant: Grant, moved: float = 0, preempted: int = 0) -> Applied:
         kv = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
-        return Applied(grant, kv, int(moved * self._memory.device), 0.0, preempted)
+        return Applied(grant, kv, int(moved * self._memory.device), 0.0, 0.0, preempted)
 
     def _settle(self, outcome: Applied | None) -> None:
         """End the shrink that is under way: None where a newer grant takes its place."""

@@ -231,7 +231,9 @@ class VllmEngine(EngineHandle):
 
     def _applied(self, grant: Grant, report: dict[str, Any]) -> Applied:
         self._kv_cache_bytes = report["kv_cache_bytes"]
-        figures = {key: report[key] for key in ("kv_cache_bytes", "moved_bytes", "seconds", "preempted")}
+        figures = {
+            key: report[key] for key in ("kv_cache_bytes", "moved_bytes", "seconds", "stall_seconds", "preempted")
+        }
         return Applied(grant, **figures)
 
     def stats(self) -> EngineStats:

@@ -60,7 +60,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
         enforce_eager=True,
     )
     specs = {"cached": spec, "plain": spec.model_copy(update={"vllm": {"enable_prefix_caching": False}})}
-    patience = Patience(hang_s=15)
+    patience = Patience(hang_s=15, restarts=100)
     async with Fleet(specs, folder / "logs", events.append, DEVICE, patience) as running:
         yield running
 

@@ -67,7 +67,7 @@ class Physical(FakeEngine):
             if how is not Superseded:
                 self.device.hold(self.name, int(deferred.grant.gpu_memory_utilization * DEVICE))
             outcomes: dict[type, Applied | Rejected | Superseded] = {
-                Applied: Applied(deferred.grant, 0, 0, 0, 0),
+                Applied: Applied(deferred.grant, 0, 0, 0, 0, 0),
                 Rejected: Rejected(deferred.grant, "it died"),
                 Superseded: Superseded(deferred.grant),
             }

@@ -5,7 +5,7 @@ is plain data.
 """
 
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,18 @@ class _Shrink:
 
 
 class Resizer:
-    """One engine's scheduler and worker, and the shrink that is under way."""
+    """One engine's scheduler and worker, and the shrink that is under way.
+
+    Memory is given back in a thread: nobody uses it any more, and steps go on meanwhile.
+    """
 
     def __init__(self, scheduler: ElasticScheduling, worker: ElasticWorker) -> None:
         self._scheduler = scheduler
         self._worker = worker
         self._shrink: _Shrink | None = None
         self._last: Future[Report] = Future()
+        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._released: Future[int] | None = None
 
     def limits(self) -> Report:
         """What the engine holds and how far it can go; memory in bytes."""
@@ -51,14 +56,21 @@ class Resizer:
             "step_tokens_ceiling": config.max_num_batched_tokens,
         }
 
-    def resize(self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Report:
-        """Move to the most blocks that `kv_cache_bytes` back. The report's "state" is applied, deferred or refused."""
+    def resize(
+        self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float
+    ) -> Report | Future[Report]:
+        """Move to the most blocks that `kv_cache_bytes` back. The report's "state" is applied, deferred or refused.
+
+        Its "seconds" are until all is done, its "stall_seconds" what the engine's steps had to wait.
+        """
         started = time.perf_counter()
+        if self._released:
+            self._released.result()
         blocks = self._worker.layout.capacity(kv_cache_bytes)
         if blocks < self._worker.floor_blocks:
             return {"state": "refused", "reason": f"{kv_cache_bytes} bytes are below the floor"}
         report: Report = {"state": "applied", "kv_cache_bytes": self._worker.layout.backed_bytes(blocks)}
-        report |= {"moved_bytes": 0, "preempted": 0}
+        report |= {"moved_bytes": 0, "preempted": 0, "stall_seconds": 0.0}
         if blocks > self._worker.backed_blocks:
             try:
                 report["moved_bytes"] = self._worker.back(blocks)
@@ -67,14 +79,16 @@ class Resizer:
         self._supersede()
         self._scheduler.set_limits(blocks, active_seqs, step_tokens)
         if blocks < self._worker.backed_blocks:
+            report["stall_seconds"] = time.perf_counter() - started
             self._shrink = shrink = _Shrink(blocks, started, started + grace_s, report)
             self._scheduler.after_step = self._go_on
             self._go_on()
-            if not shrink.finished.done():
+            if self._shrink is not None:
                 held = self._worker.layout.backed_bytes(self._worker.backed_blocks) - report["kv_cache_bytes"]
                 self._last = shrink.finished
                 return {"state": "deferred", "held_bytes": held, "draining_blocks": len(self._scheduler.pool.draining)}
-        report["seconds"] = time.perf_counter() - started
+            return shrink.finished
+        report["seconds"] = report["stall_seconds"] = time.perf_counter() - started
         return report
 
     def settled(self) -> Future[Report]:
@@ -92,14 +106,24 @@ class Resizer:
         shrink = self._shrink
         if shrink is None:
             return
-        if self._scheduler.pool.draining and time.perf_counter() >= shrink.ends_s:
+        begun = time.perf_counter()
+        if self._scheduler.pool.draining and begun >= shrink.ends_s:
             shrink.report["preempted"] += self._scheduler.preempt_drainers()
-        if self._scheduler.pool.draining:
-            return
-        self._shrink = self._scheduler.after_step = None
-        shrink.report["moved_bytes"] = self._worker.back(shrink.blocks)
+        shrink.report["stall_seconds"] += time.perf_counter() - begun
+        if not self._scheduler.pool.draining:
+            self._shrink = self._scheduler.after_step = None
+            self._released = self._releaser.submit(self._release, shrink)
+
+    def _release(self, shrink: _Shrink) -> int:
+        """In the releasing thread. What goes wrong is the caller's answer, and raised again at the next resize."""
+        try:
+            shrink.report["moved_bytes"] = moved = self._worker.back(shrink.blocks)
+        except BaseException as error:
+            shrink.finished.set_exception(error)
+            raise
         shrink.report["seconds"] = time.perf_counter() - shrink.started_s
         shrink.finished.set_result(shrink.report)
+        return moved
 
 
 def _resizer(core: EngineCore) -> Resizer:
@@ -112,7 +136,9 @@ def _limits(core: EngineCore) -> Report:
     return _resizer(core).limits()
 
 
-def _resize(core: EngineCore, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Report:
+def _resize(
+    core: EngineCore, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float
+) -> Report | Future[Report]:
     return _resizer(core).resize(kv_cache_bytes, active_seqs, step_tokens, grace_s)
 
 
