@@ -56,30 +56,36 @@ class Sharing:
         a donor until it has let go, for a recipient until its donors have; it has grown by what there was. A newer
         grant for an engine supersedes a deferred one.
         """
-        outcomes: dict[str, ResizeOutcome] = {}
-        for name, grant in grants.items():
-            if complaint := self._complaint(name, grant):
-                outcomes[name] = Rejected(grant, complaint)
-        if outcomes or (complaint := self._beyond_budget(grants)):
-            return {
-                name: outcomes.get(name, Rejected(grant, complaint or "another grant of the decision was rejected"))
-                for name, grant in grants.items()
-            }
         async with self._moving:
-            decision = _Decision()
-            for name in grants:
-                self._supersede(name)
-            donors = {name: grant for name, grant in grants.items() if self._bytes(name, grant) < self._held(name)}
-            for name in donors:
-                decision.before[name] = self._now(name)
-            found = await asyncio.gather(*(self._shrink(name, grant, grace_s) for name, grant in donors.items()))
-            outcomes.update(zip(donors, found, strict=True))
-            for name, grant in grants.items():
-                if name not in donors:
-                    outcomes[name] = await self._grow(name, grant, decision, grace_s)
-            for name in decision.rolled_back:
-                outcomes[name] = Rejected(grants[name], f"engine {name}: rolled back, as a recipient could not grow")
+            if complaints := self._complaints(grants):
+                return dict(complaints)
+            return await self._move(grants, grace_s)
+
+    async def _move(self, grants: Mapping[str, Grant], grace_s: float) -> dict[str, ResizeOutcome]:
+        decision = _Decision()
+        for name in grants:
+            self._supersede(name)
+        donors = {name: grant for name, grant in grants.items() if self._bytes(name, grant) < self._held(name)}
+        for name in donors:
+            decision.before[name] = self._now(name)
+        found = await asyncio.gather(*(self._shrink(name, grant, grace_s) for name, grant in donors.items()))
+        outcomes = dict(zip(donors, found, strict=True))
+        for name, grant in grants.items():
+            if name not in donors:
+                outcomes[name] = await self._grow(name, grant, decision, grace_s)
+        for name in decision.rolled_back:
+            outcomes[name] = Rejected(grants[name], f"engine {name}: rolled back, as a recipient could not grow")
         return outcomes
+
+    def _complaints(self, grants: Mapping[str, Grant]) -> dict[str, Rejected]:
+        """Why a decision cannot be, for every grant of it; empty when it can."""
+        reasons = {name: self._complaint(name, grant) for name, grant in grants.items()}
+        rest: str | None = "another grant of the decision was rejected"
+        if not any(reasons.values()):
+            rest = self._beyond_budget(grants)
+        if rest is None:
+            return {}
+        return {name: Rejected(grant, reasons[name] or rest) for name, grant in grants.items()}
 
     def _complaint(self, name: str, grant: Grant) -> str | None:
         if name not in self._engines:
@@ -90,9 +96,9 @@ class Sharing:
         return engine.limits.complaint(grant)
 
     def _beyond_budget(self, grants: Mapping[str, Grant]) -> str | None:
-        """Why a decision as a whole cannot be: what its engines would hold, what the others may come to."""
+        """Why a decision as a whole cannot be: what its engines would hold, and the others once they have settled."""
         wanted = {name: w.grant for name, w in self._wanting.items()} | dict(grants)
-        total = sum(self._bytes(name, wanted[name]) if name in wanted else self._held(name) for name in self._engines)
+        total = sum(self._bytes(name, wanted.get(name) or self._now(name)) for name in self._engines)
         grows = any(self._bytes(name, grant) > self._held(name) for name, grant in grants.items())
         if not grows or total <= self.ledger.budget_bytes:
             return None

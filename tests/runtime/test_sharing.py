@@ -177,6 +177,16 @@ async def test_a_newer_grant_supersedes_one_that_waits_and_the_older_is_told(thr
     assert three.ledger.held == three.device.held
 
 
+async def test_what_a_donor_is_about_to_give_can_be_granted_already(three: Three) -> None:
+    three.engines["b"].fault = "busy"
+    await three.sharing.resize({"b": grant(0.2)})
+    waiting = (await three.sharing.resize({"a": grant(0.5)}))["a"]
+    assert isinstance(waiting, Deferred)
+    three.engines["b"].let_go(Applied)
+    assert isinstance(await waiting.settled, Applied)
+    assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
+
+
 async def test_when_a_recipient_fails_its_donors_get_back_what_they_gave(three: Three) -> None:
     three.engines["a"].fault = "out of memory"
     outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
