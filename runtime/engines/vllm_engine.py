@@ -108,7 +108,10 @@ class VllmEngine(EngineHandle):
         limits = self._limits = EngineLimits(**await self._call("troupe_limits"))
         if self._device_bytes is not None:
             limits = self._limits = replace(limits, device_bytes=self._device_bytes)
-        if self._grant is None:
+        floor = limits.share(limits.kv_floor_bytes)
+        if self._grant is not None:  # started again: what it holds besides its cache differs a little every time
+            self._grant = replace(self._grant, gpu_memory_utilization=max(self._grant.gpu_memory_utilization, floor))
+        else:
             kv, share = self.spec.kv_cache_memory_bytes, self.spec.gpu_memory_utilization
             share = share if kv is None else limits.share(kv)
             self._grant = Grant(share, limits.seqs_ceiling, limits.step_tokens_ceiling)
@@ -122,8 +125,13 @@ class VllmEngine(EngineHandle):
         try:
             return await self._ready().engine_core.call_utility_async(method, *arguments)  # type: ignore[no-any-return]
         except EngineDeadError as error:
+            raise self._dead() from error
+
+    def _dead(self) -> EngineDead:
+        """The engine is gone: note it, unless it was closed."""
+        if self._state is EngineState.READY:
             self._state = EngineState.DEAD
-            raise EngineDead(f"engine {self.name} died (log: {self.log})") from error
+        return EngineDead(f"engine {self.name} died (log: {self.log})")
 
     def _start(self) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
@@ -185,8 +193,7 @@ class VllmEngine(EngineHandle):
                 self._completion_tokens += len(new.token_ids)
                 yield Chunk(new.text, tuple(new.token_ids), time.monotonic(), prompt_tokens, new.finish_reason)
         except EngineDeadError as error:
-            self._state = EngineState.DEAD
-            raise EngineDead(f"engine {self.name} died (log: {self.log})") from error
+            raise self._dead() from error
         except (VLLMError, ValueError) as error:  # VLLMError is the base of all that vLLM raises for a request
             raise EngineError(f"engine {self.name} refused the request: {_reason(error)}") from error
 

@@ -20,15 +20,13 @@ def test_the_embedded_team_solves_the_sample_problems(troupe: Command) -> None:
     assert done.returncode == 0, done.stderr
     found = results(troupe.folder / "r.jsonl")
     assert len(found) == len(SAMPLE.read_text().splitlines())
-    # The shipped models are short of their aims: see their cards. Most of the problems have to come out all the same.
-    assert sum(r["correct"] for r in found.values()) >= len(found) - 2, found
-    assert sum(r["confirmed"] for r in found.values()) >= len(found) - 4, found
+    assert all(r["correct"] and r["confirmed"] for r in found.values()), found
     for result in found.values():
         assert {step["role"] for step in result["steps"]} == {"planner", "solver", "critic"}
         assert all(set(step) == STEP_KEYS for step in result["steps"])
         assert all(used["prompt_tokens"] and used["completion_tokens"] for used in result["usage"].values())
         assert 0 < result["elapsed_s"] < 60
-    assert "% right" in done.stderr
+    assert "100.0% right" in done.stderr
     assert "vllm" not in (done.stdout + done.stderr).lower()  # its logging is in files
     assert list((troupe.folder / "home" / "runs").glob("*/engine-solver.log"))
     assert [path for path in troupe.temporary.iterdir() if not path.name.startswith("torchinductor")] == []
@@ -36,8 +34,11 @@ def test_the_embedded_team_solves_the_sample_problems(troupe: Command) -> None:
 
 
 def test_one_problem_prints_steps_verdicts_and_answer(troupe: Command) -> None:
-    done = troupe.run("solve", "(12+7)*3")
+    done = troupe.run("solve", "(12+7)*3", "--watch")
     assert done.returncode == 0, done.stderr
+    watched = " ".join(done.stderr.split())  # whatever its width, and how it breaks lines
+    assert "gpu_memory_utilization" in watched
+    assert "solver solver ready 30.0%" in watched
     assert done.stdout.splitlines()[-1] == "answer: 57"
     assert "A=12+7; B=A*3" in done.stdout
     assert done.stdout.count("accepted") == 2
