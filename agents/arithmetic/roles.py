@@ -35,7 +35,7 @@ _SAME_SIGN = str.maketrans({"×": "*", "·": "*", "−": "-", "–": "-"})
 class ArithmeticRole(Role):
     """What the three have in common: one user message, greedy by default, a plain-text reply."""
 
-    sampling: ClassVar[Sampling] = Sampling(temperature=0.0, max_tokens=40, retry_temperature=1.0)
+    sampling: ClassVar[Sampling] = Sampling(temperature=0.0, max_tokens=48, retry_temperature=1.0)
 
     def messages(self, task: Task) -> list[Message]:
         try:

@@ -86,6 +86,19 @@ def test_the_check_accepts_the_true_result_and_misses_only_multiples_of_990_in_p
     assert missed == (step[1] == "*" and (wrong - true) % 990 == 0 and (wrong < 0) == (true < 0))
 
 
+@given(SEEDS)
+def test_every_reply_fits_the_tokens_that_a_role_may_write(seed: int) -> None:
+    rng = random.Random(seed)
+    step, problem = sampling.draw_step(rng), sampling.draw_problem(rng)
+    longest = max(
+        len(scratchpad.worked_step(*step)),
+        len(scratchpad.worked_check(*step, APPLY[step[1]](step[0], step[2]))),
+        len(scratchpad.plan_reply(oracle.plan(scratchpad.plan_prompt(problem.text)))),
+        len(scratchpad.at_once_reply(problem.expression.value)),
+    )
+    assert longest + 1 <= ArithmeticCritic.sampling.max_tokens  # and the end token
+
+
 @given(SEEDS, st.integers(0, 4), st.integers(1, 9))
 def test_the_check_of_a_product_tells_every_wrong_digit(seed: int, column: int, off: int) -> None:
     step = left, sign, right = sampling.draw_step(random.Random(seed))
