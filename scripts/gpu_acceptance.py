@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, rehearsal: bool) -> None:
         self.rehearsal = rehearsal
-        self.device_bytes = 2 * GIB if rehearsal else None
+        self.device_bytes = 4 * GIB if rehearsal else None
         self._folder = Path(tempfile.mkdtemp(prefix="troupe-acceptance-"))
 
     def spec(self, size: str, share: float, **changes: Any) -> EngineSpec:

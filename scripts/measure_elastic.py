@@ -152,7 +152,8 @@ async def restart() -> float:
 async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     """Fill a KV cache of each size, then shrink it to its floor: resident bytes of the engine's process."""
     shape = {"num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
-    wide = spec(shape, max_num_seqs=16, max_model_len=256, gpu_memory_utilization=0.3)  # 256 KiB a token
+    # 256 KiB a token, 8 MiB a block
+    wide = spec(shape, max_num_seqs=16, max_model_len=128, gpu_memory_utilization=0.3, vllm={"block_size": 32})
     record: dict[str, Any] = {}
     async with fleet({"wide": wide}, device_bytes=8 * GIB) as running:
         engine = running.engines["wide"]
@@ -160,7 +161,7 @@ async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         for size in (64 * MIB, 256 * MIB, GIB, 4 * GIB):
             await applied(engine, size)
             tokens = size // (256 << 10)
-            prompts = [long_prompt(n, 200) for n in range(tokens // 200 + 1)]
+            prompts = [long_prompt(n, 100) for n in range(tokens // 100 + 1)]
             await asyncio.gather(*(stream(engine, prompt) for prompt in prompts))
             before = resident(process)
             shrunk = await applied(engine, engine.limits.kv_floor_bytes)
@@ -178,7 +179,7 @@ async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 async def measure_price(options: argparse.Namespace) -> dict[str, Any]:
     """The same load on an elastic engine and on stock vLLM with the same fixed settings, in turn."""
     chosen = spec(kv_cache_memory_bytes=64 * MIB, max_num_seqs=64)
-    async with elastic_and_stock(chosen, GIB) as (elastic, stock):
+    async with elastic_and_stock(chosen, 2 * GIB) as (elastic, stock):
         return await price(elastic, stock, options.repeats)
 
 
@@ -381,7 +382,7 @@ def spec(shape: Mapping[str, Any] | None = None, **changes: Any) -> EngineSpec:
 
 
 @asynccontextmanager
-async def fleet(specs: Mapping[str, EngineSpec], device_bytes: int | None = GIB) -> AsyncIterator[Fleet]:
+async def fleet(specs: Mapping[str, EngineSpec], device_bytes: int | None = 2 * GIB) -> AsyncIterator[Fleet]:
     folder = run_folder.create()
     run_folder.log_to(folder)
     async with Fleet(specs, folder, device_bytes=device_bytes) as running:

@@ -104,7 +104,7 @@ NAMED = tuple(NUMBER_NAMES)
 WRITTEN = tuple(str(n) for n in range(OPERAND_MAX + 1))
 RECIPES = {
     "planner": Recipe(
-        160, 4, 512, 6_000, 64, 2e-3, 128, NAMED, planner_example, {"plans exact": planner_example}
+        160, 4, 512, 9_000, 64, 2e-3, 128, NAMED, planner_example, {"plans exact": planner_example}
     ),
     "solver": Recipe(
         160, 4, 448, 10_000, 64, 2e-3, 96, WRITTEN, solver_example,

@@ -32,7 +32,7 @@ from scripts.tiny_model import write_chat_model
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
 MIB = 1 << 20
-DEVICE = 1 << 30
+DEVICE = 2 << 30
 WORDS = ["hello", "world", "plan", "solve", "critique", "answer"]
 SCHEMA = {
     "type": "object",
@@ -94,7 +94,7 @@ async def test_engines_that_start_side_by_side_hold_what_their_share_says(fleet:
         limits, stats = engine.limits, engine.stats()
         assert limits.device_bytes == DEVICE
         assert 0 <= limits.kv_cache_bytes(0.4) - stats.kv_cache_bytes < limits.kv_floor_bytes
-        assert limits.fixed_bytes > 32 * MIB
+        assert limits.fixed_bytes > 256 * MIB
     held = fleet.sharing.ledger.held
     assert held == {"cached": int(0.4 * DEVICE), "plain": int(0.4 * DEVICE)}
 

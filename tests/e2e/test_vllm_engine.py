@@ -37,7 +37,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
     chat = EngineSpec(model=str(write_chat_model(folder / "chat")), max_model_len=10_000, dtype="float32",
                       enforce_eager=True, kv_cache_memory_bytes=ByteSize(64 << 20))  # fmt: skip
     specs = {"solver": config.load("embedded").engines["solver"], "chat": chat}
-    async with Fleet(specs, folder / "logs", events.append, 1 << 30) as running:
+    async with Fleet(specs, folder / "logs", events.append, 2 << 30) as running:
         yield running
 
 
