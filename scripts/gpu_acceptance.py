@@ -186,8 +186,8 @@ async def memory(bench: Bench) -> dict[str, Any]:
 async def price(bench: Bench) -> dict[str, Any]:
     """Throughput and inter-token latency against stock vLLM, in turn."""
     chosen = bench.spec("0.5b", 0.2, kv_cache_memory_bytes=(64 * MIB if bench.rehearsal else 8 * GIB))
-    async with elastic.elastic_and_stock(chosen, bench.device_bytes) as (ours, stock):
-        return await elastic.price(ours, stock, 1 if bench.rehearsal else 5)
+    async with elastic.elastic_and_stock(chosen, bench.device_bytes) as engines:
+        return await elastic.price(engines, 1 if bench.rehearsal else 5)
 
 
 async def trade(bench: Bench) -> dict[str, Any]:

@@ -179,15 +179,14 @@ async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 async def measure_price(options: argparse.Namespace) -> dict[str, Any]:
     """The same load on an elastic engine and on stock vLLM with the same fixed settings, in turn."""
     chosen = spec(kv_cache_memory_bytes=64 * MIB, max_num_seqs=64)
-    async with elastic_and_stock(chosen, 2 * GIB) as (elastic, stock):
-        return await price(elastic, stock, options.repeats)
+    async with elastic_and_stock(chosen, 2 * GIB) as engines:
+        return await price(engines, options.repeats)
 
 
 @asynccontextmanager
-async def elastic_and_stock(
-    chosen: EngineSpec, device_bytes: int | None
-) -> AsyncIterator[tuple[EngineHandle, EngineHandle]]:
-    """An elastic engine, and beside it one of vLLM's own worker and scheduler with a KV cache as large."""
+async def elastic_and_stock(chosen: EngineSpec, device_bytes: int | None) -> AsyncIterator[list[EngineHandle]]:
+    """An elastic engine, one of vLLM's own worker and scheduler with a KV cache as large, and another such: what those
+    two differ by is noise."""
     folder = run_folder.create()
     run_folder.log_to(folder)
     async with AsyncExitStack() as stack:
@@ -208,28 +207,32 @@ async def elastic_and_stock(
                 config.scheduler_config.scheduler_cls = None
                 return config
 
-        engines = [
+        kinds = {"elastic": vllm_engine.VllmEngine, "stock": StockEngine, "control": StockEngine}
+        yield [
             await stack.enter_async_context(kind(name, chosen, folder / f"engine-{name}.log", place, device_bytes))
-            for name, kind in (("elastic", vllm_engine.VllmEngine), ("stock", StockEngine))
+            for name, kind in kinds.items()
         ]
-        yield engines[0], engines[1]
 
 
-async def price(elastic: EngineHandle, stock: EngineHandle, repeats: int) -> dict[str, Any]:
-    """Ratios, elastic to stock, of rounds that alternate."""
+async def price(engines: list[EngineHandle], repeats: int) -> dict[str, Any]:
+    """Ratios to stock, of rounds that take turns."""
     record: dict[str, Any] = {}
     for concurrency in (1, 16, 64):
-        times: dict[str, list[dict[str, float]]] = {"elastic": [], "stock": []}
+        times: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in engines}
         for repeat in range(repeats + 1):
-            for engine in (elastic, stock) if repeat % 2 else (stock, elastic):
+            first = repeat % len(engines)
+            for engine in engines[first:] + engines[:first]:
                 found = await throughput(engine, concurrency, repeat)
-                if repeat:  # the first round warms both
+                if repeat:  # the first round warms all
                     times[engine.name].append(found)
         record[f"{concurrency} sequences"] = {
-            figure: spread([e[figure] / s[figure] for e, s in zip(times["elastic"], times["stock"], strict=True)])
+            f"{name}_{figure}": spread(
+                [a[figure] / b[figure] for a, b in zip(times[name], times["stock"], strict=True)]
+            )
+            for name in ("elastic", "control")
             for figure in ("tokens_per_s", "itl_p50_s")
         } | {"stock_tokens_per_s": spread([s["tokens_per_s"] for s in times["stock"]])}
-        progress(f"{concurrency} sequences, elastic / stock: {record[f'{concurrency} sequences']}")
+        progress(f"{concurrency} sequences, to stock: {record[f'{concurrency} sequences']}")
     return record
 
 

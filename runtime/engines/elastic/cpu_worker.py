@@ -7,7 +7,6 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from runtime.engines.elastic.pages import HostPages
 from runtime.engines.elastic.worker import ElasticWorker, host_tensor
 
-
 WORKING_BYTES = 256 << 20
 """What an engine takes beyond its start once it works: pages shared with the process it was forked from become its own
 as they are touched, and a step computes. A bound for small models (190 MiB were seen), not measured."""
