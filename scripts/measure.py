@@ -36,6 +36,7 @@ from runtime import config, run_folder  # noqa: E402
 from runtime.engines.base import EngineHandle, GenerateRequest  # noqa: E402
 from runtime.engines.fake import FakeEngine  # noqa: E402
 from runtime.engines.fleet import Fleet  # noqa: E402
+from runtime.engines.supervised import SupervisedEngine  # noqa: E402
 from runtime.jobs import problems  # noqa: E402
 from runtime.jobs.batch import summarise, work_all  # noqa: E402
 from runtime.jobs.job import Job, JobResult, Usage  # noqa: E402
@@ -145,9 +146,10 @@ async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked
     numbers = iter(range(10**9))
 
     async def send(asked: Asked) -> None:
-        engine = engines[asked.engine]
-        assert isinstance(engine, vllm_engine.VllmEngine)
-        llm = engine._ready()  # around the seam: that is the point
+        supervised = engines[asked.engine]
+        assert isinstance(supervised, SupervisedEngine)
+        assert isinstance(supervised._engine, vllm_engine.VllmEngine)
+        llm = supervised._engine._ready()  # around the seam: that is the point
         chat = [{"role": m.role, "content": m.content} for m in asked.request.messages]
         _, (prompt,) = await llm.renderer.render_chat_async([chat], vllm_engine._CHAT)
         async for _ in llm.generate(prompt, vllm_engine._sampling(asked.request), f"straight-{next(numbers)}"):
