@@ -8,12 +8,15 @@ from runtime.engines.base import EngineHandle, EngineStats
 from runtime.jobs.team import Team
 
 MIB = 1 << 20
-COLUMNS = ("engine", "roles", "state", "gpu_memory_utilization", "KV cache", "running", "waiting", "tokens out")
+COLUMNS = ("engine", "roles", "state", "share", "KV cache", "running", "waiting", "tokens out")
 
 
 def table(engines: Mapping[str, EngineHandle], team: Team) -> Table:
     """Each engine's share of the device, KV cache in use, concurrency and queue."""
-    shown = Table(*COLUMNS, box=None, pad_edge=False, header_style="dim")
+    shown = Table(box=None, pad_edge=False, header_style="dim", caption="share: gpu_memory_utilization")
+    shown.caption_justify = "left"
+    for column in COLUMNS:
+        shown.add_column(column, no_wrap=True)
     for name, engine in engines.items():
         roles = ", ".join(seat.name for seat in team.seats.values() if seat.engine == name)
         shown.add_row(name, roles, *_row(engine.stats()))

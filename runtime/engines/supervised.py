@@ -122,13 +122,13 @@ class SupervisedEngine(EngineHandle):
             self._suspected.set()
 
     async def _running(self) -> EngineHandle:
-        """The engine, once there is one that runs. Raises EngineError when there will be none."""
+        """The engine, once there is one that runs. Raises EngineDead when there will be none."""
         self._held += 1
         try:
             while True:
                 await self._up.wait()
                 if self._failure is not None:
-                    raise EngineError(self._failure)
+                    raise EngineDead(self._failure)
                 if self._engine.stats().state is EngineState.READY:
                     return self._engine
                 self._suspect(self._engine)

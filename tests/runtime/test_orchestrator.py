@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from agents.arithmetic import oracle
-from agents.arithmetic.roles import ArithmeticCritic
+from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner
 from agents.role import Message, PlanTask, Reply, Task, Value
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import Chunk, GenerateRequest
@@ -202,7 +202,7 @@ async def test_an_unusable_reply_that_was_cut_off_says_so() -> None:
     handles["planner"] = Cut("planner", lambda request: "")
     result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
     assert "planner's reply could not be read 3 times" in str(result.error)
-    assert "cut off at 40 tokens" in str(result.error)
+    assert f"cut off at {ArithmeticPlanner.sampling.max_tokens} tokens" in str(result.error)
 
 
 async def test_a_summary_counts_what_was_right_and_what_it_took() -> None:
