@@ -140,7 +140,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 async def restart() -> float:
-    """Seconds to end an engine and have it up with another share: what a change costs without live resizing."""
+    """Seconds from killing an engine until it has answered again: what a change costs without live resizing."""
     async with fleet({"one": spec()}) as running:
         started = time.perf_counter()
         running.engines["one"].kill()

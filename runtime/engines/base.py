@@ -125,9 +125,13 @@ class EngineLimits:
     step_tokens_floor: int
     step_tokens_ceiling: int
 
+    def held_bytes(self, share: float) -> int:
+        """What a share of the device comes to, all included."""
+        return int(share * self.device_bytes)
+
     def kv_cache_bytes(self, share: float) -> int:
         """What a share of the device leaves for the KV cache; below zero where the rest alone does not fit."""
-        return int(share * self.device_bytes) - self.fixed_bytes
+        return self.held_bytes(share) - self.fixed_bytes
 
     def share(self, kv_cache_bytes: int) -> float:
         """The share of the device that an engine with such a KV cache holds."""
@@ -135,13 +139,11 @@ class EngineLimits:
 
     def complaint(self, grant: Grant) -> str | None:
         """Why a grant cannot be, naming the field and its bounds; None when it can."""
-        share, least, most = (
-            grant.gpu_memory_utilization,
-            *map(self.share, (self.kv_floor_bytes, self.kv_ceiling_bytes)),
-        )
+        share = grant.gpu_memory_utilization
+        least, most = self.share(self.kv_floor_bytes), self.share(self.kv_ceiling_bytes)
         if not math.isfinite(share) or not least <= share:
             return f"gpu_memory_utilization {share:g} is below the engine's floor of {least:.4f}"
-        if share > max(most, 0) + 1e-9:
+        if share > most + 1e-9:
             return f"gpu_memory_utilization {share:g} is above the engine's ceiling of {most:.4f}"
         for name, value, low, high in (
             ("max_active_seqs", grant.max_active_seqs, 1, self.seqs_ceiling),

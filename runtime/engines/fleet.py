@@ -99,7 +99,7 @@ class Fleet:
             grant = engine.stats().grant
             assert grant is not None
             try:
-                ledger.claim(name, int(grant.gpu_memory_utilization * engine.limits.device_bytes))
+                ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization))
             except OverBudget as error:
                 raise EngineError(f"the engines do not fit the device together: {error}") from None
         return ledger

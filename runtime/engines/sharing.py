@@ -105,7 +105,7 @@ class Sharing:
         return f"the engines would hold {total} bytes; the budget is {self.ledger.budget_bytes}"
 
     def _bytes(self, name: str, grant: Grant) -> int:
-        return int(grant.gpu_memory_utilization * self._engines[name].limits.device_bytes)
+        return self._engines[name].limits.held_bytes(grant.gpu_memory_utilization)
 
     def _held(self, name: str) -> int:
         return self.ledger.held[name]

@@ -4,10 +4,8 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import pytest_asyncio
 
@@ -27,6 +25,7 @@ from runtime.engines.fleet import Fleet
 from runtime.engines.supervised import Patience
 from runtime.errors import EngineError
 from runtime.events import EngineChanged, Event
+from scripts.measure_elastic import engine_process
 from scripts.tiny_model import write_chat_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
@@ -189,15 +188,6 @@ async def test_at_its_floor_an_engine_still_serves_its_longest_request(fleet: Fl
     assert all(replies)
     with pytest.raises(EngineError, match="refused"):
         await tokens(engine, GenerateRequest("too long", (Message("user", "x" * 600),), 0.0, 1.0, 8))
-
-
-def engine_process(fleet: Fleet, name: str) -> psutil.Process:
-    """The process of an engine, found by the log that it writes to."""
-    log = fleet.log(name)
-    for process in psutil.Process().children(recursive=True):
-        if any(Path(f"/proc/{process.pid}/fd/{fd}").resolve() == log.resolve() for fd in (1, 2)):
-            return process
-    raise AssertionError(f"no process writes to {log}")
 
 
 async def test_memory_goes_back_to_the_system(fleet: Fleet) -> None:

@@ -86,7 +86,7 @@ class Resizer:
             if self._shrink is not None:
                 held = self._worker.layout.backed_bytes(self._worker.backed_blocks) - report["kv_cache_bytes"]
                 self._last = shrink.finished
-                return {"state": "deferred", "held_bytes": held, "draining_blocks": len(self._scheduler.pool.draining)}
+                return {"state": "deferred", "held_bytes": held}
             return shrink.finished
         report["seconds"] = report["stall_seconds"] = time.perf_counter() - started
         return report
