@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -26,6 +27,8 @@ from agents.role import (
     Value,
     Verdict,
 )
+
+T = TypeVar("T")
 
 UNUSABLE_MAX = 3
 """How often one call is asked again after replies that cannot be read."""
@@ -103,6 +106,13 @@ class Workflow(ABC):
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         """Take the reply to one open call; return the calls that are now due."""
 
+    def ahead(self) -> Mapping[str, int] | None:
+        """The calls, by seat, that are certain to come after those that are open; None while that is not known.
+
+        Memory is moved ahead of them. A workflow that never knows leaves it at None.
+        """
+        return None
+
     def _call(self, seat: str, task: Task, variation: int = 0) -> RoleCall:
         self._numbers += 1
         return RoleCall(self._numbers, seat, task, variation)
@@ -138,8 +148,9 @@ class PlannedWorkflow(Workflow):
 
     class Options(Value):
         """`critics` are the seats that judge; `answerer` the one that states the answer where the plan does not say
-        which step gives it."""
+        which step gives it. Of several `plans`, drawn at the same time, the one found most often is followed."""
 
+        plans: int = Field(default=1, ge=1, le=100)
         critics: tuple[str, ...] = ("critic",)
         answerer: str = "solver"
 
@@ -155,12 +166,13 @@ class PlannedWorkflow(Workflow):
 
     def __init__(self, problem: str, options: Value) -> None:
         super().__init__(problem, options)
+        self._plans: list[Plan] = []
         self._plan: Plan | None = None
         self._steps: dict[str, _StepState] = {}
         self._confirmed: bool | None = None
 
     def begin(self) -> list[RoleCall]:
-        return [self._call("planner", PlanTask(self.problem))]
+        return [self._call("planner", PlanTask(self.problem), variation=n) for n in range(self.options.plans)]
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         if self.outcome:
@@ -173,9 +185,7 @@ class PlannedWorkflow(Workflow):
         match call.task, reply:
             case PlanTask(), Plan():
                 self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
-                self._plan = reply
-                self._steps = {step.name: _StepState(step) for step in reply.steps}
-                return self._due()
+                return self._planned(reply)
             case SolveTask(step=step), Solution():
                 return self._solved(self._steps[step.name], call, reply)
             case CritiqueTask(step=step, result=result), Verdict():
@@ -191,9 +201,33 @@ class PlannedWorkflow(Workflow):
                     call, Unusable(f"a {type(reply).__name__} came back for a {type(call.task).__name__}")
                 )
 
+    def _planned(self, plan: Plan) -> list[RoleCall]:
+        """A plan has come; the last one decides which is followed."""
+        self._plans.append(plan)
+        if len(self._plans) < self.options.plans:
+            return []
+        self._plan = _most_common(self._plans)
+        self._steps = {step.name: _StepState(step) for step in self._plan.steps}
+        return self._due()
+
     @abstractmethod
     def _start(self, state: _StepState) -> list[RoleCall]:
         """The first calls for a step whose needs are met."""
+
+    @abstractmethod
+    def _certain(self, state: _StepState) -> Mapping[str, int]:
+        """The calls for a step that are certain to come after those that are open, by seat."""
+
+    def ahead(self) -> Mapping[str, int] | None:
+        if self._plan is None:
+            return {} if self.outcome else None
+        calls: Counter[str] = Counter()
+        for state in self._steps.values():
+            if state.accepted is None:
+                calls.update(self._certain(state))
+        if self._plan.answer_step is None and calls:
+            calls[self.options.answerer] += 1
+        return {} if self.outcome else calls
 
     @abstractmethod
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
@@ -264,6 +298,11 @@ class Deliberate(PlannedWorkflow):
     def _start(self, state: _StepState) -> list[RoleCall]:
         return [self._solve(state)]
 
+    def _certain(self, state: _StepState) -> Mapping[str, int]:
+        if not state.started:
+            return {"solver": 1, **dict.fromkeys(self.options.critics, 1)}
+        return {} if len(state.tried) > state.round else dict.fromkeys(self.options.critics, 1)
+
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
         self._record(state, call, reply)
         if not self.options.critics:
@@ -306,6 +345,11 @@ class Vote(PlannedWorkflow):
     def _start(self, state: _StepState) -> list[RoleCall]:
         return [self._solve(state, variation=sample) for sample in range(1, self.options.samples + 1)]
 
+    def _certain(self, state: _StepState) -> Mapping[str, int]:
+        if not state.started:
+            return {"solver": self.options.samples, **dict.fromkeys(self.options.critics, 1)}
+        return dict.fromkeys(self.options.critics, 1) if len(state.tried) < self.options.samples else {}
+
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
         self._record(state, call, reply)
         if len(state.tried) < self.options.samples:
@@ -329,6 +373,9 @@ class Solo(Workflow):
     @classmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
         return {"solver": (AnswerTask,)}
+
+    def ahead(self) -> Mapping[str, int]:
+        return {}
 
     def begin(self) -> list[RoleCall]:
         return [self._call("solver", AnswerTask(self.problem))]
@@ -359,7 +406,6 @@ def _word(accepted: bool) -> str:
     return "accepted" if accepted else "rejected"
 
 
-def _most_common(results: list[str]) -> str:
-    """The result found most often; of those, the one found last."""
-    counts = Counter(results)
-    return max(reversed(results), key=lambda result: counts[result])
+def _most_common(found: list[T]) -> T:
+    """What was found most often; of those, the one found last."""
+    return max(reversed(found), key=found.count)

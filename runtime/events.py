@@ -3,7 +3,7 @@
 Listeners are called at once, in the event loop, in the order of registration; they must not block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from agents.workflow import Entry
@@ -28,6 +28,31 @@ class RoleReplied:
 
 
 @dataclass(frozen=True)
+class JobAdvanced:
+    """A job begins, or a seat of it has replied: the calls that are due now, by seat, and those that are certain to come
+    after those that are open (None where the workflow does not know yet). `replied` is empty at the beginning."""
+
+    job: str
+    replied: str
+    due: Mapping[str, int]
+    ahead: Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class CallEnded:
+    """A seat's call to its engine is over. Times on the event loop's clock, in seconds; a time for every chunk of
+    tokens that came, and the tokens of each."""
+
+    job: str
+    seat: str
+    engine: str
+    asked_s: float
+    chunk_times_s: tuple[float, ...]
+    chunk_tokens: tuple[int, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
 class JobEnded:
     """A job has its answer, or failed."""
 
@@ -37,9 +62,19 @@ class JobEnded:
     seconds: float
 
 
-Event = EngineChanged | RoleReplied | JobEnded
+Event = EngineChanged | RoleReplied | JobAdvanced | CallEnded | JobEnded
 Listener = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
     """The listener of those who do not want to hear."""
+
+
+def fan_out(*listeners: Listener) -> Listener:
+    """One listener that tells all of them, in order."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell

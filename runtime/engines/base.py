@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from agents.role import Message
+from runtime.engines.account import Account
 
 
 class EngineState(StrEnum):
@@ -209,15 +210,20 @@ class EngineStats:
     running: int
     waiting: int
     kv_cache_usage: float
+    preemptions: int
     requests: int
     prompt_tokens: int
     completion_tokens: int
 
 
 class EngineHandle(ABC):
-    """One engine. An async context manager owns its life: entering starts it, leaving closes it, always."""
+    """One engine. An async context manager owns its life: entering starts it, leaving closes it, always.
+
+    `account` knows its requests in flight and what each is charged.
+    """
 
     name: str
+    account: Account
 
     @abstractmethod
     async def start(self) -> None:

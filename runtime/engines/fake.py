@@ -1,17 +1,19 @@
 """A deterministic engine without a model: replies come from a function, times and memory from a service model.
 
-For tests and for work on workflows and policies. `time_scale` 0 answers at once; 1 takes the modelled time. A step
-of the modelled engine decodes one token for every running request and takes `step_s` + `token_s` x running seconds,
-so that a fuller batch is slower for each but faster for all. A request runs when the grant has a place for it and
-memory for its prompt and all that it may write; others wait, first come, first served.
+For tests, for work on workflows and policies, and for simulation on a virtual clock. `time_scale` 0 answers at once; 1
+takes the modelled time. The modelled engine works as vLLM does, step by step: a step decodes one token for every
+running sequence and computes the prompts of those that were just admitted. Sequences are admitted first come, first
+served, while the grant has a place, the step has tokens and the KV cache has blocks for the prompt; a sequence that
+outgrows its blocks where none is free preempts the one admitted last, which is computed again later.
 """
 
 import asyncio
-import time
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from runtime.engines.account import Account
 from runtime.engines.base import (
     Applied,
     Chunk,
@@ -33,7 +35,7 @@ Script = Callable[[GenerateRequest], str]
 
 @dataclass(frozen=True)
 class ServiceTime:
-    """Seconds: a decoding step takes `step_s` and `token_s` for each running request; a prompt token `prefill_s`."""
+    """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt token."""
 
     step_s: float = 0.002
     token_s: float = 0.0001
@@ -42,16 +44,51 @@ class ServiceTime:
 
 @dataclass(frozen=True)
 class FakeMemory:
-    """Bytes: the device, what the engine holds besides its KV cache, its floor, and what a token takes."""
+    """Bytes: the device, what the engine holds besides its KV cache, its floor, and what a token takes; memory is handed
+    out in blocks of `block_tokens` tokens."""
 
     device: int = 1000
     fixed: int = 100
     floor: int = 50
     token: int = 0
+    block_tokens: int = 1
+
+
+class Processor:
+    """What engines compute on together: with more of them in a step than there are `lanes`, all are slower."""
+
+    def __init__(self, lanes: float) -> None:
+        self._lanes = lanes
+        self._busy = 0
+
+    async def spend(self, seconds: float) -> None:
+        """Compute for what would be so many seconds alone."""
+        self._busy += 1
+        try:
+            await asyncio.sleep(seconds * max(1.0, self._busy / self._lanes))
+        finally:
+            self._busy -= 1
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One request in the engine. `computed` is whether its prompt, and what it has written, is in the KV cache."""
+
+    request: GenerateRequest
+    prompt_tokens: int
+    pieces: list[str]
+    finish: str
+    written: int = 0
+    sent: int = 0
+    computed: bool = False
+    chunks: asyncio.Queue[Chunk | None] = field(default_factory=asyncio.Queue)
 
 
 class FakeEngine(EngineHandle):
-    """Answers `script(request)`, a blank-separated word a token. `kill` ends it from then on, as a crash would."""
+    """Answers `script(request)`, a blank-separated word a token. `kill` ends it from then on, as a crash would.
+
+    Tokens are sent on at the first, at the last, and at every `stream_interval`-th between them.
+    """
 
     def __init__(
         self,
@@ -62,8 +99,11 @@ class FakeEngine(EngineHandle):
         time_scale: float = 0,
         memory: FakeMemory | None = None,
         grant: Grant | None = None,
+        processor: Processor | None = None,
+        stream_interval: int = 1,
     ) -> None:
         self.name = name
+        self.account = Account()
         self._script = script
         self._times = times or ServiceTime()
         self._time_scale = time_scale
@@ -78,90 +118,152 @@ class FakeEngine(EngineHandle):
             step_tokens_ceiling=2048,
         )
         self.grant = grant or Grant(1.0, max_num_seqs, 2048)
+        self._processor = processor or Processor(lanes=1e9)
+        self._stream_interval = stream_interval
         self._state = EngineState.STARTING
-        self._queue: list[asyncio.Event] = []
-        self._admitted: list[int] = []  # bytes that each running request holds
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._stepping: asyncio.Task[None] | None = None
         self._shrink: tuple[Deferred, asyncio.TimerHandle] | None = None
-        self._requests = self._prompt_tokens = self._completion_tokens = 0
+        self._requests = self._prompt_tokens = self._completion_tokens = self._preemptions = 0
 
     async def start(self) -> None:
         self._state = EngineState.READY
+        self.account.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
 
     def kill(self) -> None:
         self._state = EngineState.DEAD
-        for waiting in self._queue:
-            waiting.set()
+        for sequence in (*self._running, *self._waiting):
+            sequence.chunks.put_nowait(None)
 
     async def pulse(self) -> None:
         self._check()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         self._check()
-        prompt_tokens = sum(len(message.content.split()) for message in request.messages)
-        held = (prompt_tokens + request.max_tokens) * self._memory.token
-        if self._queue or not self._fits(held):
-            await self._turn(held)
-        self._admitted.append(held)
-        try:
-            async for chunk in self._reply(request, prompt_tokens):
-                yield chunk
-        finally:
-            self._admitted.remove(held)
-            self._moved()
+        with self.account.request():
+            sequence = self._sequence(request)
+            self._check()  # the script may have killed it
+            self._requests += 1
+            self._prompt_tokens += sequence.prompt_tokens
+            self._waiting.append(sequence)
+            self._begin_steps()
+            try:
+                if not self._time_scale and not self._waiting:  # all at once: what is measured is the caller
+                    yield self._chunk(sequence, len(sequence.pieces))
+                    return
+                while True:
+                    chunk = await sequence.chunks.get()
+                    if chunk is None:
+                        raise EngineDead(f"engine {self.name} is {self._state}")
+                    yield chunk
+                    if chunk.finish is not None:
+                        return
+            finally:
+                self._let_go(sequence)
 
-    async def _turn(self, held: int) -> None:
-        """Wait to be first in the queue and fit."""
-        moved = asyncio.Event()
-        self._queue.append(moved)
-        try:
-            while self._queue[0] is not moved or not self._fits(held):
-                await moved.wait()
-                moved.clear()
-                self._check()
-        finally:
-            self._queue.remove(moved)
-            self._moved()
-
-    def _fits(self, held: int) -> bool:
-        room = self._limits.kv_cache_bytes(self.grant.gpu_memory_utilization) - sum(self._admitted)
-        return len(self._admitted) < self.grant.max_active_seqs and held <= room
-
-    def _moved(self) -> None:
-        """Something was let go or granted: the next in the queue may fit, and a shrink may be through."""
-        if self._queue:
-            self._queue[0].set()
-        if self._shrink and sum(self._admitted) <= self._limits.kv_cache_bytes(self.grant.gpu_memory_utilization):
-            self._settle(self._applied(self.grant))
-
-    async def _reply(self, request: GenerateRequest, prompt_tokens: int) -> AsyncIterator[Chunk]:
-        self._requests += 1
-        self._prompt_tokens += prompt_tokens
-        self._moved()  # whoever is next may fit beside this one
-        await self._spend(prompt_tokens * self._times.prefill_s)
+    def _sequence(self, request: GenerateRequest) -> _Sequence:
         words = self._script(request).split(" ")
         pieces = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-        cut = len(pieces) > request.max_tokens
-        pieces = pieces[len(request.given) : request.max_tokens]
-        if not self._time_scale:  # all at once: what is measured then is the caller, not this loop
-            self._completion_tokens += len(pieces)
-            yield Chunk(
-                "".join(pieces),
-                tuple(map(_token, pieces)),
-                time.monotonic(),
-                prompt_tokens,
-                "length" if cut else "stop",
-            )
-            return
-        for index, piece in enumerate(pieces):
-            await self._spend(self._times.step_s + self._times.token_s * len(self._admitted))
-            self._check()
-            self._completion_tokens += 1
-            last = index + 1 == len(pieces)
-            finish = ("length" if cut else "stop") if last else None
-            yield Chunk(piece, (_token(piece),), time.monotonic(), prompt_tokens, finish)
+        finish = "length" if len(pieces) > request.max_tokens else "stop"
+        prompt_tokens = sum(len(message.content.split()) for message in request.messages)
+        return _Sequence(request, prompt_tokens, pieces[len(request.given) : request.max_tokens], finish)
+
+    def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:
+        """What was written and not sent yet."""
+        pieces = sequence.pieces[sequence.sent : upto]
+        self._completion_tokens += len(pieces)
+        sequence.sent = upto
+        finish = sequence.finish if upto >= len(sequence.pieces) else None
+        now_s = asyncio.get_running_loop().time()
+        return Chunk("".join(pieces), tuple(map(_token, pieces)), now_s, sequence.prompt_tokens, finish)
+
+    def _begin_steps(self) -> None:
+        """Admit what fits; while anything runs, steps follow one another."""
+        if not self._time_scale:
+            self._admit()
+        elif self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.get_running_loop().create_task(self._steps(), name=f"steps of {self.name}")
+
+    async def _steps(self) -> None:
+        while self._state is EngineState.READY and (self._admit() or self._running):
+            prefill = sum(s.prompt_tokens + s.written for s in self._running if not s.computed)
+            seconds = self._times.step_s + self._times.token_s * len(self._running) + self._times.prefill_s * prefill
+            stepped = list(self._running)
+            await self._spend(seconds * self._time_scale)
+            for sequence in stepped:
+                self._write(sequence)
+            self._preempt()
 
     async def _spend(self, seconds: float) -> None:
-        await asyncio.sleep(seconds * self._time_scale)
+        await self._processor.spend(seconds)
+
+    def _write(self, sequence: _Sequence) -> None:
+        """A token of a sequence, unless it was aborted or preempted meanwhile."""
+        if sequence not in self._running:
+            return
+        sequence.computed = True
+        sequence.written += 1
+        ended = sequence.written >= len(sequence.pieces)
+        if ended or sequence.sent == 0 or sequence.written - sequence.sent >= self._stream_interval:
+            sequence.chunks.put_nowait(self._chunk(sequence, sequence.written))
+        if ended:
+            self._let_go(sequence)
+
+    def _admit(self) -> bool:
+        """Let the first in the queue run while there is a place, tokens in the step, and memory."""
+        tokens = len(self._running)
+        while self._waiting and len(self._running) < self.grant.max_active_seqs:
+            sequence = self._waiting[0]
+            tokens += sequence.prompt_tokens + sequence.written
+            first = not self._running
+            if not first and tokens > self.grant.max_step_tokens:
+                break
+            if self._held(sequence) > self._kv_cache_bytes - self._in_use:
+                break
+            self._running.append(self._waiting.popleft())
+        return bool(self._running)
+
+    def _preempt(self) -> None:
+        """While what runs needs more than there is, the one admitted last gives way; a shrink under way has its grace."""
+        while self._shrink is None and len(self._running) > 1 and self._in_use > self._kv_cache_bytes:
+            self._give_way(self._running.pop())
+
+    def _give_way(self, sequence: _Sequence) -> None:
+        sequence.computed = False
+        self._waiting.appendleft(sequence)
+        self._preemptions += 1
+
+    def _held(self, sequence: _Sequence) -> int:
+        """Bytes: whole blocks for what is computed and the next token."""
+        blocks = -(-(sequence.prompt_tokens + sequence.written + 1) // self._memory.block_tokens)
+        return blocks * self._memory.block_tokens * self._memory.token
+
+    @property
+    def _in_use(self) -> int:
+        return sum(map(self._held, self._running)) if self._memory.token else 0
+
+    @property
+    def _kv_cache_bytes(self) -> int:
+        return self._limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
+
+    def _let_go(self, sequence: _Sequence) -> None:
+        """A sequence has ended or was aborted: its memory may be what the next, or a shrink, waits for."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            return
+        if not self._time_scale and self._waiting and self._admit():
+            for other in self._running:
+                if not other.sent:
+                    other.chunks.put_nowait(self._chunk(other, len(other.pieces)))
+        self._moved()
+
+    def _moved(self) -> None:
+        if self._shrink and self._in_use <= self._kv_cache_bytes:
+            self._settle(self._applied(self.grant))
 
     def _check(self) -> None:
         if self._state is not EngineState.READY:
@@ -178,15 +280,26 @@ class FakeEngine(EngineHandle):
             return Rejected(grant, f"engine {self.name}: {complaint}")
         self._settle(None)
         before, self.grant = self.grant, grant
-        held = sum(self._admitted) - self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
+        self.account.hold(self._limits.held_bytes(grant.gpu_memory_utilization))
+        held = self._in_use - self._kv_cache_bytes
         if held > 0 and grace_s > 0:
             loop = asyncio.get_running_loop()
             deferred = Deferred(grant, held, grace_s, loop.create_future())
-            timer = loop.call_later(grace_s, lambda: self._settle(self._applied(grant, preempted=1)))
-            self._shrink = deferred, timer
+            self._shrink = deferred, loop.call_later(grace_s, self._end_grace)
             return deferred
-        self._moved()
+        self._preempt()
+        if self._waiting:
+            self._begin_steps()
         return self._applied(grant, moved=abs(grant.gpu_memory_utilization - before.gpu_memory_utilization))
+
+    def _end_grace(self) -> None:
+        """Whoever still uses what is to go gives way."""
+        assert self._shrink is not None
+        (deferred, _), self._shrink = self._shrink, None
+        before = self._preemptions
+        while self._running and self._in_use > self._kv_cache_bytes:
+            self._give_way(self._running.pop())
+        deferred.settled.set_result(self._applied(deferred.grant, preempted=self._preemptions - before))
 
     def _applied(self, grant: Grant, moved: float = 0, preempted: int = 0) -> Applied:
         kv = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
@@ -200,14 +313,14 @@ class FakeEngine(EngineHandle):
             deferred.settled.set_result(outcome or Superseded(deferred.grant))
 
     def stats(self) -> EngineStats:
-        kv = self._limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
         return EngineStats(
             state=self._state,
             grant=self.grant,
-            kv_cache_bytes=kv,
-            running=len(self._admitted),
-            waiting=len(self._queue),
-            kv_cache_usage=sum(self._admitted) / kv,
+            kv_cache_bytes=self._kv_cache_bytes,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_cache_usage=self._in_use / self._kv_cache_bytes,
+            preemptions=self._preemptions,
             requests=self._requests,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
@@ -216,6 +329,8 @@ class FakeEngine(EngineHandle):
     async def close(self) -> None:
         self._state = EngineState.CLOSED
         self._settle(None)
+        if self._stepping:
+            self._stepping.cancel()
 
 
 def _token(piece: str) -> int:

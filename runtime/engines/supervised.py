@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
+from runtime.engines.account import Account
 from runtime.engines.base import (
     Chunk,
     EngineHandle,
@@ -58,6 +59,7 @@ class SupervisedEngine(EngineHandle):
         self, name: str, make: Make, tell: Tell = lambda state: None, patience: Patience | None = None
     ) -> None:
         self.name = name
+        self.account = Account()
         self._make = make
         self._tell = tell
         self._patience = patience or Patience()
@@ -71,11 +73,19 @@ class SupervisedEngine(EngineHandle):
 
     async def start(self) -> None:
         await self._engine.start()
+        self._hold()
         self._up.set()
         self._tell(EngineState.READY)
         self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        with self.account.request():
+            async with aclosing(self._serve(request)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _serve(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """The reply of one engine after another, until one has finished it."""
         if request.schema is not None and request.seed is None and request.temperature:
             # A schema's grammar starts with the reply, so such a reply cannot be gone on with: it is written again,
             # and is the same only with a seed.
@@ -200,7 +210,14 @@ class SupervisedEngine(EngineHandle):
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         if self._failure is not None:
             return Rejected(grant, self._failure)
-        return await self._engine.resize(grant, grace_s)
+        outcome = await self._engine.resize(grant, grace_s)
+        self._hold()
+        return outcome
+
+    def _hold(self) -> None:
+        """Charge for what the engine's grant says from now on."""
+        if (grant := self._engine.stats().grant) is not None:
+            self.account.hold(self._engine.limits.held_bytes(grant.gpu_memory_utilization))
 
     def stats(self) -> EngineStats:
         stats = self._engine.stats()

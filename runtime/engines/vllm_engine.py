@@ -28,6 +28,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from runtime.engines import forkserver
+from runtime.engines.account import Account
 from runtime.engines.base import (
     Applied,
     Chunk,
@@ -74,6 +75,7 @@ class VllmEngine(EngineHandle):
         self.name = name
         self.spec = spec
         self.log = log
+        self.account = Account()
         self._temporary = temporary
         self._device_bytes = device_bytes
         self._limits: EngineLimits | None = None
@@ -252,6 +254,7 @@ class VllmEngine(EngineHandle):
             running=latest.num_running_reqs if latest else 0,
             waiting=latest.num_waiting_reqs if latest else 0,
             kv_cache_usage=latest.kv_cache_usage if latest else 0.0,
+            preemptions=self._latest.preemptions,
             requests=self._requests,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
@@ -299,6 +302,7 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
 
     def __init__(self) -> None:
         self.scheduler: SchedulerStats | None = None
+        self.preemptions = 0
 
     def record(
         self,
@@ -310,6 +314,7 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
         **further: Any,
     ) -> None:
         self.scheduler = scheduler_stats or self.scheduler
+        self.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
 
     def log_engine_initialized(self) -> None:
         return None

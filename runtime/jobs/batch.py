@@ -56,10 +56,7 @@ def summarise(results: list[JobResult]) -> Summary:
     usage: dict[str, Usage] = {}
     for result in results:
         for seat, used in result.usage.items():
-            total = usage.setdefault(seat, Usage())
-            total.prompt_tokens += used.prompt_tokens
-            total.completion_tokens += used.completion_tokens
-            total.seconds += used.seconds
+            usage.setdefault(seat, Usage()).add(used)
     return Summary(
         problems=len(results),
         failed=len(results) - len(answered),

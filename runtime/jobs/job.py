@@ -20,11 +20,22 @@ class Job:
 
 @dataclass
 class Usage:
-    """What one seat used in a job: tokens, and seconds between asking and the last token, summed over calls."""
+    """What one seat used in a job, summed over calls: tokens, seconds between asking and the last token, and its part of
+    the engine: of its memory (bytes times seconds) and of its time."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    byte_seconds: float = 0.0
+    engine_seconds: float = 0.0
+
+    def add(self, other: "Usage") -> None:
+        """Count another's use to this one."""
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.seconds += other.seconds
+        self.byte_seconds += other.byte_seconds
+        self.engine_seconds += other.engine_seconds
 
 
 @dataclass(frozen=True)

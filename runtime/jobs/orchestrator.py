@@ -6,7 +6,7 @@ jobs go on.
 
 import asyncio
 import hashlib
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,7 +17,7 @@ from agents.role import Message, Reply, ReplyUnusable, Role, Task, TaskRefused
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import EngineHandle, GenerateRequest
 from runtime.errors import EngineError, InputError, PluginError
-from runtime.events import JobEnded, Listener, RoleReplied, ignore
+from runtime.events import CallEnded, JobAdvanced, JobEnded, Listener, RoleReplied, ignore
 from runtime.jobs.job import Job, JobResult, Usage
 from runtime.jobs.team import Seat, Team
 
@@ -36,7 +36,8 @@ class Orchestrator:
 
     async def run(self, job: Job) -> JobResult:
         """Work one job to its end. Cancelling it aborts its open requests."""
-        started = time.monotonic()
+        clock = asyncio.get_running_loop().time
+        started = clock()
         usage: dict[str, Usage] = {}
         workflow: Workflow | None = None
         error: str | None = None
@@ -55,7 +56,7 @@ class Orchestrator:
             rounds=outcome.rounds if outcome else 0,
             steps=workflow.transcript if workflow else [],
             usage=usage,
-            elapsed_s=time.monotonic() - started,
+            elapsed_s=clock() - started,
             expected=job.expected,
             error=error or (outcome.failure if outcome else None),
         )
@@ -65,6 +66,7 @@ class Orchestrator:
     async def _work(self, job: Job, workflow: Workflow, usage: dict[str, Usage]) -> None:
         """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
         due = _plugged("the workflow's begin()", lambda: list(workflow.begin()))
+        self._advanced(job, workflow, "", due)
         open_calls: dict[asyncio.Task[Reply | Unusable], RoleCall] = {}
         try:
             while workflow.outcome is None:
@@ -95,29 +97,47 @@ class Orchestrator:
         due = _plugged("the workflow's take()", lambda: list(workflow.take(call, reply)))
         for entry in workflow.transcript[known:]:
             self._tell(RoleReplied(job.id, replace(entry)))
+        self._advanced(job, workflow, call.seat, due)
         return due
+
+    def _advanced(self, job: Job, workflow: Workflow, replied: str, due: list[RoleCall]) -> None:
+        ahead = _plugged("the workflow's ahead()", workflow.ahead)
+        self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead))
 
     async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Reply | Unusable:
         """One request: the role's messages to its engine, the text that comes back to the role."""
         seat = _plugged(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
         request = self._request(job, seat, call)
-        spent = usage.setdefault(seat.name, Usage())
-        started = time.monotonic()
-        pieces: list[str] = []
-        finish: str | None = None
-        async with aclosing(self._engines[seat.engine].generate(request)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                if not pieces:
-                    spent.prompt_tokens += chunk.prompt_tokens
-                spent.completion_tokens += len(chunk.token_ids)
-                pieces.append(chunk.text)
-                finish = chunk.finish
-        spent.seconds += time.monotonic() - started
+        text, finish = await self._generate(job, seat, request, usage.setdefault(seat.name, Usage()))
         try:
-            return _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse("".join(pieces), call.task))
+            return _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
         except ReplyUnusable as error:
             cut = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
             return Unusable(f"{error}{cut}")
+
+    async def _generate(self, job: Job, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
+        """The whole reply and why it ended; what it took is added to `usage`, whatever happens."""
+        clock = asyncio.get_running_loop().time
+        engine = self._engines[seat.engine]
+        asked_s, spent = clock(), engine.account.spent()
+        pieces: list[str] = []
+        times_s: list[float] = []
+        tokens: list[int] = []
+        prompt_tokens = 0
+        finish: str | None = None
+        try:
+            async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    prompt_tokens = chunk.prompt_tokens
+                    pieces.append(chunk.text)
+                    times_s.append(chunk.time_s)
+                    tokens.append(len(chunk.token_ids))
+                    finish = chunk.finish
+        finally:
+            spent = engine.account.spent() - spent
+            usage.add(Usage(prompt_tokens, sum(tokens), clock() - asked_s, spent.byte_seconds, spent.engine_seconds))
+        self._tell(CallEnded(job.id, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
+        return "".join(pieces), finish
 
     def _request(self, job: Job, seat: Seat, call: RoleCall) -> GenerateRequest:
         sampling = seat.sampling

@@ -15,7 +15,7 @@ from runtime.engines.base import (
     Rejected,
     Superseded,
 )
-from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
+from runtime.engines.fake import FakeEngine, FakeMemory, Processor, ServiceTime
 from runtime.errors import EngineDead, EngineError
 
 REQUEST = GenerateRequest("r", (Message("user", "one two three"),), 0.0, 1.0, 16)
@@ -80,8 +80,8 @@ async def test_an_engine_that_was_not_started_refuses() -> None:
         await anext(FakeEngine("f", lambda request: "a").generate(REQUEST))
 
 
-MEMORY = FakeMemory(device=1000, fixed=100, floor=50, token=1)
-"""A request of 3 prompt tokens and 16 to come takes 19 of it."""
+MEMORY = FakeMemory(device=1000, fixed=100, floor=50, token=1, block_tokens=19)
+"""A request of 3 prompt tokens and up to 15 written takes one block, 19 of it."""
 
 
 async def run_many(engine: FakeEngine, count: int) -> tuple[list[asyncio.Task[None]], list[int]]:
@@ -98,7 +98,7 @@ async def run_many(engine: FakeEngine, count: int) -> tuple[list[asyncio.Task[No
 
 async def test_memory_and_concurrency_bound_what_runs_and_move_live() -> None:
     times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
-    async with FakeEngine("f", lambda request: "one", times=times, time_scale=1, memory=MEMORY) as engine:
+    async with FakeEngine("f", lambda request: "one two", times=times, time_scale=1, memory=MEMORY) as engine:
         assert isinstance(await engine.resize(Grant(0.15, 64, 2048)), Applied)  # 50 for the KV cache: two requests
         tasks, running = await run_many(engine, 10)
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -122,7 +122,10 @@ async def test_a_shrink_is_deferred_while_its_memory_is_in_use_then_forced() -> 
         assert isinstance(await first.settled, Superseded)
         forced = await second.settled
         assert isinstance(forced, Applied)
-        assert forced.preempted == 1
+        assert forced.preempted == 6
+        assert engine.stats().preemptions == 6
+        assert isinstance(await engine.resize(Grant(0.3, 64, 2048)), Applied)
+        await asyncio.sleep(0.11)  # a step later all run again
         third = await engine.resize(Grant(0.16, 64, 2048), grace_s=60)
         assert isinstance(third, Deferred)
         await asyncio.gather(*tasks)
@@ -136,3 +139,33 @@ async def test_it_rejects_what_real_engines_reject() -> None:
     assert isinstance(await engine.resize(Grant(0.1, 64, 2048)), Rejected)
     engine.kill()
     assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
+
+
+async def test_a_sequence_that_outgrows_the_memory_preempts_the_last_one_and_is_not_lost() -> None:
+    times = ServiceTime(step_s=0.001, token_s=0, prefill_s=0)
+    memory = FakeMemory(device=1000, fixed=100, floor=10, token=1)
+    grant = Grant(0.12, 64, 2048)  # 20 for the KV cache: three prompts, but not three replies
+    words = " ".join("abcdefgh")
+    async with FakeEngine("f", lambda r: words, times=times, time_scale=1, memory=memory, grant=grant) as engine:
+
+        async def ask() -> str:
+            return "".join([chunk.text async for chunk in engine.generate(REQUEST)])
+
+        assert await asyncio.gather(*(ask() for _ in range(5))) == [words] * 5
+        assert engine.stats().preemptions > 0
+        assert engine.account.in_flight == 0
+
+
+async def test_engines_on_one_processor_slow_each_other() -> None:
+    processor = Processor(lanes=1)
+    times = ServiceTime(step_s=0.02, token_s=0, prefill_s=0)
+    engines = [FakeEngine("f", lambda r: "a b", times=times, time_scale=1, processor=processor) for _ in range(2)]
+
+    async def ask(engine: FakeEngine) -> None:
+        async for _ in engine.generate(REQUEST):
+            pass
+
+    async with engines[0], engines[1]:
+        started = time.monotonic()
+        await asyncio.gather(*map(ask, engines))
+        assert time.monotonic() - started >= 2 * 0.02 * 1.5

@@ -1,0 +1,75 @@
+"""What an engine's memory and time are spent on: a share for every request in flight.
+
+At every moment an engine's memory counts to the requests that it has in flight, in equal parts; with none in flight it
+is idle. So the integral of (bytes / requests in flight) over time is kept once, and what one request was charged is
+its value at the request's end less that at its start.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was charged: bytes held times seconds, and seconds of the whole engine."""
+
+    byte_seconds: float = 0.0
+    engine_seconds: float = 0.0
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(self.byte_seconds - other.byte_seconds, self.engine_seconds - other.engine_seconds)
+
+
+class Account:
+    """One engine's requests, counted as they begin and end, and what they are charged. On the event loop's clock."""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.finished = 0
+        self.idle = Spent()
+        self._each = Spent()
+        self._held_bytes = 0
+        self._since_s: float | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have come and not ended, whether they run or wait."""
+        return self.arrived - self.finished
+
+    def hold(self, nbytes: int) -> None:
+        """From now on the engine holds so many bytes, all included."""
+        self._settle()
+        self._held_bytes = nbytes
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """A request is in flight."""
+        self._settle()
+        self.arrived += 1
+        try:
+            yield
+        finally:
+            self._settle()
+            self.finished += 1
+
+    def spent(self) -> Spent:
+        """What each request was charged that has been in flight since the beginning; take it twice, and subtract."""
+        self._settle()
+        return self._each
+
+    def _settle(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        seconds = 0.0 if self._since_s is None else now_s - self._since_s
+        self._since_s = now_s
+        whole = Spent(self._held_bytes * seconds, seconds)
+        if count := self.in_flight:
+            each = self._each
+            self._each = Spent(
+                each.byte_seconds + whole.byte_seconds / count, each.engine_seconds + whole.engine_seconds / count
+            )
+        else:
+            self.idle = Spent(
+                self.idle.byte_seconds + whole.byte_seconds, self.idle.engine_seconds + whole.engine_seconds
+            )
