@@ -1,8 +1,8 @@
-"""Roles and workflows by name: what is registered, by which distribution, and the class behind it.
+"""Roles, workflows and policies by name: what is registered, by which distribution, and the class behind it.
 
 The built-ins are registered in Troupe's own pyproject.toml, through the entry-point groups that a third party uses.
 Nothing is imported before it is asked for, so a broken plug-in costs nobody who does not use it anything. Refuses a
-name that is not registered, one that two distributions registered, and an entry point that is no role or workflow.
+name that is not registered, one that two distributions registered, and an entry point that is not of its kind.
 
     RegistryError
     ├── UnknownName     nothing of that name is registered: the nearest names, and all of them
@@ -12,20 +12,21 @@ name that is not registered, one that two distributions registered, and an entry
 import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
-from typing import Literal
+from typing import Literal, TypeVar
 
 from agents.examine import described, form_faults
 from agents.names import nearest
 from agents.role import Role, Value
 from agents.workflow import Workflow
 
-Kind = Literal["role", "workflow"]
-GROUPS: dict[Kind, str] = {"role": "troupe.roles", "workflow": "troupe.workflows"}
+Kind = Literal["role", "workflow", "policy"]
+GROUPS: dict[Kind, str] = {"role": "troupe.roles", "workflow": "troupe.workflows", "policy": "troupe.policies"}
 TROUPE = "troupe-llm"
+T = TypeVar("T")
 
 
 class RegistryError(ValueError):
-    """A name does not lead to a role or workflow; the message stands on its own."""
+    """A name does not lead to what it should; the message stands on its own."""
 
 
 class UnknownName(RegistryError):
@@ -55,42 +56,44 @@ class Registered:
 
     def load_role(self) -> type[Role]:
         """Import the class and see that it is a role that can be made. Raises BrokenPlugin."""
-        found = self._import()
-        if not (isinstance(found, type) and issubclass(found, Role)):
-            raise self._broken(f"{_what(found)} is no role: it has to be a subclass of agents.role.Role")
-        if missing := _abstract(found):
-            raise self._broken(f"{found.__name__} lacks {missing}() of agents.role.Role")
+        found = self.load_subclass(Role, "agents.role.Role")
         if faults := form_faults(found):
-            raise self._broken("; ".join(faults))
+            raise self.broken("; ".join(faults))
         try:
             found()
         except Exception as error:  # a third party's code may raise anything
             why = f"{found.__name__}() raised {described(error)}; a role is made without arguments"
-            raise self._broken(why) from error
+            raise self.broken(why) from error
         return found
 
     def load_workflow(self) -> type[Workflow]:
         """Import the class and see that it is a whole workflow. Raises BrokenPlugin."""
-        found = self._import()
-        if not (isinstance(found, type) and issubclass(found, Workflow)):
-            raise self._broken(f"{_what(found)} is no workflow: it has to be a subclass of agents.workflow.Workflow")
-        if missing := _abstract(found):
-            raise self._broken(f"{found.__name__} lacks {missing}() of agents.workflow.Workflow")
+        found = self.load_subclass(Workflow, "agents.workflow.Workflow")
         options: object = found.Options
         if not (isinstance(options, type) and issubclass(options, Value)):
-            raise self._broken(f"{found.__name__}.Options has to be a subclass of agents.role.Value")
+            raise self.broken(f"{found.__name__}.Options has to be a subclass of agents.role.Value")
+        return found
+
+    def load_subclass(self, base: type[T], place: str) -> type[T]:
+        """Import the class and see that it is a whole one of its kind. Raises BrokenPlugin."""
+        found = self._import()
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise self.broken(f"{_what(found)} is no {self.kind}: it has to be a subclass of {place}")
+        if missing := _abstract(found):
+            raise self.broken(f"{found.__name__} lacks {missing}() of {place}")
         return found
 
     def _import(self) -> object:
         point = EntryPoint(self.name, self.target, GROUPS[self.kind])
         if not point.pattern.match(point.value):
-            raise self._broken(f"{self.target!r} is not written as module:Class")
+            raise self.broken(f"{self.target!r} is not written as module:Class")
         try:
             return point.load()
         except (Exception, SystemExit) as error:  # a third party's module may raise anything on import
-            raise self._broken(f"importing {self.target} raised {described(error)}") from error
+            raise self.broken(f"importing {self.target} raised {described(error)}") from error
 
-    def _broken(self, why: str) -> BrokenPlugin:
+    def broken(self, why: str) -> BrokenPlugin:
+        """The error that says why it cannot be used."""
         return BrokenPlugin(f"{self.kind} {self.name!r} of {self.origin}", why)
 
 
@@ -137,7 +140,7 @@ def find(kind: Kind, name: str) -> Registered:
 def _unknown(kind: Kind, name: str, entries: list[Registered]) -> str:
     why = f"no {kind} is named {name!r}; {nearest(name, (entry.name for entry in entries))}"
     if not any(entry.origin.startswith(f"{TROUPE} ") for entry in entries):
-        why += f". The built-in {kind}s are missing because Troupe is not installed: run `pip install -e .`"
+        why += ". Those built in are missing because Troupe is not installed: run `pip install -e .`"
     if lost := unreadable():
         why += f". The entry points of {', '.join(lost)} cannot be read"
     return why

@@ -299,9 +299,10 @@ class Deliberate(PlannedWorkflow):
         return [self._solve(state)]
 
     def _certain(self, state: _StepState) -> Mapping[str, int]:
+        calls = Counter(self.options.critics if len(state.tried) <= state.round else ())
         if not state.started:
-            return {"solver": 1, **dict.fromkeys(self.options.critics, 1)}
-        return {} if len(state.tried) > state.round else dict.fromkeys(self.options.critics, 1)
+            calls["solver"] += 1
+        return calls
 
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
         self._record(state, call, reply)
@@ -346,9 +347,10 @@ class Vote(PlannedWorkflow):
         return [self._solve(state, variation=sample) for sample in range(1, self.options.samples + 1)]
 
     def _certain(self, state: _StepState) -> Mapping[str, int]:
+        calls = Counter(self.options.critics if len(state.tried) < self.options.samples else ())
         if not state.started:
-            return {"solver": self.options.samples, **dict.fromkeys(self.options.critics, 1)}
-        return dict.fromkeys(self.options.critics, 1) if len(state.tried) < self.options.samples else {}
+            calls["solver"] += self.options.samples
+        return calls
 
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
         self._record(state, call, reply)

@@ -38,7 +38,11 @@ class Section(BaseModel):
 
 
 class Member(Section):
-    """One seat of the team: which role, on which engine, sampled how (over the role's own defaults)."""
+    """One seat of the team: which role, on which engine, sampled how (over the role's own defaults).
+
+    For the policies: `priority` 1 is the most urgent; `minimum_share` is of the memory that moves; `slo_s` is how long
+    a call may take, in seconds.
+    """
 
     role: str = Field(
         min_length=1, description="a registered role, or a YAML file of one relative to the configuration"
@@ -47,6 +51,9 @@ class Member(Section):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    priority: int = Field(default=1, ge=1, le=100)
+    minimum_share: float | None = Field(default=None, ge=0, le=1)
+    slo_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """The role's defaults with what this member sets."""
@@ -56,17 +63,18 @@ class Member(Section):
 
 class Device(Section):
     """What the engines share. `memory_bytes` is what counts as the whole of it: by default the GPU's memory, or the
-    machine's where there is no GPU."""
+    machine's where there is no GPU. `kv_cache_memory_bytes` bounds their KV caches together further."""
 
     memory_bytes: ByteSize | None = Field(default=None, gt=0)
+    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
 
 
-class WorkflowChoice(BaseModel):
-    """The workflow by name; every other key is one of its options, which the workflow itself checks."""
+class Choice(BaseModel):
+    """Something by name; every other key is one of its options, which what is named checks itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str = Field(default="deliberate", min_length=1)
+    name: str = Field(min_length=1)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -74,13 +82,38 @@ class WorkflowChoice(BaseModel):
         return self.model_extra or {}
 
 
+class WorkflowChoice(Choice):
+    """How the team works."""
+
+    name: str = Field(default="deliberate", min_length=1)
+
+
+class PolicyChoice(Choice):
+    """Who gets how much memory."""
+
+    name: str = Field(default="waterfill", min_length=1)
+
+
+class Control(Section):
+    """How memory moves: by which policy, how often it decides, and how long requests may go on using memory that is to
+    go (seconds). A `shadow` policy decides beside it, and is only logged. `price_per_gpu_hour` is what the whole device
+    costs, in any currency."""
+
+    policy: PolicyChoice = PolicyChoice()
+    shadow: PolicyChoice | None = None
+    every_s: float = Field(default=0.1, ge=0.01, le=3600)
+    grace_s: float = Field(default=0.5, ge=0, le=3600)
+    price_per_gpu_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
 class Config(Section):
-    """The device, the engines that share it, the team that they serve, and how the team works."""
+    """The device, the engines that share it, the team that they serve, how the team works, and who gets how much."""
 
     device: Device = Device()
     engines: Mapping[str, EngineSpec] = Field(min_length=1)
     team: Mapping[str, Member] = Field(min_length=1)
     workflow: WorkflowChoice = WorkflowChoice()
+    control: Control = Control()
     _source: Path = PrivateAttr(default=Path())
 
     @property
@@ -174,9 +207,9 @@ def is_role_file(role: str) -> bool:
     return role.endswith((".yaml", ".yml"))
 
 
-def dump(config: Config) -> str:
-    """The configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def as_yaml(section: BaseModel) -> str:
+    """A configuration, or another section, as YAML, every default written out."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
@@ -225,14 +258,14 @@ def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        deep = isinstance(old, dict) and isinstance(value, dict) and not _other_workflow(key, old, value)
+        deep = isinstance(old, dict) and isinstance(value, dict) and not _other_choice(key, old, value)
         merged[key] = _over(old or {}, value) if deep else value
     return merged
 
 
-def _other_workflow(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """One workflow's options are not another's: a workflow of another name starts from its own defaults."""
-    return key == "workflow" and new.get("name", old.get("name")) != old.get("name")
+def _other_choice(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """One workflow's or policy's options are not another's: one of another name starts from its own defaults."""
+    return key in ("workflow", "policy", "shadow") and new.get("name", old.get("name")) != old.get("name")
 
 
 def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
@@ -264,7 +297,7 @@ def _complaint(error: dict[str, Any]) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    parts: dict[str, type[BaseModel]] = {"device": Device, "engines": EngineSpec, "team": Member}
+    parts: dict[str, type[BaseModel]] = {"device": Device, "engines": EngineSpec, "team": Member, "control": Control}
     section = parts.get(str(location[0])) if len(location) > 1 else Config
     names = list((section or Config).model_fields)
     return [*names, *(["extends"] if section is Config else [])]

@@ -29,8 +29,8 @@ class RoleReplied:
 
 @dataclass(frozen=True)
 class JobAdvanced:
-    """A job begins, or a seat of it has replied: the calls that are due now, by seat, and those that are certain to come
-    after those that are open (None where the workflow does not know yet). `replied` is empty at the beginning."""
+    """A job begins, or a seat of it has replied: the calls that are due now, by seat, and those that are certain to
+    come after those that are open (None where the workflow does not know yet). `replied` is empty at the beginning."""
 
     job: str
     replied: str

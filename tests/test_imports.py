@@ -18,7 +18,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.config": ("agents", "runtime.errors", "runtime.engines.base"),
     "runtime.events": ("agents", "runtime.engines.base"),
     "runtime.engines": ("agents", "runtime.errors", "runtime.events", "runtime.engines"),
-    "runtime.telemetry": ("runtime.errors", "runtime.events", "runtime.telemetry"),
+    "runtime.daemon": (),
+    "runtime.telemetry": ("runtime.daemon", "runtime.errors", "runtime.events", "runtime.telemetry"),
+    "runtime.control": (
+        "agents",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.engines",
+        "runtime.telemetry",
+        "runtime.control",
+    ),
     "runtime.jobs": (
         "agents",
         "runtime.errors",
@@ -29,6 +38,32 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.jobs",
     ),
     "runtime.doctor": ("runtime.telemetry",),
+    "runtime.session": (
+        "runtime.config",
+        "runtime.control",
+        "runtime.daemon",
+        "runtime.engines",
+        "runtime.events",
+        "runtime.jobs",
+        "runtime.telemetry",
+    ),
+    "runtime.simulation": (
+        "runtime.config",
+        "runtime.control",
+        "runtime.engines",
+        "runtime.errors",
+        "runtime.jobs",
+        "runtime.simulation",
+    ),
+    "runtime.bench": (
+        "runtime.bench",
+        "runtime.config",
+        "runtime.control",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.jobs",
+        "runtime.session",
+    ),
     "runtime.cli": EVERYTHING,
     "scripts": EVERYTHING,
 }
@@ -50,6 +85,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "cuda": ("runtime/engines/elastic/cuda_pages.py",),
     "pynvml": ("runtime/telemetry/nvml.py",),
     "yaml": ("runtime/config.py",),
+    "matplotlib": ("runtime/bench/plots.py",),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""
 

@@ -29,5 +29,5 @@ def show(name: str, as_json: bool) -> None:
     """Print a configuration with every default written out: a file, or a shipped one by NAME (default: embedded)."""
     found = configuration.load(name)
     click.echo(
-        json.dumps(found.model_dump(mode="json"), indent=2) if as_json else configuration.dump(found), nl=as_json
+        json.dumps(found.model_dump(mode="json"), indent=2) if as_json else configuration.as_yaml(found), nl=as_json
     )

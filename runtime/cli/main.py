@@ -8,10 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
+from runtime.cli.bench import bench
 from runtime.cli.config import config
 from runtime.cli.doctor import doctor
 from runtime.cli.interrupt import Interrupted
+from runtime.cli.replay import replay
 from runtime.cli.roles import roles
+from runtime.cli.simulate import simulate
 from runtime.cli.solve import solve
 from runtime.errors import TroupeError
 
@@ -29,7 +32,7 @@ def cli() -> None:
     """A team of language models that solve problems together, each role on its own vLLM engine, on one GPU or CPU."""
 
 
-for command in (solve, roles, config, doctor):
+for command in (solve, bench, simulate, replay, roles, config, doctor):
     cli.add_command(command)
 
 

@@ -20,16 +20,15 @@ from runtime import run_folder
 from runtime.cli import interrupt
 from runtime.cli.watch import table
 from runtime.config import Config
-from runtime.engines.base import EngineHandle, EngineSpec, EngineState
-from runtime.engines.fleet import Fleet
+from runtime.engines.base import EngineHandle, EngineState
 from runtime.errors import InputError, PluginError, TroupeError
 from runtime.events import EngineChanged, Event, RoleReplied
 from runtime.jobs import problems, team
 from runtime.jobs.batch import Summary, summarise, work_all
 from runtime.jobs.job import Job, JobResult
-from runtime.jobs.orchestrator import Orchestrator
 from runtime.jobs.problems import Problem
 from runtime.jobs.team import Team
+from runtime.session import Session
 
 
 @click.command()
@@ -104,9 +103,9 @@ async def _solve_one(config: Config, crew: Team, job: Job, watch: bool, as_json:
                 lines.print(_entry(event), soft_wrap=True)
 
         waiting: dict[str, EngineState] = {}
-        async with Fleet(_served(config, crew), folder, show, config.device.memory_bytes) as fleet:
-            engines.update(fleet.engines)
-            result = await Orchestrator(crew, fleet.engines, show).run(job)
+        async with Session(config, crew, folder, show) as session:
+            engines.update(session.fleet.engines)
+            result = await session.crew.orchestrator.run(job)
             if watch:
                 screen.print(table(engines, crew))
             status.update(text="closing the engines")
@@ -180,18 +179,12 @@ def _check(crew: Team, problem: Problem) -> Problem:
     return problem
 
 
-def _served(config: Config, crew: Team) -> dict[str, EngineSpec]:
-    """The engines that the team needs; a workflow without critics starts none for them."""
-    return {name: config.engines[name] for name in dict.fromkeys(seat.engine for seat in crew.seats.values())}
-
-
 async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, report: "_Report") -> None:
     folder = run_folder.create()
     run_folder.log_to(folder)
-    async with Fleet(_served(config, crew), folder, report.show, config.device.memory_bytes) as fleet:
-        report.engines.update(fleet.engines)
-        orchestrator = Orchestrator(crew, fleet.engines, report.show)
-        await work_all(orchestrator, jobs, concurrency, report.take)
+    async with Session(config, crew, folder, report.show) as session:
+        report.engines.update(session.fleet.engines)
+        await work_all(session.crew.orchestrator, jobs, concurrency, report.take)
         report.engines_at_the_end()
 
 

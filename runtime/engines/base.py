@@ -115,7 +115,8 @@ class EngineLimits:
     """What an engine that is up has found of itself, and how far grants can go. Memory in bytes.
 
     `fixed_bytes` is what it holds besides its KV cache. Below `kv_floor_bytes` the KV cache could not hold one
-    sequence of the model's full length, and the engine could not finish its work.
+    sequence of the model's full length, and the engine could not finish its work. Memory is handed out to sequences in
+    blocks of `block_tokens` tokens, `block_bytes` each.
     """
 
     device_bytes: int
@@ -125,6 +126,8 @@ class EngineLimits:
     seqs_ceiling: int
     step_tokens_floor: int
     step_tokens_ceiling: int
+    block_bytes: int = 0
+    block_tokens: int = 0
 
     def held_bytes(self, share: float) -> int:
         """What a share of the device comes to, all included."""

@@ -35,7 +35,8 @@ Script = Callable[[GenerateRequest], str]
 
 @dataclass(frozen=True)
 class ServiceTime:
-    """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt token."""
+    """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt
+    token."""
 
     step_s: float = 0.002
     token_s: float = 0.0001
@@ -44,8 +45,8 @@ class ServiceTime:
 
 @dataclass(frozen=True)
 class FakeMemory:
-    """Bytes: the device, what the engine holds besides its KV cache, its floor, and what a token takes; memory is handed
-    out in blocks of `block_tokens` tokens."""
+    """Bytes: the device, what the engine holds besides its KV cache, its floor, and what a token takes; memory is
+    handed out in blocks of `block_tokens` tokens."""
 
     device: int = 1000
     fixed: int = 100
@@ -225,7 +226,8 @@ class FakeEngine(EngineHandle):
         return bool(self._running)
 
     def _preempt(self) -> None:
-        """While what runs needs more than there is, the one admitted last gives way; a shrink under way has its grace."""
+        """While what runs needs more than there is, the one admitted last gives way; a shrink under way has its
+        grace."""
         while self._shrink is None and len(self._running) > 1 and self._in_use > self._kv_cache_bytes:
             self._give_way(self._running.pop())
 

@@ -25,7 +25,8 @@ class Fleet:
     """An async context manager over the engines; `engines` maps names to handles that are ready, and stay so: an engine
     that dies is started again. `sharing` moves memory between them.
 
-    `device_bytes` is what counts as the whole device, None for all of it. Entering raises EngineError when an engine
+    `device_bytes` is what counts as the whole device, None for all of it; `kv_cache_bytes` bounds the KV caches
+    together further. Entering raises EngineError when an engine
     does not come up, after the others are closed again.
     """
 
@@ -38,10 +39,12 @@ class Fleet:
         listener: Listener = ignore,
         device_bytes: int | None = None,
         patience: Patience | None = None,
+        kv_cache_bytes: int | None = None,
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
         self._device_bytes = device_bytes
+        self._kv_cache_bytes = kv_cache_bytes
         self._patience = patience
         self._run_folder = run_folder
         self._tell = listener
@@ -94,7 +97,11 @@ class Fleet:
 
     def _ledger(self) -> Ledger:
         """What every engine holds now. Raises EngineError where that is more than there is."""
-        ledger = Ledger(min(engine.limits.device_bytes for engine in self.engines.values()))
+        limits = [engine.limits for engine in self.engines.values()]
+        budget_bytes = min(one.device_bytes for one in limits)
+        if self._kv_cache_bytes is not None:
+            budget_bytes = min(budget_bytes, sum(one.fixed_bytes for one in limits) + self._kv_cache_bytes)
+        ledger = Ledger(budget_bytes)
         for name, engine in self.engines.items():
             grant = engine.stats().grant
             assert grant is not None

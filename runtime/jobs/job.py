@@ -20,8 +20,8 @@ class Job:
 
 @dataclass
 class Usage:
-    """What one seat used in a job, summed over calls: tokens, seconds between asking and the last token, and its part of
-    the engine: of its memory (bytes times seconds) and of its time."""
+    """What one seat used in a job, summed over calls: tokens, seconds between asking and the last token, and its part
+    of the engine: of its memory (bytes times seconds) and of its time."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

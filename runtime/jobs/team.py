@@ -21,12 +21,15 @@ PROBLEM_MAX_CHARACTERS = 100_000
 
 @dataclass(frozen=True)
 class Seat:
-    """One member at work."""
+    """One member at work. What it declares for the policies is said at runtime.config.Member."""
 
     name: str
     role: Role
     engine: str
     sampling: Sampling
+    priority: int = 1
+    minimum_share: float | None = None
+    slo_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def _options(config: Config, workflow: type[Workflow]) -> Value:
 
 def _seat(config: Config, name: str, member: Member) -> Seat:
     role = _role(config, name, member)
-    return Seat(name, role, member.engine, member.sampling(role.sampling))
+    sampling = member.sampling(role.sampling)
+    return Seat(name, role, member.engine, sampling, member.priority, member.minimum_share, member.slo_s)
 
 
 def _role(config: Config, seat: str, member: Member) -> Role:

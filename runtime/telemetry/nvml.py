@@ -3,13 +3,20 @@
 Sizes are in bytes. Every fault of the library comes out as one of the two exceptions below.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import pynvml
 
-__all__ = ["Device", "DriverFault", "NoDriver", "devices"]
+from runtime.telemetry.reading import DeviceReading, Kind, Reading, Source
+
+__all__ = ["Device", "DriverFault", "NoDriver", "NvmlSource", "devices"]
+T = TypeVar("T")
+RETRY_S = 5.0
+"""A driver that is gone is asked again no sooner."""
 
 
 class NoDriver(Exception):
@@ -63,3 +70,93 @@ def _library() -> Iterator[None]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+class NvmlSource(Source):
+    """All GPUs. The library is held open; when the driver as a whole does not answer it is closed, and opened anew
+    `retry_s` later. What one device does not support is None; a device that is lost keeps its last figures."""
+
+    kind: Kind = "gpu"
+
+    def __init__(self, retry_s: float = RETRY_S) -> None:
+        self._retry_s = retry_s
+        self._open = False
+        self._tried_s = float("-inf")
+        self._known: dict[int, DeviceReading] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._shut()
+
+    def read(self) -> Reading:
+        now_s = time.monotonic()
+        try:
+            self._init(now_s)
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError as error:
+            self._shut()
+            return Reading("gpu", tuple(self._known.values()), str(error), now_s)
+        devices = tuple(self._device(index) for index in range(count))
+        if devices and all(device.fault for device in devices):
+            self._shut()  # a GPU that was lost comes back only to a library that is opened anew
+        return Reading("gpu", devices, time_s=now_s)
+
+    def _init(self, now_s: float) -> None:
+        if self._open:
+            return
+        if now_s - self._tried_s < self._retry_s:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        self._tried_s = now_s
+        pynvml.nvmlInit()
+        self._open = True
+
+    def _shut(self) -> None:
+        if self._open:
+            self._open = False
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
+
+    def _device(self, index: int) -> DeviceReading:
+        try:
+            found = _reading(index)
+        except pynvml.NVMLError as error:
+            last = self._known.get(index, DeviceReading(f"GPU {index}", 0, 0))
+            return replace(last, fault=str(error))
+        self._known[index] = found
+        return found
+
+
+def _reading(index: int) -> DeviceReading:
+    """One GPU's figures. Raises NVMLError for a fault of the device."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name = _text(pynvml.nvmlDeviceGetName(handle))
+    memory = _supported(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    rates = _supported(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    milliwatts = _supported(pynvml.nvmlDeviceGetPowerUsage, handle)
+    celsius = _supported(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
+    return DeviceReading(
+        name=name,
+        total_bytes=int(memory.total) if memory else 0,
+        used_bytes=int(memory.used) if memory else 0,
+        utilization=None if rates is None else rates.gpu / 100,
+        processes=_processes(handle),
+        power_w=None if milliwatts is None else milliwatts / 1000,
+        temperature_c=None if celsius is None else float(celsius),
+    )
+
+
+def _processes(handle: Any) -> Mapping[int, int] | None:
+    running = _supported(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    if running is None:
+        return None
+    return {process.pid: int(process.usedGpuMemory) for process in running if process.usedGpuMemory is not None}
+
+
+def _supported(ask: Callable[..., T], *arguments: Any) -> T | None:
+    """What the driver says; None for what the device does not support."""
+    try:
+        return ask(*arguments)
+    except pynvml.NVMLError_NotSupported:
+        return None

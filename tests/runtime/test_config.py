@@ -47,7 +47,7 @@ def test_it_is_frozen_and_survives_being_written_and_read(tmp_path: Path) -> Non
     found = config.load("embedded")
     with pytest.raises(ValueError, match="frozen"):
         found.workflow = config.WorkflowChoice()
-    again = config.load(write(tmp_path, config.dump(found)))
+    again = config.load(write(tmp_path, config.as_yaml(found)))
     assert again.model_dump() == found.model_dump()
 
 

@@ -54,6 +54,8 @@ class Resizer:
             "seqs_ceiling": self._scheduler.max_num_running_reqs,
             "step_tokens_floor": 1 if config.enable_chunked_prefill else self._scheduler.max_model_len,
             "step_tokens_ceiling": config.max_num_batched_tokens,
+            "block_bytes": sum(run.stride for run in worker.layout.runs),
+            "block_tokens": self._scheduler.vllm_config.cache_config.block_size,
         }
 
     def resize(

@@ -1,0 +1,88 @@
+"""What a run comes to: metrics by the names, units and definitions of `vllm bench serve`, and those of jobs beside
+them.
+
+ITL is taken from each call's chunks at its mean (TPOT's definition) and at its longest; a job is good when it is
+answered, not wrong where that can be told, and within every limit of the SLO.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from runtime.bench.results import CallRow, JobRow, Slo
+from runtime.control.controller import Counts
+from runtime.jobs.batch import percentile
+
+GIB = 1 << 30
+
+
+def metrics(
+    rows: Sequence[JobRow],
+    seconds: float,
+    slo: Slo,
+    counts: Counts,
+    preemptions: int,
+    price_per_gib_second: float | None,
+) -> dict[str, float]:
+    """Figures of one run. Jobs that failed count in `failed`, and in nothing that is about time."""
+    done = [row for row in rows if row.error is None]
+    calls = [call for row in done for call in row.calls]
+    judged = [row.correct for row in rows if row.correct is not None]
+    found: dict[str, float] = {
+        "jobs": len(rows),
+        "failed": len(rows) - len(done),
+        "duration_s": seconds,
+        "request_throughput": len(calls) / seconds,
+        "output_throughput": sum(call.completion_tokens for call in calls) / seconds,
+        "job_throughput": len(done) / seconds,
+        "goodput": sum(is_good(row, slo) for row in rows) / seconds,
+        "preemptions": preemptions,
+        "decisions": counts.decisions,
+        "policy_faults": counts.faults,
+        "resizes": counts.resizes,
+        "moved_gib": counts.moved_bytes / GIB,
+        "gib_seconds_per_job": statistics.fmean([row.gib_seconds for row in rows]) if rows else 0.0,
+        "engine_seconds_per_job": statistics.fmean([row.engine_seconds for row in rows]) if rows else 0.0,
+    }
+    if judged:
+        found["accuracy"] = statistics.fmean(judged)
+    if price_per_gib_second is not None:
+        found["cost_per_job"] = found["gib_seconds_per_job"] * price_per_gib_second
+    if done:
+        found |= _spread("jct_s", [row.jct_s for row in done])
+    for name, values in _of_calls(calls).items():
+        found |= _spread(f"{name}_ms", [value * 1000 for value in values])
+    if counts.reactions_s:
+        times = sorted(seconds * 1000 for seconds in counts.reactions_s)
+        found |= {"reaction_p50_ms": percentile(times, 50), "reaction_p95_ms": percentile(times, 95)}
+    return found
+
+
+def is_good(row: JobRow, slo: Slo) -> bool:
+    """Whether a job met every limit."""
+    limits = (
+        (slo.jct_s, row.jct_s),
+        (slo.ttft_s, max((call.ttft_s for call in row.calls), default=0.0)),
+        (slo.tpot_s, max((call.tpot_s for call in row.calls), default=0.0)),
+    )
+    within = all(limit is None or value <= limit for limit, value in limits)
+    return row.error is None and row.correct is not False and within
+
+
+def _of_calls(calls: Iterable[CallRow]) -> Mapping[str, list[float]]:
+    values: dict[str, list[float]] = {"ttft": [], "tpot": [], "itl": [], "e2el": []}
+    for call in calls:
+        values["ttft"].append(call.ttft_s)
+        values["e2el"].append(call.e2el_s)
+        if call.completion_tokens > 1:
+            values["tpot"].append(call.tpot_s)
+            values["itl"].append(call.itl_max_s)
+    return {name: found for name, found in values.items() if found}
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        f"mean_{name}": statistics.fmean(ordered),
+        f"median_{name}": percentile(ordered, 50),
+        **{f"p{p}_{name}": percentile(ordered, p) for p in (90, 95, 99)},
+    }

@@ -1,0 +1,7 @@
+"""placeholder while the report is being written elsewhere"""
+
+from pathlib import Path
+
+
+def write(folder: Path) -> Path:
+    return folder

@@ -1,0 +1,194 @@
+"""`troupe simulate`: policies without engines."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from agents.arithmetic import oracle
+from runtime import config as configuration
+from runtime import run_folder
+from runtime.bench import workload
+from runtime.bench.output import Output
+from runtime.bench.output import machine as output_machine
+from runtime.bench.results import Run
+from runtime.bench.runner import Bench
+from runtime.cli import interrupt
+from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
+from runtime.config import SHIPPED, Config, Control, PolicyChoice
+from runtime.engines.base import GenerateRequest
+from runtime.errors import ConfigError
+from runtime.jobs import problems, team
+from runtime.jobs.job import Job
+from runtime.jobs.team import Team
+from runtime.session import Crew, Guards, Session
+from runtime.simulation import fit as fitting
+from runtime.simulation import load as model
+from runtime.simulation import paper as paper_model
+from runtime.simulation import virtual_time
+from runtime.simulation.fit import Seen
+from runtime.simulation.load import Model
+from runtime.simulation.paper import Row
+
+CONSTANTS = SHIPPED / "simulation" / "embedded.yaml"
+
+
+@click.group()
+def simulate() -> None:
+    """Policies without engines: the paper's own simulation, and a request-level one on a clock that jumps."""
+
+
+@simulate.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def paper(as_json: bool) -> None:
+    """Print the table of arXiv 2512.22149 from its parameters, beside what it published, and what it is made of."""
+    rows = paper_model.table()
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("policy", "mean latency", "of it charged", "requests/s", "left in queues", "cost", "published"):
+        shown.add_column(column, justify="left" if column in ("policy", "published") else "right", no_wrap=True)
+    for row in rows:
+        figures = (f"{row.latency_s:.2f} s", f"{row.charged_s:.0f} s", f"{row.requests_per_s:.2f}")
+        shown.add_row(row.policy, *figures, f"{row.left_in_queues:.0f}", f"${row.cost:.3f}", row.published)
+    Console().print(shown)
+    click.echo(_what_it_is_made_of(*rows))
+
+
+def _what_it_is_made_of(static: Row, turns: Row, adaptive: Row) -> str:
+    asked = sum(agent.arrivals / agent.throughput for agent in paper_model.AGENTS)
+    return f"""
+Algorithm 1 is {1 - adaptive.latency_s / turns.latency_s:.1%} below round-robin. But {turns.charged_s:.0f} of \
+round-robin's {turns.latency_s:.1f} s are the {paper_model.NO_SHARE_S:.0f} s
+that an agent is charged in every step that is not its turn; without them it is at \
+{turns.latency_s - turns.charged_s:.1f} s, below both
+others. The agents ask for {asked:.2f} GPUs of one, so every queue grows for ever, whatever the policy.
+Against static, Algorithm 1 gains nothing here ({adaptive.latency_s:.1f} to {static.latency_s:.1f} s)."""
+
+
+@simulate.command()
+@click.argument("workload_name", metavar="[WORKLOAD]", default="phases")
+@click.option("--config", "-c", default="embedded-scarce", show_default=True, help="A file, or a shipped name.")
+@click.option(
+    "--constants",
+    type=click.Path(path_type=Path),
+    default=CONSTANTS,
+    help="The engines' constants, as `troupe simulate fit` writes them.",
+)
+@options
+def load(
+    workload_name: str,
+    config: str,
+    constants: Path,
+    policies: str,
+    loads: str | None,
+    repeats: int,
+    limit: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Run WORKLOAD over modelled engines under every policy; what is printed and written is as with `troupe bench`.
+
+    The team has to be the embedded one: modelled engines reply as flawless ones would.
+    """
+    chosen = configuration.load(config)
+    source = workload.load(workload_name)
+    plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
+    teams = phase_teams(chosen, source)
+    engines = model.read(constants)
+    started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
+    with Output(plan.folder) as output:
+        runs = virtual_time.run(_simulate(plan, teams, engines, output))
+    finish(plan, summarise(plan, "simulation", started, runs), as_json)
+
+
+@simulate.command()
+@click.option("--config", "-c", default="embedded", show_default=True, help="A file, or a shipped name.")
+@click.option(
+    "--problems", "count", type=click.IntRange(1), default=60, show_default=True, help="Whose calls are used."
+)
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="The file to write [default: standard output].")
+def fit(config: str, count: int, out: Path | None) -> None:
+    """Measure a configuration's engines, and write the constants of their model as YAML."""
+    chosen = configuration.load(config)
+    asked = problems.read(SHIPPED / "problems" / "held-out.jsonl")[:count]
+    found, seen = interrupt.run(_fit(chosen, [Job(p.id, p.problem, p.expected) for p in asked]))
+    worst = max(
+        abs(found.engines[one.engine].step_s + found.engines[one.engine].token_s * one.sequences - one.step_s)
+        / one.step_s
+        for one in seen
+    )
+    machine = " ".join(f"{key} {value}" for key, value in output_machine().items())
+    described = found.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"})
+    text = configuration.as_yaml(described)
+    if out:
+        out.write_text(text, encoding="utf-8")
+    else:
+        click.echo(text, nl=False)
+    click.echo(f"lanes {found.lanes:.2f}; a step's time is at most {worst:.0%} from what was measured", err=True)
+
+
+async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Seen]]:
+    folder = run_folder.create()
+    run_folder.log_to(folder)
+    crew = team.assemble(config)
+    quiet = config.model_copy(update={"control": Control(policy=PolicyChoice(name="static"))})
+
+    def progress(text: str) -> None:
+        click.echo(f"\r\033[K{text}", nl=False, err=True)
+
+    progress("starting the engines")
+    async with Session(quiet, crew, folder) as session:
+        found = await fitting.fit(crew, session.crew.engines, jobs, progress)
+    click.echo("\r\033[K", nl=False, err=True)
+    return found
+
+
+async def _simulate(plan: Plan, teams: Mapping[str, Team], engines: Model, output: Output) -> list[Run]:
+    config = plan.config
+    budget_bytes = config.device.kv_cache_memory_bytes
+    if budget_bytes is None:
+        raise ConfigError(f"{config.source}: device.kv_cache_memory_bytes: missing; a simulation needs it")
+    running: list[Bench] = []
+    async with model.engines(engines, dict.fromkeys(engines.engines, _reply), budget_bytes) as (handles, sharing):
+        crew = Crew(
+            team.assemble(config),
+            handles,
+            sharing,
+            config.control,
+            Guards(config.control, threads=False),
+            listener=lambda event: [one.hear(event) for one in running] and None,
+            publish=lambda record: [one.publish(record) for one in running] and None,
+        )
+        guards = Guards(config.control, threads=False)
+        runs_left = iter(range(plan.runs, 0, -1))
+
+        def progress(name: str) -> None:
+            click.echo(f"\r\033[K{name} ({next(runs_left)} to go)", nl=False, err=True)
+
+        bench = Bench(
+            crew,
+            {phase: crew.orchestrate(members) for phase, members in teams.items()},
+            plan.source,
+            guards.guard,
+            budget_bytes,
+            output.job,
+            output.moment,
+            progress,
+        )
+        running.append(bench)
+        device_bytes = min(handle.limits.device_bytes for handle in handles.values())
+        async with crew.controller:
+            runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
+    click.echo("\r\033[K", nl=False, err=True)
+    return runs
+
+
+def _reply(request: GenerateRequest) -> str:
+    return oracle.reply(request.messages[-1].content)

@@ -1,0 +1,1 @@
+"""Who gets how much: observe, decide, apply, publish."""

@@ -1,0 +1,251 @@
+"""The loop: observe, decide, apply, publish; every 100 ms by default, and at once when a burst comes.
+
+What an engine, a policy or the telemetry does wrong is in the record and stops nothing. While a resize is under way
+that does not come back, the loop goes on observing and deciding; its decisions are applied once the engine has answered
+or was started again.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from runtime.control.decision_log import DecisionLog, Outcome, Record
+from runtime.control.guard import Guard
+from runtime.control.observer import Observer
+from runtime.control.policy import Decision
+from runtime.control.snapshot import Snapshot
+from runtime.engines.base import Applied, Deferred, EngineHandle, Grant, ResizeOutcome
+from runtime.engines.sharing import GRACE_S, Sharing
+from runtime.errors import TroupeError
+from runtime.events import Event, JobAdvanced
+
+EVERY_S = 0.1
+APPLY_S = 1.0
+"""A resize that takes longer is waited for beside the loop."""
+BURST = "a burst"
+PAUSE_S = 0.01
+"""Decisions are no closer together than this."""
+
+
+@dataclass
+class Counts:
+    """What the controller has done since its start. `reactions_s` are seconds from bursts until the memory that was
+    decided for them was there, the last of them."""
+
+    decisions: int = 0
+    faults: int = 0
+    resizes: int = 0
+    rejected: int = 0
+    moved_bytes: int = 0
+    preempted: int = 0
+    reactions_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+
+
+class Controller:
+    """Moves memory between the engines of one device. An async context manager: it runs while entered.
+
+    `publish` gets every record; it must not block. All methods are called on the event loop.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineHandle],
+        sharing: Sharing,
+        observer: Observer,
+        guard: Guard,
+        *,
+        every_s: float = EVERY_S,
+        grace_s: float = GRACE_S,
+        shadow: Guard | None = None,
+        log: DecisionLog | None = None,
+        publish: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        self.counts = Counts()
+        self.paused = False
+        self._engines = engines
+        self._sharing = sharing
+        self._budget_bytes = sharing.ledger.budget_bytes
+        self._observer = observer
+        self._guard = guard
+        self._shadow = shadow
+        self._every_s = every_s
+        self._grace_s = grace_s
+        self._log = log
+        self._publish = publish
+        self._pinned: dict[str, Grant] = {}
+        self._fitting: Mapping[str, int] = {}
+        self._wake = asyncio.Event()
+        self._cause = "start"
+        self._caused_s: float | None = None
+        self._applying: asyncio.Task[dict[str, ResizeOutcome]] | None = None
+        self._settling: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="controller")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in (self._task, self._applying, *self._settling):
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+
+    def hear(self, event: Event) -> None:
+        """A listener: calls that become due may be a burst, which is decided about at once."""
+        if isinstance(event, JobAdvanced) and self._is_burst():
+            self.wake(BURST)
+
+    def wake(self, cause: str) -> None:
+        """Decide now and not at the next tick."""
+        if not self._wake.is_set():
+            self._cause = cause
+            self._caused_s = asyncio.get_running_loop().time()
+            self._wake.set()
+
+    def pause(self) -> None:
+        """Decide no more until `resume`; grants stay as they are."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Go on deciding."""
+        self.paused = False
+        self.wake("resumed")
+
+    def pin(self, engine: str, grant: Grant | None = None) -> None:
+        """Hold an engine at a grant, by default the one it has; policies divide what is left. Raises TroupeError."""
+        if engine not in self._engines:
+            raise TroupeError(f"there is no engine {engine!r}; there are {', '.join(self._engines)}")
+        grant = grant or self._engines[engine].stats().grant
+        if grant is None:
+            raise TroupeError(
+                f"engine {engine} is {self._engines[engine].stats().state}: it has no grant to be held at"
+            )
+        if complaint := self._engines[engine].limits.complaint(grant):
+            raise TroupeError(f"engine {engine}: {complaint}")
+        self._pinned[engine] = grant
+        self.wake(f"{engine} is pinned")
+
+    def unpin(self, engine: str) -> None:
+        """Let policies decide about an engine again."""
+        self._pinned.pop(engine, None)
+        self.wake(f"{engine} is no longer pinned")
+
+    @property
+    def pinned(self) -> Mapping[str, Grant]:
+        """The engines that are held, and at what."""
+        return self._pinned
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy that decides."""
+        return self._guard.name
+
+    def use(self, guard: Guard, budget_bytes: int | None = None) -> None:
+        """Let another policy decide from now on; within another budget, where one is given."""
+        self._guard = guard
+        self._budget_bytes = budget_bytes or self._budget_bytes
+        self.wake(f"policy {guard.name}")
+
+    def _is_burst(self) -> bool:
+        """Whether an engine has more calls than it has memory for, and had not at the last decision."""
+        return any(engine.account.in_flight > self._fitting.get(name, 0) for name, engine in self._engines.items())
+
+    async def _run(self) -> None:
+        while True:
+            if not self.paused:
+                try:
+                    await self._tick()
+                except Exception:
+                    self.counts.faults += 1
+                    logging.getLogger(__name__).exception("a tick of the controller failed")
+            await asyncio.sleep(PAUSE_S)
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(self._every_s - PAUSE_S, 0)):
+                    await self._wake.wait()
+
+    async def _tick(self) -> None:
+        clock = asyncio.get_running_loop().time
+        cause, self._cause = self._cause, "tick"
+        now_s, caused_s, self._caused_s = clock(), self._caused_s, None
+        started = now_s if caused_s is None else caused_s
+        snapshot = self._observe(now_s)
+        for_policies = self._without_pinned(snapshot)
+        judged = await self._guard.decide(for_policies)
+        record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault)
+        self.counts.decisions += 1
+        self.counts.faults += judged.fault is not None
+        if self._shadow is not None:
+            shadow = await self._shadow.decide(for_policies)
+            record = replace(record, shadow_policy=self._shadow.name, shadow=shadow.decision, shadow_fault=shadow.fault)
+        if judged.decision is not None:
+            outcomes = await self._apply(snapshot, judged.decision)
+            record = replace(record, outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()})
+            self._count(record)
+            if cause == BURST and outcomes:
+                task = asyncio.create_task(self._time_reaction(started, outcomes), name="time a reaction")
+                self._settling.add(task)
+                task.add_done_callback(self._settling.discard)
+        self._note_room(snapshot)
+        self._tell(replace(record, seconds=clock() - started))
+
+    def _observe(self, now_s: float) -> Snapshot:
+        ledger = self._sharing.ledger
+        snapshot = self._observer.observe(now_s, self._budget_bytes, sum(ledger.held.values()))
+        away = sum(held for name, held in ledger.held.items() if name not in snapshot.engines)
+        ledger.budget_bytes = snapshot.budget_bytes
+        return replace(snapshot, budget_bytes=snapshot.budget_bytes - away)  # what engines that restart come back to
+
+    def _without_pinned(self, snapshot: Snapshot) -> Snapshot:
+        pinned = {name: grant for name, grant in self._pinned.items() if name in snapshot.engines}
+        if not pinned:
+            return snapshot
+        views = {name: view for name, view in snapshot.engines.items() if name not in pinned}
+        held = sum(
+            snapshot.engines[name].limits.held_bytes(grant.gpu_memory_utilization) for name, grant in pinned.items()
+        )
+        return replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - held)
+
+    async def _apply(self, snapshot: Snapshot, decision: Decision) -> dict[str, ResizeOutcome]:
+        """Move what the decision, and pins, change; what takes too long goes on beside the loop."""
+        grants = {**decision.grants, **{n: g for n, g in self._pinned.items() if n in snapshot.engines}}
+        changed = {name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant}
+        if not changed or (self._applying is not None and not self._applying.done()):
+            return {}
+        self._applying = asyncio.create_task(self._sharing.resize(changed, self._grace_s), name="apply a decision")
+        done, _ = await asyncio.wait([self._applying], timeout=APPLY_S)
+        return self._applying.result() if done else {}
+
+    def _count(self, record: Record) -> None:
+        for outcome in record.outcomes.values():
+            self.counts.resizes += outcome.state != "rejected"
+            self.counts.rejected += outcome.state == "rejected"
+            self.counts.moved_bytes += outcome.moved_bytes
+            self.counts.preempted += outcome.preempted
+
+    async def _time_reaction(self, since_s: float, outcomes: Mapping[str, ResizeOutcome]) -> None:
+        """Note when all memory of a decision is where it should be; not where a newer one came first."""
+        settled = [await o.settled if isinstance(o, Deferred) else o for o in outcomes.values()]
+        if all(isinstance(outcome, Applied) for outcome in settled):
+            self.counts.reactions_s.append(asyncio.get_running_loop().time() - since_s)
+
+    def _note_room(self, snapshot: Snapshot) -> None:
+        """How many calls each engine has memory or already calls for: more than that is a burst."""
+        self._fitting = {
+            name: max(int(view.kv_cache_bytes / max(view.sequence_bytes, 1)), view.in_flight)
+            for name, view in snapshot.engines.items()
+        }
+
+    def _tell(self, record: Record) -> None:
+        if self._log is not None:
+            try:
+                self._log.write(record)
+            except TroupeError as error:  # a full disk is no reason to stop moving memory
+                logging.getLogger(__name__).warning("%s; decisions are no longer logged", error)
+                self._log = None
+        self._publish(record)

@@ -1,0 +1,149 @@
+"""Makes snapshots: what the engines say of themselves, smoothed where a moment says little, and what telemetry says."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from runtime.control.forecast import Forecast
+from runtime.control.snapshot import DeviceView, EngineView, Snapshot
+from runtime.engines.base import EngineHandle, EngineState, EngineStats
+from runtime.telemetry.reading import Reading
+
+MEMORY_S = 1.0
+"""How long a moment counts in a mean over time: seconds, until its weight has fallen to 1/e."""
+HEADROOM = 0.02
+"""The part of a device that is to stay free for what nobody announces."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a configuration says of an engine's roles: see EngineView."""
+
+    priority: int = 1
+    minimum_share: float | None = None
+    slo_s: float | None = None
+
+
+@dataclass
+class _Seen:
+    """One engine over time."""
+
+    at_s: float
+    arrived: int
+    finished: int
+    arrivals_per_s: float = 0.0
+    completions_per_s: float = 0.0
+    sequence_bytes: float = 0.0
+    waiting_since_s: float | None = None
+
+
+class Observer:
+    """Looks at engines each time it is asked, and remembers what means over time need."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineHandle],
+        forecast: Forecast,
+        terms: Mapping[str, Terms] | None = None,
+        reading: Callable[[], Reading] | None = None,
+    ) -> None:
+        self._engines = engines
+        self._forecast = forecast
+        self._terms = terms or {}
+        self._reading = reading
+        self._seen: dict[str, _Seen] = {}
+
+    def observe(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
+        """The engines that can be granted anything now. Bytes: what they may hold together at most, and what they do.
+
+        The budget is cut where the device has less free than that: a foreign process has taken it.
+        """
+        up = {
+            name: stats
+            for name, engine in self._engines.items()
+            if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
+        }
+        running = {n: min(s.running / max(self._engines[n].account.in_flight, 1), 1.0) for n, s in up.items()}
+        soon, coming = self._forecast.soon(running), self._forecast.coming()
+        views = {
+            name: self._view(name, self._engines[name], stats, now_s, soon.get(name, 0.0), coming.get(name, 0.0))
+            for name, stats in up.items()
+        }
+        device = self._device(held_bytes)
+        if device.total_bytes and device.fault is None:
+            free = device.total_bytes - device.used_bytes - int(HEADROOM * device.total_bytes)
+            budget_bytes = min(budget_bytes, held_bytes + free)
+        return Snapshot(now_s, budget_bytes, views, device)
+
+    def _view(
+        self, name: str, engine: EngineHandle, stats: EngineStats, now_s: float, soon: float, coming: float
+    ) -> EngineView:
+        account = engine.account
+        seen = self._seen.get(name)
+        if seen is None:
+            seen = self._seen[name] = _Seen(now_s, account.arrived, account.finished)
+        used = int(stats.kv_cache_usage * stats.kv_cache_bytes)
+        self._update(seen, engine, stats, now_s, used)
+        assert stats.grant is not None
+        terms = self._terms.get(name, Terms())
+        return EngineView(
+            name=name,
+            limits=engine.limits,
+            grant=stats.grant,
+            kv_cache_bytes=stats.kv_cache_bytes,
+            kv_used_bytes=used,
+            in_flight=account.in_flight,
+            running=min(stats.running, account.in_flight),
+            soon=soon,
+            coming=coming,
+            arrivals_per_s=seen.arrivals_per_s,
+            completions_per_s=seen.completions_per_s,
+            preemptions=stats.preemptions,
+            oldest_wait_s=0.0 if seen.waiting_since_s is None else now_s - seen.waiting_since_s,
+            sequence_bytes=seen.sequence_bytes,
+            priority=terms.priority,
+            minimum_share=terms.minimum_share,
+            slo_s=terms.slo_s,
+        )
+
+    def _update(self, seen: _Seen, engine: EngineHandle, stats: EngineStats, now_s: float, used: int) -> None:
+        account, running = engine.account, stats.running
+        if running and used:
+            held = used / running
+            seen.sequence_bytes = (
+                held if not seen.sequence_bytes else seen.sequence_bytes + 0.1 * (held - seen.sequence_bytes)
+            )
+        elif not seen.sequence_bytes:  # nothing seen yet: as long as its floor, which holds a sequence of full length
+            seen.sequence_bytes = float(engine.limits.kv_floor_bytes)
+        if account.in_flight > running:
+            seen.waiting_since_s = now_s if seen.waiting_since_s is None else seen.waiting_since_s
+        else:
+            seen.waiting_since_s = None
+        seconds = now_s - seen.at_s
+        if seconds <= 0:
+            return
+        new = 1 - math.exp(-seconds / MEMORY_S)
+        arrived, finished = account.arrived - seen.arrived, account.finished - seen.finished
+        seen.arrivals_per_s += new * (arrived / seconds - seen.arrivals_per_s)
+        seen.completions_per_s += new * (finished / seconds - seen.completions_per_s)
+        seen.at_s, seen.arrived, seen.finished = now_s, account.arrived, account.finished
+
+    def _device(self, held_bytes: int) -> DeviceView:
+        """The first device that is read: engines share one."""
+        if self._reading is None:
+            return DeviceView()
+        reading = self._reading()
+        if not reading.devices:
+            return DeviceView(kind=reading.kind, fault=reading.fault or "no device")
+        device = reading.devices[0]
+        return DeviceView(
+            kind=reading.kind,
+            name=device.name,
+            total_bytes=device.total_bytes,
+            used_bytes=device.used_bytes,
+            utilization=device.utilization,
+            power_w=device.power_w,
+            temperature_c=device.temperature_c,
+            foreign_bytes=max(device.used_bytes - held_bytes, 0) if reading.kind == "gpu" else 0,
+            fault=reading.fault or device.fault,
+        )

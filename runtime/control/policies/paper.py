@@ -1,0 +1,47 @@
+"""`paper`: Algorithm 1 of arXiv 2512.22149."""
+
+from collections.abc import Mapping, Sequence
+
+from runtime.control.policy import Decision, Policy, bound, decision, fit
+from runtime.control.snapshot import Snapshot
+
+
+def algorithm_1(
+    arrivals_per_s: Sequence[float], minimum: Sequence[float], priority: Sequence[int], capacity: float = 1.0
+) -> list[float]:
+    """Shares g_i of `capacity` for agents i with arrival rates lambda_i, minimum shares R_i and priorities P_i (1
+    high).
+
+    d_i = lambda_i R_i / P_i; g_i = max(R_i, d_i / sum(d) capacity), all 0 where sum(d) is; scaled down where they come
+    to more than `capacity`.
+    """
+    demands = [rate * least / rank for rate, least, rank in zip(arrivals_per_s, minimum, priority, strict=True)]
+    whole = sum(demands)
+    if not whole:
+        return [0.0] * len(demands)
+    shares = [max(least, demand / whole * capacity) for least, demand in zip(minimum, demands, strict=True)]
+    total = sum(shares)
+    return [share / total * capacity for share in shares] if total > capacity else shares
+
+
+class Paper(Policy):
+    """Algorithm 1 over the memory that can move: the paper's capacity of 1 is all of it.
+
+    What an engine holds besides its KV cache cannot move, and its floor is kept; with those apart, it is to the letter.
+    A role that declares no minimum has an equal part.
+    """
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        views = snapshot.engines.values()
+        minimum = [1 / len(views) if v.minimum_share is None else v.minimum_share for v in views]
+        shares = algorithm_1([v.arrivals_per_s for v in views], minimum, [v.priority for v in views])
+        by_name: Mapping[str, float] = dict(zip(snapshot.engines, shares, strict=True))
+        sizes = fit(
+            snapshot, bound(snapshot, {name: share * snapshot.movable_bytes for name, share in by_name.items()})
+        )
+
+        def word(name: str) -> str:
+            view = snapshot.engines[name]
+            return f"{view.arrivals_per_s:.1f} requests/s, P {view.priority}: g = {by_name[name]:.3f}"
+
+        return decision(snapshot, sizes, word)
