@@ -23,6 +23,7 @@ from runtime.bench.workload import Source
 from runtime.cli import interrupt
 from runtime.config import Config, PolicyChoice
 from runtime.control import catalogue
+from runtime.control.decision_log import Record
 from runtime.errors import ConfigError, InputError
 from runtime.events import EngineChanged, Event
 from runtime.jobs import team
@@ -181,14 +182,18 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     def hear(event: Event) -> None:
         if isinstance(event, EngineChanged) and not running:
             bar.describe(f"{event.engine} {event.state}")
-        for one in running:
-            one.hear(event)
+        for bench in running:
+            bench.hear(event)
+
+    def publish(record: Record) -> None:
+        for bench in running:
+            bench.publish(record)
 
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     async with AsyncExitStack() as owned:
         output = owned.enter_context(Output(plan.folder))
         bar = await owned.enter_async_context(Bar(plan))
-        session = Session(config, everyone, folder, hear, lambda record: [one.publish(record) for one in running])
+        session = Session(config, everyone, folder, hear, publish)
         await owned.enter_async_context(session)
         ledger = session.fleet.sharing.ledger
         device_bytes = min(engine.limits.device_bytes for engine in session.fleet.engines.values())

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -21,12 +21,16 @@ from runtime.bench.runner import Bench
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
+from runtime.control.decision_log import Record
 from runtime.engines.base import GenerateRequest
+from runtime.engines.fake import Script
 from runtime.errors import ConfigError
+from runtime.events import Event
 from runtime.jobs import problems, team
 from runtime.jobs.job import Job
 from runtime.jobs.team import Team
 from runtime.session import Crew, Guards, Session
+from runtime.simulation import agents as paper_agents
 from runtime.simulation import fit as fitting
 from runtime.simulation import load as model
 from runtime.simulation import paper as paper_model
@@ -101,10 +105,47 @@ def load(
     source = workload.load(workload_name)
     plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
     teams = phase_teams(chosen, source)
-    engines = model.read(constants)
+    budget_bytes = chosen.device.kv_cache_memory_bytes
+    if budget_bytes is None:
+        raise ConfigError(f"{chosen.source}: device.kv_cache_memory_bytes: missing; a simulation needs it")
+    simulated = Simulated(team.assemble(chosen), teams, model.read(constants), _oracle, budget_bytes)
+    _run(plan, simulated, as_json)
+
+
+@simulate.command()
+@options
+def agents(policies: str, loads: str | None, repeats: int, limit: bool, out: Path | None, as_json: bool) -> None:
+    """Run the paper's four agents at the level of requests, at loads of 0.3 to 1.5 GPUs' worth."""
+    source = paper_agents.AgentsSource()
+    plan = Plan(
+        configuration.load("embedded"), source, rivals(policies), parse_loads(loads, source), repeats, limit, out
+    )
+    simulated = Simulated(
+        paper_agents.team(),
+        paper_agents.teams(),
+        paper_agents.model(),
+        lambda request: " ".join(["word"] * paper_agents.TOKENS),
+        paper_agents.PLACES * paper_agents.PLACE_BYTES,
+    )
+    _run(plan, simulated, as_json)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A team over modelled engines: all its seats, the team of every phase, what the engines reply, and the KV cache
+    that they share (bytes)."""
+
+    everyone: Team
+    teams: Mapping[str, Team]
+    model: Model
+    script: Script
+    budget_bytes: int
+
+
+def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     with Output(plan.folder) as output:
-        runs = virtual_time.run(_simulate(plan, teams, engines, output))
+        runs = virtual_time.run(_simulate(plan, simulated, output))
     finish(plan, summarise(plan, "simulation", started, runs), as_json)
 
 
@@ -150,45 +191,45 @@ async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Seen]]:
     return found
 
 
-async def _simulate(plan: Plan, teams: Mapping[str, Team], engines: Model, output: Output) -> list[Run]:
-    config = plan.config
-    budget_bytes = config.device.kv_cache_memory_bytes
-    if budget_bytes is None:
-        raise ConfigError(f"{config.source}: device.kv_cache_memory_bytes: missing; a simulation needs it")
+async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Run]:
+    control = plan.config.control
     running: list[Bench] = []
-    async with model.engines(engines, dict.fromkeys(engines.engines, _reply), budget_bytes) as (handles, sharing):
-        crew = Crew(
-            team.assemble(config),
-            handles,
-            sharing,
-            config.control,
-            Guards(config.control, threads=False),
-            listener=lambda event: [one.hear(event) for one in running] and None,
-            publish=lambda record: [one.publish(record) for one in running] and None,
-        )
-        guards = Guards(config.control, threads=False)
-        runs_left = iter(range(plan.runs, 0, -1))
+    left = iter(range(plan.runs - 1, 0, -1))
 
-        def progress(name: str) -> None:
-            click.echo(f"\r\033[K{name} ({next(runs_left)} to go)", nl=False, err=True)
+    def progress(name: str) -> None:
+        click.echo(f"\r\033[K{name} ({next(left)} to go)", nl=False, err=True)
 
+    def hear(event: Event) -> None:
+        for bench in running:
+            bench.hear(event)
+
+    def publish(record: Record) -> None:
+        for bench in running:
+            bench.publish(record)
+
+    scripts = dict.fromkeys(simulated.model.engines, simulated.script)
+    async with model.engines(simulated.model, scripts, simulated.budget_bytes) as (engines, sharing):
+        guards = Guards(control, threads=False)
+        crew = Crew(simulated.everyone, engines, sharing, control, guards, listener=hear, publish=publish)
+        orchestrators = {phase: crew.orchestrate(members) for phase, members in simulated.teams.items()}
         bench = Bench(
             crew,
-            {phase: crew.orchestrate(members) for phase, members in teams.items()},
+            orchestrators,
             plan.source,
             guards.guard,
-            budget_bytes,
+            simulated.budget_bytes,
             output.job,
             output.moment,
             progress,
         )
         running.append(bench)
-        device_bytes = min(handle.limits.device_bytes for handle in handles.values())
+        device_bytes = min(engine.limits.device_bytes for engine in engines.values())
         async with crew.controller:
             runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
     click.echo("\r\033[K", nl=False, err=True)
     return runs
 
 
-def _reply(request: GenerateRequest) -> str:
+def _oracle(request: GenerateRequest) -> str:
+    """What a flawless model of the embedded team would reply."""
     return oracle.reply(request.messages[-1].content)

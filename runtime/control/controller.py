@@ -153,7 +153,7 @@ class Controller:
 
     def _is_burst(self) -> bool:
         """Whether an engine has more calls than it has memory for, and had not at the last decision."""
-        return any(engine.account.in_flight > self._fitting.get(name, 0) for name, engine in self._engines.items())
+        return any(count > self._fitting.get(name, 0) for name, count in self._observer.in_flight().items())
 
     async def _run(self) -> None:
         while True:

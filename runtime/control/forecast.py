@@ -44,6 +44,13 @@ class Forecast:
             case JobEnded():
                 self._end(event.job)
 
+    def open_calls(self) -> dict[str, int]:
+        """Calls that are due and not answered, by engine; those that are about to be made are among them."""
+        calls: dict[str, int] = defaultdict(int)
+        for seat, count in self._open.items():
+            calls[self._engine_of[seat]] += count
+        return calls
+
     def soon(self, running: Mapping[str, float]) -> dict[str, float]:
         """Calls that will be due when those that run now are answered, by engine; `running` is the part of each
         engine's calls that does."""

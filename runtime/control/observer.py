@@ -63,10 +63,11 @@ class Observer:
             for name, engine in self._engines.items()
             if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
         }
-        running = {n: min(s.running / max(self._engines[n].account.in_flight, 1), 1.0) for n, s in up.items()}
+        in_flight = self.in_flight()
+        running = {name: min(stats.running / max(in_flight[name], 1), 1.0) for name, stats in up.items()}
         soon, coming = self._forecast.soon(running), self._forecast.coming()
         views = {
-            name: self._view(name, self._engines[name], stats, now_s, soon.get(name, 0.0), coming.get(name, 0.0))
+            name: self._view(name, stats, now_s, in_flight[name], soon.get(name, 0.0), coming.get(name, 0.0))
             for name, stats in up.items()
         }
         device = self._device(held_bytes)
@@ -75,9 +76,15 @@ class Observer:
             budget_bytes = min(budget_bytes, held_bytes + free)
         return Snapshot(now_s, budget_bytes, views, device)
 
+    def in_flight(self) -> dict[str, int]:
+        """Requests that each engine has, or that are about to be sent to it."""
+        opened = self._forecast.open_calls()
+        return {name: max(engine.account.in_flight, opened.get(name, 0)) for name, engine in self._engines.items()}
+
     def _view(
-        self, name: str, engine: EngineHandle, stats: EngineStats, now_s: float, soon: float, coming: float
+        self, name: str, stats: EngineStats, now_s: float, in_flight: int, soon: float, coming: float
     ) -> EngineView:
+        engine = self._engines[name]
         account = engine.account
         seen = self._seen.get(name)
         if seen is None:
@@ -92,8 +99,8 @@ class Observer:
             grant=stats.grant,
             kv_cache_bytes=stats.kv_cache_bytes,
             kv_used_bytes=used,
-            in_flight=account.in_flight,
-            running=min(stats.running, account.in_flight),
+            in_flight=in_flight,
+            running=min(stats.running, in_flight),
             soon=soon,
             coming=coming,
             arrivals_per_s=seen.arrivals_per_s,

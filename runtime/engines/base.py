@@ -188,8 +188,8 @@ class Superseded:
 
 @dataclass(frozen=True)
 class Deferred:
-    """Limits hold at once, but `held_bytes` are still in use, for `grace_s` seconds at most before their requests are
-    preempted. `settled` says how it ended."""
+    """Limits hold at once, but `held_bytes` beyond the grant are still held, since they or what lies below them are in
+    use, for `grace_s` seconds at most before their requests are preempted. `settled` says how it ended."""
 
     grant: Grant
     held_bytes: int

@@ -125,6 +125,7 @@ class Sharing:
         if isinstance(outcome, Applied):
             self.ledger.claim(name, self._bytes(name, grant))
         elif isinstance(outcome, Deferred):
+            self.ledger.claim(name, min(self._held(name), self._bytes(name, grant) + outcome.held_bytes))
             task = asyncio.create_task(self._let_go(name, outcome), name=f"shrink {name}")
             self._settling.add(task)
         return outcome

@@ -224,6 +224,7 @@ class VllmEngine(EngineHandle):
                     return Rejected(grant, f"engine {self.name}: {report['reason']}")
                 self._grant = grant
                 if report["state"] == "deferred":
+                    self._kv_cache_bytes = report["kv_cache_bytes"]
                     settled = asyncio.ensure_future(self._settle(grant))
                     await asyncio.sleep(0)  # it is on its way before another resize can be
                     return Deferred(grant, report["held_bytes"], grace_s, settled)

@@ -158,5 +158,5 @@ def _supported(ask: Callable[..., T], *arguments: Any) -> T | None:
     """What the driver says; None for what the device does not support."""
     try:
         return ask(*arguments)
-    except pynvml.NVMLError_NotSupported:
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # the device, or an older driver
         return None

@@ -54,7 +54,9 @@ class Physical(FakeEngine):
         if self.fault == "busy" and more < 0:
             self.grant = grant
             loop = asyncio.get_running_loop()
-            self.holding.append(Deferred(grant, 1, grace_s, loop.create_future()))
+            held = -more // 2  # half of it is free and goes at once
+            self.device.hold(self.name, int(grant.gpu_memory_utilization * DEVICE) + held)
+            self.holding.append(Deferred(grant, held, grace_s, loop.create_future()))
             return self.holding[-1]
         outcome = await super().resize(grant)
         self.device.hold(self.name, int(grant.gpu_memory_utilization * DEVICE))
@@ -157,7 +159,7 @@ async def test_a_recipient_grows_by_what_was_released_and_by_the_rest_later(thre
     waiting, donor = outcomes["a"], outcomes["b"]
     assert isinstance(waiting, Deferred)
     assert isinstance(donor, Deferred)
-    assert shares(three) == {"a": 0.4, "b": 0.4, "c": 0.2}
+    assert shares(three) == {"a": 0.5, "b": 0.3, "c": 0.2}  # half of it was free and has moved
     three.engines["b"].let_go(Applied)
     assert (await waiting.settled).grant == grant(0.6)
     assert shares(three) == {"a": 0.6, "b": 0.2, "c": 0.2}

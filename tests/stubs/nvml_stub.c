@@ -6,16 +6,23 @@
  *   count=1
  *   0.name=NVIDIA H200
  *   0.total=..  0.used=..   bytes
+ *   0.gpu=73                utilisation, percent
+ *   0.power=412000          milliwatts
+ *   0.temperature=61        Celsius
+ *   0.processes=101:2000,7  process number and bytes; without bytes the driver does not say
  *   0.error=15              what every question about the device returns (15: lost)
  */
+#define _DEFAULT_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, DEVICES_MAX = 16 };
+enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, DEVICES_MAX = 16 };
 
 typedef struct { unsigned index; } Device;
 typedef struct { unsigned long long total, free, used; } Memory;
+typedef struct { unsigned gpu, memory; } Utilization;
+typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } Process;
 
 static Device devices[DEVICES_MAX];
 static int initialized;
@@ -98,6 +105,44 @@ int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
     memory->used = strtoull(used, NULL, 10);
     memory->free = memory->total - memory->used;
     return SUCCESS;
+}
+
+static int count_of(Device *device, const char *field, unsigned *value) {
+    char text[64];
+    int error = of_device(device, field, text, sizeof text);
+    if (error == SUCCESS) *value = (unsigned)strtoul(text, NULL, 10);
+    return error;
+}
+
+int nvmlDeviceGetUtilizationRates(Device *device, Utilization *rates) {
+    rates->memory = 0;
+    return count_of(device, "gpu", &rates->gpu);
+}
+
+int nvmlDeviceGetPowerUsage(Device *device, unsigned *milliwatts) { return count_of(device, "power", milliwatts); }
+
+int nvmlDeviceGetTemperature(Device *device, int sensor, unsigned *celsius) {
+    (void)sensor;
+    return count_of(device, "temperature", celsius);
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(Device *device, unsigned *count, Process *processes) {
+    char text[256], *rest = text, *one;
+    unsigned found = 0;
+    int error = of_device(device, "processes", text, sizeof text);
+    if (error != SUCCESS) return error;
+    while ((one = strsep(&rest, ",")) != NULL) {
+        char *bytes = strchr(one, ':');
+        if (!*one) continue;
+        if (processes && found < *count) {
+            processes[found].pid = (unsigned)atoi(one);
+            processes[found].used = bytes ? strtoull(bytes + 1, NULL, 10) : ~0ULL;
+        }
+        found++;
+    }
+    error = found > *count ? INSUFFICIENT_SIZE : SUCCESS;
+    *count = found;
+    return error;
 }
 
 const char *nvmlErrorString(int error) {

@@ -41,7 +41,7 @@ class Resizer:
         self._shrink: _Shrink | None = None
         self._last: Future[Report] = Future()
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
-        self._released: Future[int] | None = None
+        self._released: Future[Any] | None = None
 
     def limits(self) -> Report:
         """What the engine holds and how far it can go; memory in bytes."""
@@ -86,9 +86,10 @@ class Resizer:
             self._scheduler.after_step = self._go_on
             self._go_on()
             if self._shrink is not None:
-                held = self._worker.layout.backed_bytes(self._worker.backed_blocks) - report["kv_cache_bytes"]
                 self._last = shrink.finished
-                return {"state": "deferred", "held_bytes": held}
+                free_from = max(self._scheduler.pool.draining) + 1
+                self._released = released = self._releaser.submit(self._release_what_is_free, free_from, shrink)
+                return released
             return shrink.finished
         report["seconds"] = report["stall_seconds"] = time.perf_counter() - started
         return report
@@ -116,10 +117,18 @@ class Resizer:
             self._shrink = self._scheduler.after_step = None
             self._released = self._releaser.submit(self._release, shrink)
 
+    def _release_what_is_free(self, blocks: int, shrink: _Shrink) -> Report:
+        """In the releasing thread: give back all above the highest block in use; what is held then is exact."""
+        if blocks < self._worker.backed_blocks:
+            shrink.report["moved_bytes"] += self._worker.back(blocks)
+        held = self._worker.layout.backed_bytes(self._worker.backed_blocks) - shrink.report["kv_cache_bytes"]
+        return {"state": "deferred", "kv_cache_bytes": shrink.report["kv_cache_bytes"], "held_bytes": held}
+
     def _release(self, shrink: _Shrink) -> int:
         """In the releasing thread. What goes wrong is the caller's answer, and raised again at the next resize."""
         try:
-            shrink.report["moved_bytes"] = moved = self._worker.back(shrink.blocks)
+            moved = self._worker.back(shrink.blocks)
+            shrink.report["moved_bytes"] += moved
         except BaseException as error:
             shrink.finished.set_exception(error)
             raise

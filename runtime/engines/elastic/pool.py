@@ -1,10 +1,56 @@
 """A block pool whose capacity moves while requests run."""
 
+import heapq
 from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+
+class CompactQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
+    """vLLM's queue of free blocks, but those that hold nothing worth finding come first, and the lowest of them.
+
+    What is in use then gathers at the bottom, so that a line that moves down finds little above it. Blocks that prefix
+    caching may find again follow, least recently used first, as ever.
+    """
+
+    def __init__(self, blocks: list[KVCacheBlock]) -> None:
+        super().__init__([])
+        self._plain: dict[int, KVCacheBlock] = {}
+        self._lowest: list[int] = []  # a heap of their ids, and of some that were taken otherwise since
+        self.prepend_n(blocks)
+
+    def popleft(self) -> KVCacheBlock:
+        if not self.num_free_blocks:
+            raise ValueError("No free blocks available")
+        return self.popleft_n(1)[0]
+
+    def popleft_n(self, n: int) -> list[KVCacheBlock]:
+        assert n <= self.num_free_blocks, (n, self.num_free_blocks)
+        taken: list[KVCacheBlock] = []
+        while len(taken) < n and self._plain:
+            block = self._plain.pop(heapq.heappop(self._lowest), None)
+            if block is not None:
+                taken.append(block)
+        self.num_free_blocks -= len(taken)
+        return [*taken, *super().popleft_n(n - len(taken))]
+
+    def remove(self, block: KVCacheBlock) -> None:
+        if self._plain.pop(block.block_id, None) is None:
+            super().remove(block)
+        else:
+            self.num_free_blocks -= 1
+
+    def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
+        """Blocks that hold nothing worth finding; their order is no matter."""
+        for block in blocks:
+            self._plain[block.block_id] = block
+            heapq.heappush(self._lowest, block.block_id)
+        self.num_free_blocks += len(blocks)
+
+    def get_all_free_blocks(self) -> list[KVCacheBlock]:
+        return [*(self._plain[number] for number in sorted(self._plain)), *super().get_all_free_blocks()]
 
 
 class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
@@ -16,6 +62,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.free_block_queue = CompactQueue(self.free_block_queue.get_all_free_blocks())
         self.num_gpu_blocks: int = len(self.blocks)
         self.draining: set[int] = set()
 
@@ -29,7 +76,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
             else:
                 self.free_block_queue.remove(block)
             self._maybe_evict_cached_block(block)
-        self.free_block_queue.append_n(
+        self.free_block_queue.prepend_n(
             [block for block in self.blocks[before:capacity] if block.block_id not in self.draining]
         )
         self.draining -= set(range(before, capacity))
@@ -51,4 +98,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
             super()._insert_block_hash(block_hash, block, num_tokens)
 
     def reset_prefix_cache(self) -> bool:
-        return not self.draining and bool(super().reset_prefix_cache())
+        done = not self.draining and bool(super().reset_prefix_cache())
+        if done:  # nothing is worth finding any more
+            self.free_block_queue = CompactQueue(self.free_block_queue.get_all_free_blocks())
+        return done

@@ -29,6 +29,16 @@ class Pool(RuleBasedStateMachine):
         if count <= self.pool.get_num_free_blocks():
             self.used.append(self.pool.get_new_blocks(count))
 
+    @rule()
+    def take_the_lowest(self) -> None:
+        """What holds nothing worth finding is handed out from below, before anything that does."""
+        free = [block for block in self.pool.free_block_queue.get_all_free_blocks()]
+        plain = [block.block_id for block in free if block.block_hash is None]
+        if free:
+            [block] = self.pool.get_new_blocks(1)
+            assert block.block_id == min(plain, default=block.block_id)
+            self.used.append([block])
+
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def fill(self, data: st.DataObject) -> None:

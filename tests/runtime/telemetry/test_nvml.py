@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,107 @@ def test_faults_are_the_drivers_own_words(tmp_path: Path, lines: Mapping[str, ob
 def test_no_driver(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_text("")  # found first, and no library: as if there were none
     assert ask({"LD_LIBRARY_PATH": str(tmp_path)}) == "NoDriver: no NVIDIA driver"
+
+
+WATCH = """
+import dataclasses, json, sys
+from runtime.telemetry.nvml import NvmlSource
+with NvmlSource(retry_s=0) as source:
+    for line in sys.stdin:
+        print(json.dumps(dataclasses.asdict(source.read())), flush=True)
+"""
+
+BUSY = {
+    **H200,
+    "0.gpu": 73,
+    "0.power": 412_000,
+    "0.temperature": 61,
+    "0.processes": "101:2000,7",
+}
+
+
+class Watching:
+    """A process with an open NvmlSource over a script that may change between two readings."""
+
+    def __init__(self, folder: Path, lines: Mapping[str, object]) -> None:
+        self.folder = folder
+        environment = {**os.environ, **stubs.nvml(folder, lines)}
+        command = [sys.executable, "-c", WATCH]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def read(self, lines: Mapping[str, object] | None = None) -> Any:
+        """The next reading, after the driver's answers were changed to `lines`."""
+        if lines is not None:
+            stubs.nvml(self.folder, lines)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture
+def watching(tmp_path: Path) -> Iterator[Watching]:
+    watching = Watching(tmp_path, BUSY)
+    yield watching
+    watching.process.communicate(timeout=10)
+    assert watching.process.returncode == 0
+
+
+def test_a_reading_has_all_figures_in_their_units(watching: Watching) -> None:
+    reading = watching.read()
+    assert (reading["kind"], reading["fault"]) == ("gpu", None)
+    assert reading["devices"] == [
+        {
+            "name": "NVIDIA H200",
+            "total_bytes": 150754820096,
+            "used_bytes": 4 << 30,
+            "utilization": 0.73,
+            "processes": {"101": 2000},
+            "power_w": 412.0,
+            "temperature_c": 61.0,
+            "fault": None,
+        }
+    ]
+
+
+def test_values_change_and_a_foreign_process_shows(watching: Watching) -> None:
+    watching.read()
+    [device] = watching.read({**BUSY, "0.used": 90 << 30, "0.gpu": 5, "0.processes": f"101:2000,4242:{80 << 30}"})[
+        "devices"
+    ]
+    assert device["used_bytes"] == 90 << 30
+    assert device["processes"] == {"101": 2000, "4242": 80 << 30}
+    assert device["utilization"] == 0.05
+
+
+def test_what_a_device_does_not_support_is_none(watching: Watching) -> None:
+    [device] = watching.read(H200)["devices"]
+    assert [device[key] for key in ("utilization", "processes", "power_w", "temperature_c", "fault")] == [None] * 5
+
+
+def test_a_lost_gpu_is_said_keeps_its_figures_and_comes_back(watching: Watching) -> None:
+    watching.read()
+    [device] = watching.read({**BUSY, "0.error": 15, "0.used": 0})["devices"]
+    assert device["fault"] == "GPU is lost"
+    assert device["used_bytes"] == 4 << 30
+    [device] = watching.read(BUSY)["devices"]
+    assert device["fault"] is None
+
+
+def test_one_lost_gpu_of_two_is_no_fault_of_the_other(watching: Watching) -> None:
+    two = {**BUSY, "count": 2, "1.name": "NVIDIA L4", "1.total": 100, "1.used": 30, "0.error": 15}
+    first, second = watching.read(two)["devices"]
+    assert first["fault"] == "GPU is lost"
+    assert (second["fault"], second["used_bytes"]) == (None, 30)
+
+
+def test_a_driver_that_is_unloaded_and_comes_back(watching: Watching) -> None:
+    watching.read()
+    watching.read({**BUSY, "0.error": 15})
+    reading = watching.read({**BUSY, "init.error": 9})
+    assert reading["fault"] == "Driver Not Loaded"
+    assert reading["devices"][0]["used_bytes"] == 4 << 30
+    assert watching.read(BUSY)["fault"] is None

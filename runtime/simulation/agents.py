@@ -1,0 +1,116 @@
+"""The paper's four agents at the level of requests: independent callers whose engines serve in proportion to their
+share.
+
+An agent that serves T requests a second on a whole GPU has an engine with 100 places, one for each hundredth of the
+memory, and a request takes 100 / T seconds in one: with a share g it serves g T, as in the paper. Unlike there,
+requests come one by one (Poisson), and their latency is that of requests that were answered. A load of 1 is one GPU's
+worth, the arrival rates in the paper's proportions.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from agents.role import Answer, AnswerTask, Message, Reply, Role, Sampling, Task, Value
+from agents.workflow import Entry, Outcome, RoleCall, Unusable, Workflow
+from runtime.bench.workload import Arrival, Script, Source, Workload
+from runtime.jobs.problems import Problem
+from runtime.jobs.team import Seat, Team
+from runtime.simulation.load import EngineModel, Model
+from runtime.simulation.paper import AGENTS
+
+PLACES = 100
+TOKENS = 10
+PLACE_BYTES = 1 << 20
+SECONDS = 60.0
+
+
+class Caller(Role):
+    """Asks for an answer and takes whatever comes."""
+
+    name = "caller"
+    takes = (AnswerTask,)
+
+    def messages(self, task: Task) -> list[Message]:
+        return [Message("user", str(task))]
+
+    def parse(self, text: str, task: Task) -> Reply:
+        return Answer(answer=text)
+
+
+class OneCall(Workflow):
+    """A job is one call to one seat."""
+
+    class Options(Value):
+        """Whose call it is."""
+
+        seat: str
+
+    options: Options
+
+    @classmethod
+    def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
+        assert isinstance(options, OneCall.Options)
+        return {options.seat: (AnswerTask,)}
+
+    def begin(self) -> list[RoleCall]:
+        return [self._call(self.options.seat, AnswerTask(self.problem))]
+
+    def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+        self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
+        self.outcome = Outcome(str(reply), None, 0)
+        return []
+
+    def ahead(self) -> Mapping[str, int]:
+        return {}
+
+
+@dataclass(frozen=True)
+class AgentsSource(Source):
+    """Poisson arrivals of every agent, on top of one another."""
+
+    name: str = "the paper's agents"
+    workload: Workload = field(default_factory=lambda: Workload(trace="none", loads=(0.3, 0.6, 0.9, 1.2, 1.5)))
+    problems: tuple[Problem, ...] = ()
+
+    def draw(self, load: float, seed: int) -> Script:
+        asked = sum(agent.arrivals / agent.throughput for agent in AGENTS)
+        arrivals = []
+        for agent in AGENTS:
+            rng = random.Random(f"{seed}/{agent.name}")
+            at_s = 0.0
+            while (at_s := at_s + rng.expovariate(agent.arrivals * load / asked)) < SECONDS:
+                arrivals.append(Arrival(at_s, agent.name, Problem("", "x")))
+        return Script(tuple(sorted(arrivals, key=lambda arrival: arrival.at_s)), ())
+
+
+def model() -> Model:
+    """One engine an agent; places do not slow each other."""
+    return Model(
+        lanes=len(AGENTS),
+        engines={
+            agent.name: EngineModel(
+                step_s=PLACES / agent.throughput / TOKENS,
+                token_s=0,
+                block_bytes=PLACE_BYTES,
+                block_tokens=PLACE_BYTES,
+                max_num_seqs=PLACES,
+            )
+            for agent in AGENTS
+        },
+    )
+
+
+def team() -> Team:
+    """All four seats, with the paper's minimum shares and priorities; `alone` has the team of one of them."""
+    seats = {
+        agent.name: Seat(agent.name, Caller(), agent.name, Sampling(), agent.priority, agent.minimum)
+        for agent in AGENTS
+    }
+    return Team(seats, OneCall, OneCall.Options(seat=AGENTS[0].name))
+
+
+def teams() -> dict[str, Team]:
+    """The team of every agent, by its name."""
+    whole = team()
+    return {name: Team({name: seat}, OneCall, OneCall.Options(seat=name)) for name, seat in whole.seats.items()}

@@ -1,0 +1,127 @@
+"""Workloads: drawn the same from the same seed, at the rate and burstiness they say; wrong ones refused by key and line."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runtime.bench import workload
+from runtime.bench.workload import FOLDER, Source
+from runtime.errors import ConfigError, InputError
+
+PHASE: dict[str, Any] = {"name": "one", "seconds": 100, "jobs_per_s": 20}
+
+
+def write(folder: Path, **keys: Any) -> Path:
+    (folder / "problems.jsonl").write_text('{"problem": "1+2", "answer": 3}\n{"problem": "12+34+56", "answer": 102}\n')
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"problems": "problems.jsonl", "phases": [PHASE], **keys}))
+    return path
+
+
+def read(folder: Path, **keys: Any) -> Source:
+    return workload.load(str(write(folder, **keys)))
+
+
+def gaps(source: Source, load: float = 1) -> list[float]:
+    times = [arrival.at_s for arrival in source.draw(load, 0).arrivals]
+    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+
+
+def test_arrivals_come_at_the_rate_times_the_load(tmp_path: Path) -> None:
+    source = read(tmp_path)
+    assert len(source.draw(1, 0).arrivals) == pytest.approx(2000, rel=0.1)
+    assert len(source.draw(0.5, 0).arrivals) == pytest.approx(1000, rel=0.1)
+    assert all(0 <= arrival.at_s < 100 for arrival in source.draw(1, 0).arrivals)
+
+
+@pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5)])
+def test_burstiness_is_the_shape_of_gamma_distributed_gaps(tmp_path: Path, burstiness: float, variation: float) -> None:
+    found = gaps(read(tmp_path, phases=[{**PHASE, "burstiness": burstiness}]))
+    assert statistics.stdev(found) / statistics.fmean(found) == pytest.approx(variation, rel=0.15)
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not(tmp_path: Path) -> None:
+    source = read(tmp_path)
+    assert source.draw(1, 3) == source.draw(1, 3)
+    assert source.draw(1, 3) != source.draw(1, 4)
+
+
+def test_phases_follow_one_another_and_come_again(tmp_path: Path) -> None:
+    two = [{**PHASE, "seconds": 10}, {**PHASE, "name": "two", "seconds": 5, "characters": [6, 20]}]
+    script = read(tmp_path, phases=two, cycles=2).draw(1, 0)
+    assert [name for name, _ in _runs([arrival.phase for arrival in script.arrivals])] == ["one", "two", "one", "two"]
+    assert {arrival.problem.problem for arrival in script.arrivals if arrival.phase == "two"} == {"12+34+56"}
+    assert {arrival.phase for arrival in script.arrivals if 10 < arrival.at_s < 15} == {"two"}
+
+
+def _runs(names: list[str]) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    for name in names:
+        found = [*found[:-1], (name, found[-1][1] + 1)] if found and found[-1][0] == name else [*found, (name, 1)]
+    return found
+
+
+def test_a_closed_loop_keeps_so_many_open(tmp_path: Path) -> None:
+    [closed] = read(tmp_path, phases=[{"name": "c", "seconds": 3, "concurrency": 8}]).draw(2, 0).closed
+    assert (closed.concurrency, closed.seconds, len(closed.problems)) == (16, 3, 2)
+
+
+def test_a_trace_is_played_as_it_says_and_faster_at_a_higher_load(tmp_path: Path) -> None:
+    lines = [{"at_s": 4, "problem": "1+1", "answer": 2}, {"at_s": 1.5, "problem": "2+2"}]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = read(tmp_path, phases=[], trace="trace.jsonl")
+    assert [arrival.at_s for arrival in source.draw(2, 0).arrivals] == [0.75, 2]
+    assert source.draw(1, 0).arrivals[1].problem.expected == "2"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: not an object"),
+        ('{"at_s": -1, "problem": "1+1"}', "line 2: at_s: seconds from the start, a number not below 0, not -1"),
+        ('{"at_s": "now", "problem": "1+1"}', "line 2: at_s"),
+        ('{"at_s": 1}', "line 2: problem: a text, not None"),
+        ('{"at_s": 1, "problem": "1+1", "when": 2}', "line 2: unknown key 'when'"),
+    ],
+)
+def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "trace.jsonl").write_text(f'{{"at_s": 1, "problem": "1+1"}}\n{line}\n')
+    with pytest.raises(InputError, match=says):
+        read(tmp_path, phases=[], trace="trace.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"phases": [{**PHASE, "seconds": 0}]}, "phases.0.seconds"),
+        ({"phases": [{**PHASE, "second": 1}]}, "phases.0.second: unknown key; known: name, seconds"),
+        ({"phases": [{"name": "x", "seconds": 1}]}, r"phases.0: give jobs_per_s \(open loop\) or concurrency"),
+        ({"phases": [PHASE, PHASE]}, "two have the same name"),
+        ({"phases": []}, "give phases or a trace"),
+        ({"loads": [0]}, "loads: each is above 0"),
+        ({"slo": {"jct": 1}}, "slo.jct: unknown key; known: jct_s, ttft_s, tpot_s"),
+        ({"phases": [{**PHASE, "characters": [50, 60]}]}, "phases.one.characters: no problem is that long"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path: Path, keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read(tmp_path, **keys)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no shipped workload of that name; known: .*phases"):
+        workload.load("nothing")
+    with pytest.raises(InputError, match="No such file"):
+        read(tmp_path, problems="none.jsonl")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_ones_are_whole(path: Path) -> None:
+    source = workload.load(path.stem)
+    script = source.draw(1, 0)
+    assert script.arrivals or script.closed

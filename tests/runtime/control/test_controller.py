@@ -1,0 +1,272 @@
+"""The loop over fake engines, on a clock that jumps: it moves memory to where the work is, and nothing stops it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from agents.role import Message, Value
+from runtime.control import catalogue
+from runtime.control.controller import BURST, Controller
+from runtime.control.decision_log import Record
+from runtime.control.forecast import Forecast
+from runtime.control.guard import Guard
+from runtime.control.observer import Observer, Terms
+from runtime.control.policy import Decision, Policy
+from runtime.control.snapshot import Snapshot
+from runtime.engines.base import GenerateRequest, Grant, ResizeOutcome
+from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
+from runtime.engines.ledger import Ledger
+from runtime.engines.sharing import Sharing
+from runtime.errors import TroupeError
+from runtime.events import JobAdvanced
+from runtime.simulation import virtual_time
+from runtime.telemetry.reading import DeviceReading, Reading
+
+MIB = 1 << 20
+DEVICE = 1000 * MIB
+MEMORY = FakeMemory(device=DEVICE, fixed=100 * MIB, floor=10 * MIB, token=MIB // 100, block_tokens=100)
+"""A request of a prompt and up to 99 tokens takes 1 MiB."""
+WORDS = " ".join(["word"] * 20)
+TIMES = ServiceTime(step_s=0.01, token_s=0, prefill_s=0)
+
+
+class Rig:
+    """Two engines at 0.4 of the device each, their controller, and what it published."""
+
+    def __init__(self) -> None:
+        self.engines = {name: Slow(name) for name in ("a", "b")}
+        self.ledger = Ledger(800 * MIB)
+        self.sharing = Sharing(self.engines, self.ledger)
+        self.records: list[Record] = []
+        self.forecast = Forecast()
+        self.reading = Reading("gpu", (DeviceReading("GPU", 0, 0),))
+        self.controller: Controller
+
+    def share(self, name: str) -> float:
+        return round(self.engines[name].grant.gpu_memory_utilization, 3)
+
+    async def ask(self, name: str, count: int) -> None:
+        """So many requests to an engine at once, until all are answered."""
+
+        async def one(number: int) -> None:
+            request = GenerateRequest(f"{name}{number}", (Message("user", "hello"),), 0.0, 1.0, 50)
+            async for _ in self.engines[name].generate(request):
+                pass
+
+        await asyncio.gather(*(one(number) for number in range(count)))
+
+    async def keep_busy(self, name: str) -> None:
+        """More than it can run at once, for ever."""
+        while True:
+            await self.ask(name, 1000)
+
+
+class Slow(FakeEngine):
+    """A fake engine whose resizes can be made to hang or be killed."""
+
+    def __init__(self, name: str) -> None:
+        grant = Grant(0.4, 500, 2048)
+        super().__init__(name, lambda request: WORDS, 500, TIMES, time_scale=1, memory=MEMORY, grant=grant)
+        self.hang = asyncio.Event()
+        self.hang.set()
+
+    async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
+        await self.hang.wait()
+        return await super().resize(grant, grace_s)
+
+
+class Broken(Policy):
+    """Raises."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        raise RuntimeError("broken")
+
+
+@asynccontextmanager
+async def rig(policy: str | Policy = "waterfill", shadow: str | None = None, **options: Any) -> AsyncIterator[Rig]:
+    rig = Rig()
+    for engine in rig.engines.values():
+        await engine.start()
+        rig.ledger.claim(engine.name, 400 * MIB)
+    chosen = catalogue.make(policy) if isinstance(policy, str) else policy
+    rig.controller = Controller(
+        rig.engines,
+        rig.sharing,
+        Observer(rig.engines, rig.forecast, {"b": Terms(priority=2)}, lambda: rig.reading),
+        Guard("chosen", chosen),
+        shadow=Guard(shadow, catalogue.make(shadow)) if shadow else None,
+        publish=rig.records.append,
+        **options,
+    )
+    async with rig.controller:
+        yield rig
+    await rig.sharing.close()
+
+
+def simulated(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    def run() -> None:
+        virtual_time.run(test())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@simulated
+async def test_memory_goes_where_the_work_is_and_comes_back() -> None:
+    async with rig() as at:
+        work = asyncio.create_task(at.keep_busy("a"))
+        await asyncio.sleep(0.5)
+        assert at.share("a") > 0.65
+        assert at.share("b") < 0.15
+        work.cancel()
+        await asyncio.sleep(0.5)
+        assert at.share("a") == at.share("b") == 0.4
+        assert at.controller.counts.faults == 0
+        assert all(record.snapshot.budget_bytes == 800 * MIB for record in at.records)
+
+
+@simulated
+async def test_it_decides_every_tick_and_at_once_on_a_burst() -> None:
+    async with rig(every_s=10) as at:
+        await asyncio.sleep(25)
+        assert [record.cause for record in at.records] == ["start", "tick", "tick"]
+        work = asyncio.create_task(at.ask("a", 400))
+        await asyncio.sleep(0.001)
+        at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        await asyncio.sleep(0.02)
+        assert at.records[-1].cause == BURST
+        assert at.share("a") > 0.4
+        await work
+        await asyncio.sleep(0.1)
+        assert len(at.controller.counts.reactions_s) == 1
+
+
+@simulated
+async def test_a_foreign_process_shrinks_the_budget_before_memory_runs_out() -> None:
+    async with rig() as at:
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 900 * MIB),))
+        await asyncio.sleep(0.3)  # 100 free: 80 more than is held, but no more than the budget
+        assert at.share("a") == 0.4
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
+        await asyncio.sleep(0.15)  # nothing free: the reserve of 20 MiB is taken from ours, again at every tick
+        assert at.share("a") + at.share("b") < 0.8
+        assert at.records[-1].snapshot.device.foreign_bytes > 0
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
+        await asyncio.sleep(1)
+        assert at.share("a") == at.share("b") == 0.4
+
+
+@simulated
+async def test_a_lost_gpu_leaves_the_budget_and_is_in_the_record() -> None:
+    async with rig() as at:
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))
+        await asyncio.sleep(0.5)
+        assert at.records[-1].snapshot.device.fault == "GPU is lost"
+        assert at.share("a") == 0.4
+        at.reading = Reading("gpu", (), "driver not loaded")
+        await asyncio.sleep(0.5)
+        assert at.records[-1].snapshot.device.fault == "driver not loaded"
+
+
+@simulated
+async def test_a_policy_that_raises_leaves_the_last_grants_and_is_named() -> None:
+    async with rig(Broken(Value())) as at:
+        await asyncio.sleep(1)
+        assert at.share("a") == 0.4
+        assert at.records[-1].fault == "policy chosen raised RuntimeError('broken')"
+        assert at.controller.counts.faults == at.controller.counts.decisions > 5
+        at.controller.use(Guard("waterfill", catalogue.make("waterfill")))
+        work = asyncio.create_task(at.keep_busy("a"))
+        await asyncio.sleep(0.5)
+        assert at.share("a") > 0.6
+        work.cancel()
+
+
+@simulated
+async def test_an_engine_that_hangs_in_a_resize_stops_neither_the_loop_nor_itself() -> None:
+    async with rig() as at:
+        at.engines["b"].hang.clear()
+        work = asyncio.create_task(at.keep_busy("a"))
+        await asyncio.sleep(3)
+        before = len(at.records)
+        await asyncio.sleep(3)
+        assert len(at.records) > before + 20
+        at.engines["b"].hang.set()
+        await asyncio.sleep(1)
+        assert at.share("a") > 0.6
+        work.cancel()
+
+
+@simulated
+async def test_a_dead_engine_is_left_out_and_its_memory_kept_for_it() -> None:
+    async with rig() as at:
+        at.engines["b"].kill()
+        work = asyncio.create_task(at.keep_busy("a"))
+        await asyncio.sleep(0.5)
+        assert set(at.records[-1].snapshot.engines) == {"a"}
+        assert at.records[-1].snapshot.budget_bytes == 400 * MIB
+        assert at.share("a") == 0.4
+        work.cancel()
+
+
+@simulated
+async def test_pause_pin_and_another_policy_while_it_runs() -> None:
+    async with rig() as at:
+        at.controller.pin("b")
+        work = asyncio.create_task(at.keep_busy("a"))
+        await asyncio.sleep(0.5)
+        assert (at.share("a"), at.share("b")) == (0.4, 0.4)
+        at.controller.pin("b", Grant(0.3, 500, 2048))
+        await asyncio.sleep(0.5)
+        assert (at.share("a"), at.share("b")) == (0.5, 0.3)
+        at.controller.pause()
+        await asyncio.sleep(0.2)
+        at.controller.unpin("b")
+        before = len(at.records)
+        await asyncio.sleep(1)
+        assert len(at.records) == before
+        assert (at.share("a"), at.share("b")) == (0.5, 0.3)
+        at.controller.resume()
+        await asyncio.sleep(0.5)
+        assert at.share("b") < 0.15
+        at.controller.use(Guard("static", catalogue.make("static")))
+        await asyncio.sleep(1)
+        assert (at.share("a"), at.share("b")) == (0.4, 0.4)
+        assert at.controller.policy == at.records[-1].policy == "static"
+        work.cancel()
+
+
+@simulated
+async def test_what_cannot_be_pinned_says_why() -> None:
+    async with rig() as at:
+        with pytest.raises(TroupeError, match="there is no engine 'c'; there are a, b"):
+            at.controller.pin("c")
+        with pytest.raises(TroupeError, match=r"engine a: gpu_memory_utilization 0\.01 is below"):
+            at.controller.pin("a", Grant(0.01, 1, 2048))
+        assert not at.controller.pinned
+
+
+@simulated
+async def test_a_shadow_decides_and_moves_nothing() -> None:
+    async with rig("static", shadow="round_robin") as at:
+        await asyncio.sleep(3)
+        assert (at.share("a"), at.share("b")) == (0.4, 0.4)
+        assert at.records[-1].shadow_policy == "round_robin"
+        shadow = at.records[-1].shadow
+        assert shadow is not None
+        assert {round(grant.gpu_memory_utilization, 2) for grant in shadow.grants.values()} == {0.11, 0.69}
+
+
+@simulated
+async def test_telemetry_that_raises_costs_ticks_and_not_the_loop() -> None:
+    async with rig() as at:
+        good, at.reading = at.reading, None  # type: ignore[assignment]
+        await asyncio.sleep(0.5)
+        assert at.controller.counts.faults > 2
+        at.reading = good
+        before = len(at.records)
+        await asyncio.sleep(0.5)
+        assert len(at.records) > before

@@ -1,0 +1,66 @@
+"""What is coming is counted from what workflows know, and from how jobs went before."""
+
+import pytest
+
+from runtime.control.forecast import Forecast
+from runtime.events import JobAdvanced, JobEnded
+
+SEATS = {"planner": "p", "solver": "s", "critic": "c", "second": "c"}
+ALL_RUN = {"p": 1.0, "s": 1.0, "c": 1.0}
+
+
+@pytest.fixture
+def forecast() -> Forecast:
+    forecast = Forecast()
+    forecast.seat(SEATS)
+    return forecast
+
+
+def play(forecast: Forecast, job: str = "j") -> None:
+    """A plan of two steps, one after the other, with two critics on one engine."""
+    forecast.hear(JobAdvanced(job, "", {"planner": 1}, None))
+    forecast.hear(JobAdvanced(job, "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
+    forecast.hear(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {"solver": 1, "critic": 1, "second": 1}))
+    forecast.hear(JobAdvanced(job, "critic", {}, {"solver": 1, "critic": 1, "second": 1}))
+    forecast.hear(JobAdvanced(job, "second", {"solver": 1}, {"critic": 1, "second": 1}))
+    forecast.hear(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {}))
+    forecast.hear(JobAdvanced(job, "critic", {}, {}))
+    forecast.hear(JobAdvanced(job, "second", {}, {}))
+    forecast.hear(JobEnded(job, "42", None, 1.0))
+
+
+def test_what_a_workflow_knows_is_counted_by_engine(forecast: Forecast) -> None:
+    forecast.hear(JobAdvanced("j", "", {"planner": 1}, None))
+    assert not forecast.coming()
+    forecast.hear(JobAdvanced("j", "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
+    assert forecast.coming() == {"s": 1, "c": 4}
+    forecast.hear(JobAdvanced("k", "", {"solver": 1}, {"critic": 1}))
+    assert forecast.coming() == {"s": 1, "c": 5}
+    forecast.hear(JobEnded("j", None, "failed", 1.0))
+    assert {name: count for name, count in forecast.coming().items() if count} == {"c": 1}
+
+
+def test_a_job_without_a_plan_is_expected_to_go_as_jobs_did(forecast: Forecast) -> None:
+    play(forecast)
+    forecast.hear(JobAdvanced("k", "", {"planner": 1}, None))
+    assert {name: count for name, count in forecast.coming().items() if count} == {"s": 2, "c": 4}
+
+
+def test_soon_is_what_followed_before_on_what_runs_now(forecast: Forecast) -> None:
+    for number in range(200):
+        play(forecast, str(number))
+    forecast.hear(JobAdvanced("a", "", {"planner": 4}, None))
+    forecast.hear(JobAdvanced("b", "", {"solver": 2}, {}))
+    assert {name: count for name, count in forecast.open_calls().items() if count} == {"p": 4, "s": 2}
+    soon = forecast.soon(ALL_RUN)
+    assert soon["s"] == pytest.approx(4, rel=0.2)
+    assert soon["c"] == pytest.approx(4, rel=0.2)  # both critics, for each of the two
+    assert forecast.soon({"p": 0.5, "s": 0.0, "c": 0.0})["s"] == pytest.approx(2, rel=0.2)
+
+
+def test_nothing_is_left_of_jobs_that_ended(forecast: Forecast) -> None:
+    for number in range(5):
+        play(forecast, str(number))
+    assert not any(forecast.coming().values())
+    assert not any(forecast.soon(ALL_RUN).values())
+    forecast.hear(JobEnded("never heard of", None, None, 0))

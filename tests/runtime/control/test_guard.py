@@ -1,0 +1,97 @@
+"""A policy that does wrong is contained: nothing it does comes through, and what it did is said."""
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from agents.role import Value
+from runtime.control.guard import Guard
+from runtime.control.policy import Decision, Policy
+from runtime.control.snapshot import Snapshot
+from runtime.daemon import DaemonExecutor
+from runtime.engines.base import Grant
+from tests.runtime.control.views import LIMITS, snapshot, view
+
+SEEN = snapshot(view("a"), view("b"))
+
+
+class Says(Policy):
+    """Decides what it is told."""
+
+    def __init__(self, answer: Callable[[Snapshot], object]) -> None:
+        super().__init__(Value())
+        self._answer = answer
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        return self._answer(snapshot)  # type: ignore[return-value]  # a wrong one is the point
+
+
+def grants(**shares: float) -> Decision:
+    return Decision({name: Grant(share, 64, 2048) for name, share in shares.items()}, dict.fromkeys(shares, "so"))
+
+
+def fails(snapshot: Snapshot) -> object:
+    raise ValueError("out of ideas")
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (fails, "raised ValueError('out of ideas')"),
+        (lambda s: None, "None is no Decision"),
+        (lambda s: grants(a=math.nan), "engine a: gpu_memory_utilization nan"),
+        (lambda s: grants(a=math.inf), "engine a: gpu_memory_utilization inf"),
+        (lambda s: grants(a=0.01), "engine a: gpu_memory_utilization 0.01 is below the engine's floor of 0.1100"),
+        (lambda s: grants(c=0.2), "there is no engine 'c'"),
+        (lambda s: grants(a=0.4, b=0.4), "the engines would hold 838860800 bytes; the budget is 524288000"),
+        (lambda s: Decision({"a": Grant(0.2, 1000, 2048)}), "engine a: max_active_seqs 1000 is not within 1 to 64"),
+    ],
+)
+@pytest.mark.parametrize("threads", [False, True])
+async def test_what_is_wrong_is_said_and_nothing_decided(
+    answer: Callable[[Snapshot], object], says: str, threads: bool
+) -> None:
+    judged = await Guard("mine", Says(answer), DaemonExecutor("t") if threads else None).decide(SEEN)
+    assert judged.decision is None
+    assert judged.fault is not None
+    assert judged.fault.startswith("policy mine")
+    assert says in judged.fault
+
+
+async def test_a_good_decision_passes_and_may_leave_engines_out() -> None:
+    judged = await Guard("mine", Says(lambda s: grants(a=0.25)), DaemonExecutor("t")).decide(SEEN)
+    assert judged.fault is None
+    assert judged.decision == grants(a=0.25)
+
+
+async def test_shrinking_is_fine_even_where_it_does_not_yet_fit() -> None:
+    tight = snapshot(view("a", 400), view("b", 400), movable_mib=100)
+    judged = await Guard("mine", Says(lambda s: grants(a=0.3))).decide(tight)
+    assert judged.fault is None
+
+
+async def test_one_that_takes_too_long_is_not_waited_for_and_asked_again_only_when_it_is_through() -> None:
+    through = threading.Event()
+    asked = []
+
+    def slow(snapshot: Snapshot) -> Decision:
+        asked.append(1)
+        through.wait(30)
+        return grants(a=0.2)
+
+    guard = Guard("slow", Says(slow), DaemonExecutor("t"), limit_s=0.02)
+    async with asyncio.timeout(5):
+        assert (await guard.decide(SEEN)).fault == "policy slow took more than 0.02 s"
+        assert (await guard.decide(SEEN)).fault == "policy slow has not answered yet"
+        assert len(asked) == 1
+        through.set()
+        while (judged := await guard.decide(SEEN)).fault:  # noqa: ASYNC110  it is the guard that is asked again
+            await asyncio.sleep(0.01)
+    assert judged.decision == grants(a=0.2)
+
+
+def test_limits_of_the_tests() -> None:
+    assert LIMITS.share(LIMITS.kv_floor_bytes) == 0.11

@@ -1,0 +1,138 @@
+"""Every policy keeps the budget and the bounds, and does what its name says."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from runtime.control import catalogue
+from runtime.control.policies.paper import algorithm_1
+from runtime.control.policies.waterfill import water_fill
+from runtime.control.policy import bound, damp, fit
+from runtime.control.snapshot import Snapshot
+from runtime.errors import ConfigError
+from tests.runtime.control.views import LIMITS, MIB, sizes, snapshot, snapshots, view
+
+ALL = ("static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill")
+
+
+def decide(name: str, seen: Snapshot, **options: Any) -> dict[str, float]:
+    return sizes(catalogue.make(name, options).decide(seen), seen)
+
+
+def test_all_are_registered() -> None:
+    assert set(ALL) <= set(catalogue.names())
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=60, deadline=None)
+@given(seen=snapshots())
+def test_a_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen: Snapshot) -> None:
+    decision = catalogue.make(name).decide(seen)
+    assert set(decision.grants) == set(decision.reasons) == set(seen.engines)
+    held = 0
+    for engine, grant in decision.grants.items():
+        assert seen.engines[engine].limits.complaint(grant) is None
+        assert decision.reasons[engine]
+        held += seen.engines[engine].limits.held_bytes(grant.gpu_memory_utilization)
+    assert held <= seen.budget_bytes
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_pure(name: str) -> None:
+    seen = snapshot(view("a", in_flight=9, arrivals_per_s=3), view("b", soon=2.5, arrivals_per_s=1))
+    policy = catalogue.make(name)
+    assert policy.decide(seen).grants == policy.decide(seen).grants
+
+
+def test_static_is_equal_or_weighted_or_as_it_began() -> None:
+    seen = snapshot(view("a", 200), view("b", 100, in_flight=50))
+    assert decide("static", seen) == {"a": 150, "b": 150}
+    assert decide("static", seen, shares={"a": 3}) == {"a": 225, "b": 75}
+    assert decide("static", seen, shares="configured") == {"a": 200, "b": 100}
+
+
+def test_round_robin_gives_all_that_can_move_to_whose_turn_it_is() -> None:
+    views = [view("a"), view("b"), view("c")]
+    found = [decide("round_robin", snapshot(*views, now_s=now), turn_s=2) for now in (0, 1.9, 2, 4, 6)]
+    assert found[0] == found[1] == found[4] == {"a": 280, "b": 10, "c": 10}
+    assert found[2] == {"a": 10, "b": 280, "c": 10}
+    assert found[3] == {"a": 10, "b": 10, "c": 280}
+
+
+def test_algorithm_1_gives_the_shares_of_the_paper() -> None:
+    shares = algorithm_1([80, 40, 45, 25], [0.10, 0.30, 0.25, 0.35], [1, 2, 2, 1])
+    assert [round(share, 4) for share in shares] == [0.2385, 0.2538, 0.2115, 0.2961]
+    assert algorithm_1([0, 0], [0.1, 0.2], [1, 1]) == [0, 0]
+    assert algorithm_1([1, 1], [0.1, 0.1], [1, 2]) == pytest.approx([2 / 3, 1 / 3])
+    assert sum(algorithm_1([1, 9], [0.9, 0.9], [1, 1])) == pytest.approx(1)
+
+
+def test_paper_follows_arrivals_minimum_and_priority() -> None:
+    seen = snapshot(
+        view("a", arrivals_per_s=30, minimum_share=0.1), view("b", arrivals_per_s=30, minimum_share=0.1, priority=2)
+    )
+    assert decide("paper", seen) == {"a": 200, "b": 100}
+    assert decide("paper", snapshot(view("a"), view("b"))) == {"a": 10, "b": 10}
+
+
+def test_modelclaim_weighs_what_is_left_by_capped_counts() -> None:
+    seen = snapshot(view("a", 100, in_flight=100, completions_per_s=50), view("b", 100))
+    # 50 in use by each; of the other 200, weights 1 + 4 + 4 and 1
+    assert decide("modelclaim", seen) == {"a": 230, "b": 70}
+
+
+def test_on_demand_serves_who_waits_longest_and_takes_from_nobody_what_it_uses() -> None:
+    waits = view("a", 100, in_flight=64, running=40, oldest_wait_s=1)
+    waits_longer = view("b", 100, in_flight=300, running=50, oldest_wait_s=2)
+    found = decide("on_demand", snapshot(waits, waits_longer, movable_mib=160))
+    assert found == {"a": 50, "b": 110}
+
+
+def test_waterfill_gives_nobody_more_than_it_can_use_and_shares_what_is_short() -> None:
+    little, much, more = view("a", in_flight=4, soon=5), view("b", in_flight=50), view("c", in_flight=90)
+    assert decide("waterfill", snapshot(little, much, more, movable_mib=70), damping=0) == {"a": 10, "b": 30, "c": 30}
+    enough = decide("waterfill", snapshot(little, much, more, movable_mib=200), damping=0)
+    assert enough == {"a": 35, "b": 76, "c": 89}  # 10, 51 and 64 sequences, and of the 75 left a third for each
+
+
+def test_waterfill_prefers_the_urgent() -> None:
+    seen = snapshot(view("a", in_flight=60), view("b", in_flight=60, priority=2), movable_mib=60)
+    assert decide("waterfill", seen, damping=0) == {"a": 40, "b": 20}
+
+
+def test_waterfill_leaves_small_changes() -> None:
+    seen = snapshot(view("a", 148, in_flight=60), view("b", 152, in_flight=60))
+    assert decide("waterfill", seen) == {"a": 148, "b": 152}
+    assert decide("waterfill", seen, damping=0) == {"a": 150, "b": 150}
+
+
+def test_water_fill_passes_on_what_caps_leave() -> None:
+    assert water_fill(100, {"a": 1, "b": 1, "c": 1}, {"a": 10, "b": 1000, "c": 20}) == {"a": 10, "b": 70, "c": 20}
+    assert water_fill(100, {"a": 1, "b": 3}, {"a": 1000, "b": 1000}) == {"a": 25, "b": 75}
+    assert water_fill(100, {"a": 1, "b": 1}, {"a": 5, "b": 5}) == {"a": 5, "b": 5}
+    assert water_fill(0, {"a": 0}, {"a": 5}) == {"a": 0}
+
+
+def test_the_steps_bound_damp_and_fit() -> None:
+    seen = snapshot(view("a", 100), view("b", 100), movable_mib=100)
+    assert bound(seen, {"a": 0, "b": 1e12}) == {"a": LIMITS.kv_floor_bytes, "b": LIMITS.kv_ceiling_bytes}
+    assert damp(seen, {"a": 104 * MIB, "b": 90 * MIB}, 0.05) == {"a": 100 * MIB, "b": 90 * MIB}
+    assert fit(seen, {"a": 10 * MIB, "b": 40 * MIB}) == {"a": 10 * MIB, "b": 40 * MIB}
+    assert fit(seen, {"a": 10 * MIB, "b": 990 * MIB}) == {"a": 10 * MIB, "b": 90 * MIB}
+    nothing = fit(snapshot(view("a"), movable_mib=0), {"a": 50 * MIB})
+    assert nothing == {"a": 10 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("waterfil", {}, "did you mean waterfill"),
+        ("round_robin", {"turn_s": 0}, "control.policy.turn_s"),
+        ("round_robin", {"turns": 1}, "known keys are name, turn_s"),
+        ("static", {"shares": "fair"}, "control.policy.shares"),
+    ],
+)
+def test_a_wrong_choice_names_the_key(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        catalogue.make(name, options)

@@ -1,0 +1,67 @@
+"""What requests are charged adds up to what the engine held, whoever came when."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.engines.account import Account
+from runtime.simulation import virtual_time
+
+
+async def call(account: Account, begins_s: float, seconds: float) -> tuple[float, float]:
+    await asyncio.sleep(begins_s)
+    before = account.spent()
+    with account.request():
+        await asyncio.sleep(seconds)
+    spent = account.spent() - before
+    return spent.byte_seconds, spent.engine_seconds
+
+
+def test_two_requests_share_what_they_hold_at_the_same_time() -> None:
+    async def work() -> list[tuple[float, float]]:
+        account = Account()
+        account.hold(100)
+        found = await asyncio.gather(call(account, 1, 4), call(account, 3, 4))
+        assert (account.arrived, account.finished, account.in_flight) == (2, 2, 0)
+        assert account.idle.byte_seconds == pytest.approx(100)  # the first second
+        return found
+
+    # alone for 2 s, together for 2 s, alone for 2 s
+    first, second = virtual_time.run(work())
+    assert first == pytest.approx((300, 3))
+    assert second == pytest.approx((300, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    calls=st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 10)), min_size=1, max_size=12),
+    sizes=st.lists(st.integers(0, 1000), max_size=5),
+)
+def test_all_that_was_held_is_charged_or_idle(calls: list[tuple[float, float]], sizes: list[int]) -> None:
+    async def work() -> None:
+        account = Account()
+        account.hold(500)
+        held = 0.0
+        clock = asyncio.get_running_loop().time
+
+        async def resize() -> None:
+            nonlocal held
+            now_bytes, since_s = 500, clock()
+            for size in sizes:
+                await asyncio.sleep(3)
+                held += now_bytes * (clock() - since_s)
+                now_bytes, since_s = size, clock()
+                account.hold(size)
+            await asyncio.sleep(40 - clock())
+            held += now_bytes * (clock() - since_s)
+
+        resizing = asyncio.create_task(resize())
+        charged = await asyncio.gather(*(call(account, begins, seconds) for begins, seconds in calls))
+        await resizing
+        account.spent()
+        assert sum(spent for spent, _ in charged) + account.idle.byte_seconds == pytest.approx(held)
+        assert sum(seconds for _, seconds in charged) + account.idle.engine_seconds == pytest.approx(40)
+
+    virtual_time.run(work())
