@@ -6,6 +6,7 @@ import click
 
 from runtime import config as configuration
 from runtime.jobs import team as teams
+from runtime.session import Guards
 
 
 @click.group()
@@ -19,6 +20,7 @@ def check(file: str) -> None:
     """Hold FILE (or the name of a shipped configuration) against everything it names, without starting an engine."""
     found = configuration.load(file)
     team = teams.assemble(found)
+    Guards(found.control, threads=False)
     click.echo(f"{found.source}: OK ({len(found.engines)} engines; {', '.join(team.seats)}; {found.workflow.name})")
 
 

@@ -125,6 +125,7 @@ class FakeEngine(EngineHandle):
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._stepping: asyncio.Task[None] | None = None
+        self._between_steps = asyncio.Event()
         self._shrink: tuple[Deferred, asyncio.TimerHandle] | None = None
         self._requests = self._prompt_tokens = self._completion_tokens = self._preemptions = 0
 
@@ -191,7 +192,9 @@ class FakeEngine(EngineHandle):
             prefill = sum(s.prompt_tokens + s.written for s in self._running if not s.computed)
             seconds = self._times.step_s + self._times.token_s * len(self._running) + self._times.prefill_s * prefill
             stepped = list(self._running)
+            self._between_steps.clear()
             await self._spend(seconds * self._time_scale)
+            self._between_steps.set()
             for sequence in stepped:
                 self._write(sequence)
             self._preempt()
@@ -280,6 +283,8 @@ class FakeEngine(EngineHandle):
             return Rejected(grant, f"engine {self.name} is {self._state}")
         if complaint := self._limits.complaint(grant):
             return Rejected(grant, f"engine {self.name}: {complaint}")
+        if self._stepping and not self._stepping.done():
+            await self._between_steps.wait()  # as calls of a real one are answered between two of its steps
         self._settle(None)
         before, self.grant = self.grant, grant
         self.account.hold(self._limits.held_bytes(grant.gpu_memory_utilization))

@@ -1,13 +1,14 @@
 """`waterfill`, the default: max-min fair. Nobody gets more than it can use, and what is short is shared equally.
 
-Memory beyond the sequences that an engine has, or is about to have, buys nothing; so each can use as much as its calls
-in flight need, and those that will follow on what runs elsewhere now. Where that is more than there is, all engines are
-filled to the same number of sequences, and those that need fewer leave the rest to the others. What nobody can use
-now is spread evenly, for whoever needs it first.
+Memory beyond the sequences that an engine has buys nothing; so each can use as much as its calls in flight need. Where
+that is more than there is, all engines are filled to the same number of sequences, and those that need fewer leave the
+rest to the others. What is left then goes ahead of the work: to where the calls will come that follow on what runs now.
+What nobody expects to use is spread evenly, for whoever needs it first.
 
 The bottleneck of a team is the engine with the longest queue, so it is the one that is filled last and most, and is
-found again at every decision: while work passes from role to role, memory goes with it. Weighing engines by what is
-queued, or by the work in it, was tried and is worse: it starves the next engine, behind which the jobs then wait.
+found again at every decision: while work passes from role to role, memory goes with it. Tried in simulation and worse:
+weighing engines by what is queued or by the work in it, which starves the next engine, behind which jobs then wait; and
+keeping memory for expected calls where it is short.
 """
 
 from collections.abc import Mapping
@@ -36,25 +37,28 @@ class Waterfill(Policy):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         views = snapshot.engines
-        usable = bound(snapshot, self._usable(snapshot))
         weights = {name: view.sequence_bytes / view.priority for name, view in views.items()}
-        filled = water_fill(snapshot.movable_bytes, weights, usable)
-        spread = max(snapshot.movable_bytes - sum(filled.values()), 0.0) / max(len(views), 1)
-        wanted = bound(snapshot, {name: size + spread for name, size in filled.items()})
+        present = bound(snapshot, self._need(snapshot))
+        filled = water_fill(snapshot.movable_bytes, weights, present)
+        left = max(snapshot.movable_bytes - sum(filled.values()), 0.0)
+        expected = {name: view.soon * view.sequence_bytes for name, view in views.items()}
+        ahead = water_fill(left, weights, expected) if left else dict.fromkeys(views, 0.0)
+        spread = max(left - sum(ahead.values()), 0.0) / max(len(views), 1)
+        wanted = bound(snapshot, {name: size + ahead[name] + spread for name, size in filled.items()})
 
         def word(name: str) -> str:
-            view, part, most = views[name], filled[name], usable[name]
+            view, part, most = views[name], filled[name], present[name]
             got = f"all that it can use, {mib(most)}" if part >= most else f"{mib(part)} of the {mib(most)} it can use"
-            return f"{view.in_flight} in flight, {view.soon:.1f} soon: {got}"
+            return f"{view.in_flight} in flight: {got}; {view.soon:.1f} expected: {mib(ahead[name])}"
 
         return decision(snapshot, fit(snapshot, damp(snapshot, wanted, self.options.damping)), word)
 
-    def _usable(self, snapshot: Snapshot) -> Sizes:
-        """Bytes for every sequence that an engine has or is about to have, as far as it may run them at once."""
+    def _need(self, snapshot: Snapshot) -> Sizes:
+        """Bytes for every sequence that an engine has, and one to spare, as far as it may run them at once."""
         spare, sizes = self.options.spare, {}
         for name, view in snapshot.engines.items():
-            sequences, most = view.in_flight + view.soon + spare, view.limits.seqs_ceiling
-            sizes[name] = (min(most, sequences)) * view.sequence_bytes
+            sequences, most = view.in_flight + spare, view.limits.seqs_ceiling
+            sizes[name] = (sequences if sequences < most else most) * view.sequence_bytes
         return sizes
 
 

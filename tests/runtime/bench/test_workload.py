@@ -1,7 +1,9 @@
-"""Workloads: drawn the same from the same seed, at the rate and burstiness they say; wrong ones refused by key and line."""
+"""Workloads: drawn the same from the same seed, at the rate and burstiness they say; wrong ones refused by key and
+line."""
 
 import json
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def read(folder: Path, **keys: Any) -> Source:
 
 def gaps(source: Source, load: float = 1) -> list[float]:
     times = [arrival.at_s for arrival in source.draw(load, 0).arrivals]
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 def test_arrivals_come_at_the_rate_times_the_load(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_a_wrong_key_is_named(tmp_path: Path, keys: dict[str, Any], says: str) -
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no shipped workload of that name; known: .*phases"):
+    with pytest.raises(ConfigError, match=r"no shipped workload of that name; known: .*phases"):
         workload.load("nothing")
     with pytest.raises(InputError, match="No such file"):
         read(tmp_path, problems="none.jsonl")

@@ -32,7 +32,7 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def take_the_lowest(self) -> None:
         """What holds nothing worth finding is handed out from below, before anything that does."""
-        free = [block for block in self.pool.free_block_queue.get_all_free_blocks()]
+        free = self.pool.free_block_queue.get_all_free_blocks()
         plain = [block.block_id for block in free if block.block_hash is None]
         if free:
             [block] = self.pool.get_new_blocks(1)

@@ -1,0 +1,102 @@
+"""Two benchmarks side by side: ratios of medians, and whether they are more than noise."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from runtime.bench import results
+from runtime.bench.metrics_table import METRICS, number
+from runtime.bench.results import Spread, Summary
+from runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one policy at one load. `ratio` is b to a, None where a is 0; `clear` says that the ranges over the
+    repeats do not overlap, `better` which side is ahead then."""
+
+    policy: str
+    load: float
+    metric: str
+    a: Spread
+    b: Spread
+    ratio: float | None
+    clear: bool
+    better: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and what makes the two hard to compare."""
+
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare what both folders have. Raises InputError where that is nothing, or one is no benchmark."""
+    one, other = results.read_summary(a), results.read_summary(b)
+    rows = [
+        _row(point.policy, point.load, name, point.metrics[name], twin.metrics[name])
+        for point in one.points
+        for twin in other.points
+        if (point.policy, point.load) == (twin.policy, twin.load)
+        for name in point.metrics
+        if name in twin.metrics
+    ]
+    if not rows:
+        raise InputError(
+            f"{a} and {b} have no policy at the same load: {_what(one)} there, {_what(other)} here; "
+            "run both with the same --policies and --loads"
+        )
+    return Comparison(tuple(rows), tuple(_differences(one, other)))
+
+
+def table(comparison: Comparison, everything: bool = False) -> Table:
+    """For the terminal: the main metrics, or all."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("policy", "load", "metric", "a", "b", "b/a", ""):
+        shown.add_column(title, justify="left" if title in ("policy", "metric", "") else "right", no_wrap=True)
+    for row in comparison.rows:
+        metric = METRICS.get(row.metric)
+        if not everything and not (metric and metric.main):
+            continue
+        title = f"{metric.title} {metric.unit}".strip() if metric else row.metric
+        verdict = "within noise" if not row.clear else f"{row.better} is better" if row.better else "differs"
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        shown.add_row(
+            row.policy,
+            f"{row.load:g}",
+            title,
+            number(row.metric, row.a.median),
+            number(row.metric, row.b.median),
+            ratio,
+            verdict,
+        )
+    return shown
+
+
+def _row(policy: str, load: float, name: str, a: Spread, b: Spread) -> Row:
+    clear = a.most < b.least or b.most < a.least
+    metric = METRICS.get(name)
+    better = None
+    if clear and metric and metric.better:
+        better = "a" if (a.median < b.median) == (metric.better == "lower") else "b"
+    return Row(policy, load, name, a, b, b.median / a.median if a.median else None, clear, better)
+
+
+def _differences(a: Summary, b: Summary) -> list[str]:
+    pairs = {
+        "kind": (a.kind, b.kind),
+        "workload": (a.workload, b.workload),
+        "config": (a.config, b.config),
+        "slo": (a.slo, b.slo),
+        "machine": (dict(a.machine), dict(b.machine)),
+        "repeats": (a.repeats, b.repeats),
+    }
+    return [f"{name} differs: {one} and {other}" for name, (one, other) in pairs.items() if one != other]
+
+
+def _what(summary: Summary) -> str:
+    return f"{', '.join(summary.policies)} at {', '.join(f'{load:g}' for load in summary.loads)}"

@@ -1,0 +1,55 @@
+"""What each metric is: its title, unit, which way is better, and how many digits are worth reading."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`main` ones are shown without being asked for."""
+
+    title: str
+    unit: str
+    better: Better | None
+    digits: int
+    main: bool = False
+
+
+def _times(title: str, unit: str, suffix: str, digits: int, main: tuple[str, ...]) -> dict[str, Metric]:
+    kinds = ("mean", "median", "p90", "p95", "p99")
+    return {f"{k}_{suffix}": Metric(f"{title} {k}", unit, "lower", digits, k in main) for k in kinds}
+
+
+METRICS: Mapping[str, Metric] = {
+    **_times("JCT", "s", "jct_s", 2, ("mean", "median", "p95", "p99")),
+    "job_throughput": Metric("jobs", "/s", "higher", 2, main=True),
+    "goodput": Metric("goodput", "jobs/s", "higher", 2, main=True),
+    "request_throughput": Metric("requests", "/s", "higher", 1),
+    "output_throughput": Metric("output tokens", "/s", "higher", 0, main=True),
+    "accuracy": Metric("accuracy", "", "higher", 3, main=True),
+    **_times("TTFT", "ms", "ttft_ms", 0, ("median", "p99")),
+    **_times("TPOT", "ms", "tpot_ms", 1, ("median", "p99")),
+    **_times("longest ITL", "ms", "itl_ms", 1, ()),
+    **_times("E2EL", "ms", "e2el_ms", 0, ()),
+    "gib_seconds_per_job": Metric("memory a job", "GiB s", "lower", 3, main=True),
+    "engine_seconds_per_job": Metric("engine time a job", "s", "lower", 3),
+    "cost_per_job": Metric("cost a job", "", "lower", 6, main=True),
+    "preemptions": Metric("preemptions", "", "lower", 0, main=True),
+    "resizes": Metric("resizes", "", None, 0, main=True),
+    "moved_gib": Metric("moved", "GiB", None, 2),
+    "decisions": Metric("decisions", "", None, 0),
+    "policy_faults": Metric("policy faults", "", "lower", 0),
+    "reaction_p50_ms": Metric("burst to memory p50", "ms", "lower", 1),
+    "reaction_p95_ms": Metric("burst to memory p95", "ms", "lower", 1),
+    "failed": Metric("failed", "jobs", "lower", 0, main=True),
+    "jobs": Metric("jobs", "", None, 0),
+    "duration_s": Metric("duration", "s", None, 1),
+}
+
+
+def number(name: str, value: float) -> str:
+    """A value with the digits of its metric."""
+    return f"{value:,.{METRICS[name].digits}f}" if name in METRICS else f"{value:g}"

@@ -1,0 +1,236 @@
+"""A benchmark's plots as PNG files. The only importer of matplotlib.
+
+A policy has one colour in all plots (Okabe and Ito's, which the colour-blind can tell apart); the limit is grey.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from runtime.bench import results
+from runtime.bench.results import JobRow, Moment, Summary
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+GREY = "#888888"
+BINS = 240
+"""Moments are averaged into so many bins of time: more cannot be seen."""
+MIB = 1 << 20
+Panel = Callable[[Axes, Sequence[float], Mapping[str, list[Moment]]], None]
+Values = Callable[[JobRow], list[float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot on disk, and how to read it."""
+
+    title: str
+    reading: str
+    path: Path
+
+
+def draw(folder: Path) -> list[Plot]:
+    """Draw all plots of a benchmark's folder into `plots` in it."""
+    summary = results.read_summary(folder)
+    jobs = list(results.read_jobs(folder))
+    moments = list(results.read_moments(folder))
+    (folder / "plots").mkdir(exist_ok=True)
+    drawn = (
+        (
+            "Job completion time over load" if len(summary.loads) > 1 else "Job completion time",
+            "Lower is better. Points are medians over the repeats, bars the range; the limit has memory for everyone.",
+            "latency",
+            latency(summary),
+        ),
+        (
+            "Job completion times, all jobs",
+            "How many of all jobs (up) were answered within so many seconds (across): further left is better.",
+            "jct-cdf",
+            distribution(summary, _by_policy(jobs, lambda job: [job.jct_s]), "job completion time, s"),
+        ),
+        (
+            "Time to first token, all calls",
+            "The same for every call's wait until its engine's first token.",
+            "ttft-cdf",
+            distribution(summary, _by_policy(jobs, lambda job: [c.ttft_s for c in job.calls]), "TTFT, s"),
+        ),
+        (
+            "Who had the memory",
+            "Each engine's KV cache over the first repeat, stacked: a policy that follows the work changes with it.",
+            "shares",
+            shares(summary, moments),
+        ),
+        (
+            "Who waited",
+            "Requests that wait in front of each engine, over the same time.",
+            "queues",
+            queues(summary, moments),
+        ),
+    )
+    plots = []
+    for title, reading, name, figure in drawn:
+        path = folder / "plots" / f"{name}.png"
+        FigureCanvasAgg(figure).print_png(str(path))
+        plots.append(Plot(title, reading, path))
+    return plots
+
+
+def latency(summary: Summary) -> Figure:
+    """p95 job completion time over loads; for a single load p50, p95 and p99 side by side."""
+    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if len(summary.loads) > 1:
+        _over_loads(axes, summary)
+    else:
+        _side_by_side(axes, summary)
+    axes.set_ylabel("job completion time, s")
+    axes.set_yscale("log")
+    axes.grid(axis="y", alpha=0.3)
+    _legend(axes)
+    return figure
+
+
+def _over_loads(axes: Axes, summary: Summary) -> None:
+    for policy in summary.policies:
+        spreads = [summary.point(policy, load).metrics["p95_jct_s"] for load in summary.loads]
+        medians = [spread.median for spread in spreads]
+        low = [spread.median - spread.least for spread in spreads]
+        high = [spread.most - spread.median for spread in spreads]
+        style = "--" if policy == summary.limit else "-"
+        axes.errorbar(
+            summary.loads,
+            medians,
+            (low, high),
+            label=policy,
+            color=_colour(summary, policy),
+            marker="o",
+            markersize=4,
+            linestyle=style,
+            capsize=3,
+        )
+    axes.set_xlabel("load, in multiples of the workload's rate")
+    axes.set_title("p95", loc="left", fontsize=10)
+
+
+def _side_by_side(axes: Axes, summary: Summary) -> None:
+    names = ("median_jct_s", "p95_jct_s", "p99_jct_s")
+    width = 0.8 / len(summary.policies)
+    for index, policy in enumerate(summary.policies):
+        spreads = [summary.point(policy, summary.loads[0]).metrics[name] for name in names]
+        places = [place + (index - (len(summary.policies) - 1) / 2) * width for place in range(len(names))]
+        medians = [spread.median for spread in spreads]
+        low = [spread.median - spread.least for spread in spreads]
+        high = [spread.most - spread.median for spread in spreads]
+        axes.errorbar(
+            places,
+            medians,
+            (low, high),
+            label=policy,
+            color=_colour(summary, policy),
+            marker="o",
+            linestyle="none",
+            capsize=3,
+        )
+    axes.set_xticks(range(len(names)), ["p50", "p95", "p99"])
+
+
+def distribution(summary: Summary, values: Mapping[str, list[float]], label: str) -> Figure:
+    """The cumulative distribution of values under each policy."""
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for policy in summary.policies:
+        ordered = sorted(values.get(policy, ()))
+        if not ordered:
+            continue
+        heights = [(index + 1) / len(ordered) for index in range(len(ordered))]
+        style = "--" if policy == summary.limit else "-"
+        axes.plot(ordered, heights, label=policy, color=_colour(summary, policy), linestyle=style)
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel("part of all")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    _legend(axes)
+    return figure
+
+
+def shares(summary: Summary, moments: Iterable[Moment]) -> Figure:
+    """Every engine's KV cache over time, stacked, a panel a policy."""
+
+    def panel(axes: Axes, times: Sequence[float], engines: Mapping[str, list[Moment]]) -> None:
+        names = list(engines)
+        values = [[moment.engines[name].kv_cache_bytes / MIB for moment in engines[name]] for name in names]
+        axes.stackplot(times, values, labels=names, colors=COLOURS, alpha=0.85)
+
+    return _panels(summary, moments, panel, "KV cache, MiB")
+
+
+def queues(summary: Summary, moments: Iterable[Moment]) -> Figure:
+    """Requests that wait for every engine over time, a panel a policy."""
+
+    def panel(axes: Axes, times: Sequence[float], engines: Mapping[str, list[Moment]]) -> None:
+        for index, name in enumerate(engines):
+            waiting = [moment.engines[name].waiting for moment in engines[name]]
+            axes.plot(times, waiting, label=name, color=COLOURS[index % len(COLOURS)], linewidth=1)
+
+    return _panels(summary, moments, panel, "waiting")
+
+
+def _panels(summary: Summary, moments: Iterable[Moment], panel: Panel, label: str) -> Figure:
+    policies = [policy for policy in summary.policies if policy != summary.limit] or list(summary.policies)
+    load = summary.loads[len(summary.loads) // 2]
+    series: dict[str, list[Moment]] = defaultdict(list)
+    for moment in moments:
+        if moment.repeat == 0 and moment.load == load:
+            series[moment.policy].append(moment)
+    columns = 2 if len(policies) > 1 else 1
+    rows = -(-len(policies) // columns)
+    figure = Figure(figsize=(8, 1.9 * rows + 0.6), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, policy in zip(grid.flat, policies, strict=False):
+        thinned = _thinned(series[policy])
+        axes.set_title(policy, loc="left", fontsize=9)
+        if thinned:
+            names = [name for name in thinned[0].engines if all(name in moment.engines for moment in thinned)]
+            panel(axes, [moment.at_s for moment in thinned], dict.fromkeys(names, thinned))
+    for axes in list(grid.flat)[len(policies) :]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        axes.set_xlabel("s")
+    for row in grid:
+        row[0].set_ylabel(label)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _thinned(moments: Sequence[Moment]) -> list[Moment]:
+    """At most one moment a bin of time."""
+    if len(moments) <= BINS:
+        return list(moments)
+    end_s = moments[-1].at_s or 1.0
+    kept = {int(moment.at_s / end_s * BINS): moment for moment in moments}
+    return list(kept.values())
+
+
+def _by_policy(jobs: Iterable[JobRow], values: Values) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for job in jobs:
+        if job.error is None:
+            found[job.policy] += values(job)
+    return found
+
+
+def _colour(summary: Summary, policy: str) -> str:
+    if policy == summary.limit:
+        return GREY
+    return COLOURS[[p for p in summary.policies if p != summary.limit].index(policy) % len(COLOURS)]
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=8, ncols=2)

@@ -1,0 +1,63 @@
+"""`troupe bench` as a user runs it: real engines, real team, two policies, a report; and the decisions behind it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.bench import results
+from tests.e2e.conftest import REPOSITORY, Command
+
+pytestmark = pytest.mark.e2e
+
+WORKLOAD = f"""
+problems: {REPOSITORY}/configs/problems/held-out.jsonl
+slo: {{jct_s: 30}}
+phases:
+  - {{name: plan, seconds: 2, jobs_per_s: 8, workflow: {{plans: 6, critics: []}}}}
+  - {{name: vote, seconds: 2, concurrency: 10, workflow: {{name: vote, samples: 4}}}}
+"""
+
+
+def test_bench_runs_policies_in_turn_and_replay_reads_its_log(troupe: Command, tmp_path: Path) -> None:
+    workload, out = tmp_path / "mine.yaml", tmp_path / "out"
+    workload.write_text(WORKLOAD)
+    policies = "round_robin,waterfill"
+    done = troupe.run("bench", workload, "-p", policies, "--repeats", 1, "--no-limit", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    troupe.nothing_left()
+    summary = results.read_summary(out)
+    assert json.loads(done.stdout)["policies"] == ["round_robin", "waterfill"]
+    for policy in ("round_robin", "waterfill"):
+        metrics = summary.point(policy, 1.0).metrics
+        assert metrics["failed"].median == 0
+        assert metrics["policy_faults"].median == 0
+        assert metrics["accuracy"].median > 0.95
+        assert metrics["resizes"].median > 0
+    assert {row.phase for row in results.read_jobs(out)} == {"plan", "vote"}
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+
+    [log] = (tmp_path / "home").rglob("decisions.jsonl")
+    replayed = troupe.run("replay", log, "--policy", "static", "--json")
+    assert replayed.returncode == 0, replayed.stderr
+    totals = json.loads(replayed.stdout.splitlines()[-1])["summary"]
+    assert totals["records"] > 20
+    assert totals["differing"] > 5
+    assert totals["faults"] == 0
+
+
+def test_a_benchmark_that_is_interrupted_keeps_its_rows_and_leaves_nothing_running(
+    troupe: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = troupe.start("bench", "closed", "-p", "static", "--out", out)
+    jobs = out / results.JOBS
+    troupe.wait_until(lambda: bool(troupe.engines()), seconds=60)
+    troupe.wait_until(lambda: jobs.exists() and jobs.stat().st_size > 10_000, seconds=90)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    troupe.nothing_left()
+    assert not (out / results.SUMMARY).exists()
+    assert list(results.read_jobs(out))
