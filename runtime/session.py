@@ -134,6 +134,7 @@ class Crew:
         log: DecisionLog | None = None,
     ) -> None:
         self.engines = engines
+        self._price = control.price_per_gpu_hour
         self._listener = listener
         self._forecast = Forecast()
         self.controller = Controller(
@@ -152,7 +153,7 @@ class Crew:
     def orchestrate(self, team: Team) -> Orchestrator:
         """Runs jobs of a team over these engines; what happens to them is told to forecast, controller and listener."""
         self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
-        return Orchestrator(team, self.engines, self._hear)
+        return Orchestrator(team, self.engines, self._hear, self._price)
 
     def _hear(self, event: Event) -> None:
         self._forecast.hear(event)

@@ -48,6 +48,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.telemetry",
     ),
     "runtime.simulation": (
+        "agents",
+        "runtime.bench.workload",
         "runtime.config",
         "runtime.control",
         "runtime.engines",

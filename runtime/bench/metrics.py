@@ -1,8 +1,7 @@
 """What a run comes to: metrics by the names, units and definitions of `vllm bench serve`, and those of jobs beside
 them.
 
-ITL is taken from each call's chunks at its mean (TPOT's definition) and at its longest; a job is good when it is
-answered, not wrong where that can be told, and within every limit of the SLO.
+A job is good when it is answered, not wrong where that can be told, and within every limit of the SLO.
 """
 
 import statistics
@@ -15,14 +14,7 @@ from runtime.jobs.batch import percentile
 GIB = 1 << 30
 
 
-def metrics(
-    rows: Sequence[JobRow],
-    seconds: float,
-    slo: Slo,
-    counts: Counts,
-    preemptions: int,
-    price_per_gib_second: float | None,
-) -> dict[str, float]:
+def metrics(rows: Sequence[JobRow], seconds: float, slo: Slo, counts: Counts, preemptions: int) -> dict[str, float]:
     """Figures of one run. Jobs that failed count in `failed`, and in nothing that is about time."""
     done = [row for row in rows if row.error is None]
     calls = [call for row in done for call in row.calls]
@@ -45,8 +37,8 @@ def metrics(
     }
     if judged:
         found["accuracy"] = statistics.fmean(judged)
-    if price_per_gib_second is not None:
-        found["cost_per_job"] = found["gib_seconds_per_job"] * price_per_gib_second
+    if costs := [row.cost for row in rows if row.cost is not None]:
+        found["cost_per_job"] = statistics.fmean(costs)
     if done:
         found |= _spread("jct_s", [row.jct_s for row in done])
     for name, values in _of_calls(calls).items():
@@ -75,7 +67,7 @@ def _of_calls(calls: Iterable[CallRow]) -> Mapping[str, list[float]]:
         values["e2el"].append(call.e2el_s)
         if call.completion_tokens > 1:
             values["tpot"].append(call.tpot_s)
-            values["itl"].append(call.itl_max_s)
+            values["itl"] += call.itl_s
     return {name: found for name, found in values.items() if found}
 
 

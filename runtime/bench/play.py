@@ -1,7 +1,7 @@
 """Plays a drawn workload once: starts each job when it comes, and notes what became of it and of its calls."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, cycle, pairwise
 
@@ -89,7 +89,13 @@ def call_row(call: CallEnded, started_s: float) -> CallRow:
         ttft_s=times[0] - call.asked_s,
         e2el_s=times[-1] - call.asked_s,
         tpot_s=(times[-1] - times[0]) / (tokens - 1) if tokens > 1 else 0.0,
-        itl_max_s=max((later - earlier for earlier, later in pairwise(times)), default=0.0),
+        itl_s=tuple(_between_tokens(times, call.chunk_tokens)),
         prompt_tokens=call.prompt_tokens,
         completion_tokens=tokens,
     )
+
+
+def _between_tokens(times_s: Sequence[float], tokens: Sequence[int]) -> Iterator[float]:
+    for (earlier, later), together in zip(pairwise(times_s), tokens[1:], strict=False):
+        for _ in range(together):
+            yield round((later - earlier) / together, 6)

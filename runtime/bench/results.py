@@ -43,15 +43,15 @@ class Slo:
 
 @dataclass(frozen=True)
 class CallRow:
-    """One call of a job. Seconds: when it was asked, counted from the run's start; to its first token; to its last;
-    the mean between two tokens (0 for a single one); the longest between two chunks."""
+    """One call of a job. Seconds: when it was asked, counted from the run's start; to its first token; to its last; the
+    mean between two tokens (0 for a single one); between each two tokens (those that come together share the time)."""
 
     seat: str
     asked_s: float
     ttft_s: float
     e2el_s: float
     tpot_s: float
-    itl_max_s: float
+    itl_s: tuple[float, ...]
     prompt_tokens: int
     completion_tokens: int
 
@@ -60,7 +60,8 @@ class CallRow:
 class JobRow:
     """One job: a line of `jobs.jsonl`. `arrived_s` counts from the run's start, `jct_s` from the arrival to the answer.
 
-    `gib_seconds` and `engine_seconds` are its part of the engines' memory and time.
+    `gib_seconds` and `engine_seconds` are its part of the engines' memory and time, `cost` what that came to where the
+    configuration has a price.
     """
 
     policy: str
@@ -74,6 +75,7 @@ class JobRow:
     error: str | None
     gib_seconds: float
     engine_seconds: float
+    cost: float | None
     calls: tuple[CallRow, ...]
 
 

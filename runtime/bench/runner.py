@@ -47,7 +47,6 @@ class Bench:
     take_job: Callable[[JobRow], None] = lambda row: None
     take_moment: Callable[[Moment], None] = lambda moment: None
     progress: Callable[[str], None] = lambda name: None
-    price_per_gib_second: float | None = None
     _player: Player | None = None
     _now: tuple[str, float, int] | None = None
     _started_s: float = 0.0
@@ -90,7 +89,6 @@ class Bench:
             self.source.workload.limits,
             counts,
             self._preemptions() - preempted,
-            self.price_per_gib_second,
         )
         return Run(rival.name, load, repeat, order, figures)
 
@@ -136,6 +134,7 @@ def moment(record: Record, policy: str, load: float, repeat: int) -> Moment:
 
 def _row(policy: str, load: float, repeat: int, played: Played) -> JobRow:
     result = played.result
+    costs = [used.cost for used in result.usage.values() if used.cost is not None]
     return JobRow(
         policy=policy,
         load=load,
@@ -148,5 +147,6 @@ def _row(policy: str, load: float, repeat: int, played: Played) -> JobRow:
         error=result.error,
         gib_seconds=sum(used.byte_seconds for used in result.usage.values()) / GIB,
         engine_seconds=sum(used.engine_seconds for used in result.usage.values()),
+        cost=sum(costs) if costs else None,
         calls=played.calls,
     )

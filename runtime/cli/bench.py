@@ -31,7 +31,6 @@ from runtime.jobs.team import Team
 from runtime.session import Guards, Session
 
 POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill"
-GIB = 1 << 30
 
 
 class _RunByDefault(click.Group):
@@ -199,7 +198,6 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
         device_bytes = min(engine.limits.device_bytes for engine in session.fleet.engines.values())
         guards = Guards(config.control)
         owned.callback(guards.close)
-        price = config.control.price_per_gpu_hour
         bench = Bench(
             session.crew,
             {phase: session.crew.orchestrate(crew) for phase, crew in teams.items()},
@@ -209,7 +207,6 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
             output.job,
             output.moment,
             bar.next,
-            None if price is None else price / 3600 / (device_bytes / GIB),
         )
         running.append(bench)
         runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats)

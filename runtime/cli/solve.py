@@ -334,9 +334,11 @@ def _result(result: JobResult) -> str:
 
 def _summary(summary: Summary) -> str:
     accuracy = "" if summary.accuracy is None else f", {summary.accuracy:.1%} right"
+    costs = [used.cost for used in summary.usage.values() if used.cost is not None]
+    cost = f"; cost {sum(costs):.6f}" if costs else ""
     tokens = ", ".join(f"{seat} {used.prompt_tokens}+{used.completion_tokens}" for seat, used in summary.usage.items())
     return (
         f"{summary.problems} problems, {summary.failed} failed, {summary.unconfirmed} not confirmed{accuracy}\n"
         f"job time p50 {summary.job_time_p50_s:.2f} s, p90 {summary.job_time_p90_s:.2f} s, "
-        f"p99 {summary.job_time_p99_s:.2f} s; tokens in+out: {tokens or 'none'}"
+        f"p99 {summary.job_time_p99_s:.2f} s; tokens in+out: {tokens or 'none'}{cost}"
     )

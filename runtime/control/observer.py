@@ -34,7 +34,6 @@ class _Seen:
     arrivals_per_s: float = 0.0
     completions_per_s: float = 0.0
     sequence_bytes: float = 0.0
-    waiting_since_s: float | None = None
 
 
 class Observer:
@@ -106,7 +105,7 @@ class Observer:
             arrivals_per_s=seen.arrivals_per_s,
             completions_per_s=seen.completions_per_s,
             preemptions=stats.preemptions,
-            oldest_wait_s=0.0 if seen.waiting_since_s is None else now_s - seen.waiting_since_s,
+            oldest_wait_s=now_s - (now_s if (since_s := account.waiting_since_s(stats.running)) is None else since_s),
             sequence_bytes=seen.sequence_bytes,
             priority=terms.priority,
             minimum_share=terms.minimum_share,
@@ -122,10 +121,6 @@ class Observer:
             )
         elif not seen.sequence_bytes:  # nothing seen yet: as long as its floor, which holds a sequence of full length
             seen.sequence_bytes = float(engine.limits.kv_floor_bytes)
-        if account.in_flight > running:
-            seen.waiting_since_s = now_s if seen.waiting_since_s is None else seen.waiting_since_s
-        else:
-            seen.waiting_since_s = None
         seconds = now_s - seen.at_s
         if seconds <= 0:
             return

@@ -1,38 +1,43 @@
 """The contract of a policy, and the four steps that policies are put together from: want, bound, damp, fit to budget.
 
 A policy is pure: no clock, no I/O, no memory of its own; the same snapshot gives the same decision. Sizes are bytes of
-KV cache, which is what moves; a grant's share of the device follows from it.
+KV cache, which is what moves; a grant's share of the device follows from it. They are plain lists in the order of the
+snapshot's engines, since a decision about a thousand of them is to take no more than a millisecond.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from agents.role import Value
 from runtime.control.snapshot import Snapshot
 from runtime.engines.base import Grant
 
-Sizes = dict[str, float]
-"""Bytes of KV cache by engine."""
+Sizes = list[float]
+"""Bytes of KV cache of every engine, in the snapshot's order."""
 
 
 class Reasons(Mapping[str, str]):
     """A reason for every engine, put into words when it is read: most never are."""
 
-    def __init__(self, engines: Mapping[str, object], word: Callable[[str], str]) -> None:
+    def __init__(self, engines: Mapping[str, object], word: Callable[[int], str]) -> None:
         self._engines = engines
         self._word = word
 
     def __getitem__(self, engine: str) -> str:
         if engine not in self._engines:
             raise KeyError(engine)
-        return self._word(engine)
+        return self._word(list(self._engines).index(engine))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._engines)
 
     def __len__(self) -> int:
         return len(self._engines)
+
+    def items(self) -> ItemsView[str, str]:
+        """All of them, each put into words once."""
+        return {engine: self._word(place) for place, engine in enumerate(self._engines)}.items()
 
 
 @dataclass(frozen=True)
@@ -59,47 +64,45 @@ class Policy(ABC):
 
 def bound(snapshot: Snapshot, wanted: Sizes) -> Sizes:
     """No less than each engine's floor, no more than its ceiling."""
-    sizes = {}
-    for name, view in snapshot.engines.items():
-        limits, size = view.limits, wanted[name]
-        if size < limits.kv_floor_bytes:
-            size = limits.kv_floor_bytes
-        elif size > limits.kv_ceiling_bytes:
-            size = limits.kv_ceiling_bytes
-        sizes[name] = size
-    return sizes
+    return [
+        low
+        if size < (low := view.limits.kv_floor_bytes)
+        else high
+        if size > (high := view.limits.kv_ceiling_bytes)
+        else size
+        for view, size in zip(snapshot.views, wanted, strict=True)
+    ]
 
 
 def damp(snapshot: Snapshot, wanted: Sizes, least: float) -> Sizes:
     """Leave an engine as it is where the change is less than that part of what it has."""
-    sizes = {}
-    for name, view in snapshot.engines.items():
-        size, has = wanted[name], view.kv_cache_bytes
-        sizes[name] = has if -least * has < size - has < least * has else size
-    return sizes
+    return [
+        has if -least * (has := view.kv_cache_bytes) < size - has < least * has else size
+        for view, size in zip(snapshot.views, wanted, strict=True)
+    ]
 
 
 def fit(snapshot: Snapshot, wanted: Sizes) -> Sizes:
     """Within the budget: where it does not hold them all, everything above the floors is cut in proportion."""
-    whole = sum(wanted.values())
+    whole = sum(wanted)
     if whole <= snapshot.movable_bytes:
         return wanted
-    floors = {name: view.limits.kv_floor_bytes for name, view in snapshot.engines.items()}
-    least = sum(floors.values())
+    floors = [view.limits.kv_floor_bytes for view in snapshot.views]
+    least = sum(floors)
     part = max(snapshot.movable_bytes - least, 0) / (whole - least) if whole > least else 0.0
-    return {name: floor + (wanted[name] - floor) * part for name, floor in floors.items()}
+    return [floor + (size - floor) * part for floor, size in zip(floors, wanted, strict=True)]
 
 
-def decision(snapshot: Snapshot, sizes: Sizes, word: Callable[[str], str]) -> Decision:
+def decision(snapshot: Snapshot, sizes: Sizes, word: Callable[[int], str]) -> Decision:
     """The decision that gives every engine its size, which is within its bounds, at full concurrency; `word` says
-    why."""
+    why, of the engine at that place."""
     grants = {}
-    for name, view in snapshot.engines.items():
-        size, limits = int(sizes[name]), view.limits
-        unchanged = size == view.kv_cache_bytes and view.grant.max_active_seqs == limits.seqs_ceiling
-        grants[name] = (
-            view.grant if unchanged else Grant(limits.share(size), limits.seqs_ceiling, limits.step_tokens_ceiling)
-        )
+    for view, size in zip(snapshot.views, sizes, strict=True):
+        limits, has = view.limits, view.grant
+        if size == view.kv_cache_bytes and has.max_active_seqs == limits.seqs_ceiling:
+            grants[view.name] = has
+        else:
+            grants[view.name] = Grant(limits.share(int(size)), limits.seqs_ceiling, limits.step_tokens_ceiling)
     return Decision(grants, Reasons(snapshot.engines, word))
 
 

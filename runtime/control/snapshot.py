@@ -71,6 +71,11 @@ class Snapshot:
     device: DeviceView = DeviceView()
 
     @cached_property
+    def views(self) -> tuple[EngineView, ...]:
+        """The engines in order."""
+        return tuple(self.engines.values())
+
+    @cached_property
     def movable_bytes(self) -> int:
         """What the KV caches share."""
-        return self.budget_bytes - sum(view.limits.fixed_bytes for view in self.engines.values())
+        return self.budget_bytes - sum([view.limits.fixed_bytes for view in self.views])

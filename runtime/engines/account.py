@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Account:
         self.arrived = 0
         self.finished = 0
         self.idle = Spent()
+        self._arrivals_s: dict[int, float] = {}
         self._each = Spent()
         self._held_bytes = 0
         self._since_s: float | None = None
@@ -48,11 +50,18 @@ class Account:
         """A request is in flight."""
         self._settle()
         self.arrived += 1
+        number = self.arrived
+        self._arrivals_s[number] = asyncio.get_running_loop().time()
         try:
             yield
         finally:
             self._settle()
             self.finished += 1
+            del self._arrivals_s[number]
+
+    def waiting_since_s(self, running: int) -> float | None:
+        """When the oldest request came that does not run, while so many do: engines admit in the order of arrival."""
+        return next(islice(self._arrivals_s.values(), running, None), None)
 
     def spent(self) -> Spent:
         """What each request was charged that has been in flight since the beginning; take it twice, and subtract."""

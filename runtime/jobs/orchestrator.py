@@ -26,11 +26,21 @@ T = TypeVar("T")
 
 
 class Orchestrator:
-    """Works jobs with one team over the engines that its seats name; any number of jobs at once."""
+    """Works jobs with one team over the engines that its seats name; any number of jobs at once.
 
-    def __init__(self, team: Team, engines: Mapping[str, EngineHandle], listener: Listener = ignore) -> None:
+    `price` is what the whole device costs for an hour: a call costs its part of the device's memory for its time.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        engines: Mapping[str, EngineHandle],
+        listener: Listener = ignore,
+        price: float | None = None,
+    ) -> None:
         self.team = team
         self._engines = engines
+        self._price = price
         self._tell = listener
         self._requests = count()
 
@@ -135,7 +145,11 @@ class Orchestrator:
                     finish = chunk.finish
         finally:
             spent = engine.account.spent() - spent
-            usage.add(Usage(prompt_tokens, sum(tokens), clock() - asked_s, spent.byte_seconds, spent.engine_seconds))
+            price = self._price
+            cost = None if price is None else price / 3600 * spent.byte_seconds / engine.limits.device_bytes
+            seconds = clock() - asked_s
+            used = Usage(prompt_tokens, sum(tokens), seconds, spent.byte_seconds, spent.engine_seconds, cost)
+            usage.add(used)
         self._tell(CallEnded(job.id, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
         return "".join(pieces), finish
 

@@ -79,8 +79,14 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nteam: {solver: {temperature: 3}}\n", ["team.solver.temperature", "3"]),
     ("extends: embedded\nworkflow: {name: delibrate}\n", ["workflow.name", "deliberate"]),
     ("extends: embedded\nworkflow: {rounds: -1}\n", ["workflow.rounds", "greater than or equal to 0"]),
-    ("extends: embedded\nworkflow: {round: 1}\n", ["workflow.round", "known keys are name, critics"]),
+    ("extends: embedded\nworkflow: {round: 1}\n", ["workflow.round", "known keys are name, plans, critics"]),
     ("extends: embedded\nworkflow: {critics: [critic, checker]}\n", ["needs a 'checker'"]),
+    ("extends: embedded\ncontrol: {evry_s: 1}\n", ["control.evry_s: unknown key; did you mean every_s?"]),
+    ("extends: embedded\ncontrol: {every_s: 0}\n", ["control.every_s", "0.01"]),
+    ("extends: embedded\ncontrol: {price_per_gpu_hour: -1}\n", ["control.price_per_gpu_hour"]),
+    ("extends: embedded\nteam: {solver: {priority: 0}}\n", ["team.solver.priority", "1"]),
+    ("extends: embedded\nteam: {solver: {minimum_share: 2}}\n", ["team.solver.minimum_share"]),
+    ("extends: embedded\ndevice: {kv_cache_memory_bytes: 0}\n", ["device.kv_cache_memory_bytes"]),
 ]  # fmt: skip
 
 

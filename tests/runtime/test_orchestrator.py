@@ -1,6 +1,7 @@
 """Jobs over the shipped fake engine: what comes out, what failures cost, what may run beside what."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import Chunk, GenerateRequest
 from runtime.engines.fake import FakeEngine
 from runtime.errors import TroupeError
-from runtime.events import Event, JobEnded, RoleReplied
+from runtime.events import CallEnded, Event, JobAdvanced, JobEnded, RoleReplied
 from runtime.jobs.batch import summarise, work_all
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.orchestrator import Orchestrator
@@ -38,6 +39,58 @@ async def test_a_job_is_answered_with_its_steps_and_usage() -> None:
     )
     assert sum(isinstance(event, RoleReplied) for event in events) == len(result.steps) == 9
     assert isinstance(events[-1], JobEnded)
+
+
+@pytest.mark.parametrize("workflow", ["deliberate", "vote", "solo"])
+async def test_what_a_workflow_says_is_ahead_is_what_comes(workflow: str) -> None:
+    events: list[Event] = []
+    crew = embedded_team(workflow)
+    await Orchestrator(crew, await engines(), events.append).run(Job("j", "12+7" if workflow == "solo" else PROBLEM))
+    advanced = [event for event in events if isinstance(event, JobAdvanced)]
+    known = 0
+    for place, event in enumerate(advanced):
+        if event.ahead is None:
+            continue
+        later: Counter[str] = Counter()
+        for after in advanced[place + 1 :]:
+            later.update(after.due)
+        # nobody slips: the same critic of a vote sees one distinct result a step
+        assert +Counter(event.ahead) == +later, (place, event)
+        known += 1
+    assert known > 0
+    assert sum(sum(event.due.values()) for event in advanced) == sum(isinstance(e, CallEnded) for e in events)
+
+
+async def test_every_call_is_told_with_its_times_and_charged() -> None:
+    events: list[Event] = []
+    handles = await engines(time_scale=1)
+    result = await Orchestrator(embedded_team(), handles, events.append, price=3600.0).run(Job("j", PROBLEM))
+    calls = [event for event in events if isinstance(event, CallEnded)]
+    for call in calls:
+        assert call.asked_s <= call.chunk_times_s[0]
+        assert list(call.chunk_times_s) == sorted(call.chunk_times_s)
+        assert sum(call.chunk_tokens) > 0
+    for seat, used in result.usage.items():
+        assert used.completion_tokens == sum(sum(call.chunk_tokens) for call in calls if call.seat == seat)
+        assert 0 < used.engine_seconds <= used.seconds + 1e-6
+        # each fake engine holds the whole device: at 3,600 an hour that is 1 a second
+        assert used.cost == pytest.approx(used.engine_seconds)
+        assert used.byte_seconds == pytest.approx(used.engine_seconds * handles[seat].limits.device_bytes)
+    assert result.as_json()["usage"]["solver"]["cost"] > 0
+
+
+async def test_without_a_price_nothing_costs() -> None:
+    result = await Orchestrator(embedded_team(), await engines()).run(Job("j", PROBLEM))
+    assert {used.cost for used in result.usage.values()} == {None}
+
+
+async def test_of_several_plans_the_most_common_is_followed() -> None:
+    handles = await engines()
+    crew = embedded_team()
+    crew = replace(crew, options=crew.options.model_copy(update={"plans": 5}))
+    result = await Orchestrator(crew, handles).run(Job("j", PROBLEM, expected="17"))
+    assert result.correct
+    assert handles["planner"].stats().requests == 5
 
 
 async def test_steps_that_do_not_wait_for_each_other_run_at_once() -> None:

@@ -21,11 +21,10 @@ class ModelClaim(Policy):
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        cap = self.options.cap
-        weights = {v.name: 1 + min(v.in_flight, cap) + min(v.completions_per_s, cap) for v in snapshot.engines.values()}
-        kept = {v.name: float(max(v.limits.kv_floor_bytes, v.kv_used_bytes)) for v in snapshot.engines.values()}
-        rest = max(snapshot.movable_bytes - sum(kept.values()), 0.0)
-        whole = sum(weights.values())
-        wanted = {name: kept[name] + rest * weight / whole for name, weight in weights.items()}
+        cap, views = self.options.cap, snapshot.views
+        weights = [1 + min(view.in_flight, cap) + min(view.completions_per_s, cap) for view in views]
+        kept = [max(view.limits.kv_floor_bytes, view.kv_used_bytes) for view in views]
+        rest, whole = max(snapshot.movable_bytes - sum(kept), 0.0), sum(weights)
+        wanted = [size + rest * weight / whole for size, weight in zip(kept, weights, strict=True)]
         sizes = fit(snapshot, bound(snapshot, wanted))
-        return decision(snapshot, sizes, lambda name: f"weight {weights[name]:.1f} of {whole:.1f}")
+        return decision(snapshot, sizes, lambda place: f"weight {weights[place]:.1f} of {whole:.1f}")

@@ -1,6 +1,6 @@
 """`on_demand`: memory to whoever asks first, as under kvcached without limits."""
 
-from runtime.control.policy import Decision, Policy, Sizes, bound, decision, fit, mib
+from runtime.control.policy import Decision, Policy, bound, decision, fit, mib
 from runtime.control.snapshot import Snapshot
 
 
@@ -9,19 +9,22 @@ class OnDemand(Policy):
     all its requests need, then to the next. What is left over stays where it was, in equal parts."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        views = snapshot.engines
-        sizes = bound(snapshot, {name: float(view.kv_used_bytes) for name, view in views.items()})
-        left = snapshot.movable_bytes - sum(sizes.values())
-        given: Sizes = {}
-        for view in sorted(views.values(), key=lambda v: -v.oldest_wait_s):
-            more = min(max(view.in_flight * view.sequence_bytes - sizes[view.name], 0.0), max(left, 0.0))
-            given[view.name] = more
+        views = snapshot.views
+        sizes = bound(snapshot, [float(view.kv_used_bytes) for view in views])
+        left = snapshot.movable_bytes - sum(sizes)
+        given = [0.0] * len(views)
+        waited = [view.oldest_wait_s for view in views]
+        for place in sorted(range(len(views)), key=waited.__getitem__, reverse=True):
+            if left <= 0:
+                break
+            view = views[place]
+            given[place] = more = min(max(view.in_flight * view.sequence_bytes - sizes[place], 0.0), left)
             left -= more
         spread = max(left, 0.0) / max(len(views), 1)
-        wanted = bound(snapshot, {name: size + given[name] + spread for name, size in sizes.items()})
+        wanted = bound(snapshot, [size + more + spread for size, more in zip(sizes, given, strict=True)])
 
-        def word(name: str) -> str:
-            view = views[name]
-            return f"uses {mib(view.kv_used_bytes)}, gets {mib(given[name])} for {view.waiting} waiting"
+        def word(place: int) -> str:
+            view = views[place]
+            return f"uses {mib(view.kv_used_bytes)}, gets {mib(given[place])} for {view.waiting} waiting"
 
         return decision(snapshot, fit(snapshot, wanted), word)

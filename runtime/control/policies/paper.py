@@ -1,6 +1,6 @@
 """`paper`: Algorithm 1 of arXiv 2512.22149."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from runtime.control.policy import Decision, Policy, bound, decision, fit
 from runtime.control.snapshot import Snapshot
@@ -32,16 +32,15 @@ class Paper(Policy):
     """
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        views = snapshot.engines.values()
-        minimum = [1 / len(views) if v.minimum_share is None else v.minimum_share for v in views]
+        views = snapshot.views
+        equal = 1 / max(len(views), 1)
+        minimum = [equal if view.minimum_share is None else view.minimum_share for view in views]
         shares = algorithm_1([v.arrivals_per_s for v in views], minimum, [v.priority for v in views])
-        by_name: Mapping[str, float] = dict(zip(snapshot.engines, shares, strict=True))
-        sizes = fit(
-            snapshot, bound(snapshot, {name: share * snapshot.movable_bytes for name, share in by_name.items()})
-        )
+        sizes = fit(snapshot, bound(snapshot, [share * snapshot.movable_bytes for share in shares]))
 
-        def word(name: str) -> str:
-            view = snapshot.engines[name]
-            return f"{view.arrivals_per_s:.1f} requests/s, P {view.priority}: g = {by_name[name]:.3f}"
+        def word(place: int) -> str:
+            view = views[place]
+            rule = f"R {minimum[place]:.2f}, P {view.priority}: g = {shares[place]:.3f}"
+            return f"{view.arrivals_per_s:.1f} requests/s, {rule}"
 
         return decision(snapshot, sizes, word)

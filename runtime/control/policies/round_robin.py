@@ -18,7 +18,11 @@ class RoundRobin(Policy):
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        turn = list(snapshot.engines)[int(snapshot.now_s / self.options.turn_s) % len(snapshot.engines)]
-        wanted = {name: float(snapshot.movable_bytes) * (name == turn) for name in snapshot.engines}
+        views = snapshot.views
+        turn = int(snapshot.now_s / self.options.turn_s) % len(views)
+        wanted = [0.0] * len(views)
+        wanted[turn] = float(snapshot.movable_bytes)
         sizes = fit(snapshot, bound(snapshot, wanted))
-        return decision(snapshot, sizes, lambda name: "its turn" if name == turn else f"the turn is {turn}'s")
+        return decision(
+            snapshot, sizes, lambda place: "its turn" if place == turn else f"the turn is {views[turn].name}'s"
+        )

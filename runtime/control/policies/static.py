@@ -23,11 +23,11 @@ class Static(Policy):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         if self.options.shares == "configured":
-            views = snapshot.engines
-            return Decision({name: view.grant for name, view in views.items()}, dict.fromkeys(views, "as it began"))
+            engines = snapshot.engines
+            return Decision({name: view.grant for name, view in engines.items()}, dict.fromkeys(engines, "as it began"))
         given = self.options.shares if isinstance(self.options.shares, Mapping) else {}
-        weights = {name: max(given.get(name, 1.0), 0.0) for name in snapshot.engines}
-        whole = sum(weights.values()) or 1.0
-        wanted = {name: snapshot.movable_bytes * weight / whole for name, weight in weights.items()}
+        weights = [max(given.get(view.name, 1.0), 0.0) for view in snapshot.views]
+        whole = sum(weights) or 1.0
+        wanted = [snapshot.movable_bytes * weight / whole for weight in weights]
         sizes = fit(snapshot, bound(snapshot, wanted))
-        return decision(snapshot, sizes, lambda name: f"a fixed {weights[name] / whole:.1%}")
+        return decision(snapshot, sizes, lambda place: f"a fixed {weights[place] / whole:.1%}")

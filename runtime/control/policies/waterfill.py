@@ -11,8 +11,6 @@ weighing engines by what is queued or by the work in it, which starves the next 
 keeping memory for expected calls where it is short.
 """
 
-from collections.abc import Mapping
-
 from pydantic import Field
 
 from agents.role import Value
@@ -20,7 +18,8 @@ from runtime.control.policy import Decision, Policy, Sizes, bound, damp, decisio
 from runtime.control.snapshot import Snapshot
 
 PASSES = 16
-"""The level is found in a few passes over the engines; after so many the rest is cut in proportion."""
+"""The level rises from pass to pass, and is found in a few; after so many it is short of the highest, never above
+it."""
 
 
 class Waterfill(Policy):
@@ -36,43 +35,43 @@ class Waterfill(Policy):
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        views = snapshot.engines
-        weights = {name: view.sequence_bytes / view.priority for name, view in views.items()}
+        views = snapshot.views
+        weights = [view.sequence_bytes / view.priority for view in views]
         present = bound(snapshot, self._need(snapshot))
         filled = water_fill(snapshot.movable_bytes, weights, present)
-        left = max(snapshot.movable_bytes - sum(filled.values()), 0.0)
-        expected = {name: view.soon * view.sequence_bytes for name, view in views.items()}
-        ahead = water_fill(left, weights, expected) if left else dict.fromkeys(views, 0.0)
-        spread = max(left - sum(ahead.values()), 0.0) / max(len(views), 1)
-        wanted = bound(snapshot, {name: size + ahead[name] + spread for name, size in filled.items()})
+        left = max(snapshot.movable_bytes - sum(filled), 0.0)
+        ahead = water_fill(left, weights, [view.soon * view.sequence_bytes for view in views])
+        spread = max(left - sum(ahead), 0.0) / max(len(views), 1)
+        wanted = bound(snapshot, [size + more + spread for size, more in zip(filled, ahead, strict=True)])
 
-        def word(name: str) -> str:
-            view, part, most = views[name], filled[name], present[name]
+        def word(place: int) -> str:
+            view, part, most = views[place], filled[place], present[place]
             got = f"all that it can use, {mib(most)}" if part >= most else f"{mib(part)} of the {mib(most)} it can use"
-            return f"{view.in_flight} in flight: {got}; {view.soon:.1f} expected: {mib(ahead[name])}"
+            return f"{view.in_flight} in flight: {got}; {view.soon:.1f} expected: {mib(ahead[place])}"
 
         return decision(snapshot, fit(snapshot, damp(snapshot, wanted, self.options.damping)), word)
 
     def _need(self, snapshot: Snapshot) -> Sizes:
         """Bytes for every sequence that an engine has, and one to spare, as far as it may run them at once."""
-        spare, sizes = self.options.spare, {}
-        for name, view in snapshot.engines.items():
-            sequences, most = view.in_flight + spare, view.limits.seqs_ceiling
-            sizes[name] = (sequences if sequences < most else most) * view.sequence_bytes
-        return sizes
+        spare = self.options.spare
+        return [
+            (most if (n := view.in_flight + spare) > (most := view.limits.seqs_ceiling) else n) * view.sequence_bytes
+            for view in snapshot.views
+        ]
 
 
-def water_fill(whole: float, weights: Mapping[str, float], caps: Sizes) -> Sizes:
+def water_fill(whole: float, weights: Sizes, caps: Sizes) -> Sizes:
     """Divide `whole` in proportion to weights, nobody above its cap; what a cap leaves goes to the others."""
-    filled: Sizes = {}
-    left, still_open = float(whole), dict(weights)
+    if whole <= 0:
+        return [0.0] * len(caps)
+    if sum(caps) <= whole:
+        return caps
+    level, full = 0.0, [False] * len(caps)
     for _ in range(PASSES):
-        level = left / (sum(still_open.values()) or 1.0)
-        full = {name: caps[name] for name, weight in still_open.items() if caps[name] <= level * weight}
-        if not full:
+        left = whole - sum([cap for cap, done in zip(caps, full, strict=True) if done])
+        level = left / (sum([weight for weight, done in zip(weights, full, strict=True) if not done]) or 1.0)
+        now_full = [cap <= level * weight for cap, weight in zip(caps, weights, strict=True)]
+        if now_full == full:
             break
-        filled |= full
-        left -= sum(full.values())
-        still_open = {name: weight for name, weight in still_open.items() if name not in full}
-    level = left / (sum(still_open.values()) or 1.0)
-    return filled | {name: min(level * weight, caps[name]) for name, weight in still_open.items()}
+        full = now_full
+    return [min(cap, level * weight) for cap, weight in zip(caps, weights, strict=True)]

@@ -33,9 +33,11 @@ def write(
                     jct_s = seconds * load * (1 + repeat / 20)
                     for number in range(30):
                         drawn = jct_s * rng.uniform(0.9, 1.1)
-                        call = CallRow("solver", 0.1, drawn / 10, drawn, 0.01, 0.02, 5, 10)
+                        call = CallRow("solver", 0.1, drawn / 10, drawn, 0.01, (0.01, 0.02), 5, 10)
                         output.job(
-                            JobRow(policy, load, repeat, "a", str(number), 1, drawn, True, None, 0.1, 0.2, (call,))
+                            JobRow(
+                                policy, load, repeat, "a", str(number), 1, drawn, True, None, 0.1, 0.2, None, (call,)
+                            )
                         )
                     for tick in range(600):
                         kv = (tick % 100 + 1) << 20

@@ -10,9 +10,11 @@ from click.testing import CliRunner, Result
 
 from runtime.bench import results
 from runtime.bench.metrics import is_good, metrics
+from runtime.bench.play import call_row
 from runtime.bench.results import CallRow, JobRow, Slo
 from runtime.cli.main import cli
 from runtime.control.controller import Counts
+from runtime.events import CallEnded
 
 WORKLOAD = {
     "phases": [
@@ -116,18 +118,33 @@ def test_the_papers_agents_at_half_and_full_load(tmp_path: Path) -> None:
 
 
 def call(**changes: Any) -> CallRow:
-    values: dict[str, Any] = {"ttft_s": 0.1, "e2el_s": 1.1, "tpot_s": 0.1, "itl_max_s": 0.2, "completion_tokens": 11}
+    values: dict[str, Any] = {
+        "ttft_s": 0.1,
+        "e2el_s": 1.1,
+        "tpot_s": 0.1,
+        "itl_s": (0.05, 0.15),
+        "completion_tokens": 11,
+    }
     return CallRow(seat="solver", asked_s=0, prompt_tokens=5, **(values | changes))
+
+
+def test_a_calls_figures_come_from_its_chunks() -> None:
+    row = call_row(CallEnded("j", "solver", "s", 10.0, (10.5, 10.6, 11.0), (1, 1, 4), 7), started_s=4.0)
+    assert (row.asked_s, row.ttft_s, row.e2el_s, row.completion_tokens) == (6.0, 0.5, 1.0, 6)
+    assert row.tpot_s == pytest.approx(0.1)
+    assert row.itl_s == pytest.approx((0.1, 0.1, 0.1, 0.1, 0.1))
+    nothing = call_row(CallEnded("j", "solver", "s", 10.0, (), (), 0), started_s=4.0)
+    assert (nothing.ttft_s, nothing.tpot_s, nothing.itl_s) == (0, 0, ())
 
 
 def job(**changes: Any) -> JobRow:
     values: dict[str, Any] = {"jct_s": 1.0, "correct": True, "error": None, "calls": (call(),)}
-    return JobRow("p", 1, 0, "a", "1", 0.0, gib_seconds=2, engine_seconds=3, **(values | changes))
+    return JobRow("p", 1, 0, "a", "1", 0.0, gib_seconds=2, engine_seconds=3, cost=1.0, **(values | changes))
 
 
 def test_metrics_have_the_units_and_definitions_of_vllms() -> None:
     rows = [job(), job(jct_s=3.0, calls=(call(), call(ttft_s=0.3))), job(error="no", correct=False, calls=())]
-    found = metrics(rows, 10, Slo(jct_s=2), Counts(decisions=7, resizes=5), 4, 0.5)
+    found = metrics(rows, 10, Slo(jct_s=2), Counts(decisions=7, resizes=5), 4)
     assert found["job_throughput"] == 0.2
     assert found["request_throughput"] == 0.3
     assert found["output_throughput"] == 3.3
@@ -136,6 +153,7 @@ def test_metrics_have_the_units_and_definitions_of_vllms() -> None:
     assert (found["jobs"], found["failed"], found["preemptions"], found["resizes"]) == (3, 1, 4, 5)
     assert found["mean_ttft_ms"] == pytest.approx(1000 * 0.5 / 3)
     assert found["median_tpot_ms"] == pytest.approx(100)
+    assert (found["median_itl_ms"], found["p99_itl_ms"]) == (pytest.approx(50), pytest.approx(150))
     assert found["p99_jct_s"] == 3
     assert found["cost_per_job"] == 1
 

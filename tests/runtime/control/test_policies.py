@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runtime.control import catalogue
 from runtime.control.policies.paper import algorithm_1
@@ -109,20 +110,33 @@ def test_waterfill_leaves_small_changes() -> None:
 
 
 def test_water_fill_passes_on_what_caps_leave() -> None:
-    assert water_fill(100, {"a": 1, "b": 1, "c": 1}, {"a": 10, "b": 1000, "c": 20}) == {"a": 10, "b": 70, "c": 20}
-    assert water_fill(100, {"a": 1, "b": 3}, {"a": 1000, "b": 1000}) == {"a": 25, "b": 75}
-    assert water_fill(100, {"a": 1, "b": 1}, {"a": 5, "b": 5}) == {"a": 5, "b": 5}
-    assert water_fill(0, {"a": 0}, {"a": 5}) == {"a": 0}
+    assert water_fill(100, [1, 1, 1], [10, 1000, 20]) == [10, 70, 20]
+    assert water_fill(100, [1, 3], [1000, 1000]) == [25, 75]
+    assert water_fill(100, [1, 1], [5, 5]) == [5, 5]
+    assert water_fill(0, [0], [5]) == [0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    whole=st.floats(0, 1e6),
+    engines=st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 1e5)), min_size=1, max_size=12),
+)
+def test_water_fill_divides_all_that_can_be_used_and_no_more(whole: float, engines: list[tuple[float, float]]) -> None:
+    weights, caps = [weight for weight, _ in engines], [cap for _, cap in engines]
+    filled = water_fill(whole, weights, caps)
+    assert all(size <= cap for size, cap in zip(filled, caps, strict=True))
+    assert sum(filled) == pytest.approx(min(whole, sum(caps)), rel=1e-6, abs=1e-6)
+    levels = [size / weight for size, weight, cap in zip(filled, weights, caps, strict=True) if size < cap]
+    assert not levels or max(levels) == pytest.approx(min(levels))
 
 
 def test_the_steps_bound_damp_and_fit() -> None:
     seen = snapshot(view("a", 100), view("b", 100), movable_mib=100)
-    assert bound(seen, {"a": 0, "b": 1e12}) == {"a": LIMITS.kv_floor_bytes, "b": LIMITS.kv_ceiling_bytes}
-    assert damp(seen, {"a": 104 * MIB, "b": 90 * MIB}, 0.05) == {"a": 100 * MIB, "b": 90 * MIB}
-    assert fit(seen, {"a": 10 * MIB, "b": 40 * MIB}) == {"a": 10 * MIB, "b": 40 * MIB}
-    assert fit(seen, {"a": 10 * MIB, "b": 990 * MIB}) == {"a": 10 * MIB, "b": 90 * MIB}
-    nothing = fit(snapshot(view("a"), movable_mib=0), {"a": 50 * MIB})
-    assert nothing == {"a": 10 * MIB}
+    assert bound(seen, [0, 1e12]) == [LIMITS.kv_floor_bytes, LIMITS.kv_ceiling_bytes]
+    assert damp(seen, [104 * MIB, 90 * MIB], 0.05) == [100 * MIB, 90 * MIB]
+    assert fit(seen, [10 * MIB, 40 * MIB]) == [10 * MIB, 40 * MIB]
+    assert fit(seen, [10 * MIB, 990 * MIB]) == [10 * MIB, 90 * MIB]
+    assert fit(snapshot(view("a"), movable_mib=0), [50 * MIB]) == [10 * MIB]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,19 @@ def test_two_requests_share_what_they_hold_at_the_same_time() -> None:
     assert second == pytest.approx((300, 3))
 
 
+def test_the_oldest_that_waits_came_after_those_that_run() -> None:
+    async def work() -> None:
+        account = Account()
+        calls = [asyncio.create_task(call(account, begins, 10)) for begins in (1, 2, 5)]
+        await asyncio.sleep(6)
+        assert [account.waiting_since_s(running) for running in (0, 1, 2, 3)] == [1, 2, 5, None]
+        await asyncio.sleep(6)
+        assert account.waiting_since_s(0) == 5
+        await asyncio.gather(*calls)
+
+    virtual_time.run(work())
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     calls=st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 10)), min_size=1, max_size=12),

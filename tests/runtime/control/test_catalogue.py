@@ -1,0 +1,78 @@
+"""A third party's policy is found by the public entry point, and what is wrong with one is said."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.config import Control, PolicyChoice
+from runtime.control import catalogue
+from runtime.errors import ConfigError, PluginError
+from runtime.session import Guards
+from tests.plugins import lay_out
+from tests.runtime.control.views import sizes, snapshot, view
+
+GROUP = "troupe.policies"
+SOURCE = """
+from pydantic import Field
+from agents.role import Value
+from runtime.control.policy import Decision, Policy, bound, decision, fit
+
+
+class First(Policy):
+    class Options(Value):
+        part: float = Field(default=0.5, gt=0, le=1)
+
+    def decide(self, snapshot):
+        wanted = [0.0] * len(snapshot.views)
+        wanted[0] = snapshot.movable_bytes * self.options.part
+        return decision(snapshot, fit(snapshot, bound(snapshot, wanted)), lambda place: "first come")
+
+
+class Partial(Policy):
+    pass
+
+
+class Loose:
+    pass
+
+
+class Unmade(Policy):
+    def __init__(self, options):
+        raise RuntimeError("no licence")
+
+    def decide(self, snapshot):
+        return Decision()
+"""
+TARGETS = {name.lower(): f"first_kit:{name}" for name in ("First", "Partial", "Loose", "Unmade")}
+
+
+@pytest.fixture(autouse=True)
+def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(lay_out(tmp_path, "first-kit", {GROUP: TARGETS}, {"first_kit": SOURCE}))
+
+
+def test_it_is_listed_made_with_its_options_and_decides() -> None:
+    assert "first" in catalogue.names()
+    seen = snapshot(view("a"), view("b"))
+    assert sizes(catalogue.make("first", {"part": 0.8}).decide(seen), seen) == {"a": 240, "b": 10}
+    with pytest.raises(ConfigError, match="control.policy.part"):
+        catalogue.make("first", {"part": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("partial", r"Partial lacks decide\(\) of runtime.control.policy.Policy"),
+        ("loose", "class Loose is no policy: it has to be a subclass of runtime.control.policy.Policy"),
+        ("unmade", r"policy unmade could not be made: RuntimeError\('no licence'\)"),
+    ],
+)
+def test_a_broken_one_is_named(name: str, says: str) -> None:
+    with pytest.raises(PluginError, match=says):
+        catalogue.make(name)
+
+
+def test_a_configuration_s_policies_are_made_before_any_engine() -> None:
+    choice = PolicyChoice(name="nothing")
+    with pytest.raises(ConfigError, match="control.shadow.name: no policy is named 'nothing'"):
+        Guards(Control(shadow=choice), threads=False)
