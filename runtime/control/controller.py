@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from runtime.control.decision_log import DecisionLog, Outcome, Record
-from runtime.control.guard import Guard
+from runtime.control.guard import Guard, Judged
 from runtime.control.observer import Observer
 from runtime.control.policy import Decision
 from runtime.control.snapshot import Snapshot
@@ -157,6 +157,7 @@ class Controller:
 
     async def _run(self) -> None:
         while True:
+            self._wake.clear()  # what comes from here on is not in the snapshot, and wakes the loop again
             if not self.paused:
                 try:
                     await self._tick()
@@ -164,7 +165,6 @@ class Controller:
                     self.counts.faults += 1
                     logging.getLogger(__name__).exception("a tick of the controller failed")
             await asyncio.sleep(PAUSE_S)
-            self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(self._every_s - PAUSE_S, 0)):
                     await self._wake.wait()
@@ -175,23 +175,22 @@ class Controller:
         now_s, caused_s, self._caused_s = clock(), self._caused_s, None
         started = now_s if caused_s is None else caused_s
         snapshot = self._observe(now_s)
+        self._note_room(snapshot)
         for_policies = self._without_pinned(snapshot)
-        judged = await self._guard.decide(for_policies)
+        judged = await self._guard.decide(for_policies) if for_policies.engines else Judged(Decision())
         record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault)
         self.counts.decisions += 1
         self.counts.faults += judged.fault is not None
-        if self._shadow is not None:
+        if self._shadow is not None and for_policies.engines:
             shadow = await self._shadow.decide(for_policies)
             record = replace(record, shadow_policy=self._shadow.name, shadow=shadow.decision, shadow_fault=shadow.fault)
-        if judged.decision is not None:
-            outcomes = await self._apply(snapshot, judged.decision)
-            record = replace(record, outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()})
-            self._count(record)
-            if cause == BURST and outcomes:
-                task = asyncio.create_task(self._time_reaction(started, outcomes), name="time a reaction")
-                self._settling.add(task)
-                task.add_done_callback(self._settling.discard)
-        self._note_room(snapshot)
+        outcomes = await self._apply(snapshot, judged.decision or Decision())
+        record = replace(record, outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()})
+        self._count(record)
+        if cause == BURST and outcomes:
+            task = asyncio.create_task(self._time_reaction(started, outcomes), name="time a reaction")
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
         self._tell(replace(record, seconds=clock() - started))
 
     def _observe(self, now_s: float) -> Snapshot:
@@ -230,7 +229,8 @@ class Controller:
 
     async def _time_reaction(self, since_s: float, outcomes: Mapping[str, ResizeOutcome]) -> None:
         """Note when all memory of a decision is where it should be; not where a newer one came first."""
-        settled = [await o.settled if isinstance(o, Deferred) else o for o in outcomes.values()]
+        # Shielded: what is settled belongs to those who settle it, also when this task is cancelled.
+        settled = [await asyncio.shield(o.settled) if isinstance(o, Deferred) else o for o in outcomes.values()]
         if all(isinstance(outcome, Applied) for outcome in settled):
             self.counts.reactions_s.append(asyncio.get_running_loop().time() - since_s)
 

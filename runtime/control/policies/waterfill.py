@@ -66,12 +66,12 @@ def water_fill(whole: float, weights: Sizes, caps: Sizes) -> Sizes:
         return [0.0] * len(caps)
     if sum(caps) <= whole:
         return caps
-    level, full = 0.0, [False] * len(caps)
+    left, still_open, level = whole, list(zip(caps, weights, strict=True)), 0.0
     for _ in range(PASSES):
-        left = whole - sum([cap for cap, done in zip(caps, full, strict=True) if done])
-        level = left / (sum([weight for weight, done in zip(weights, full, strict=True) if not done]) or 1.0)
-        now_full = [cap <= level * weight for cap, weight in zip(caps, weights, strict=True)]
-        if now_full == full:
+        level = left / (sum([weight for _, weight in still_open]) or 1.0)
+        above = [engine for engine in still_open if engine[0] > level * engine[1]]
+        if len(above) == len(still_open):
             break
-        full = now_full
-    return [min(cap, level * weight) for cap, weight in zip(caps, weights, strict=True)]
+        left -= sum([cap for cap, _ in still_open]) - sum([cap for cap, _ in above])
+        still_open = above
+    return [cap if cap <= (part := level * weight) else part for cap, weight in zip(caps, weights, strict=True)]

@@ -55,7 +55,7 @@ def test_it_is_listed_made_with_its_options_and_decides() -> None:
     assert "first" in catalogue.names()
     seen = snapshot(view("a"), view("b"))
     assert sizes(catalogue.make("first", {"part": 0.8}).decide(seen), seen) == {"a": 240, "b": 10}
-    with pytest.raises(ConfigError, match="control.policy.part"):
+    with pytest.raises(ConfigError, match=r"control\.policy\.part"):
         catalogue.make("first", {"part": 2})
 
 
@@ -74,5 +74,5 @@ def test_a_broken_one_is_named(name: str, says: str) -> None:
 
 def test_a_configuration_s_policies_are_made_before_any_engine() -> None:
     choice = PolicyChoice(name="nothing")
-    with pytest.raises(ConfigError, match="control.shadow.name: no policy is named 'nothing'"):
+    with pytest.raises(ConfigError, match=r"control\.shadow\.name: no policy is named 'nothing'"):
         Guards(Control(shadow=choice), threads=False)

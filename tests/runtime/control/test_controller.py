@@ -145,6 +145,34 @@ async def test_it_decides_every_tick_and_at_once_on_a_burst() -> None:
 
 
 @simulated
+async def test_a_burst_that_comes_while_it_decides_is_decided_about_next() -> None:
+    async with rig(every_s=10) as at:
+        await asyncio.sleep(1)
+        at.engines["b"].hang.clear()
+        first = asyncio.create_task(at.ask("a", 400))
+        await asyncio.sleep(0.001)
+        at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        await asyncio.sleep(0.1)  # deciding: the donor hangs
+        second = asyncio.create_task(at.ask("b", 700))
+        await asyncio.sleep(0.001)
+        at.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
+        at.engines["b"].hang.set()
+        await asyncio.sleep(0.1)
+        assert [record.cause for record in at.records] == ["start", BURST, BURST]
+        await asyncio.gather(first, second)
+
+
+@simulated
+async def test_with_every_engine_pinned_there_is_nothing_to_decide() -> None:
+    async with rig("round_robin") as at:
+        at.controller.pin("a", Grant(0.5, 500, 2048))
+        at.controller.pin("b", Grant(0.2, 500, 2048))
+        await asyncio.sleep(1)
+        assert (at.share("a"), at.share("b")) == (0.5, 0.2)
+        assert at.controller.counts.faults == 0
+
+
+@simulated
 async def test_a_foreign_process_shrinks_the_budget_before_memory_runs_out() -> None:
     async with rig() as at:
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 900 * MIB),))
@@ -178,6 +206,10 @@ async def test_a_policy_that_raises_leaves_the_last_grants_and_is_named() -> Non
         assert at.share("a") == 0.4
         assert at.records[-1].fault == "policy chosen raised RuntimeError('broken')"
         assert at.controller.counts.faults == at.controller.counts.decisions > 5
+        at.controller.pin("b", Grant(0.3, 500, 2048))
+        await asyncio.sleep(0.5)
+        assert at.share("b") == 0.3
+        at.controller.unpin("b")
         at.controller.use(Guard("waterfill", catalogue.make("waterfill")))
         work = asyncio.create_task(at.keep_busy("a"))
         await asyncio.sleep(0.5)
