@@ -2,39 +2,37 @@
 
 from rich.table import Table
 
-from runtime.bench.results import Point, Summary
+from runtime.bench.metrics_table import number
+from runtime.bench.results import Spread, Summary
 
-COLUMNS = (
-    ("JCT p50 s", "median_jct_s", 2),
-    ("p95 s", "p95_jct_s", 2),
-    ("jobs/s", "job_throughput", 2),
-    ("goodput/s", "goodput", 2),
-    ("tokens/s", "output_throughput", 0),
-    ("TTFT p99 ms", "p99_ttft_ms", 0),
-    ("accuracy", "accuracy", 3),
-    ("preempted", "preemptions", 0),
-    ("resizes", "resizes", 0),
-)
+COLUMNS = {
+    "median_jct_s": "JCT p50 s",
+    "p95_jct_s": "p95 s",
+    "job_throughput": "jobs/s",
+    "goodput": "goodput/s",
+    "output_throughput": "tokens/s",
+    "accuracy": "right",
+}
 
 
 def table(summary: Summary) -> Table:
-    """Medians over the repeats, with ranges where there were several."""
+    """Medians over the repeats, with the ranges below where there were several. Fits 80 columns."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
-    shown.add_column("policy", no_wrap=True)
+    shown.add_column("policy")
     if len(summary.loads) > 1:
         shown.add_column("load", justify="right")
-    for title, _, _ in COLUMNS:
+    for title in COLUMNS.values():
         shown.add_column(title, justify="right", no_wrap=True)
     for point in summary.points:
         load = [f"{point.load:g}"] if len(summary.loads) > 1 else []
-        shown.add_row(point.policy, *load, *(_cell(point, metric, digits) for _, metric, digits in COLUMNS))
+        shown.add_row(point.policy, *load, *(_cell(name, point.metrics.get(name)) for name in COLUMNS))
     return shown
 
 
-def _cell(point: Point, metric: str, digits: int) -> str:
-    spread = point.metrics.get(metric)
+def _cell(name: str, spread: Spread | None) -> str:
     if spread is None:
         return ""
+    median = number(name, spread.median)
     if spread.least == spread.most:
-        return f"{spread.median:.{digits}f}"
-    return f"{spread.median:.{digits}f} ({spread.least:.{digits}f}-{spread.most:.{digits}f})"
+        return median
+    return f"{median}\n[dim]{number(name, spread.least)}-{number(name, spread.most)}[/]"

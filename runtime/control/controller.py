@@ -1,8 +1,7 @@
 """The loop: observe, decide, apply, publish; every 100 ms by default, and at once when a burst comes.
 
-What an engine, a policy or the telemetry does wrong is in the record and stops nothing. While a resize is under way
-that does not come back, the loop goes on observing and deciding; its decisions are applied once the engine has answered
-or was started again.
+What an engine, a policy or the telemetry does wrong is in the record and stops nothing. An engine that does not
+answer a grant is left alone until it has, or was started again, and memory goes on moving between the others.
 """
 
 import asyncio
@@ -24,8 +23,6 @@ from runtime.errors import TroupeError
 from runtime.events import Event, JobAdvanced
 
 EVERY_S = 0.1
-APPLY_S = 1.0
-"""A resize that takes longer is waited for beside the loop."""
 BURST = "a burst"
 PAUSE_S = 0.01
 """Decisions are no closer together than this."""
@@ -81,7 +78,6 @@ class Controller:
         self._wake = asyncio.Event()
         self._cause = "start"
         self._caused_s: float | None = None
-        self._applying: asyncio.Task[dict[str, ResizeOutcome]] | None = None
         self._settling: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -90,7 +86,7 @@ class Controller:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in (self._task, self._applying, *self._settling):
+        for task in (self._task, *self._settling):
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.wait([task])
@@ -196,9 +192,12 @@ class Controller:
     def _observe(self, now_s: float) -> Snapshot:
         ledger = self._sharing.ledger
         snapshot = self._observer.observe(now_s, self._budget_bytes, sum(ledger.held.values()))
+        views = {name: view for name, view in snapshot.engines.items() if name not in self._sharing.silent}
+        snapshot = replace(snapshot, engines=views)
         away = sum(held for name, held in ledger.held.items() if name not in snapshot.engines)
         ledger.budget_bytes = snapshot.budget_bytes
-        return replace(snapshot, budget_bytes=snapshot.budget_bytes - away)  # what engines that restart come back to
+        # What engines that restart come back to, and what those hold that do not answer, is not to be divided.
+        return replace(snapshot, budget_bytes=snapshot.budget_bytes - away)
 
     def _without_pinned(self, snapshot: Snapshot) -> Snapshot:
         pinned = {name: grant for name, grant in self._pinned.items() if name in snapshot.engines}
@@ -211,14 +210,10 @@ class Controller:
         return replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - held)
 
     async def _apply(self, snapshot: Snapshot, decision: Decision) -> dict[str, ResizeOutcome]:
-        """Move what the decision, and pins, change; what takes too long goes on beside the loop."""
+        """Move what the decision, and pins, change."""
         grants = {**decision.grants, **{n: g for n, g in self._pinned.items() if n in snapshot.engines}}
         changed = {name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant}
-        if not changed or (self._applying is not None and not self._applying.done()):
-            return {}
-        self._applying = asyncio.create_task(self._sharing.resize(changed, self._grace_s), name="apply a decision")
-        done, _ = await asyncio.wait([self._applying], timeout=APPLY_S)
-        return self._applying.result() if done else {}
+        return await self._sharing.resize(changed, self._grace_s) if changed else {}
 
     def _count(self, record: Record) -> None:
         for outcome in record.outcomes.values():

@@ -11,6 +11,8 @@ from runtime.telemetry.reading import Reading
 
 MEMORY_S = 1.0
 """How long a moment counts in a mean over time: seconds, until its weight has fallen to 1/e."""
+PEAK_S = 0.1
+"""How slowly a peak sinks: seconds until it is at 1/e."""
 HEADROOM = 0.02
 """The part of a device that is to stay free for what nobody announces."""
 
@@ -34,6 +36,7 @@ class _Seen:
     arrivals_per_s: float = 0.0
     completions_per_s: float = 0.0
     sequence_bytes: float = 0.0
+    peak_in_flight: float = 0.0
 
 
 class Observer:
@@ -89,6 +92,7 @@ class Observer:
         if seen is None:
             seen = self._seen[name] = _Seen(now_s, account.arrived, account.finished)
         used = int(stats.kv_cache_usage * stats.kv_cache_bytes)
+        seen.peak_in_flight = max(in_flight, seen.peak_in_flight * math.exp((seen.at_s - now_s) / PEAK_S))
         self._update(seen, engine, stats, now_s, used)
         assert stats.grant is not None
         terms = self._terms.get(name, Terms())
@@ -99,6 +103,7 @@ class Observer:
             kv_cache_bytes=stats.kv_cache_bytes,
             kv_used_bytes=used,
             in_flight=in_flight,
+            peak_in_flight=seen.peak_in_flight,
             running=min(stats.running, in_flight),
             soon=soon,
             coming=coming,

@@ -12,7 +12,8 @@ from runtime.engines.base import EngineLimits, Grant
 class EngineView:
     """One engine as a policy sees it. Counts are of requests; bytes and tokens are of its KV cache.
 
-    `in_flight` have come and not ended: `running` of them in the engine, the others waiting. `soon` will follow on what
+    `in_flight` have come and not ended: `running` of them in the engine, the others waiting. `peak_in_flight` is the
+    most that there were lately, sinking slowly to what there is. `soon` will follow on what
     runs now in any engine, and `coming` are all that the jobs under way will still make, `soon` among them;
     both are expectations. `sequence_bytes` is what one sequence takes, `reply_tokens` what it writes, on average.
     `priority` 1 is the most urgent; `minimum_share` is of the memory that can move.
@@ -24,6 +25,7 @@ class EngineView:
     kv_cache_bytes: int
     kv_used_bytes: int
     in_flight: int = 0
+    peak_in_flight: float = 0.0
     running: int = 0
     soon: float = 0.0
     coming: float = 0.0

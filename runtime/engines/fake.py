@@ -35,12 +35,13 @@ Script = Callable[[GenerateRequest], str]
 
 @dataclass(frozen=True)
 class ServiceTime:
-    """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt
-    token."""
+    """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt token. A
+    call from outside, a request's or a resize's, takes `call_s` on its way."""
 
     step_s: float = 0.002
     token_s: float = 0.0001
     prefill_s: float = 0.00005
+    call_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,9 @@ class FakeEngine(EngineHandle):
             self._check()  # the script may have killed it
             self._requests += 1
             self._prompt_tokens += sequence.prompt_tokens
+            if self._times.call_s:
+                await asyncio.sleep(self._times.call_s * self._time_scale)
+                self._check()
             self._waiting.append(sequence)
             self._begin_steps()
             try:
@@ -283,6 +287,8 @@ class FakeEngine(EngineHandle):
             return Rejected(grant, f"engine {self.name} is {self._state}")
         if complaint := self._limits.complaint(grant):
             return Rejected(grant, f"engine {self.name}: {complaint}")
+        if self._times.call_s:
+            await asyncio.sleep(self._times.call_s * self._time_scale)
         if self._stepping and not self._stepping.done():
             await self._between_steps.wait()  # as calls of a real one are answered between two of its steps
         self._settle(None)

@@ -5,7 +5,7 @@ engine claims before it grows, and gives up its claim once memory was released.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,6 +14,8 @@ from runtime.engines.ledger import Ledger
 
 GRACE_S = 0.5
 """Default: what is in use above the line may finish for so long."""
+ANSWER_S = 1.0
+"""An engine that takes longer to answer is left alone until it has, and the others go on."""
 _STEP_BYTES = 1 << 20
 """A recipient that has to wait grows by no less than this at a time."""
 
@@ -47,6 +49,12 @@ class Sharing:
         self._wanting: dict[str, _Wanting] = {}
         self._moving = asyncio.Lock()
         self._settling: set[asyncio.Task[None]] = set()
+        self._late: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def silent(self) -> Collection[str]:
+        """Engines that have not answered their last grant yet: what they hold is not known, and their claims stand."""
+        return self._late.keys()
 
     async def resize(self, grants: Mapping[str, Grant], grace_s: float = GRACE_S) -> dict[str, ResizeOutcome]:
         """Apply a decision; an outcome for every grant.
@@ -93,12 +101,17 @@ class Sharing:
         engine = self._engines[name]
         if engine.stats().grant is None:
             return f"engine {name} is {engine.stats().state}"
+        if name in self._late:
+            return f"engine {name} has not answered its last grant yet"
         return engine.limits.complaint(grant)
 
     def _beyond_budget(self, grants: Mapping[str, Grant]) -> str | None:
         """Why a decision as a whole cannot be: what its engines would hold, and the others once they have settled."""
         wanted = {name: w.grant for name, w in self._wanting.items()} | dict(grants)
-        total = sum(self._bytes(name, wanted.get(name) or self._now(name)) for name in self._engines)
+        total = sum(
+            self._held(name) if name in self._late else self._bytes(name, wanted.get(name) or self._now(name))
+            for name in self._engines
+        )
         grows = any(self._bytes(name, grant) > self._held(name) for name, grant in grants.items())
         if not grows or total <= self.ledger.budget_bytes:
             return None
@@ -106,6 +119,30 @@ class Sharing:
 
     def _bytes(self, name: str, grant: Grant) -> int:
         return self._engines[name].limits.held_bytes(grant.gpu_memory_utilization)
+
+    async def _ask(self, name: str, grant: Grant, grace_s: float = 0) -> ResizeOutcome | None:
+        """An engine's answer; None where it does not come in time. Its claim then stays at the most that it may
+        hold."""
+        asked = asyncio.ensure_future(self._engines[name].resize(grant, grace_s))
+        done, _ = await asyncio.wait([asked], timeout=ANSWER_S)
+        if done:
+            return asked.result()
+        self._late[name] = asyncio.create_task(self._answers_late(name, grant, asked), name=f"answer of {name}")
+        return None
+
+    async def _answers_late(self, name: str, grant: Grant, asked: "asyncio.Future[ResizeOutcome]") -> None:
+        """It has answered after all, or was started again: now its claim can be what it holds."""
+        outcome = await asked
+        async with self._moving:
+            del self._late[name]
+            if isinstance(outcome, Deferred):
+                self._defer(name, grant, outcome)
+            else:
+                self.ledger.claim(name, min(self._held(name), self._bytes(name, self._now(name))))
+            await self._serve_waiting()
+
+    def _no_answer(self, name: str, grant: Grant) -> Rejected:
+        return Rejected(grant, f"engine {name} has not answered for {ANSWER_S:g} s; it is left alone until it has")
 
     def _held(self, name: str) -> int:
         return self.ledger.held[name]
@@ -121,14 +158,17 @@ class Sharing:
             wanting.settled.set_result(Superseded(wanting.grant))
 
     async def _shrink(self, name: str, grant: Grant, grace_s: float) -> ResizeOutcome:
-        outcome = await self._engines[name].resize(grant, grace_s)
+        outcome = await self._ask(name, grant, grace_s)
         if isinstance(outcome, Applied):
             self.ledger.claim(name, self._bytes(name, grant))
         elif isinstance(outcome, Deferred):
-            self.ledger.claim(name, min(self._held(name), self._bytes(name, grant) + outcome.held_bytes))
-            task = asyncio.create_task(self._let_go(name, outcome), name=f"shrink {name}")
-            self._settling.add(task)
-        return outcome
+            self._defer(name, grant, outcome)
+        return outcome or self._no_answer(name, grant)
+
+    def _defer(self, name: str, grant: Grant, deferred: Deferred) -> None:
+        """What is free has been given back already; the rest follows when it is let go."""
+        self.ledger.claim(name, min(self._held(name), self._bytes(name, grant) + deferred.held_bytes))
+        self._settling.add(asyncio.create_task(self._let_go(name, deferred), name=f"shrink {name}"))
 
     async def _let_go(self, name: str, deferred: Deferred) -> None:
         """A deferred shrink ends: give up the claim, and let those grow who wait for it.
@@ -163,7 +203,9 @@ class Sharing:
     async def _grow_now(self, name: str, grant: Grant, decision: _Decision) -> Applied | Rejected:
         before, held = self._now(name), self._held(name)
         self.ledger.claim(name, self._bytes(name, grant))
-        outcome = await self._engines[name].resize(grant)
+        outcome = await self._ask(name, grant)
+        if outcome is None:
+            return self._no_answer(name, grant)
         if isinstance(outcome, Applied):
             return outcome
         assert isinstance(outcome, Rejected), outcome  # growing is never deferred
@@ -189,9 +231,10 @@ class Sharing:
             share = nbytes / self._engines[name].limits.device_bytes
             self.ledger.claim(name, nbytes)
             back = Grant(min(share, before.gpu_memory_utilization), before.max_active_seqs, before.max_step_tokens)
-            if isinstance(await self._engines[name].resize(back), Applied):
+            outcome = await self._ask(name, back)
+            if isinstance(outcome, Applied):
                 decision.rolled_back.add(name)
-            else:
+            elif outcome is not None:
                 self.ledger.claim(name, self._bytes(name, self._now(name)))
         decision.before.clear()
 
@@ -215,7 +258,8 @@ class Sharing:
         """Forget what is under way; whoever waits is told that it is superseded."""
         for name in list(self._wanting):
             self._supersede(name)
-        for task in list(self._settling):
+        under_way = [*self._settling, *self._late.values()]
+        for task in under_way:
             task.cancel()
-        if self._settling:
-            await asyncio.wait(self._settling)
+        if under_way:
+            await asyncio.wait(under_way)

@@ -27,6 +27,7 @@ class EngineModel(Section):
     step_s: float = Field(gt=0, lt=100)
     token_s: float = Field(ge=0, lt=100)
     prefill_s: float = Field(default=0, ge=0, lt=100)
+    call_s: float = Field(default=0, ge=0, lt=100)
     block_bytes: int = Field(gt=0)
     block_tokens: int = Field(gt=0)
     max_num_seqs: int = Field(gt=0)
@@ -66,7 +67,7 @@ async def engines(
                     name,
                     scripts[name],
                     max_num_seqs=engine.max_num_seqs,
-                    times=ServiceTime(engine.step_s, engine.token_s, engine.prefill_s),
+                    times=ServiceTime(engine.step_s, engine.token_s, engine.prefill_s, engine.call_s),
                     time_scale=1,
                     memory=FakeMemory(
                         device=device,

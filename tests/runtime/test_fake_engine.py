@@ -111,7 +111,9 @@ async def test_memory_and_concurrency_bound_what_runs_and_move_live() -> None:
 
 async def test_a_shrink_is_deferred_while_its_memory_is_in_use_then_forced() -> None:
     times = ServiceTime(step_s=0.1, token_s=0, prefill_s=0)
-    async with FakeEngine("f", lambda request: "one two", times=times, time_scale=1, memory=MEMORY) as engine:
+    async with FakeEngine(
+        "f", lambda request: "a b c d e f g h i j", times=times, time_scale=1, memory=MEMORY
+    ) as engine:
         tasks, _ = await run_many(engine, 8)
         await asyncio.sleep(0.01)
         first = await engine.resize(Grant(0.2, 64, 2048), grace_s=60)

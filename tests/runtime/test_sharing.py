@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from runtime.engines import sharing
 from runtime.engines.base import Applied, Deferred, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.fake import FakeEngine, FakeMemory
 from runtime.engines.ledger import Ledger, OverBudget
@@ -41,11 +42,14 @@ class Physical(FakeEngine):
         self.device = device
         self.fault: str | None = None
         self.holding: list[Deferred] = []
+        self.speaks = asyncio.Event()
         device.hold(name, int(grant.gpu_memory_utilization * DEVICE))
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         more = int(grant.gpu_memory_utilization * DEVICE) - self.device.held[self.name]
         await asyncio.sleep(0)
+        if self.fault == "silent":
+            await self.speaks.wait()
         if self.fault == "out of memory" and more > 0:
             return Rejected(grant, "the GPU is out of memory")
         if self.fault == "dead":
@@ -214,6 +218,46 @@ async def test_a_cut_budget_is_met_by_shrinking_only(three: Three) -> None:
     assert isinstance((await three.sharing.resize({"a": grant(0.2)}))["a"], Applied)
 
 
+@pytest.mark.parametrize("after", [None, "dead", "busy"])
+async def test_an_engine_that_does_not_answer_is_left_alone_and_the_others_go_on(
+    three: Three, monkeypatch: pytest.MonkeyPatch, after: str | None
+) -> None:
+    monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
+    silent = three.engines["b"]
+    silent.fault = "silent"
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert isinstance(outcomes["b"], Rejected)
+    assert "has not answered for 0.01 s" in outcomes["b"].reason
+    assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
+    assert list(three.sharing.silent) == ["b"]
+    again = await three.sharing.resize({"b": grant(0.3)})
+    assert "has not answered its last grant yet" in getattr(again["b"], "reason", "")
+    others = await three.sharing.resize({"a": grant(0.4), "c": grant(0.2)})
+    assert all(isinstance(outcome, Applied) for outcome in others.values())
+    silent.fault = after
+    silent.speaks.set()
+    await asyncio.sleep(0.01)
+    assert not three.sharing.silent
+    assert three.ledger.held == three.device.held
+    assert shares(three)["b"] == {None: 0.2, "dead": 0.4, "busy": 0.3}[after]
+
+
+async def test_a_recipient_that_does_not_answer_keeps_its_claim(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
+    three.engines["a"].fault = "silent"
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert isinstance(outcomes["a"], Rejected)
+    assert three.ledger.held["a"] == DEVICE // 2
+    beyond = await three.sharing.resize({"b": grant(0.4)})
+    assert "the budget is" in getattr(beyond["b"], "reason", "")
+    three.engines["a"].fault = None
+    three.engines["a"].speaks.set()
+    await asyncio.sleep(0.01)
+    assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
+    assert three.device.most == DEVICE
+    await three.sharing.close()
+
+
 def test_a_claim_beyond_the_budget_changes_nothing() -> None:
     ledger = Ledger(100)
     ledger.claim("a", 60)
@@ -228,6 +272,7 @@ class Trading(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patience, sharing.ANSWER_S = sharing.ANSWER_S, 0.005
         self.loop = asyncio.new_event_loop()
         self.three = self.wait(Three().start())
         self.deferred: list[Deferred] = []
@@ -249,9 +294,17 @@ class Trading(RuleBasedStateMachine):
             elif isinstance(outcome, Applied):
                 assert self.three.device.held[name] == int(outcome.grant.gpu_memory_utilization * DEVICE)
 
-    @rule(engine=st.sampled_from("abc"), fault=st.sampled_from([None, "out of memory", "dead", "busy"]))
+    @rule(engine=st.sampled_from("abc"), fault=st.sampled_from([None, "out of memory", "dead", "busy", "silent"]))
     def fail(self, engine: str, fault: str | None) -> None:
         self.three.engines[engine].fault = fault
+        if fault == "silent":
+            self.three.engines[engine].speaks.clear()
+        else:
+            self.speak(self.three.engines[engine])
+
+    def speak(self, engine: Physical) -> None:
+        engine.speaks.set()
+        self.wait(asyncio.sleep(0.001))
 
     @rule(engine=st.sampled_from("abc"), how=st.sampled_from([Applied, Rejected]))
     def let_go(self, engine: str, how: type) -> None:
@@ -265,7 +318,7 @@ class Trading(RuleBasedStateMachine):
         assert device.most <= DEVICE
         assert sum(ledger.held.values()) <= ledger.budget_bytes
         for name, held in device.held.items():
-            if self.three.engines[name].holding:
+            if self.three.engines[name].holding or name in self.three.sharing.silent:
                 assert ledger.held[name] >= held
             else:
                 assert abs(ledger.held[name] - held) <= 1, name
@@ -273,11 +326,14 @@ class Trading(RuleBasedStateMachine):
     def teardown(self) -> None:
         for engine in self.three.engines.values():
             engine.fault = None
+            self.speak(engine)
             engine.let_go(Applied)
         self.wait(asyncio.sleep(0.001))
+        assert not self.three.sharing.silent
         assert all(deferred.settled.done() for deferred in self.deferred), "someone waits for ever"
         self.wait(self.three.sharing.close())
         self.loop.close()
+        sharing.ANSWER_S = self.patience
 
 
 TestTrading = Trading.TestCase

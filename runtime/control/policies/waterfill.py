@@ -55,7 +55,8 @@ class Waterfill(Policy):
         """Bytes for every sequence that an engine has, and one to spare, as far as it may run them at once."""
         spare = self.options.spare
         return [
-            (most if (n := view.in_flight + spare) > (most := view.limits.seqs_ceiling) else n) * view.sequence_bytes
+            (most if (n := view.peak_in_flight + spare) > (most := view.limits.seqs_ceiling) else n)
+            * view.sequence_bytes
             for view in snapshot.views
         ]
 

@@ -23,7 +23,14 @@ def view(name: str, kv_mib: float = 100, **changes: Any) -> EngineView:
     """An engine that holds so much KV cache; a sequence takes 1 MiB."""
     kv = int(kv_mib * MIB)
     grant = Grant(LIMITS.share(kv), LIMITS.seqs_ceiling, LIMITS.step_tokens_ceiling)
-    return EngineView(name, LIMITS, grant, kv, kv // 2, **{"sequence_bytes": MIB, **changes})
+    return EngineView(
+        name,
+        LIMITS,
+        grant,
+        kv,
+        kv // 2,
+        **{"sequence_bytes": MIB, "peak_in_flight": changes.get("in_flight", 0), **changes},
+    )
 
 
 def snapshot(*views: EngineView, movable_mib: float = 300, now_s: float = 0) -> Snapshot:
