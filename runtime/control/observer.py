@@ -120,7 +120,7 @@ class Observer:
     def _update(self, seen: _Seen, engine: EngineHandle, stats: EngineStats, now_s: float, used: int) -> None:
         account, running = engine.account, stats.running
         if running and used:
-            held = used / running
+            held = max(used / running, engine.limits.block_bytes)
             seen.sequence_bytes = (
                 held if not seen.sequence_bytes else seen.sequence_bytes + 0.1 * (held - seen.sequence_bytes)
             )

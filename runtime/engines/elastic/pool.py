@@ -97,6 +97,11 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
         if block.block_id < self.num_gpu_blocks:
             super()._insert_block_hash(block_hash, block, num_tokens)
 
+    def get_usage(self) -> float:
+        """What is in use, draining blocks too, to what may be handed out: above 1 while more drains than is free."""
+        there_are = self.num_gpu_blocks - 1
+        return float((there_are - self.get_num_free_blocks() + len(self.draining)) / there_are)
+
     def reset_prefix_cache(self) -> bool:
         done = not self.draining and bool(super().reset_prefix_cache())
         if done:  # nothing is worth finding any more

@@ -76,8 +76,7 @@ class Pool(RuleBasedStateMachine):
         assert free == {block.block_id for block in pool.blocks[1:line]} - used
         assert pool.draining == {block for block in used if block >= line}
         assert pool.get_num_free_blocks() == len(free)
-        below = len([block for block in used if block < line])
-        assert abs(pool.get_usage() - below / (line - 1)) < 1e-9
+        assert abs(pool.get_usage() - len(used) / (line - 1)) < 1e-9
         counts = {b.block_id: sum(b in blocks for blocks in self.used) for b in pool.blocks[1:]}
         assert counts == {b.block_id: b.ref_cnt for b in pool.blocks[1:]}
 
