@@ -56,7 +56,7 @@ class Registered:
 
     def load_role(self) -> type[Role]:
         """Import the class and see that it is a role that can be made. Raises BrokenPlugin."""
-        found = self.load_subclass(Role, "agents.role.Role")
+        found = self.load_subclass(Role, "agents.role.Role")  # type: ignore[type-abstract]  # the base itself
         if faults := form_faults(found):
             raise self.broken("; ".join(faults))
         try:
@@ -68,7 +68,7 @@ class Registered:
 
     def load_workflow(self) -> type[Workflow]:
         """Import the class and see that it is a whole workflow. Raises BrokenPlugin."""
-        found = self.load_subclass(Workflow, "agents.workflow.Workflow")
+        found = self.load_subclass(Workflow, "agents.workflow.Workflow")  # type: ignore[type-abstract]  # as above
         options: object = found.Options
         if not (isinstance(options, type) and issubclass(options, Value)):
             raise self.broken(f"{found.__name__}.Options has to be a subclass of agents.role.Value")

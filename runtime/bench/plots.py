@@ -74,7 +74,8 @@ def draw(folder: Path) -> list[Plot]:
     plots = []
     for title, reading, name, figure in drawn:
         path = folder / "plots" / f"{name}.png"
-        FigureCanvasAgg(figure).print_png(str(path))
+        FigureCanvasAgg(figure)
+        figure.savefig(path)
         plots.append(Plot(title, reading, path))
     return plots
 

@@ -85,7 +85,10 @@ async def fit(
         seen += mine
         fitted[name] = _engine_model(engine, mine)
     progress("all at once")
-    return Model(lanes=await _lanes(engines, requests, seen), engines=fitted), seen
+    lanes = await _lanes(engines, requests, seen)
+    call_s = {name: await _call_s(engine, requests[name]) for name, engine in engines.items()}
+    models = {name: model.model_copy(update={"call_s": call_s[name]}) for name, model in fitted.items()}
+    return Model(lanes=lanes, engines=models), seen
 
 
 async def _record(
@@ -150,6 +153,19 @@ async def _lanes(
         )
         found.append(sum(one.tokens_per_s / alone[one.engine] for one in beside))
     return statistics.fmean(found) if found else float(len(engines))
+
+
+async def _call_s(engine: EngineHandle, requests: Sequence[GenerateRequest]) -> float:
+    """Seconds that a call takes on its way while the engine works: what a pulse takes beyond half a step."""
+    working = asyncio.create_task(_measure(engine, requests, 16))
+    clock = asyncio.get_running_loop().time
+    found = []
+    while not working.done():
+        started = clock()
+        await engine.pulse()
+        found.append(clock() - started)
+        await asyncio.sleep(0.01)
+    return max(statistics.median(found) - (await working).step_s / 2, 0.0)
 
 
 def _powers_of_two(most: int) -> list[int]:

@@ -62,7 +62,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.free_block_queue = CompactQueue(self.free_block_queue.get_all_free_blocks())
+        free: list[KVCacheBlock] = self.free_block_queue.get_all_free_blocks()  # type: ignore[has-type]  # vLLM's
+        self.free_block_queue = CompactQueue(free)
         self.num_gpu_blocks: int = len(self.blocks)
         self.draining: set[int] = set()
 

@@ -23,7 +23,7 @@ def test_two_requests_share_what_they_hold_at_the_same_time() -> None:
     async def work() -> list[tuple[float, float]]:
         account = Account()
         account.hold(100)
-        found = await asyncio.gather(call(account, 1, 4), call(account, 3, 4))
+        found = list(await asyncio.gather(call(account, 1, 4), call(account, 3, 4)))
         assert (account.arrived, account.finished, account.in_flight) == (2, 2, 0)
         assert account.idle.byte_seconds == pytest.approx(100)  # the first second
         return found
