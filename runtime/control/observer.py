@@ -100,7 +100,8 @@ class Observer:
             name=name,
             limits=engine.limits,
             grant=stats.grant,
-            kv_cache_bytes=stats.kv_cache_bytes,
+            # What its grant comes to: what backs it is less by a part of a block, and would not add up to the budget.
+            kv_cache_bytes=engine.limits.kv_cache_bytes(stats.grant.gpu_memory_utilization),
             kv_used_bytes=used,
             in_flight=in_flight,
             peak_in_flight=seen.peak_in_flight,
