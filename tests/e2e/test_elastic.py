@@ -142,7 +142,8 @@ async def test_a_shrink_waits_for_its_grace_and_a_newer_one_wins(fleet: Fleet) -
     third = await second.settled
     assert isinstance(third, Applied)
     assert third.kv_cache_bytes <= 2 * floor
-    assert 0.15 < third.seconds < 5
+    assert third.seconds < 5
+    assert third.preempted == 0 or third.seconds > 0.15  # nobody before the grace was over
     await work
 
 

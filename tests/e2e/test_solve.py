@@ -1,6 +1,7 @@
 """The command with real vLLM engines and the shipped weights: right answers, kept results, nothing left behind."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -38,7 +39,7 @@ def test_one_problem_prints_steps_verdicts_and_answer(troupe: Command) -> None:
     assert done.returncode == 0, done.stderr
     watched = " ".join(done.stderr.split())  # whatever its width, and how it breaks lines
     assert "gpu_memory_utilization" in watched
-    assert "solver solver ready 30.0%" in watched
+    assert re.search(r"solver solver ready \d+\.\d%", watched)  # the controller has moved what it began with
     assert done.stdout.splitlines()[-1] == "answer: 57"
     assert "A=12+7; B=A*3" in done.stdout
     assert done.stdout.count("accepted") == 2
