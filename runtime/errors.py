@@ -1,18 +1,41 @@
 """Everything Troupe raises for a user to read.
 
 TroupeError
+├── BudgetSpent      a job has used up the tokens that it was given
+├── Busy             the queue of jobs is full, or the service is ending: the same may be asked later
 ├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right   (exit code 2)
 ├── InputError       a problem or a line of a file is wrong                                       (exit code 2)
 ├── EngineError      an engine could not start, died, or refused a request
-│   └── EngineDead   the engine's process is gone
+│   ├── EngineDead   the engine's process is gone
+│   └── RequestRefused    an engine cannot take a request: a prompt beyond its length, say
+├── JournalError     the store of jobs cannot be read or written
 └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
 """
 
-__all__ = ["ConfigError", "EngineDead", "EngineError", "InputError", "PluginError", "TroupeError"]
+__all__ = [
+    "BudgetSpent",
+    "Busy",
+    "ConfigError",
+    "EngineDead",
+    "EngineError",
+    "InputError",
+    "JournalError",
+    "PluginError",
+    "RequestRefused",
+    "TroupeError",
+]
 
 
 class TroupeError(Exception):
     """Base of all errors meant for a user; the message stands on its own."""
+
+
+class BudgetSpent(TroupeError):
+    """A job has used up the tokens that it was given."""
+
+
+class Busy(TroupeError):
+    """Nothing more is accepted now. The message says why, and that the same may be tried later."""
 
 
 class ConfigError(TroupeError):
@@ -29,6 +52,14 @@ class EngineError(TroupeError):
 
 class EngineDead(EngineError):
     """The engine's process is gone."""
+
+
+class RequestRefused(EngineError):
+    """An engine cannot take a request. The message says why."""
+
+
+class JournalError(TroupeError):
+    """The store of jobs cannot be read or written. The message names the file and what can be done."""
 
 
 class PluginError(TroupeError):

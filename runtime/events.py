@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from agents.workflow import Entry
 from runtime.engines.base import EngineState
+from runtime.jobs.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,19 @@ class EngineChanged:
 
 @dataclass(frozen=True)
 class RoleReplied:
-    """A seat replied in a job."""
+    """A seat replied in a job: the reply to its call of that number, what the call used, and the lines that the reply
+    added to the transcript. Those taken again, in a job that is resumed, are not told again."""
 
     job: str
-    entry: Entry
+    recorded: Recorded
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class JobBegunAnew:
+    """The replies that a job had before do not fit its workflow any more: they are dropped."""
+
+    job: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class CallEnded:
 
 @dataclass(frozen=True)
 class JobEnded:
-    """A job has its answer, or failed."""
+    """A job has its answer, or failed, or was cancelled."""
 
     job: str
     answer: str | None
@@ -62,7 +72,7 @@ class JobEnded:
     seconds: float
 
 
-Event = EngineChanged | RoleReplied | JobAdvanced | CallEnded | JobEnded
+Event = EngineChanged | RoleReplied | JobBegunAnew | JobAdvanced | CallEnded | JobEnded
 Listener = Callable[[Event], None]
 
 

@@ -2,7 +2,7 @@
 both."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,7 @@ from runtime.control.forecast import Forecast
 from runtime.control.guard import Guard
 from runtime.control.observer import Observer, Terms
 from runtime.daemon import DaemonExecutor
-from runtime.engines.base import EngineHandle, EngineSpec
+from runtime.engines.base import Chunk, EngineHandle, EngineSpec, GenerateRequest
 from runtime.engines.fleet import Fleet
 from runtime.engines.sharing import Sharing
 from runtime.events import Event, Listener, ignore
@@ -154,6 +154,11 @@ class Crew:
         """Runs jobs of a team over these engines; what happens to them is told to forecast, controller and listener."""
         self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
         return Orchestrator(team, self.engines, self._hear, self._price)
+
+    def generate(self, engine: str, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """One request to an engine, beside the jobs; a burst of them is decided about at once, too."""
+        self.controller.look()
+        return self.engines[engine].generate(request)
 
     def _hear(self, event: Event) -> None:
         self._forecast.hear(event)

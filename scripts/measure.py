@@ -30,8 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from agents.arithmetic import oracle, sampling  # noqa: E402  (the repository, installed or not)
-from agents.role import Reply  # noqa: E402
-from agents.workflow import RoleCall, Unusable, Workflow  # noqa: E402
+from agents.workflow import RoleCall, Workflow  # noqa: E402
 from runtime import config, run_folder  # noqa: E402
 from runtime.engines.base import EngineHandle, GenerateRequest  # noqa: E402
 from runtime.engines.fake import FakeEngine  # noqa: E402
@@ -41,6 +40,7 @@ from runtime.jobs import problems  # noqa: E402
 from runtime.jobs.batch import summarise, work_all  # noqa: E402
 from runtime.jobs.job import Job, JobResult, Usage  # noqa: E402
 from runtime.jobs.orchestrator import Orchestrator  # noqa: E402
+from runtime.jobs.recorded import Recorded  # noqa: E402
 from runtime.jobs.team import Team, assemble  # noqa: E402
 
 SAMPLE = ROOT / "configs" / "problems" / "sample.jsonl"
@@ -86,13 +86,13 @@ class Recorder(Orchestrator):
         self._asked: dict[tuple[str, int], Asked] = {}
         self._cause: dict[tuple[str, int], Asked] = {}
 
-    def _take(self, job: Job, workflow: Workflow, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
-        due = super()._take(job, workflow, call, reply)
+    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: Recorded) -> list[RoleCall]:
+        due = super()._take(job, workflow, call, recorded)
         for next_call in due:
             self._cause[job.id, next_call.number] = self._asked[job.id, call.number]
         return due
 
-    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Reply | Unusable:
+    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Recorded:
         seat = self.team.seats[call.seat]
         asked = self._asked[job.id, call.number] = Asked(self._request(job, seat, call), seat.engine)
         cause = self._cause.get((job.id, call.number))

@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.errors": (),
     "runtime.run_folder": ("runtime.errors",),
     "runtime.config": ("agents", "runtime.errors", "runtime.engines.base"),
-    "runtime.events": ("agents", "runtime.engines.base"),
+    "runtime.events": ("agents", "runtime.engines.base", "runtime.jobs.recorded"),
     "runtime.engines": ("agents", "runtime.errors", "runtime.events", "runtime.engines"),
     "runtime.daemon": (),
     "runtime.telemetry": ("runtime.daemon", "runtime.errors", "runtime.events", "runtime.telemetry"),
@@ -66,6 +66,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.jobs",
         "runtime.session",
     ),
+    "runtime.server": (
+        "agents",
+        "runtime.config",
+        "runtime.control",
+        "runtime.engines.base",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.jobs",
+        "runtime.server",
+        "runtime.session",
+        "runtime.telemetry",
+    ),
     "runtime.cli": EVERYTHING,
     "scripts": EVERYTHING,
 }
@@ -88,6 +100,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pynvml": ("runtime/telemetry/nvml.py",),
     "yaml": ("runtime/config.py",),
     "matplotlib": ("runtime/bench/plots.py",),
+    "fastapi": ("runtime/server/",),
+    "uvicorn": ("runtime/server/serve.py",),
+    "prometheus_client": ("runtime/server/metrics.py",),
+    "sqlite3": ("runtime/jobs/journal.py", "runtime/jobs/feed.py"),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""
 

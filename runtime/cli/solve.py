@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.spinner import Spinner
 
+from agents.workflow import Entry
 from runtime import config as configuration
 from runtime import run_folder
 from runtime.cli import interrupt
@@ -100,7 +101,8 @@ async def _solve_one(config: Config, crew: Team, job: Job, watch: bool, as_json:
                 status.update(text=_starting(event, waiting))
             elif isinstance(event, RoleReplied):
                 status.update(text="working")
-                lines.print(_entry(event), soft_wrap=True)
+                for entry in event.entries:
+                    lines.print(_entry(entry), soft_wrap=True)
 
         waiting: dict[str, EngineState] = {}
         async with Session(config, crew, folder, show) as session:
@@ -318,8 +320,7 @@ def _starting(event: EngineChanged, engines: dict[str, EngineState]) -> str:
     return ", ".join(f"{name} {state}" for name, state in engines.items())
 
 
-def _entry(event: RoleReplied) -> str:
-    entry = event.entry
+def _entry(entry: Entry) -> str:
     mark = {"accepted": "[green]✓[/]", "rejected": "[red]✗[/]"}.get(str(entry.verdict), " ")
     return f"{mark} [cyan]{escape(f'{entry.seat:<10}')}[/] {escape(entry.input)}  →  {escape(entry.output)}"
 

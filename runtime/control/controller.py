@@ -93,7 +93,12 @@ class Controller:
 
     def hear(self, event: Event) -> None:
         """A listener: calls that become due may be a burst, which is decided about at once."""
-        if isinstance(event, JobAdvanced) and self._is_burst():
+        if isinstance(event, JobAdvanced):
+            self.look()
+
+    def look(self) -> None:
+        """See whether there is a burst."""
+        if self._is_burst():
             self.wake(BURST)
 
     def wake(self, cause: str) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -69,7 +69,11 @@ class EngineSpec(BaseModel):
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One chat to be answered. `schema` holds the reply to a JSON schema; `seed` None leaves sampling to chance.
+    """One chat to be answered, or, where there is a `prompt`, that to be gone on with: a text, or tokens.
+
+    `max_tokens` None leaves it at what the model's length leaves. `schema` holds the reply to a JSON schema; `seed`
+    None leaves sampling to chance; `logprobs` asks for those of so many of the likeliest tokens beside each one
+    written. `further` are further arguments of vLLM's SamplingParams, as they are.
 
     `given` are tokens of the reply that the caller has already, from an engine that died: what is streamed goes on
     after them, and `max_tokens` counts them.
@@ -79,18 +83,31 @@ class GenerateRequest:
     messages: tuple[Message, ...]
     temperature: float
     top_p: float
-    max_tokens: int
+    max_tokens: int | None
     stop: tuple[str, ...] = ()
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
     given: tuple[int, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    logprobs: int | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token that was written, its logarithmic probability, and the likeliest in its place, the likeliest first."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens as they come: text and ids since the last chunk, and when they came (time.monotonic seconds).
 
-    `finish` is None until the last chunk, then vLLM's finish reason ("stop", "length").
+    `finish` is None until the last chunk, then vLLM's finish reason ("stop", "length"). `logprobs`, one a token, where
+    they were asked for.
     """
 
     text: str
@@ -98,6 +115,7 @@ class Chunk:
     time_s: float
     prompt_tokens: int
     finish: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,7 +254,7 @@ class EngineHandle(ABC):
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Stream the reply. Closing the iterator early aborts the request.
 
-        Raises EngineError for a request that the engine refuses (a prompt beyond its length, say), EngineDead when
+        Raises RequestRefused for a request that the engine refuses (a prompt beyond its length, say), EngineDead when
         it is gone.
         """
 

@@ -171,8 +171,10 @@ class FakeEngine(EngineHandle):
     def _sequence(self, request: GenerateRequest) -> _Sequence:
         words = self._script(request).split(" ")
         pieces = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-        finish = "length" if len(pieces) > request.max_tokens else "stop"
+        finish = "length" if request.max_tokens is not None and len(pieces) > request.max_tokens else "stop"
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
+        if request.prompt is not None:
+            prompt_tokens = len(request.prompt.split() if isinstance(request.prompt, str) else request.prompt)
         return _Sequence(request, prompt_tokens, pieces[len(request.given) : request.max_tokens], finish)
 
     def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:

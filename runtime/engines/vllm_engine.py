@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ from runtime.engines.base import (
     Rejected,
     ResizeOutcome,
     Superseded,
+    TokenLogprob,
 )
-from runtime.errors import EngineDead, EngineError
+from runtime.errors import EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 CLOSE_S = 0.5
@@ -180,10 +181,9 @@ class VllmEngine(EngineHandle):
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         llm = self._ready()
-        conversation = [{"role": m.role, "content": m.content} for m in request.messages]
         prompt_tokens = 0
         try:
-            _, (prompt,) = await llm.renderer.render_chat_async([conversation], _CHAT)
+            prompt = await self._rendered(llm, request)
             if request.given:  # the prompt as it was, and what was written since: the reply goes on from there
                 prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.given]}
             self._requests += 1
@@ -193,11 +193,29 @@ class VllmEngine(EngineHandle):
                     prompt_tokens = len(output.prompt_token_ids) - len(request.given)
                     self._prompt_tokens += prompt_tokens
                 self._completion_tokens += len(new.token_ids)
-                yield Chunk(new.text, tuple(new.token_ids), time.monotonic(), prompt_tokens, new.finish_reason)
+                yield Chunk(
+                    new.text,
+                    tuple(new.token_ids),
+                    time.monotonic(),
+                    prompt_tokens,
+                    new.finish_reason,
+                    _logprobs(new.token_ids, new.logprobs, request.logprobs or 0) if new.logprobs else (),
+                )
         except EngineDeadError as error:
             raise self._dead() from error
         except (VLLMError, ValueError) as error:  # VLLMError is the base of all that vLLM raises for a request
-            raise EngineError(f"engine {self.name} refused the request: {_reason(error)}") from error
+            raise RequestRefused(f"engine {self.name} refused the request: {_reason(error)}") from error
+
+    async def _rendered(self, llm: AsyncLLM, request: GenerateRequest) -> Any:
+        """The request's prompt as tokens, in the form that vLLM takes."""
+        if isinstance(request.prompt, str):
+            (prompt,) = await llm.renderer.render_cmpl_async([{"prompt": request.prompt}])
+        elif request.prompt is not None:
+            (prompt,) = await llm.renderer.render_cmpl_async([{"prompt_token_ids": list(request.prompt)}])
+        else:
+            conversation = [{"role": m.role, "content": m.content} for m in request.messages]
+            _, (prompt,) = await llm.renderer.render_chat_async([conversation], _CHAT)
+        return prompt
 
     def _ready(self) -> AsyncLLM:
         if self._llm is None or self._state is not EngineState.READY:
@@ -326,11 +344,29 @@ def _sampling(request: GenerateRequest) -> SamplingParams:
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
-        max_tokens=request.max_tokens - len(request.given),
+        max_tokens=None if request.max_tokens is None else request.max_tokens - len(request.given),
+        logprobs=request.logprobs,
         stop=list(request.stop) or None,
         seed=request.seed,
         structured_outputs=StructuredOutputsParams(json=dict(schema)) if schema else None,
         output_kind=RequestOutputKind.DELTA,
+        **request.further,
+    )
+
+
+def _logprobs(token_ids: Sequence[int], found: Sequence[Mapping[int, Any]], top: int) -> tuple[TokenLogprob, ...]:
+    """vLLM's logprobs: at each place the token written, and so many of the likeliest, by their rank."""
+
+    def likeliest(place: Mapping[int, Any]) -> list[Any]:
+        return sorted(place.values(), key=lambda one: one.rank)[:top]
+
+    return tuple(
+        TokenLogprob(
+            place[token].decoded_token or "",
+            place[token].logprob,
+            tuple((one.decoded_token or "", one.logprob) for one in likeliest(place)),
+        )
+        for token, place in zip(token_ids, found, strict=True)
     )
 
 

@@ -1,21 +1,51 @@
-"""A job: one problem for the team, and what came of it."""
+"""A job: one problem for the team, the states on its way, and what came of it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any, Self
 
 from agents.workflow import Entry
 
 
+class JobState(StrEnum):
+    """Where an accepted job stands. CANCELLED by its user, EXPIRED by its deadline or its time budget."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing comes after it."""
+        return not TRANSITIONS[self]
+
+
+_ENDS = frozenset({JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: _ENDS | {JobState.RUNNING},
+    JobState.RUNNING: _ENDS | {JobState.QUEUED, JobState.DONE},  # queued again: another try, or another runtime
+    **dict.fromkeys((JobState.DONE, *_ENDS), frozenset[JobState]()),
+}
+"""What may come after each state; the journal refuses everything else."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """One accepted problem. `temperature` overrides every seat's; `seed` makes sampling repeatable."""
+    """One accepted problem. `temperature` overrides every seat's; `seed` makes sampling repeatable.
+
+    Once its calls have used `max_tokens` (prompts and replies) no further call is made for it, and it fails.
+    """
 
     id: str
     problem: str
     expected: str | None = None
     temperature: float | None = None
     seed: int | None = 0
+    max_tokens: int | None = None
 
 
 @dataclass
@@ -45,7 +75,8 @@ class Usage:
 class JobResult:
     """How a job ended: an answer, or an error.
 
-    `confirmed` when the critics accepted every step's result; None where nobody judged.
+    `confirmed` when the critics accepted every step's result; None where nobody judged. `transient` when the error was
+    an engine's, and another try may do better.
     """
 
     id: str
@@ -58,6 +89,7 @@ class JobResult:
     elapsed_s: float = 0.0
     expected: str | None = None
     error: str | None = None
+    transient: bool = False
 
     @property
     def correct(self) -> bool | None:
@@ -72,10 +104,7 @@ class JobResult:
             "answer": self.answer,
             "confirmed": self.confirmed,
             "rounds": self.rounds,
-            "steps": [
-                {"role": e.seat, "input": e.input, "output": e.output, "verdict": e.verdict, "round": e.round}
-                for e in self.steps
-            ],
+            "steps": [entry_as_json(entry) for entry in self.steps],
             "usage": {seat: asdict(usage) for seat, usage in self.usage.items()},
             "elapsed_s": round(self.elapsed_s, 4),
             **({"expected": self.expected, "correct": self.correct} if self.expected is not None else {}),
@@ -97,6 +126,17 @@ class JobResult:
             expected=data.get("expected"),
             error=data.get("error"),
         )
+
+
+def entry_as_json(entry: Entry) -> dict[str, Any]:
+    """A line of a transcript in the form in which it is printed, stored and published."""
+    return {
+        "role": entry.seat,
+        "input": entry.input,
+        "output": entry.output,
+        "verdict": entry.verdict,
+        "round": entry.round,
+    }
 
 
 def _same(answer: str, expected: str) -> bool:

@@ -7,18 +7,19 @@ jobs go on.
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
 from typing import ParamSpec, TypeVar
 
-from agents.role import Message, Reply, ReplyUnusable, Role, Task, TaskRefused
+from agents.role import Message, ReplyUnusable, Role, Task, TaskRefused
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.base import EngineHandle, GenerateRequest
-from runtime.errors import EngineError, InputError, PluginError
-from runtime.events import CallEnded, JobAdvanced, JobEnded, Listener, RoleReplied, ignore
+from runtime.errors import BudgetSpent, EngineError, InputError, PluginError, RequestRefused
+from runtime.events import CallEnded, JobAdvanced, JobBegunAnew, JobEnded, Listener, RoleReplied, ignore
 from runtime.jobs.job import Job, JobResult, Usage
+from runtime.jobs.recorded import Recorded
 from runtime.jobs.team import Seat, Team
 
 P = ParamSpec("P")
@@ -44,19 +45,23 @@ class Orchestrator:
         self._tell = listener
         self._requests = count()
 
-    async def run(self, job: Job) -> JobResult:
-        """Work one job to its end. Cancelling it aborts its open requests."""
+    async def run(self, job: Job, past: Sequence[Recorded] = ()) -> JobResult:
+        """Work one job to its end, going on after the replies that it got before. Cancelling it aborts its open
+        requests."""
         clock = asyncio.get_running_loop().time
         started = clock()
         usage: dict[str, Usage] = {}
         workflow: Workflow | None = None
-        error: str | None = None
+        failure: Exception | None = None
         try:
             self.team.check(job.problem)
-            workflow = _plugged("the workflow", self.team.begin, job.problem)
-            await self._work(job, workflow, usage)
-        except (EngineError, InputError, PluginError, TaskRefused) as refusal:
-            error = str(refusal)
+            workflow, due = self._begin(job, past, usage)
+            await self._work(job, workflow, due, usage)
+        except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as refusal:
+            failure = refusal
+        except asyncio.CancelledError:
+            self._tell(JobEnded(job.id, None, "cancelled", clock() - started))
+            raise
         outcome = workflow.outcome if workflow else None
         result = JobResult(
             id=job.id,
@@ -68,16 +73,32 @@ class Orchestrator:
             usage=usage,
             elapsed_s=clock() - started,
             expected=job.expected,
-            error=error or (outcome.failure if outcome else None),
+            error=str(failure) if failure else (outcome.failure if outcome else None),
+            transient=isinstance(failure, EngineError) and not isinstance(failure, RequestRefused),
         )
         self._tell(JobEnded(job.id, result.answer, result.error, result.elapsed_s))
         return result
 
-    async def _work(self, job: Job, workflow: Workflow, usage: dict[str, Usage]) -> None:
+    def _begin(self, job: Job, past: Sequence[Recorded], usage: dict[str, Usage]) -> tuple[Workflow, list[RoleCall]]:
+        """The workflow after the replies that the job has, and the calls that are due. From its beginning where they do
+        not fit: it is another workflow now, or one that does not do the same twice."""
+        for recorded in past:
+            usage.setdefault(recorded.seat, Usage()).add(recorded.used)
+        workflow = _plugged("the workflow", self.team.begin, job.problem)
+        due = {call.number: call for call in _plugged("the workflow's begin()", lambda: list(workflow.begin()))}
+        for recorded in past:
+            call = due.pop(recorded.number, None)
+            if call is None or call.seat != recorded.seat:
+                self._tell(JobBegunAnew(job.id))
+                return self._begin(job, (), usage)
+            following = _plugged("the workflow's take()", lambda c=call, r=recorded: list(workflow.take(c, r.reply)))  # type: ignore[misc]
+            due.update((call.number, call) for call in following)
+        return workflow, list(due.values())
+
+    async def _work(self, job: Job, workflow: Workflow, due: list[RoleCall], usage: dict[str, Usage]) -> None:
         """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
-        due = _plugged("the workflow's begin()", lambda: list(workflow.begin()))
         self._advanced(job, workflow, "", due)
-        open_calls: dict[asyncio.Task[Reply | Unusable], RoleCall] = {}
+        open_calls: dict[asyncio.Task[Recorded], RoleCall] = {}
         try:
             while workflow.outcome is None:
                 if len(due) == 1 and not open_calls:  # the usual case, without a task of its own
@@ -102,11 +123,10 @@ class Orchestrator:
             if open_calls:
                 await asyncio.wait(open_calls)
 
-    def _take(self, job: Job, workflow: Workflow, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: Recorded) -> list[RoleCall]:
         known = len(workflow.transcript)
-        due = _plugged("the workflow's take()", lambda: list(workflow.take(call, reply)))
-        for entry in workflow.transcript[known:]:
-            self._tell(RoleReplied(job.id, replace(entry)))
+        due = _plugged("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))
+        self._tell(RoleReplied(job.id, recorded, tuple(replace(entry) for entry in workflow.transcript[known:])))
         self._advanced(job, workflow, call.seat, due)
         return due
 
@@ -114,16 +134,22 @@ class Orchestrator:
         ahead = _plugged("the workflow's ahead()", workflow.ahead)
         self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead))
 
-    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Reply | Unusable:
+    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Recorded:
         """One request: the role's messages to its engine, the text that comes back to the role."""
+        _within_budget(job, usage)
         seat = _plugged(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
         request = self._request(job, seat, call)
-        text, finish = await self._generate(job, seat, request, usage.setdefault(seat.name, Usage()))
+        used = Usage()
         try:
-            return _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
+            text, finish = await self._generate(job, seat, request, used)
+        finally:
+            usage.setdefault(seat.name, Usage()).add(used)
+        try:
+            reply = _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
         except ReplyUnusable as error:
             cut = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
-            return Unusable(f"{error}{cut}")
+            return Recorded(call.number, seat.name, Unusable(f"{error}{cut}"), used)
+        return Recorded(call.number, seat.name, reply, used)
 
     async def _generate(self, job: Job, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
         """The whole reply and why it ended; what it took is added to `usage`, whatever happens."""
@@ -168,6 +194,13 @@ class Orchestrator:
             seed=None if job.seed is None or not temperature else _seed(job.seed, call),
             schema=_plugged(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task)),
         )
+
+
+def _within_budget(job: Job, usage: Mapping[str, Usage]) -> None:
+    """Raise BudgetSpent when the job's calls have used up its tokens."""
+    used = sum(one.prompt_tokens + one.completion_tokens for one in usage.values())
+    if job.max_tokens is not None and used >= job.max_tokens:
+        raise BudgetSpent(f"the job has used {used} tokens; its max_tokens is {job.max_tokens}")
 
 
 def _plugged(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

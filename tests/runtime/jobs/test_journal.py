@@ -1,0 +1,234 @@
+"""The journal over a real SQLite file: what is written is there, whatever happens after."""
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from agents.role import Plan, Solution, Step, Verdict
+from agents.workflow import Unusable
+from runtime.errors import JournalError
+from runtime.jobs import journal as store
+from runtime.jobs.job import TRANSITIONS, JobState, Usage
+from runtime.jobs.journal import JobEvent, Journal, Transaction
+from runtime.jobs.recorded import Recorded
+from runtime.jobs.submission import Submission
+
+ASKED = Submission(problem="1+1", idempotency_key="k", priority=3, expected="2")
+REPLIES = (
+    Recorded(1, "planner", Plan(steps=(Step(name="A", instruction="1+1"),), answer_step="A"), Usage(5, 6, 0.5)),
+    Recorded(2, "solver", Unusable("not a number"), Usage(1, 1)),
+    Recorded(3, "solver", Solution(result="2", work="|"), Usage(1, 1)),
+    Recorded(4, "critic", Verdict(accepted=True, reason="so"), Usage(1, 1, cost=0.5)),
+)
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    async with Journal(tmp_path / "jobs.db") as journal:
+        yield journal
+
+
+async def test_what_is_accepted_is_found_by_id_key_and_state(journal: Journal) -> None:
+    record, new = await journal.write(lambda t: t.accept("a", ASKED))
+    assert (new, record.state, record.submission, record.attempts) == (True, JobState.QUEUED, ASKED, 0)
+    assert await journal.read(partial(store.job, id="a")) == record
+    assert await journal.read(partial(store.job_of_key, key="k")) == record
+    assert await journal.read(partial(store.jobs, state=JobState.QUEUED)) == [record]
+    assert await journal.read(partial(store.jobs, state=JobState.DONE)) == []
+    assert await journal.read(partial(store.job, id="b")) is None
+    again, new = await journal.write(lambda t: t.accept("b", ASKED))
+    assert (again, new) == (record, False)
+    assert (await journal.read(store.counts))[JobState.QUEUED] == 1
+
+
+async def test_jobs_are_listed_by_pages_newest_first(journal: Journal) -> None:
+    for name in "abcde":
+        await journal.write(lambda t, name=name: t.accept(name, Submission(problem="1+1")))  # type: ignore[misc]
+    first = await journal.read(partial(store.jobs, limit=2))
+    assert [record.id for record in first] == ["e", "d"]
+    rest = await journal.read(partial(store.jobs, before=first[-1].number))
+    assert [record.id for record in rest] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("before", JobState)
+@pytest.mark.parametrize("after", JobState)
+async def test_only_allowed_transitions_change_anything(journal: Journal, before: JobState, after: JobState) -> None:
+    await journal.write(lambda t: t.accept("a", ASKED))
+    for state in {JobState.QUEUED: (), JobState.DONE: (JobState.RUNNING, before)}.get(before, (before,)):
+        assert await journal.write(lambda t, state=state: t.move("a", state))  # type: ignore[misc]
+    known = await journal.read(partial(store.job, id="a"))
+    moved = await journal.write(lambda t: t.move("a", after, {"answer": "2"}))
+    record = await journal.read(partial(store.job, id="a"))
+    assert record is not None
+    assert moved is (after in TRANSITIONS[before])
+    assert (record.state, record.result) == (after, {"answer": "2"}) if moved else record == known
+    assert (record.ended_at is not None) is record.state.ended
+
+
+async def test_replies_come_back_as_they_were_and_in_order(journal: Journal) -> None:
+    await journal.write(lambda t: t.accept("a", ASKED))
+    assert (await journal.write(lambda t: t.begin("a")))[1] == []  # type: ignore[index]
+    for reply in REPLIES:
+        journal.post(lambda t, reply=reply: t.replied("a", reply, []))  # type: ignore[misc]
+    await journal.write(lambda t: t.move("a", JobState.QUEUED))
+    assert (await journal.write(lambda t: t.begin("a")))[1] == list(REPLIES)  # type: ignore[index]
+    await journal.write(lambda t: t.anew("a"))
+    journal.post(lambda t: t.replied("a", REPLIES[0], []))
+    await journal.write(lambda t: t.move("a", JobState.QUEUED))
+    record, past = await journal.write(lambda t: t.begin("a")) or (None, None)
+    assert past == [REPLIES[0]]
+    assert record is not None
+    assert record.attempts == 3
+    assert await journal.write(lambda t: t.begin("a")) is None  # it is running
+
+
+async def test_events_are_told_once_committed_in_order_and_with_their_ids(tmp_path: Path) -> None:
+    told: list[JobEvent] = []
+
+    def committed(events: Sequence[JobEvent]) -> None:
+        with sqlite3.connect(tmp_path / "jobs.db") as other:
+            (last,) = other.execute("SELECT max(id) FROM events").fetchone()
+        assert last >= events[-1].id  # on the disk before anybody hears
+        told.extend(events)
+
+    def accept(name: str) -> store.Do[object]:
+        return lambda t: t.accept(name, Submission(problem="1"))
+
+    async with Journal(tmp_path / "jobs.db", committed) as journal:
+        await asyncio.gather(*(journal.write(accept(str(n))) for n in range(50)))
+        await journal.write(lambda t: t.move("7", JobState.CANCELLED, why="enough"))
+        assert told == await journal.read(store.events)
+        assert await journal.read(partial(store.events, after=49)) == told[49:]
+    assert [event.id for event in told] == list(range(1, 52))
+    assert (told[-1].job, told[-1].kind, told[-1].data) == ("7", "cancelled", {"why": "enough"})
+
+
+async def test_what_another_process_writes_is_told_in_its_place(tmp_path: Path) -> None:
+    told: list[JobEvent] = []
+    path = tmp_path / "jobs.db"
+    async with Journal(path, told.extend) as journal:
+        await journal.write(lambda t: t.accept("a", ASKED))
+        with store.transaction(path) as elsewhere:
+            assert elsewhere.move("a", JobState.CANCELLED)
+        await journal.write(lambda t: t.accept("b", Submission(problem="1")))
+        with store.transaction(path) as elsewhere:
+            assert elsewhere.move("b", JobState.CANCELLED)
+        await journal.write(Transaction.catch_up)
+        await journal.write(Transaction.catch_up)
+    assert [(event.id, event.job, event.kind) for event in told] == [
+        (1, "a", "queued"),
+        (2, "a", "cancelled"),
+        (3, "b", "queued"),
+        (4, "b", "cancelled"),
+    ]
+
+
+async def test_a_failed_write_takes_its_whole_transaction_back_and_the_next_succeeds(journal: Journal) -> None:
+    def fail(transaction: Transaction) -> None:
+        transaction.accept("a", ASKED)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.raises(JournalError, match=r"jobs\.db: database or disk is full; free some space"):
+        await journal.write(fail)
+    assert journal.fault is not None
+    assert await journal.read(partial(store.job, id="a")) is None
+    await journal.write(lambda t: t.accept("a", ASKED))
+    assert journal.fault is None
+    assert [event.id for event in await journal.read(store.events)] == [1]
+
+
+async def test_a_full_file_is_told_and_what_was_accepted_stays(tmp_path: Path) -> None:
+    """SQLite's own limit stands for the disk's: the same error from the same place."""
+    path = tmp_path / "jobs.db"
+    async with Journal(path) as journal:
+        await journal.write(lambda t: t.accept("a", ASKED))
+        await journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1").fetchall())
+        with pytest.raises(JournalError, match="full; free some space"):
+            await journal.write(lambda t: t.accept("b", Submission(problem="x" * 90_000)))
+        assert [record.id for record in await journal.read(store.jobs)] == ["a"]
+
+
+async def test_those_that_ended_are_forgotten_by_age_and_by_number(journal: Journal) -> None:
+    for name in "abcd":
+        await journal.write(lambda t, name=name: t.accept(name, Submission(problem="1")))  # type: ignore[misc]
+    for name in "abc":
+        await journal.write(lambda t, name=name: t.move(name, JobState.CANCELLED))  # type: ignore[misc]
+    assert await journal.write(lambda t: t.forget(0, 2)) == 1
+    assert [record.id for record in await journal.read(store.jobs)] == ["d", "c", "b"]
+    assert await journal.read(partial(store.events, job="a")) == []
+    assert await journal.write(lambda t: t.forget(4e9, 100)) == 2
+    assert [record.id for record in await journal.read(store.jobs)] == ["d"]  # it waits: never forgotten
+
+
+async def test_a_second_service_is_refused(tmp_path: Path, journal: Journal) -> None:
+    with pytest.raises(JournalError, match="in use by another `troupe serve`"):
+        async with Journal(tmp_path / "jobs.db"):
+            pass
+
+
+@pytest.mark.parametrize("damage", ["no database", "a torn page", "a later version"])
+async def test_a_damaged_journal_is_refused_and_left_as_it_is(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "jobs.db"
+    async with Journal(path) as journal:
+        for n in range(300):
+            journal.post(lambda t, n=n: t.accept(str(n), Submission(problem="1" * 200)))  # type: ignore[misc]
+    with sqlite3.connect(path) as sql:
+        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if damage == "a later version":
+            sql.execute("PRAGMA user_version = 99")
+    sql.close()
+    if damage == "no database":
+        path.write_text("a shopping list" * 1000)
+    elif damage == "a torn page":
+        with path.open("r+b") as file:
+            file.seek(4096 * 3)
+            file.write(b"\xff" * 4096 * 4)
+    before = path.read_bytes()
+    with pytest.raises(
+        JournalError, match="later Troupe" if damage == "a later version" else r"damaged (?s:.*)\.recover"
+    ):
+        async with Journal(path):
+            pass
+    assert path.read_bytes() == before
+
+
+async def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="file"):
+        async with Journal(tmp_path / "file" / "jobs.db"):
+            pass
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
+    """A process that accepts as fast as it can is killed; all that it said it had is there."""
+    script = f"""
+import asyncio
+from pathlib import Path
+from runtime.jobs.journal import Journal
+from runtime.jobs.submission import Submission
+async def main():
+    async with Journal(Path({str(tmp_path / "jobs.db")!r})) as journal:
+        async def one(n):
+            await journal.write(lambda t: t.accept(str(n), Submission(problem="1")))
+            print(n, flush=True)
+        for start in range(0, 10**6, 20):
+            await asyncio.gather(*(one(n) for n in range(start, start + 20)))
+asyncio.run(main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = [process.stdout.readline().strip() for _ in range(500)]
+    process.kill()
+    said += process.stdout.read().split()
+    process.wait()
+    with sqlite3.connect(tmp_path / "jobs.db") as sql:
+        there = {id for (id,) in sql.execute("SELECT id FROM jobs")}
+    sql.close()
+    assert len(said) >= 500
+    assert set(said) - {""} <= there

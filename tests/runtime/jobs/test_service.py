@@ -1,0 +1,365 @@
+"""Accepted jobs come to their end, once each, whatever happens on the way. Over fake engines and a real journal."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from runtime.engines.base import EngineHandle, GenerateRequest
+from runtime.errors import Busy, EngineError, InputError
+from runtime.jobs import journal as store
+from runtime.jobs.job import JobState
+from runtime.jobs.journal import JobRecord
+from runtime.jobs.orchestrator import Orchestrator
+from runtime.jobs.service import JobService, Keeping
+from runtime.jobs.submission import Submission
+from tests.runtime.fakes import embedded_team, engines
+
+PROBLEM = Submission(problem="(12+7)*3-(45-5)", expected="17")
+STEPS = 9
+"""Replies that it takes."""
+
+
+@asynccontextmanager
+async def service(
+    folder: Path, handles: Mapping[str, EngineHandle] | None = None, keeping: Keeping | None = None
+) -> AsyncIterator[JobService]:
+    team = embedded_team()
+    async with JobService(folder / "jobs.db", team, keeping) as jobs:
+        jobs.use(Orchestrator(team, handles or await engines(), jobs.hear))
+        yield jobs
+
+
+async def ended(jobs: JobService, id: str) -> JobRecord:
+    async with asyncio.timeout(20):
+        async for _ in jobs.feed.follow_job(id):
+            pass
+    record = await jobs.get(id)
+    assert record is not None
+    return record
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  no event stands for it
+            await asyncio.sleep(0.01)
+
+
+class Counting:
+    """Counts what engines are asked, and may hold them up, or fail the next requests once so many were served."""
+
+    def __init__(self, handles: Mapping[str, EngineHandle]) -> None:
+        self.asked = 0
+        self.failures = self.failing_after = 0
+        self.hold_after = 10**9
+        self.go = asyncio.Event()
+        self.go.set()
+        for handle in handles.values():
+            handle.generate = partial(self._generate, handle.generate)  # type: ignore[method-assign]
+
+    async def _generate(self, generate, request: GenerateRequest):  # type: ignore[no-untyped-def]
+        if self.asked >= self.hold_after:
+            self.go.clear()
+        await self.go.wait()
+        if self.failures and self.asked >= self.failing_after:
+            self.failures -= 1
+            raise EngineError("the engine is not well")
+        self.asked += 1
+        async for chunk in generate(request):
+            yield chunk
+
+
+async def test_a_job_is_accepted_worked_and_kept(tmp_path: Path) -> None:
+    async with service(tmp_path) as jobs:
+        record, new = await jobs.submit(PROBLEM)
+        assert new
+        kinds = [event.kind async for event in jobs.feed.follow_job(record.id)]
+        assert kinds == ["queued", "running", *["replied"] * STEPS, "done"]
+        record = await ended(jobs, record.id)
+        assert (record.state, record.attempts) == (JobState.DONE, 1)
+        assert record.result is not None
+        assert (record.result["answer"], record.result["correct"], len(record.result["steps"])) == ("17", True, STEPS)
+        assert record.submitted_at <= record.started_at <= record.ended_at  # type: ignore[operator]
+
+
+async def test_a_key_makes_two_submissions_one_job(tmp_path: Path) -> None:
+    asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
+    async with service(tmp_path) as jobs:
+        (one, new), (two, newer) = await asyncio.gather(jobs.submit(asked), jobs.submit(asked))
+        assert (one.id, {new, newer}) == (two.id, {True, False})
+        assert (await ended(jobs, one.id)).state is JobState.DONE
+        late, new = await jobs.submit(asked)
+        assert (late.id, late.state, new) == (one.id, JobState.DONE, False)
+        with pytest.raises(InputError, match=f"idempotency_key: 'k' was used for another submission .job {one.id}"):
+            await jobs.submit(asked.model_copy(update={"problem": "1+1"}))
+
+
+async def test_what_cannot_be_worked_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    async with service(tmp_path) as jobs:
+        with pytest.raises(InputError, match="1000"):
+            await jobs.submit(Submission(problem="1000+1"))
+        assert await jobs.journal.read(store.jobs) == []
+
+
+async def test_a_full_queue_says_so_and_knows_its_jobs_still(tmp_path: Path) -> None:
+    asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
+    team = embedded_team()
+    async with JobService(tmp_path / "jobs.db", team, Keeping(queue_max=3)) as jobs:
+        first, _ = await jobs.submit(asked)
+        outcomes = await asyncio.gather(*(jobs.submit(PROBLEM) for _ in range(10)), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [tuple] * 2 + [Busy] * 8
+        with pytest.raises(Busy, match="the queue is full: 3 jobs wait; try again later"):
+            await jobs.submit(PROBLEM)
+        assert (await jobs.submit(asked))[0].id == first.id
+        jobs.use(Orchestrator(team, await engines(), jobs.hear))
+        assert (await ended(jobs, first.id)).state is JobState.DONE
+        assert (await jobs.submit(PROBLEM))[1]
+
+
+async def test_the_urgent_go_first(tmp_path: Path) -> None:
+    team = embedded_team()
+    async with JobService(tmp_path / "jobs.db", team, Keeping(jobs_at_once=1)) as jobs:
+        ids = {p: (await jobs.submit(PROBLEM.model_copy(update={"priority": p})))[0].id for p in (5, 9, 1, 7)}
+        jobs.use(Orchestrator(team, await engines(), jobs.hear))
+        for id in ids.values():
+            await ended(jobs, id)
+        began = [e.job for e in await jobs.journal.read(store.events) if e.kind == "running"]
+        assert began == [ids[p] for p in (1, 5, 7, 9)]
+
+
+async def test_a_cancel_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
+    handles = await engines()
+    counting = Counting(handles)
+    counting.go.clear()
+    async with service(tmp_path, handles, Keeping(jobs_at_once=1)) as jobs:
+        running, _ = await jobs.submit(PROBLEM)
+        waiting, _ = await jobs.submit(PROBLEM)
+        last, _ = await jobs.submit(PROBLEM)
+        await asyncio.sleep(0.05)
+        for id in (waiting.id, running.id):
+            cancelled = await jobs.cancel(id)
+            assert cancelled is not None
+            assert cancelled.state is JobState.CANCELLED
+        counting.go.set()
+        assert (await ended(jobs, last.id)).state is JobState.DONE
+        assert (counting.asked, jobs.counts) == (STEPS, {JobState.QUEUED: 0, JobState.RUNNING: 0})
+        again = await jobs.cancel(last.id)
+        assert again is not None
+        assert again.state is JobState.DONE  # it had ended
+        assert await jobs.cancel("no such job") is None
+
+
+async def test_a_cancel_from_another_process_is_seen(tmp_path: Path) -> None:
+    handles = await engines()
+    Counting(handles).go.clear()
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        with store.transaction(tmp_path / "jobs.db") as elsewhere:
+            elsewhere.move(record.id, JobState.CANCELLED)
+        assert (await ended(jobs, record.id)).state is JobState.CANCELLED
+        await until(lambda: not jobs.counts[JobState.RUNNING])
+
+
+@pytest.mark.parametrize("limit", ["deadline_s", "time_s"])
+async def test_time_runs_out(tmp_path: Path, limit: str) -> None:
+    handles = await engines()
+    Counting(handles).go.clear()
+    async with service(tmp_path, handles, Keeping(jobs_at_once=1)) as jobs:
+        blocking, _ = await jobs.submit(PROBLEM.model_copy(update={limit: 0.2}))
+        record = await ended(jobs, blocking.id)
+        assert record.state is JobState.EXPIRED
+        assert 0.15 < (record.ended_at or 0) - record.submitted_at < 2
+
+
+async def test_a_deadline_passes_while_a_job_waits(tmp_path: Path) -> None:
+    async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 0.05}))
+        assert (await ended(jobs, record.id)).state is JobState.EXPIRED
+        assert jobs.counts[JobState.QUEUED] == 0
+
+
+async def test_a_token_budget_is_held(tmp_path: Path) -> None:
+    handles = await engines()
+    counting = Counting(handles)
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"max_tokens": 30}))
+        record = await ended(jobs, record.id)
+        assert record.state is JobState.FAILED
+        assert record.result is not None
+        assert "tokens; its max_tokens is 30" in record.result["error"]
+        assert 0 < counting.asked < STEPS
+
+
+async def test_an_engines_error_is_tried_again_from_the_last_reply(tmp_path: Path) -> None:
+    handles = await engines()
+    counting = Counting(handles)
+    counting.failures, counting.failing_after = 1, 4
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        record = await ended(jobs, record.id)
+        assert (record.state, record.attempts) == (JobState.DONE, 2)
+        assert record.result is not None
+        assert (record.result["answer"], len(record.result["steps"])) == ("17", STEPS)
+        assert counting.asked == STEPS
+
+
+async def test_retries_have_a_limit(tmp_path: Path) -> None:
+    handles = await engines()
+    Counting(handles).failures = 100
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"retries": 1}))
+        record = await ended(jobs, record.id)
+        assert (record.state, record.attempts) == (JobState.FAILED, 2)
+        assert record.result is not None
+        assert record.result["error"] == "the engine is not well"
+
+
+async def test_an_error_of_ours_fails_the_job_and_no_other(tmp_path: Path) -> None:
+    handles = await engines()
+    solver = handles.pop("solver")
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        record = await ended(jobs, record.id)
+        assert record.state is JobState.FAILED
+        assert record.result is not None
+        assert "internal error" in record.result["error"]
+        handles["solver"] = solver
+        assert (await ended(jobs, (await jobs.submit(PROBLEM))[0].id)).state is JobState.DONE
+
+
+async def test_what_is_left_at_the_end_goes_on_with_the_next_start(tmp_path: Path) -> None:
+    """Stopped after each number of replies in turn: what was answered is not asked again; the result is the same."""
+    used = set()
+    for stop in range(1, STEPS):
+        folder = tmp_path / str(stop)
+        handles = await engines()
+        counting = Counting(handles)
+        counting.hold_after = stop
+        async with service(folder, handles) as jobs:
+            record, _ = await jobs.submit(PROBLEM)
+            await until(lambda: not counting.go.is_set())  # noqa: B023
+            await asyncio.sleep(0.01)
+        counting.hold_after = 10**9
+        counting.go.set()
+        async with service(folder, handles) as jobs:
+            record = await ended(jobs, record.id)
+        assert record.result is not None
+        assert (record.state, record.result["answer"], len(record.result["steps"])) == (JobState.DONE, "17", STEPS)
+        assert counting.asked == STEPS
+        used.add(sum(seat["completion_tokens"] for seat in record.result["usage"].values()))
+    assert len(used) == 1  # what was used before the stop counts too
+
+
+async def test_replies_that_do_not_fit_any_more_are_dropped(tmp_path: Path) -> None:
+    handles = await engines()
+    counting = Counting(handles)
+    counting.hold_after = 3
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        await until(lambda: not counting.go.is_set())
+    counting.hold_after = 10**9
+    counting.go.set()
+    team = embedded_team("solo")  # begins with another seat's call
+    async with JobService(tmp_path / "jobs.db", team) as jobs:
+        jobs.use(Orchestrator(team, handles, jobs.hear))
+        kinds = [event.kind async for event in jobs.feed.follow_job(record.id)]
+    assert "anew" in kinds
+    assert kinds[-1] in ("done", "failed")
+
+
+async def test_a_drain_lets_what_runs_end_and_keeps_the_rest(tmp_path: Path) -> None:
+    handles = await engines(time_scale=1)
+    async with service(tmp_path, handles, Keeping(jobs_at_once=2)) as jobs:
+        ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(5)]
+        assert await jobs.drain(10) == 3
+        with pytest.raises(Busy, match="the service is ending"):
+            await jobs.submit(PROBLEM)
+        states = [record.state for id in ids if (record := await jobs.get(id))]
+        assert states == [JobState.DONE] * 2 + [JobState.QUEUED] * 3
+    async with service(tmp_path) as jobs:
+        assert {(await ended(jobs, id)).state for id in ids} == {JobState.DONE}
+
+
+async def test_a_job_that_ends_the_runtime_each_time_fails_at_last(tmp_path: Path) -> None:
+    async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        for _ in range(30):
+            await jobs.journal.write(lambda t: t.begin(record.id))
+            await jobs.journal.write(lambda t: t.move(record.id, JobState.QUEUED))
+    async with service(tmp_path) as jobs:
+        record = await ended(jobs, record.id)
+        assert record.state is JobState.FAILED
+        assert record.result is not None
+        assert "never came to an end" in record.result["error"]
+
+
+async def test_a_full_disk_delays_a_result_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    handles = await engines()
+    counting = Counting(handles)
+    counting.go.clear()
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"expected": "a long answer" * 500}))
+        await asyncio.sleep(0.05)
+        await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1").fetchall())
+        counting.go.set()
+        await asyncio.sleep(0.3)
+        assert jobs.journal.fault is not None
+        stuck = await jobs.get(record.id)
+        assert stuck is not None
+        assert stuck.state is JobState.RUNNING
+        with suppress(Exception):
+            await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1000000").fetchall())
+        assert (await ended(jobs, record.id)).state is JobState.DONE
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from runtime.jobs.orchestrator import Orchestrator
+from runtime.jobs.service import JobService
+from runtime.jobs.submission import Submission
+from tests.runtime.fakes import embedded_team, engines
+
+async def main():
+    team = embedded_team()
+    async with JobService(Path(sys.argv[1]), team) as jobs:
+        jobs.use(Orchestrator(team, await engines(time_scale=0.5), jobs.hear))
+        for n in range(10**6):
+            record, _ = await jobs.submit(Submission(problem="(12+7)*3-(45-5)", expected="17"))
+            print(record.id, flush=True)
+            await asyncio.sleep(0.002)
+asyncio.run(main())
+"""
+
+
+async def test_kills_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    accepted: list[str] = []
+    for after in (0.3, 0.1, 0.4, 0.2):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", KILLED, str(path), stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+        )
+        assert process.stdout is not None
+        accepted.append((await process.stdout.readline()).decode().strip())
+        await asyncio.sleep(after)
+        process.send_signal(signal.SIGKILL)
+        accepted += (await process.stdout.read()).decode().split()
+        await process.wait()
+    async with service(tmp_path) as jobs:
+        for id in accepted:
+            record = await ended(jobs, id)
+            assert (record.state, record.result and record.result["answer"]) == (JobState.DONE, "17")
+        events = await jobs.journal.read(partial(store.events, limit=10**6))
+    ends = [event.job for event in events if event.kind == "done"]
+    assert len(accepted) > 50
+    assert len(ends) == len(set(ends))
+    assert set(accepted) <= set(ends)
+    assert any(event.data.get("why") == "the runtime was started anew" for event in events)
