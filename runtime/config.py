@@ -106,14 +106,58 @@ class Control(Section):
     price_per_gpu_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
+class Service(Section):
+    """How `troupe serve` is reached, and what it takes.
+
+    Jobs are in `journal` (a file; by default under $TROUPE_HOME), `jobs_at_once` of them worked and at most
+    `queue_max` waiting; those that ended are kept for `keep_days`, the newest `keep_jobs` of them. SIGTERM gives
+    what runs `drain_s` seconds. `tokens` is the file that `troupe tokens` writes; without a token in it only
+    localhost is listened on, unless `open` says that everybody who reaches the port may do everything. Requests
+    have bodies of at most `body_max_bytes`, and come at most `requests_per_s` times a second from one client, over
+    at most `connections_max` connections; `names` are further host names under which a service on localhost is
+    asked.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    names: tuple[str, ...] = ()
+    open: bool = False
+    journal: str | None = Field(default=None, min_length=1)
+    tokens: str | None = Field(default=None, min_length=1)
+    jobs_at_once: int = Field(default=64, ge=1, le=100_000)
+    queue_max: int = Field(default=10_000, ge=1, le=10_000_000)
+    keep_days: float = Field(default=30, ge=0, le=36_500)
+    keep_jobs: int = Field(default=100_000, ge=0)
+    drain_s: float = Field(default=30, ge=0, le=86_400)
+    body_max_bytes: ByteSize = Field(default=ByteSize(1 << 20), gt=0)
+    requests_per_s: float | None = Field(default=None, gt=0, le=1e6)
+    connections_max: int = Field(default=1000, ge=1, le=1_000_000)
+
+
+class Mqtt(Section):
+    """The broker that a service talks to, as `cluster` in its topics. The password is the first line of
+    `password_file`. `tls` with the system's authorities, or those of `ca_file`."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=1883, ge=1, le=65535)
+    cluster: str = Field(default="main", pattern="^[A-Za-z0-9_.-]{1,100}$")
+    username: str | None = Field(default=None, min_length=1)
+    password_file: str | None = Field(default=None, min_length=1)
+    tls: bool = False
+    ca_file: str | None = Field(default=None, min_length=1)
+
+
 class Config(Section):
-    """The device, the engines that share it, the team that they serve, how the team works, and who gets how much."""
+    """The device, the engines that share it, the team that they serve, how the team works, who gets how much, and how
+    the service over them is reached: by HTTP, and by MQTT where there is a section for it."""
 
     device: Device = Device()
     engines: Mapping[str, EngineSpec] = Field(min_length=1)
     team: Mapping[str, Member] = Field(min_length=1)
     workflow: WorkflowChoice = WorkflowChoice()
     control: Control = Control()
+    service: Service = Service()
+    mqtt: Mqtt | None = None
     _source: Path = PrivateAttr(default=Path())
 
     @property
@@ -298,6 +342,7 @@ def _complaint(error: dict[str, Any]) -> str:
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     parts: dict[str, type[BaseModel]] = {"device": Device, "engines": EngineSpec, "team": Member, "control": Control}
+    parts |= {"service": Service, "mqtt": Mqtt}
     section = parts.get(str(location[0])) if len(location) > 1 else Config
     names = list((section or Config).model_fields)
     return [*names, *(["extends"] if section is Config else [])]

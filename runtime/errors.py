@@ -4,11 +4,13 @@ TroupeError
 ├── BudgetSpent      a job has used up the tokens that it was given
 ├── Busy             the queue of jobs is full, or the service is ending: the same may be asked later
 ├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right   (exit code 2)
+├── Forbidden        a token is missing, unknown, or may not do this
 ├── InputError       a problem or a line of a file is wrong                                       (exit code 2)
 ├── EngineError      an engine could not start, died, or refused a request
 │   ├── EngineDead   the engine's process is gone
 │   └── RequestRefused    an engine cannot take a request: a prompt beyond its length, say
 ├── JournalError     the store of jobs cannot be read or written
+├── NotFound         there is no job, model or engine of that name
 └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
 """
 
@@ -18,8 +20,10 @@ __all__ = [
     "ConfigError",
     "EngineDead",
     "EngineError",
+    "Forbidden",
     "InputError",
     "JournalError",
+    "NotFound",
     "PluginError",
     "RequestRefused",
     "TroupeError",
@@ -42,6 +46,14 @@ class ConfigError(TroupeError):
     """A configuration is wrong. The message names the file, the key and what would be right."""
 
 
+class Forbidden(TroupeError):
+    """A token is missing or unknown, or `known` and may not do this."""
+
+    def __init__(self, message: str, known: bool) -> None:
+        super().__init__(message)
+        self.known = known
+
+
 class InputError(TroupeError):
     """A problem, or a line of a file, is wrong. The message names the place and what would be right."""
 
@@ -60,6 +72,10 @@ class RequestRefused(EngineError):
 
 class JournalError(TroupeError):
     """The store of jobs cannot be read or written. The message names the file and what can be done."""
+
+
+class NotFound(TroupeError):
+    """There is no such thing."""
 
 
 class PluginError(TroupeError):

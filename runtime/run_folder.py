@@ -1,4 +1,5 @@
-"""Where a run leaves its logs: one folder a run, the oldest removed."""
+"""Where Troupe keeps what stays: a service's jobs and tokens, and the logs of runs, one folder each, the oldest
+removed."""
 
 import logging
 import os
@@ -7,16 +8,32 @@ import shutil
 import time
 from pathlib import Path
 
+from runtime.config import Service
 from runtime.errors import TroupeError
 
 KEPT = 20
 _NAME = re.compile(r"\d{8}-\d{6}-(\d+)")
 
 
-def root() -> Path:
+def home() -> Path:
     """$TROUPE_HOME, or the user's state folder."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(os.environ.get("TROUPE_HOME") or f"{state}/troupe").expanduser() / "runs"
+    return Path(os.environ.get("TROUPE_HOME") or f"{state}/troupe").expanduser()
+
+
+def journal(service: Service) -> Path:
+    """Where a service keeps its jobs."""
+    return Path(service.journal).expanduser() if service.journal else home() / "jobs.db"
+
+
+def tokens(service: Service) -> Path:
+    """Where it keeps its tokens."""
+    return Path(service.tokens).expanduser() if service.tokens else home() / "tokens.json"
+
+
+def root() -> Path:
+    """Where the folders of runs are."""
+    return home() / "runs"
 
 
 def create() -> Path:

@@ -3,7 +3,7 @@ both."""
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
@@ -87,6 +87,15 @@ class Session:
         await self._owned.aclose()
 
 
+@asynccontextmanager
+async def open_crew(
+    config: Config, team: Team, folder: Path, listener: Listener, publish: Publish
+) -> AsyncIterator["Crew"]:
+    """The crew of a session, for as long as that is entered."""
+    async with Session(config, team, folder, listener, publish) as session:
+        yield session.crew
+
+
 class Guards:
     """The policies of a configuration, each under guard in a thread of its own; `threads` False for none."""
 
@@ -137,6 +146,7 @@ class Crew:
         self._price = control.price_per_gpu_hour
         self._listener = listener
         self._forecast = Forecast()
+        self._guards = guards
         self.controller = Controller(
             engines,
             sharing,
@@ -154,6 +164,10 @@ class Crew:
         """Runs jobs of a team over these engines; what happens to them is told to forecast, controller and listener."""
         self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
         return Orchestrator(team, self.engines, self._hear, self._price)
+
+    def use_policy(self, choice: PolicyChoice) -> None:
+        """Let another policy decide from now on. Raises ConfigError, PluginError, and then nothing has changed."""
+        self.controller.use(self._guards.guard(choice, "policy"))
 
     def generate(self, engine: str, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """One request to an engine, beside the jobs; a burst of them is decided about at once, too."""

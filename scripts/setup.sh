@@ -125,8 +125,8 @@ all_hold() { # root extra part...
     for part in "${@:3}"; do stamp_holds "$root" "$extra" "$part" || return 1; done
 }
 
-write_stamp() { # root extra part
-    stamp_key "$@" >"$1/.venv/.stamp-$3.new" && mv "$1/.venv/.stamp-$3.new" "$1/.venv/.stamp-$3"
+write_stamp() { # root part key
+    echo "$3" >"$1/.venv/.stamp-$2.new" && mv "$1/.venv/.stamp-$2.new" "$1/.venv/.stamp-$2"
 }
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ install_part() { # root extra part
 }
 
 set_up_locked() { # root extra part...
-    local root=$1 extra=$2 python part
+    local root=$1 extra=$2 python part key
     ! all_hold "$@" || return 0 # another call made it while this one waited
     python=$(find_python) || return 1
     check_machine "$root" "$extra" "$python" || return 1
@@ -234,7 +234,8 @@ set_up_locked() { # root extra part...
     mend_site "$root/.venv"
     for part in "${@:3}"; do
         stamp_holds "$root" "$extra" "$part" && continue
-        install_part "$root" "$extra" "$part" && write_stamp "$root" "$extra" "$part" || return 1
+        key=$(stamp_key "$root" "$extra" "$part") # before: the lists may change while they are installed
+        install_part "$root" "$extra" "$part" && write_stamp "$root" "$part" "$key" || return 1
     done
     say "ready after $SECONDS s"
 }

@@ -178,6 +178,16 @@ def test_interrupted_it_ends_pip_and_the_next_call_goes_on(tree: Tree, number: s
     assert tree.installed() == EVERYTHING
 
 
+def test_a_list_that_changes_while_it_is_installed_is_installed_again(tree: Tree) -> None:
+    process = tree.start("launch.sh", "roles", STUB_PAUSE="constraints-cpu.txt")
+    tree.wait_for_pip("constraints-cpu.txt")
+    tree.write("scripts/constraints-cpu.txt", "torch==1.0+cpu\nthing==2.0\nother==1.0\n")
+    process.communicate(timeout=20)
+    tree.installed()
+    tree.launch()
+    assert tree.installed() == EVERYTHING
+
+
 def test_killed_the_next_call_waits_for_the_pip_left_behind_and_goes_on(tree: Tree) -> None:
     process = tree.start("launch.sh", "roles", STUB_HANG="torch==")
     tree.wait_for_pip("torch==")

@@ -168,13 +168,16 @@ _MOMENT = TypeAdapter(Moment)
 
 
 def points(runs: Iterable[Run]) -> tuple[Point, ...]:
-    """The spread of every metric over the repeats, in the order in which policies and loads first come."""
-    grouped: dict[tuple[str, float], list[Run]] = {}
+    """The spread of every metric over the repeats, in the order in which policies and loads first come. A metric that a
+    run does not have (of bursts, where there was none) is spread over those that have it."""
+    grouped: dict[tuple[str, float], dict[str, list[float]]] = {}
     for run in runs:
-        grouped.setdefault((run.policy, run.load), []).append(run)
+        found = grouped.setdefault((run.policy, run.load), {})
+        for name, value in run.metrics.items():
+            found.setdefault(name, []).append(value)
     return tuple(
-        Point(policy, load, {name: Spread.of([run.metrics[name] for run in group]) for name in group[0].metrics})
-        for (policy, load), group in grouped.items()
+        Point(policy, load, {name: Spread.of(values) for name, values in found.items()})
+        for (policy, load), found in grouped.items()
     )
 
 

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the first cancels the work, which then closes its engines; a second ends the process at once."""
+"""Ctrl-C and SIGTERM: the first cancels the work, which then closes its engines, or asks it to come to its end where it
+knows how; a second ends the process at once."""
 
 import asyncio
 import os
@@ -8,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
+import uvloop
 
 T = TypeVar("T")
 
@@ -20,8 +22,17 @@ class Interrupted(Exception):
         self.number = number
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, or raise Interrupted after the work has been cancelled and has cleaned up."""
+class Stop:
+    """How work is asked to come to its end: once it is `ready` to be asked, `asked` is set, and it is not cancelled."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.asked = asyncio.Event()
+
+
+def run(work: Coroutine[Any, Any, T], stop: Stop | None = None, fast_loop: bool = False) -> T:
+    """Run to the end, or raise Interrupted after the work has been cancelled and has cleaned up. `fast_loop` for work
+    that is all small messages: on uvloop."""
     received: list[int] = []
 
     async def guarded() -> T:
@@ -33,16 +44,22 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             if received:
                 os._exit(128 + number)  # the forkserver sees our end and takes the engines with it
             received.append(number)
-            task.cancel()
+            gently = stop is not None and stop.ready
+            if stop is not None and gently:
+                stop.asked.set()
+            else:
+                task.cancel()
             with suppress(OSError):  # the screen may be gone
-                click.echo("\nclosing the engines (once more to end at once)", err=True)
+                doing = "letting what runs come to its end" if gently else "closing the engines"
+                click.echo(f"\n{doing} (once more to end at once)", err=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
         return await work
 
     try:
-        return asyncio.run(guarded())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop if fast_loop else None) as runner:
+            return runner.run(guarded())
     except asyncio.CancelledError:
         if received:
             raise Interrupted(received[0]) from None

@@ -12,10 +12,13 @@ from runtime.cli.bench import bench
 from runtime.cli.config import config
 from runtime.cli.doctor import doctor
 from runtime.cli.interrupt import Interrupted
+from runtime.cli.jobs import jobs
 from runtime.cli.replay import replay
 from runtime.cli.roles import roles
+from runtime.cli.serve import serve
 from runtime.cli.simulate import simulate
 from runtime.cli.solve import solve
+from runtime.cli.tokens import tokens
 from runtime.errors import TroupeError
 
 
@@ -32,7 +35,7 @@ def cli() -> None:
     """A team of language models that solve problems together, each role on its own vLLM engine, on one GPU or CPU."""
 
 
-for command in (solve, bench, simulate, replay, roles, config, doctor):
+for command in (solve, serve, jobs, tokens, bench, simulate, replay, roles, config, doctor):
     cli.add_command(command)
 
 

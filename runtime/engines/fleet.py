@@ -61,7 +61,7 @@ class Fleet:
             # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
             module = await asyncio.to_thread(_import_vllm_engine)
             owned.callback(gc.unfreeze)  # the interpreter's end wants to find what was frozen with the import
-            owned.callback((await reports.listen(folder, self._changed)).close)
+            owned.enter_context(reports.listening(folder, self._changed))
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
                 self.engines[name] = self._supervised(name, spec, module, folder)

@@ -6,8 +6,8 @@ vLLM's own channel opens when an engine is ready; of minutes of loading weights 
 import asyncio
 import json
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.engines.base import EngineState
@@ -17,21 +17,24 @@ NAME = "reports"
 Take = Callable[[str, EngineState], None]
 
 
-class _Listener(asyncio.DatagramProtocol):
-    def __init__(self, take: Take) -> None:
-        self._take = take
+@contextmanager
+def listening(folder: Path, take: Take) -> Iterator[None]:
+    """Call `take`, on the running loop, with every report sent into the folder meanwhile."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.setblocking(False)
+        listener.bind(str(folder / NAME))
 
-    def datagram_received(self, data: bytes, address: object) -> None:
-        report = json.loads(data)
-        self._take(report["engine"], EngineState(report["state"]))
+        def on_report() -> None:
+            report = json.loads(listener.recv(4096))
+            take(report["engine"], EngineState(report["state"]))
 
-
-async def listen(folder: Path, take: Take) -> asyncio.DatagramTransport:
-    """Call `take` with every report sent into the folder, until what is returned is closed."""
-    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-        lambda: _Listener(take), local_addr=str(folder / NAME), family=socket.AF_UNIX
-    )
-    return transport
+        # A reader and no datagram endpoint: uvloop has none for Unix sockets.
+        loop.add_reader(listener, on_report)
+        try:
+            yield
+        finally:
+            loop.remove_reader(listener)
 
 
 def send(folder: Path, engine: str, state: EngineState) -> None:

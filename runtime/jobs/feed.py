@@ -5,7 +5,6 @@ that is slow, or gone, costs nothing, and one that comes back goes on from where
 """
 
 import asyncio
-import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from itertools import takewhile
 
 from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobEvent, Journal
+from runtime.jobs.journal import Connection, JobEvent, Journal
 
 RECENT = 10_000
 """Events in memory."""
@@ -86,7 +85,7 @@ class Feed:
         return new[::-1]
 
 
-def _of_job(sql: sqlite3.Connection, job: str, after: int) -> tuple[bool, list[JobEvent]]:
+def _of_job(sql: Connection, job: str, after: int) -> tuple[bool, list[JobEvent]]:
     """Whether the job has ended, and its events after one: asked in this order, they hold its end if it has."""
     record = store.job(sql, job)
     return record is None or record.state.ended, store.events(sql, after, job)

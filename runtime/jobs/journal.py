@@ -25,6 +25,8 @@ from runtime.jobs.recorded import Recorded
 from runtime.jobs.submission import Submission
 
 T = TypeVar("T")
+Connection = sqlite3.Connection
+"""To the file; what the functions at the end of this module ask."""
 
 VERSION = 1
 TOGETHER_MAX = 1000
@@ -51,6 +53,7 @@ CREATE TABLE events (
     data TEXT NOT NULL
 );
 CREATE INDEX events_by_job ON events (job, id);
+CREATE TABLE cursors (name TEXT PRIMARY KEY, event INTEGER NOT NULL);
 PRAGMA user_version = {VERSION};
 """
 
@@ -109,7 +112,7 @@ class _Write(Generic[T]):
 class Transaction:
     """What can be written. Every method's effect is durable when the write that it is part of has returned."""
 
-    def __init__(self, connection: sqlite3.Connection, last_event: int | None = None) -> None:
+    def __init__(self, connection: Connection, last_event: int | None = None) -> None:
         self._sql = connection
         self._last_event = last_event
         self.events: list[JobEvent] = []
@@ -183,6 +186,10 @@ class Transaction:
         """The replies that a job has had are not to be taken again."""
         self._event(id, time.time(), "anew", {})
 
+    def set_cursor(self, name: str, event: int) -> None:
+        """Note how far a reader of the events has come."""
+        self._sql.execute("INSERT OR REPLACE INTO cursors (name, event) VALUES (?, ?)", (name, event))
+
     def forget(self, ended_before: float, keep: int) -> int:
         """Delete the jobs that ended before a time, and the oldest of those beyond so many, some at a time; returns how
         many. Their pages go back to the file system with later writes."""
@@ -238,7 +245,7 @@ class Journal:
         self._writes: queue.SimpleQueue[_Write[Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock: Any = None
-        self._reader: sqlite3.Connection | None = None
+        self._reader: Connection | None = None
         self._reading = threading.Lock()
 
     async def __aenter__(self) -> Self:
@@ -257,7 +264,7 @@ class Journal:
         self._reader.close()
         self._lock.close()
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> Connection:
         with _told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = self.path.with_name(f"{self.path.name}.lock").open("w")
@@ -285,7 +292,7 @@ class Journal:
         self._writes.put(write)
         return write.done
 
-    async def read(self, ask: Callable[[sqlite3.Connection], T]) -> T:
+    async def read(self, ask: Callable[[Connection], T]) -> T:
         """Ask the file in a thread. Raises JournalError."""
 
         def ask_now() -> T:
@@ -295,7 +302,7 @@ class Journal:
 
         return await asyncio.to_thread(ask_now)
 
-    def _write_all(self, connection: sqlite3.Connection) -> None:
+    def _write_all(self, connection: Connection) -> None:
         """The thread: transaction after transaction, until told to end."""
         with closing(connection):
             (last_event,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
@@ -313,7 +320,7 @@ class Journal:
                         writes.append(more)
                 last_event = self._commit(connection, writes, last_event)
 
-    def _commit(self, connection: sqlite3.Connection, writes: list[_Write[Any]], last_event: int) -> int:
+    def _commit(self, connection: Connection, writes: list[_Write[Any]], last_event: int) -> int:
         """One transaction; returns the latest event that the loop is told of."""
         transaction = Transaction(connection, last_event)
         results: list[Any] = []
@@ -352,7 +359,7 @@ class Journal:
         return last_event if fault is not None else transaction.last_event or last_event
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> Connection:
     """A connection to a journal, made if there is none. Raises JournalError for a file that is none, is damaged, or is
     of a later version."""
     with _told(path):
@@ -412,7 +419,7 @@ def _retrieved(future: "asyncio.Future[Any]") -> None:
         future.exception()
 
 
-def _jobs(sql: sqlite3.Connection, where: str, arguments: Sequence[Any], order: str = "number") -> list[JobRecord]:
+def _jobs(sql: Connection, where: str, arguments: Sequence[Any], order: str = "number") -> list[JobRecord]:
     rows = sql.execute(
         "SELECT number, id, state, submission, submitted_at, started_at, ended_at, attempts, result"
         f" FROM jobs WHERE {where} ORDER BY {order}",
@@ -434,36 +441,49 @@ def _jobs(sql: sqlite3.Connection, where: str, arguments: Sequence[Any], order: 
     ]
 
 
-def job(sql: sqlite3.Connection, id: str) -> JobRecord | None:
+def job(sql: Connection, id: str) -> JobRecord | None:
     """A job by its id."""
     return next(iter(_jobs(sql, "id = ?", (id,))), None)
 
 
-def job_of_key(sql: sqlite3.Connection, key: str) -> JobRecord | None:
+def job_of_key(sql: Connection, key: str) -> JobRecord | None:
     """A job by its idempotency key."""
     return next(iter(_jobs(sql, "idempotency_key = ?", (key,))), None)
 
 
 def jobs(
-    sql: sqlite3.Connection, state: JobState | None = None, before: int | None = None, limit: int = 100
+    sql: Connection, state: JobState | None = None, before: int | None = None, limit: int = 100
 ) -> list[JobRecord]:
     """Jobs in a state, or in any, the newest first; those below a number."""
     where = "(?1 IS NULL OR state = ?1) AND (?2 IS NULL OR number < ?2)"
     return _jobs(sql, where, (state, before), f"number DESC LIMIT {int(limit)}")
 
 
-def unfinished(sql: sqlite3.Connection) -> list[JobRecord]:
+def all_jobs(sql: Connection, state: JobState | None = None) -> Iterator[JobRecord]:
+    """Every job in a state, or in any, the oldest first, read some at a time."""
+    after = 0
+    while page := _jobs(sql, "(?1 IS NULL OR state = ?1) AND number > ?2", (state, after), "number LIMIT 1000"):
+        yield from page
+        after = page[-1].number
+
+
+def jobs_like(sql: Connection, beginning: str) -> list[JobRecord]:
+    """Two jobs at most whose ids begin so."""
+    return _jobs(sql, "substr(id, 1, ?1) = ?2", (len(beginning), beginning), "number LIMIT 2")
+
+
+def unfinished(sql: Connection) -> list[JobRecord]:
     """Those that have not ended, in the order in which they came."""
     return _jobs(sql, "state IN (?, ?)", (JobState.QUEUED, JobState.RUNNING))
 
 
-def counts(sql: sqlite3.Connection) -> dict[JobState, int]:
+def counts(sql: Connection) -> dict[JobState, int]:
     """How many jobs are in each state."""
     found = dict(sql.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
     return {state: found.get(state, 0) for state in JobState}
 
 
-def events(sql: sqlite3.Connection, after: int = 0, job: str | None = None, limit: int = 1000) -> list[JobEvent]:
+def events(sql: Connection, after: int = 0, job: str | None = None, limit: int = 1000) -> list[JobEvent]:
     """What happened after an event, to one job or to all, in order."""
     rows = sql.execute(
         "SELECT id, job, at, kind, data FROM events WHERE id > ?1 AND job = ?2 ORDER BY id LIMIT ?3"
@@ -474,7 +494,7 @@ def events(sql: sqlite3.Connection, after: int = 0, job: str | None = None, limi
     return [JobEvent(id, of, at, kind, json.loads(data)) for id, of, at, kind, data in rows]
 
 
-def past(sql: sqlite3.Connection, job: str) -> list[Recorded]:
+def past(sql: Connection, job: str) -> list[Recorded]:
     """The replies that a job resumes from, in the order in which they were taken."""
     taken: list[Recorded] = []
     for event in events(sql, job=job, limit=1_000_000):
@@ -483,3 +503,15 @@ def past(sql: sqlite3.Connection, job: str) -> list[Recorded]:
         elif event.kind == "replied":
             taken.append(Recorded.from_json(event.data))
     return taken
+
+
+def last_event(sql: Connection) -> int:
+    """The latest event's id, 0 where there is none."""
+    (last,) = sql.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
+    return int(last)
+
+
+def cursor(sql: Connection, name: str) -> int | None:
+    """How far a reader of the events had come; None where it is new."""
+    found = sql.execute("SELECT event FROM cursors WHERE name = ?", (name,)).fetchone()
+    return None if found is None else int(found[0])

@@ -52,7 +52,11 @@ def read(path: Path) -> Model:
 
 @asynccontextmanager
 async def engines(
-    model: Model, scripts: Mapping[str, Script], kv_cache_bytes: int
+    model: Model,
+    scripts: Mapping[str, Script],
+    kv_cache_bytes: int,
+    time_scale: float = 1,
+    stream_interval: int = 1 << 30,
 ) -> AsyncIterator[tuple[Mapping[str, EngineHandle], Sharing]]:
     """Modelled engines that are up and share so much KV cache equally, and what moves it between them."""
     processor = Processor(model.lanes)
@@ -68,7 +72,7 @@ async def engines(
                     scripts[name],
                     max_num_seqs=engine.max_num_seqs,
                     times=ServiceTime(engine.step_s, engine.token_s, engine.prefill_s, engine.call_s),
-                    time_scale=1,
+                    time_scale=time_scale,
                     memory=FakeMemory(
                         device=device,
                         fixed=0,
@@ -78,7 +82,7 @@ async def engines(
                     ),
                     grant=Grant(share, engine.max_num_seqs, 2048),
                     processor=processor,
-                    stream_interval=1 << 30,
+                    stream_interval=stream_interval,
                 )
             )
             ledger.claim(name, running[name].limits.held_bytes(share))

@@ -178,3 +178,11 @@ def test_a_good_job_meets_every_limit(row: JobRow, slo: Slo, good: bool) -> None
 def test_the_summary_is_json_for_machines(folder: Path) -> None:
     data = json.loads((folder / results.SUMMARY).read_text())
     assert data["points"][0]["metrics"]["p95_jct_s"].keys() == {"median", "least", "most"}
+
+
+def test_a_metric_that_a_repeat_has_not_is_spread_over_the_others() -> None:
+    """A run in which no burst came has no time from a burst to its memory."""
+    runs = [results.Run("p", 1, n, 0, {"jobs": n, **more}) for n, more in enumerate(({}, {"reaction_p50_ms": 3.0}, {}))]
+    (point,) = results.points(runs)
+    assert point.metrics["reaction_p50_ms"] == results.Spread(3, 3, 3)
+    assert point.metrics["jobs"] == results.Spread(1, 0, 2)

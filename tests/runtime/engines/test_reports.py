@@ -1,21 +1,28 @@
 """Reports from an engine's process reach the listener; nobody listening is no error."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import uvloop
 
 from runtime.engines import reports
 from runtime.engines.base import EngineState
 
 
-async def test_reports_are_taken_in_order(tmp_path: Path) -> None:
-    taken: asyncio.Queue[tuple[str, EngineState]] = asyncio.Queue()
-    listener = await reports.listen(tmp_path, lambda engine, state: taken.put_nowait((engine, state)))
-    reports.send(tmp_path, "solver", EngineState.LOADING)
-    reports.send(tmp_path, "critic", EngineState.LOADED)
-    async with asyncio.timeout(5):
-        assert await taken.get() == ("solver", EngineState.LOADING)
-        assert await taken.get() == ("critic", EngineState.LOADED)
-    listener.close()
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_reports_are_taken_in_order(tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def take_two() -> list[tuple[str, EngineState]]:
+        taken: asyncio.Queue[tuple[str, EngineState]] = asyncio.Queue()
+        with reports.listening(tmp_path, lambda engine, state: taken.put_nowait((engine, state))):
+            reports.send(tmp_path, "solver", EngineState.LOADING)
+            reports.send(tmp_path, "critic", EngineState.LOADED)
+            async with asyncio.timeout(5):
+                return [await taken.get(), await taken.get()]
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(take_two()) == [("solver", EngineState.LOADING), ("critic", EngineState.LOADED)]
 
 
 def test_nobody_listening_is_no_error(tmp_path: Path) -> None:

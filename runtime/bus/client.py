@@ -1,0 +1,303 @@
+"""The service on a broker: takes submissions and commands, and publishes what happens.
+
+Job events and results come from the journal, from the last one that the broker has acknowledged on; so a broker, or a
+service, that is away for a while costs none of them, and nothing is kept in memory for it. Of states and decisions
+only the latest is sent. The broker may get a message twice (QoS 1); event ids tell.
+"""
+
+import asyncio
+import json
+import logging
+import ssl
+from collections import deque
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiomqtt
+
+from runtime import commands
+from runtime.bus.messages import (
+    CancelCommand,
+    ChangeCommand,
+    Command,
+    PinCommand,
+    Topics,
+    UnpinCommand,
+    correlation_of,
+    read_command,
+    read_submission,
+)
+from runtime.config import Mqtt
+from runtime.errors import ConfigError, NotFound, TroupeError
+from runtime.jobs import journal as store
+from runtime.jobs.feed import ENDS
+from runtime.jobs.journal import JobEvent
+from runtime.jobs.service import JobService
+from runtime.jobs.team import Team
+from runtime.session import Crew
+from runtime.status import Status
+
+AT_ONCE = 500
+"""Messages under way, to the broker or being taken in, at most."""
+CURSOR = "mqtt"
+SAVE_S = 0.5
+"""So often the place in the journal is noted; after a crash what was sent since is sent again."""
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+PUBLISH_S = 10.0
+MESSAGE_MAX_BYTES = 1 << 20
+
+
+class Bus:
+    """Runs until it is cancelled, with a broker or without. `crew` gives the engines' side, and raises Busy while there
+    is none. `tell` hears of the connection, whenever that changes."""
+
+    def __init__(
+        self,
+        config: Mqtt,
+        team: Team,
+        jobs: JobService,
+        status: Status,
+        crew: Callable[[], Crew],
+        tell: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._config = config
+        self._topics = Topics(config.cluster)
+        self._team = team
+        self._jobs = jobs
+        self._status = status
+        self._crew = crew
+        self._password = _password(config)
+        self._tls = _tls(config)
+        self._sent: int | None = None
+        self._tell = tell
+        self._told = ""
+
+    async def run(self) -> None:
+        """Connect, again and again."""
+        tries = 0
+        while True:
+            try:
+                async with self._client() as client:
+                    tries = 0
+                    await self._serve(client)
+            except* (aiomqtt.MqttError, TroupeError) as errors:
+                self._note(f"{errors.exceptions[0]}; trying again")
+            except* Exception as errors:  # of ours, or of the client's: told, and the next connection begins anew
+                logging.getLogger(__name__).exception("mqtt")
+                self._note(f"an internal error: {errors.exceptions[0]!r}; trying again")
+            await asyncio.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
+            tries += 1
+
+    def _note(self, what: str) -> None:
+        if what != self._told:
+            self._told = what
+            text = f"the broker at {self._config.host}:{self._config.port}: {what}"
+            logging.getLogger(__name__).info("%s", text)
+            self._tell(text)
+
+    def _client(self) -> aiomqtt.Client:
+        config = self._config
+        client = aiomqtt.Client(
+            config.host,
+            config.port,
+            identifier=f"troupe-{config.cluster}",
+            clean_session=False,  # what is submitted while the service is away waits at the broker
+            username=config.username,
+            password=self._password,
+            tls_context=self._tls,
+            will=aiomqtt.Will(self._topics.state, _json({"state": "gone"}), qos=1, retain=True),
+            keepalive=10,
+            timeout=PUBLISH_S,
+            max_inflight_messages=AT_ONCE,
+            max_queued_outgoing_messages=0,
+            socket_options=[(6, 1, 1)],  # IPPROTO_TCP, TCP_NODELAY: an acknowledgement does not wait for company
+        )
+        client.pending_calls_threshold = 4 * AT_ONCE
+        return client
+
+    async def _serve(self, client: aiomqtt.Client) -> None:
+        topics = self._topics
+        await client.subscribe([(topics.submit, 1), (topics.control, 1)])
+        await client.publish(topics.state, _json({"state": "up"}), qos=1, retain=True)
+        self._note("connected")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._take_in(client), name="mqtt in")
+                group.create_task(self._send_jobs(client), name="mqtt jobs")
+                group.create_task(self._send_states(client), name="mqtt states")
+        finally:
+            with suppress(aiomqtt.MqttError, TimeoutError):
+                async with asyncio.timeout(1):
+                    await client.publish(topics.state, _json({"state": "ended"}), qos=1, retain=True)
+
+    async def _take_in(self, client: aiomqtt.Client) -> None:
+        """Submissions and commands, many at a time: those that come together go into one commit."""
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def handle(message: aiomqtt.Message) -> None:
+            try:
+                payload = bytes(message.payload)
+                if message.topic.matches(self._topics.submit):
+                    await self._submit(client, payload)
+                else:
+                    await self._command(client, payload)
+            except aiomqtt.MqttError:
+                raise
+            except Exception:  # of ours: this message is lost on us, and the others are not
+                logging.getLogger(__name__).exception("a message on %s", message.topic)
+            finally:
+                room.release()
+
+        async with asyncio.TaskGroup() as group:
+            async for message in client.messages:
+                await room.acquire()
+                group.create_task(handle(message), name="mqtt message")
+
+    async def _submit(self, client: aiomqtt.Client, payload: bytes) -> None:
+        try:
+            _check_size(payload)
+            message = read_submission(payload)
+            record, new = await self._jobs.submit(message.submission)
+        except TroupeError as error:
+            answer = {"correlation_id": correlation_of(payload), "error": str(error)}
+            await client.publish(self._topics.rejected, _json(answer), qos=1)
+            return
+        accepted = {"id": record.id, "correlation_id": message.correlation_id, "state": record.state, "new": new}
+        await client.publish(self._topics.accepted(record.id), _json(accepted), qos=1)
+
+    async def _command(self, client: aiomqtt.Client, payload: bytes) -> None:
+        answer = {"correlation_id": correlation_of(payload)}
+        try:
+            _check_size(payload)
+            await self._obey(read_command(payload))
+        except TroupeError as error:
+            answer["error"] = str(error)
+        await client.publish(self._topics.control_result, _json(answer), qos=1)
+
+    async def _obey(self, command: Command) -> None:
+        match command:
+            case ChangeCommand():
+                command.apply(self._crew())
+            case PinCommand():
+                command.apply(self._crew(), command.engine)
+            case UnpinCommand():
+                commands.unpin(self._crew(), command.engine)
+            case CancelCommand():
+                if await self._jobs.cancel(command.job) is None:
+                    raise NotFound(f"there is no job {command.job[:100]!r}")
+
+    async def _send_jobs(self, client: aiomqtt.Client) -> None:
+        """Every event from where the broker's acknowledgements end, many under way at a time, in their order."""
+        if self._sent is None:
+            self._sent = await self._jobs.journal.read(partial(store.cursor, name=CURSOR))
+            if self._sent is None:  # a broker that is new to this journal: from now on
+                self._sent = await self._jobs.journal.read(store.last_event)
+        under_way: deque[tuple[int, asyncio.Task[None]]] = deque()
+
+        def acknowledged(_: asyncio.Task[None]) -> None:
+            """The place moves on to the last event before which all were acknowledged."""
+            while under_way and under_way[0][1].done() and not under_way[0][1].cancelled():
+                if under_way[0][1].exception() is not None:
+                    return
+                self._sent = under_way.popleft()[0]
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._save_cursor(), name="mqtt cursor")
+            async with aclosing(self._jobs.feed.follow(self._sent)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    *before, last = await self._messages(event)
+                    for place, (topic, payload) in enumerate((*before, last)):
+                        task = group.create_task(client.publish(topic, payload, qos=1), name="mqtt publish")
+                        # an event is sent once its last message is
+                        under_way.append((event.id if place == len(before) else event.id - 1, task))
+                        task.add_done_callback(acknowledged)
+                    if len(under_way) >= AT_ONCE:
+                        await asyncio.wait([under_way[0][1]])
+
+    async def _messages(self, event: JobEvent) -> list[tuple[str, bytes]]:
+        found = [(self._topics.events(event.job), _json(event.as_json()))]
+        if event.kind in ENDS:
+            record = await self._jobs.get(event.job)
+            if record is not None:
+                found.append((self._topics.result(event.job), _json(record.as_json())))
+        return found
+
+    async def _save_cursor(self) -> None:
+        saved = None
+        while True:
+            if self._sent != saved:
+                saved = self._sent
+                self._jobs.journal.post(partial(_set_cursor, saved))
+            await asyncio.sleep(SAVE_S)
+
+    async def _send_states(self, client: aiomqtt.Client) -> None:
+        """The latest of everything that changed since it was sent last."""
+        known: dict[str, bytes] = {}
+        while True:
+            for topic, state in self._states().items():
+                payload = _json(state)
+                if known.get(topic) != payload:
+                    known[topic] = payload
+                    await client.publish(topic, payload, qos=0, retain=True)
+            await self._status.news()
+
+    def _states(self) -> dict[str, Any]:
+        status, topics = self._status, self._topics
+        states: dict[str, Any] = {}
+        sample = status.samples[-1] if status.samples else None
+        for seat in self._team.seats.values():
+            shown = sample.engines.get(seat.engine) if sample else None
+            figures = asdict(shown) if shown else {}
+            states[topics.role(seat.name)] = {"engine": seat.engine, "state": status.states.get(seat.engine), **figures}
+        if sample:
+            states[topics.device(0)] = asdict(sample.device)
+            for name, shown in sample.engines.items():
+                states[topics.grant(name)] = {
+                    "gpu_memory_utilization": shown.share,
+                    "kv_cache_bytes": shown.kv_cache_bytes,
+                    "max_active_seqs": shown.max_active_seqs,
+                }
+        if status.decisions:
+            states[topics.decision] = asdict(status.decisions[-1])
+        return states
+
+
+def _set_cursor(event: int | None, transaction: store.Transaction) -> None:
+    if event is not None:
+        transaction.set_cursor(CURSOR, event)
+
+
+def _check_size(payload: bytes) -> None:
+    if len(payload) > MESSAGE_MAX_BYTES:
+        raise TroupeError(f"the message is too large: at most {MESSAGE_MAX_BYTES} bytes are taken")
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _password(config: Mqtt) -> str | None:
+    if config.password_file is None:
+        return None
+    try:
+        lines = Path(config.password_file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"mqtt.password_file: {config.password_file}: {error}") from None
+    if not lines or not lines[0]:
+        raise ConfigError(
+            f"mqtt.password_file: {config.password_file}: its first line is empty; put the password there"
+        )
+    return lines[0]
+
+
+def _tls(config: Mqtt) -> ssl.SSLContext | None:
+    if not config.tls and config.ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=config.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"mqtt.ca_file: {config.ca_file}: {error}") from None

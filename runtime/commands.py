@@ -1,0 +1,64 @@
+"""What can be asked of a running controller, by whichever door."""
+
+from dataclasses import asdict, replace
+
+from pydantic import ConfigDict, Field
+
+from agents.role import Value
+from runtime.config import PolicyChoice
+from runtime.errors import InputError, NotFound
+from runtime.session import Crew
+
+
+class Policy(Value):
+    """A policy by its name; every other key is one of its options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(min_length=1, max_length=200)
+
+
+class Change(Value):
+    """What is to change: whether the controller is paused, and which policy decides."""
+
+    paused: bool | None = None
+    policy: Policy | None = None
+
+    def apply(self, crew: Crew) -> None:
+        """Do it. Raises ConfigError, PluginError, and then nothing has changed."""
+        if self.policy is not None:
+            crew.use_policy(PolicyChoice.model_validate(self.policy.model_dump()))
+        if self.paused is not None:
+            (crew.controller.pause if self.paused else crew.controller.resume)()
+
+
+class Pin(Value):
+    """The grant to hold an engine at; what is left out stays as it is."""
+
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    max_active_seqs: int | None = Field(default=None, ge=1, le=2**31)
+    max_step_tokens: int | None = Field(default=None, ge=1, le=2**31)
+
+    def apply(self, crew: Crew, engine: str) -> None:
+        """Pin it; policies divide what is left. Raises NotFound, InputError, and then nothing has changed."""
+        known(crew, engine)
+        stats = crew.engines[engine].stats()
+        if stats.grant is None:
+            raise InputError(f"engine {engine} is {stats.state}: it has no grant to be held at")
+        given = {name: value for name in asdict(stats.grant) if (value := getattr(self, name)) is not None}
+        grant = replace(stats.grant, **given)
+        if complaint := crew.engines[engine].limits.complaint(grant):
+            raise InputError(complaint)
+        crew.controller.pin(engine, grant)
+
+
+def unpin(crew: Crew, engine: str) -> None:
+    """Let policies decide about an engine again. Raises NotFound."""
+    known(crew, engine)
+    crew.controller.unpin(engine)
+
+
+def known(crew: Crew, engine: str) -> None:
+    """Raise NotFound where there is no such engine."""
+    if engine not in crew.engines:
+        raise NotFound(f"there is no engine {engine[:100]!r}; there are {', '.join(crew.engines)}")

@@ -1,0 +1,336 @@
+// Draws what /live and /events stream; submits, pins and unpins. No build step, nothing from elsewhere.
+
+const SAMPLES = 1200; // ten minutes
+const JOBS = 100;
+const DECISIONS = 100;
+const COLOURS = ["#3b7dd8", "#d98324", "#3f9b58", "#a65bb8", "#c9484b", "#2f9e9e", "#8a7a2f", "#70757c"];
+const byId = (id) => document.getElementById(id);
+
+let token = sessionStorage.getItem("token") || "";
+let team = {};
+let now = { states: {}, pinned: [] };
+let samples = [];
+let charts = null;
+const jobs = new Map();
+
+// ---- asking
+
+async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  if (token) headers.authorization = `Bearer ${token}`;
+  if (options.body) headers["content-type"] = "application/json";
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) {
+    await askToken();
+    return ask(path, options);
+  }
+  return answer;
+}
+
+let asking = null;
+
+function askToken() {
+  asking ??= new Promise((resolve) => {
+    const dialog = byId("ask-token");
+    dialog.showModal();
+    dialog.addEventListener("close", () => {
+      token = byId("token").value.trim();
+      sessionStorage.setItem("token", token);
+      asking = null;
+      resolve();
+    }, { once: true });
+  });
+  return asking;
+}
+
+async function complaint(answer) {
+  const body = await answer.json().catch(() => null);
+  return body?.error?.message ?? `${answer.status} ${answer.statusText}`;
+}
+
+// Server-sent events by fetch: EventSource cannot send a token. Comes back by itself, from the last event on.
+async function follow(path, take, lost) {
+  let last = null;
+  for (let pause = 500; ; pause = Math.min(pause * 2, 8000)) {
+    try {
+      const answer = await ask(path, { headers: last === null ? {} : { "Last-Event-ID": last } });
+      if (!answer.ok) throw new Error(await complaint(answer));
+      pause = 250;
+      for await (const event of events(answer.body)) {
+        last = event.id ?? last;
+        take(event.kind, JSON.parse(event.data));
+      }
+      lost("the service has ended this stream");
+    } catch (error) {
+      lost(error.message);
+    }
+    await new Promise((resolve) => setTimeout(resolve, pause));
+  }
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const event = { kind: "message", data: "", id: null };
+      for (const line of block.split("\n")) {
+        const at = line.indexOf(": ");
+        const [name, content] = [line.slice(0, at), line.slice(at + 2)];
+        if (name === "data") event.data += content;
+        else if (name === "event") event.kind = content;
+        else if (name === "id") event.id = content;
+      }
+      if (event.data) yield event;
+    }
+  }
+}
+
+// ---- charts
+
+const engines = () => [...new Set(Object.values(team))];
+const colour = (engine) => COLOURS[engines().indexOf(engine) % COLOURS.length];
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+
+function chart(id, series, options = {}) {
+  const axis = { stroke: () => css("--quiet"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { show: false } };
+  return new uPlot(
+    {
+      width: byId(id).clientWidth,
+      height: 200,
+      series: [{ label: "time", value: (_, v) => (v ? new Date(v * 1000).toLocaleTimeString() : "") }, ...series],
+      axes: [{ ...axis }, { ...axis, size: 56, values: options.values }],
+      scales: { y: { range: options.range ?? ((_, low, high) => [0, Math.max(high, 1) * 1.05]) } },
+      bands: options.bands,
+      legend: { live: true },
+    },
+    [[], ...series.map(() => [])],
+    byId(id),
+  );
+}
+
+function drawCharts() {
+  const names = engines();
+  const percent = (_, value) => (value == null ? "" : `${(value * 100).toFixed(1)}%`);
+  for (const id of ["shares", "queues", "use"]) byId(id).replaceChildren();
+  charts = {
+    // stacked: each line is the sum of those up to it, and is filled down to the one below
+    shares: chart(
+      "shares",
+      names.map((name, place) => ({
+        label: name, stroke: colour(name), fill: `${colour(name)}99`, width: 1,
+        value: (u, _, series, index) => percent(null, samples[index]?.engines[name]?.share),
+      })),
+      {
+        range: (_, low, high) => [0, Math.min(1, Math.max(high, 0.01) * 1.1)],
+        values: (_, ticks) => ticks.map((tick) => `${+(tick * 100).toFixed(2)}%`),
+        bands: names.slice(1).map((_, place) => ({ series: [place + 2, place + 1] })),
+      },
+    ),
+    queues: chart("queues", names.flatMap((name) => [
+      { label: `${name} running`, stroke: colour(name), width: 2 },
+      { label: `${name} waiting`, stroke: colour(name), width: 1, dash: [4, 4] },
+    ])),
+    use: chart(
+      "use",
+      [
+        { label: "busy", stroke: COLOURS[0], width: 1.5, value: percent },
+        { label: "memory", stroke: COLOURS[1], width: 1.5, value: percent },
+      ],
+      { range: () => [0, 1.02], values: (_, ticks) => ticks.map((tick) => `${Math.round(tick * 100)}%`) },
+    ),
+  };
+}
+
+function drawSamples() {
+  if (!charts || !samples.length) return;
+  const names = engines();
+  const times = samples.map((sample) => sample.at);
+  let below = samples.map(() => 0);
+  const stacked = names.map((name) => (below = samples.map((s, i) => below[i] + (s.engines[name]?.share ?? 0))));
+  charts.shares.setData([times, ...stacked]);
+  charts.queues.setData([times, ...names.flatMap((name) => [
+    samples.map((s) => s.engines[name]?.running ?? null),
+    samples.map((s) => s.engines[name]?.waiting ?? null),
+  ])]);
+  charts.use.setData([
+    times,
+    samples.map((s) => s.device.utilization),
+    samples.map((s) => (s.device.total_bytes ? s.device.used_bytes / s.device.total_bytes : null)),
+  ]);
+}
+
+// ---- tables and lists
+
+function element(tag, text = "", className = "", ...children) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (className) made.className = className;
+  made.append(...children);
+  return made;
+}
+
+const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+
+function drawEngines() {
+  const last = samples.at(-1);
+  const focused = document.activeElement?.dataset?.engine;
+  byId("engines").replaceChildren(...engines().map((name) => {
+    const seen = last?.engines[name];
+    const swatch = element("span", "", "swatch");
+    swatch.style.background = colour(name);
+    const pinned = now.pinned.includes(name);
+    const button = element("button", pinned ? "unpin" : "pin");
+    button.dataset.engine = name;
+    button.setAttribute("aria-label", `${pinned ? "unpin" : "pin"} ${name}`);
+    button.onclick = () => pin(name, pinned);
+    const seats = Object.keys(team).filter((seat) => team[seat] === name);
+    return element("tr", "", "",
+      element("td", "", "", swatch, name),
+      element("td", seats.join(", ")),
+      element("td", now.states[name] ?? ""),
+      ...(seen
+        ? [`${(seen.share * 100).toFixed(1)}%`, mib(seen.kv_cache_bytes), mib(seen.kv_used_bytes), seen.running,
+           seen.waiting, seen.max_active_seqs]
+        : ["", "", "", "", "", ""]).map((value) => element("td", String(value))),
+      element("td", "", "", button));
+  }));
+  if (focused) document.querySelector(`button[data-engine="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function drawState() {
+  const last = samples.at(-1);
+  const parts = [now.unready ?? "ready"];
+  if (now.policy) parts.push(`policy ${now.policy}${now.paused ? ", paused" : ""}`);
+  if (last) parts.push(`${last.jobs.running ?? 0} jobs running, ${last.jobs.queued ?? 0} waiting`);
+  byId("state").textContent = parts.join(" · ");
+}
+
+const clock = (seconds) => element("time", new Date(seconds * 1000).toLocaleTimeString());
+
+function drawJob(job) {
+  const open = job.element?.querySelector("details")?.open ?? false;
+  const steps = element("ul", "", "", ...job.steps.map((step) =>
+    element("li", `${step.role}: ${step.input} → ${step.output}`, step.verdict ?? "")));
+  const title = element("summary", "", "", clock(job.at), " ", element("span", job.state, job.state),
+    ` ${job.problem ?? job.id.slice(0, 8)}`, job.answer ? ` → ${job.answer}` : "", job.error ? `: ${job.error}` : "",
+    element("span", ` ${job.steps.length} steps`, "quiet"));
+  const details = element("details", "", "", title, steps);
+  details.open = open;
+  const made = element("li", "", "", details);
+  if (job.element) job.element.replaceWith(made);
+  else {
+    if (!jobs.size) byId("jobs").replaceChildren();
+    byId("jobs").prepend(made);
+  }
+  job.element = made;
+}
+
+async function takeJobEvent(_, event) {
+  let job = jobs.get(event.job);
+  const isNew = !job;
+  job ??= { id: event.job, at: event.at, state: "queued", steps: [] };
+  if (event.kind === "replied") job.steps.push(...event.entries);
+  else if (event.kind === "anew") job.steps = [];
+  else job.state = event.kind;
+  drawJob(job);
+  jobs.set(event.job, job);
+  if (jobs.size > JOBS) {
+    const [oldest] = jobs.keys();
+    jobs.get(oldest).element.remove();
+    jobs.delete(oldest);
+  }
+  if (isNew || ["done", "failed"].includes(event.kind)) {
+    const answer = await ask(`/jobs/${event.job}`);
+    if (!answer.ok) return;
+    const known = await answer.json();
+    Object.assign(job, { problem: known.problem, answer: known.result?.answer, error: known.result?.error });
+    if (jobs.has(job.id)) drawJob(job);
+  }
+}
+
+function drawDecision(decision) {
+  const list = byId("decisions");
+  if (list.firstElementChild?.className === "quiet") list.replaceChildren();
+  const rows = Object.entries(decision.engines).map(([name, engine]) =>
+    element("li", `${name} ${(engine.share * 100).toFixed(1)}%: ${engine.reason}`));
+  list.prepend(element("li", "", "", clock(decision.at), ` ${decision.policy}, ${decision.cause}: `,
+    decision.fault ? element("span", decision.fault, "fault") : `${mib(decision.moved_bytes)} moved`,
+    element("ul", "", "quiet", ...rows)));
+  while (list.children.length > DECISIONS) list.lastElementChild.remove();
+}
+
+// ---- what is asked of the service
+
+async function pin(engine, pinned) {
+  const answer = await ask(`/control/pins/${encodeURIComponent(engine)}`,
+    pinned ? { method: "DELETE" } : { method: "PUT", body: "{}" });
+  if (answer.ok) now.pinned = Object.keys((await answer.json()).pinned);
+  else byId("state").textContent = await complaint(answer);
+  drawEngines();
+}
+
+byId("submit").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const said = byId("submitted");
+  said.textContent = "submitting";
+  const answer = await ask("/jobs", { method: "POST", body: JSON.stringify({ problem: byId("problem").value }) })
+    .catch((error) => ({ ok: false, json: async () => ({ error: { message: error.message } }) }));
+  said.textContent = answer.ok ? `accepted as ${(await answer.json()).id.slice(0, 8)}` : await complaint(answer);
+  said.className = answer.ok ? "" : "fault";
+  if (answer.ok) byId("problem").value = "";
+});
+
+// ---- what the service says
+
+function takeLive(kind, data) {
+  if (kind === "history") {
+    ({ team, now, samples } = data);
+    drawCharts();
+    byId("decisions").replaceChildren(element("li", "none yet", "quiet"));
+    data.decisions.forEach(drawDecision);
+  } else if (kind === "decision") {
+    drawDecision(data);
+    return;
+  } else {
+    now = data.now;
+    if (data.sample) samples.push(data.sample);
+    samples.splice(0, samples.length - SAMPLES);
+  }
+  drawSamples();
+  drawEngines();
+  drawState();
+}
+
+function lost(why) {
+  byId("state").textContent = `not connected: ${why}; trying again`;
+}
+
+addEventListener("resize", () => {
+  for (const [id, one] of Object.entries(charts ?? {})) one.setSize({ width: byId(id).clientWidth, height: 200 });
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  drawCharts();
+  drawSamples();
+});
+
+async function loadJobs() {
+  const answer = await ask("/jobs?limit=20").catch(() => null);
+  if (!answer?.ok) return;
+  for (const known of (await answer.json()).jobs.reverse()) {
+    if (jobs.has(known.id)) continue;
+    const { id, state, problem, result } = known;
+    const steps = result?.steps ?? [];
+    const job = { id, state, problem, steps, at: known.submitted_at, answer: result?.answer, error: result?.error };
+    drawJob(job);
+    jobs.set(id, job);
+  }
+}
+
+follow("/live", takeLive, lost);
+loadJobs().then(() => follow("/events", takeJobEvent, () => {}));

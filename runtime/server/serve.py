@@ -1,0 +1,154 @@
+"""The service: journal, HTTP, engines and MQTT of a configuration, brought up in this order and taken down in the
+other."""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from runtime import run_folder
+from runtime.bus import embedded
+from runtime.bus.client import Bus
+from runtime.config import Config, Mqtt, Service
+from runtime.errors import ConfigError, TroupeError
+from runtime.events import Listener, fan_out, ignore
+from runtime.jobs.service import JobService, Keeping
+from runtime.jobs.team import Team
+from runtime.server import app as application
+from runtime.server.access import Tokens
+from runtime.server.backend import Backend
+from runtime.server.limits import LOCAL
+from runtime.server.metrics import Metrics
+from runtime.session import Crew, Publish
+from runtime.status import Status
+
+Announce = Callable[[str], None]
+OpenCrew = Callable[[Listener, Publish], AbstractAsyncContextManager[Crew]]
+"""Brings engines up, which tell the listener and publish the controller's decisions."""
+GRACE_S = 3
+"""Seconds that open streams have to end when the service does."""
+
+
+@asynccontextmanager
+async def serving(
+    config: Config,
+    team: Team,
+    open_crew: OpenCrew,
+    announce: Announce = lambda where: None,
+    listener: Listener = ignore,
+    embedded_broker: bool = False,
+    tell: Callable[[str], None] = lambda what: None,
+) -> AsyncIterator[Backend]:
+    """A service that is up. Jobs are accepted, and health is answered, while its engines still start; `announce` is
+    told where it listens as soon as it does, `tell` of the broker. Raises TroupeError where something cannot be had."""
+    service = config.service
+    tokens = Tokens(run_folder.tokens(service))
+    check_reach(service, tokens)
+    keeping = Keeping(service.jobs_at_once, service.queue_max, service.keep_days, service.keep_jobs)
+    async with AsyncExitStack() as owned:
+        jobs = await owned.enter_async_context(JobService(run_folder.journal(service), team, keeping))
+        metrics = Metrics()
+        status = Status(lambda: {str(state): count for state, count in jobs.counts.items()})
+        backend = Backend(config, team, jobs, status, metrics)
+        listeners = fan_out(jobs.hear, status.hear, metrics.hear, listener)
+        where = await owned.enter_async_context(_http(application.make(backend, tokens, service), service))
+        announce(where)
+        crew = await owned.enter_async_context(open_crew(listeners, status.record))
+        metrics.engines, metrics.controller = crew.engines, crew.controller
+        backend.crew = crew
+        jobs.use(crew.orchestrator)
+        mqtt = config.mqtt
+        if embedded_broker:
+            mqtt = await owned.enter_async_context(embedded.broker(mqtt or Mqtt(), run_folder.home()))
+        if mqtt is not None:
+            bus = Bus(mqtt, team, jobs, status, lambda: backend.running, tell)
+            await owned.enter_async_context(background(bus.run(), "mqtt"))
+        try:
+            yield backend
+        finally:
+            jobs.draining = True
+            backend.crew = None
+
+
+@asynccontextmanager
+async def background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Work that goes on beside; ended with what it goes on beside."""
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def check_reach(service: Service, tokens: Tokens) -> None:
+    """Raise ConfigError where the service would be open to others than those on this machine."""
+    if service.host not in LOCAL and not tokens.all and not service.open:
+        raise ConfigError(
+            f"service.host: {service.host} is beyond localhost, and there is no token: whoever reaches it could do"
+            " everything. Make one with `troupe tokens add NAME`, or say `open: true` in the section service"
+        )
+
+
+@asynccontextmanager
+async def _http(app: FastAPI, service: Service) -> AsyncIterator[str]:
+    """The application on its port; where it is reached."""
+    listening = _listen(service)
+    host, port = listening.getsockname()[:2]
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            limit_concurrency=service.connections_max,
+            timeout_graceful_shutdown=GRACE_S,
+            h11_max_incomplete_event_size=64 << 10,
+            server_header=False,
+            ws="none",
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[listening]), name="http")
+    try:
+        while not server.started and not task.done():  # noqa: ASYNC110  uvicorn has no event for it
+            await asyncio.sleep(0.005)
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    finally:
+        server.should_exit = True
+        await asyncio.wait([task])
+        listening.close()
+
+
+def _listen(service: Service) -> socket.socket:
+    family = socket.AF_INET6 if ":" in service.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((service.host, service.port))
+    except OSError as error:
+        listening.close()
+        remedy = "; give another with --port" if error.errno == errno.EADDRINUSE else ""
+        raise TroupeError(f"service.port: {service.host}:{service.port}: {error.strerror}{remedy}") from None
+    listening.setblocking(False)
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """Signals are the command's business."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def drain(backend: Backend, seconds: float) -> int:
+    """Take no more, and let what runs end within a time; how many jobs are left to the next start."""
+    left = await backend.jobs.drain(seconds)
+    logging.getLogger(__name__).info("%d jobs are left to the next start", left)
+    return left

@@ -1,0 +1,57 @@
+"""A crew over modelled engines in real time: a service without vLLM, to try clients on and to measure all but the
+engines."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from agents.arithmetic import oracle
+from runtime.config import SHIPPED, Config
+from runtime.control.decision_log import Record
+from runtime.engines.base import EngineState, GenerateRequest
+from runtime.events import EngineChanged, Listener, ignore
+from runtime.jobs.team import Team
+from runtime.session import Crew, Guards, Publish
+from runtime.simulation import load
+
+KV_CACHE_BYTES = 64 << 20
+MODEL = SHIPPED / "simulation" / "embedded.yaml"
+
+
+def ignore_record(record: Record) -> None:
+    """For those who do not want decisions."""
+
+
+@asynccontextmanager
+async def modelled_crew(
+    config: Config,
+    team: Team,
+    listener: Listener = ignore,
+    publish: Publish = ignore_record,
+    time_scale: float = 1,
+    model: Path = MODEL,
+) -> AsyncIterator[Crew]:
+    """The embedded team, whose engines reply as flawless ones would; `time_scale` 0 at once."""
+    constants = load.read(model)
+    scripts = dict.fromkeys(constants.engines, _reply)
+    async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale, stream_interval=1) as (engines, sharing):
+        guards = Guards(config.control)
+        try:
+            crew = Crew(team, engines, sharing, config.control, guards, listener=listener, publish=publish)
+            for name in engines:
+                listener(EngineChanged(name, EngineState.READY, 0.0))
+            async with crew.controller:
+                yield crew
+        finally:
+            guards.close()
+
+
+def _reply(request: GenerateRequest) -> str:
+    """The oracle's reply to a role's chat; to anything else its own words."""
+    if request.prompt is not None:
+        return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt))
+    said = request.messages[-1].content
+    try:
+        return oracle.reply(said)
+    except (ValueError, LookupError, SyntaxError, AssertionError):
+        return said

@@ -1,0 +1,455 @@
+"""Measures the service: what it adds to vLLM's own server, jobs a second, faults under load, and its memory over time.
+
+python scripts/measure_service.py jobs       jobs a second over HTTP and MQTT, over engines that answer at once
+python scripts/measure_service.py overhead   a role through our HTTP, and through vLLM's own server, in turns
+python scripts/measure_service.py kills      kill -9 of the service at random moments, with jobs on their way
+python scripts/measure_service.py malformed  10,000 requests and messages that are wrong
+python scripts/measure_service.py soak       ten minutes of jobs: resident memory, journal
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import resource
+import secrets
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import aiomqtt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime import config  # noqa: E402
+from runtime.bus.messages import Topics  # noqa: E402
+from runtime.config import Config, Mqtt  # noqa: E402
+from runtime.jobs.team import assemble  # noqa: E402
+from runtime.server.serve import serving  # noqa: E402
+from runtime.simulation.crew import modelled_crew  # noqa: E402
+
+PROBLEM = "(12+7)*3-(45-5)"
+TOPICS = Topics("main")
+
+
+def configured(folder: Path, workflow: str = "deliberate", mqtt: Mqtt | None = None) -> Config:
+    """The embedded team, with its journal in a folder, on any free port."""
+    chosen = config.load("embedded").with_workflow(workflow)
+    places = {"port": 0, "journal": str(folder / "jobs.db"), "tokens": str(folder / "tokens.json")}
+    service = chosen.service.model_copy(update={**places, "queue_max": 1_000_000})
+    return chosen.model_copy(update={"service": service, "mqtt": mqtt})
+
+
+async def serve_modelled(folder: Path, workflow: str, mqtt_port: int | None, time_scale: float) -> None:
+    """A service over modelled engines, in a process of its own: says where it listens, and runs until it is ended."""
+    chosen = configured(folder, workflow, Mqtt(port=mqtt_port) if mqtt_port else None)
+    team = assemble(chosen)
+    opening = partial(modelled_crew, chosen, team, time_scale=time_scale)
+    async with serving(chosen, team, opening, partial(print, flush=True)):
+        await asyncio.Event().wait()
+
+
+class Child:
+    """A process of ours that says where it listens; can be killed."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._arguments = [str(argument) for argument in arguments]
+        self.url = ""
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> "Child":
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, __file__, *self._arguments, stdout=asyncio.subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        self.url = (await self.process.stdout.readline()).decode().strip()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+    def resident_mib(self) -> float:
+        """Its resident memory now."""
+        assert self.process is not None
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / (1 << 20)
+
+
+async def jobs(options: argparse.Namespace) -> dict[str, Any]:
+    """Jobs a second from the submission to the result, and how long an acknowledgement takes, several times each."""
+    found: dict[str, Any] = {}
+    for workflow in ("solo", "deliberate"):
+        for door, run in (("HTTP", _jobs_by_http), ("MQTT", _jobs_by_mqtt)):
+            repeats = []
+            for _ in range(options.repeats):
+                say(f"{door}, {workflow}")
+                with tempfile.TemporaryDirectory() as folder:
+                    repeats.append(await run(Path(folder), workflow, options.jobs))
+            found[f"{door}, {workflow}"] = {key: spread([repeat[key] for repeat in repeats]) for key in repeats[0]}
+    return found
+
+
+async def _jobs_by_http(folder: Path, workflow: str, count: int) -> dict[str, float]:
+    """Submitted over 32 connections; ended when the stream of all events has said so of each."""
+    waiting: set[str] = set()
+    acknowledged: list[float] = []
+    ended: set[str] = set()
+    numbers = iter(range(count))
+    async with Child("serve", folder, workflow, 0, 0) as child, aiohttp.ClientSession(child.url) as http:
+        await ready(http)
+
+        async def watch() -> None:
+            async with http.get("/events", timeout=aiohttp.ClientTimeout(None)) as answer:
+                async for line in answer.content:
+                    if line.startswith(b"data: "):
+                        event = json.loads(line[6:])
+                        if event["kind"] == "done":
+                            ended.add(event["job"])
+                            if len(ended) == count:
+                                return
+
+        async def submit() -> None:
+            for _ in numbers:
+                asked = time.perf_counter()
+                async with http.post("/jobs", json={"problem": "12+7"}) as answer:
+                    job = await answer.json()
+                    assert answer.status == 202, job
+                acknowledged.append(time.perf_counter() - asked)
+                waiting.add(job["id"])
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.2)
+        started = time.perf_counter()
+        await asyncio.gather(*(submit() for _ in range(32)))
+        await asyncio.wait_for(watching, 300)
+        seconds = time.perf_counter() - started
+    assert ended == waiting
+    return {"jobs_per_s": count / seconds, **_acknowledgement(acknowledged)}
+
+
+async def _jobs_by_mqtt(folder: Path, workflow: str, count: int) -> dict[str, float]:
+    """Submitted and followed by one client of mosquitto, at most 200 not acknowledged at a time."""
+    asked: dict[str, float] = {}
+    acknowledged: list[float] = []
+    ended: set[str] = set()
+    room = asyncio.Semaphore(200)
+    async with AsyncExitStack() as owned:
+        port = await owned.enter_async_context(mosquitto(folder))
+        child = await owned.enter_async_context(Child("serve", folder, workflow, port, 0))
+        http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
+        await ready(http)
+        client = await owned.enter_async_context(
+            aiomqtt.Client("127.0.0.1", port, max_inflight_messages=500, max_queued_outgoing_messages=0)
+        )
+        client.pending_calls_threshold = 10_000
+        await client.subscribe([(TOPICS.accepted("+"), 1), (TOPICS.result("+"), 1)])
+        await asyncio.sleep(1)  # the service is connected too
+
+        async def watch() -> None:
+            async for message in client.messages:
+                topic = str(message.topic)
+                if topic.endswith("/accepted"):
+                    assert isinstance(message.payload, bytes)
+                    answer = json.loads(message.payload)
+                    acknowledged.append(time.perf_counter() - asked[answer["correlation_id"]])
+                    room.release()
+                else:
+                    ended.add(topic)
+                    if len(ended) == count:
+                        return
+
+        watching = asyncio.create_task(watch())
+        started = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                await room.acquire()
+                asked[str(number)] = time.perf_counter()
+                payload = json.dumps({"problem": "12+7", "correlation_id": str(number)})
+                group.create_task(client.publish(TOPICS.submit, payload, qos=1))
+        await asyncio.wait_for(watching, 300)
+        seconds = time.perf_counter() - started
+    return {"jobs_per_s": count / seconds, **_acknowledgement(acknowledged)}
+
+
+def _acknowledgement(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        "acknowledged_p50_ms": 1e3 * ordered[len(ordered) // 2],
+        "acknowledged_p99_ms": 1e3 * ordered[int(len(ordered) * 0.99)],
+    }
+
+
+async def kills(options: argparse.Namespace) -> dict[str, Any]:
+    """kill -9 of the service at random moments while jobs come in; then all that was accepted is held against what
+    ended."""
+    rng = random.Random(options.seed)
+    accepted: dict[str, str] = {}
+    refused = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for round_ in range(options.kills + 1):
+            last = round_ == options.kills
+            say(f"start {round_ + 1}, {len(accepted)} accepted")
+            async with Child("serve", folder, "deliberate", 0, 1) as child, aiohttp.ClientSession(child.url) as http:
+                await ready(http)
+                if last:
+                    break
+
+                async def submit(http: aiohttp.ClientSession = http) -> None:
+                    nonlocal refused
+                    while True:
+                        key = secrets.token_hex(8)
+                        body = {"problem": PROBLEM, "idempotency_key": key}
+                        async with http.post("/jobs", json=body) as answer:
+                            if answer.status == 202:
+                                accepted[key] = (await answer.json())["id"]
+                            else:
+                                refused += 1
+                        await asyncio.sleep(0.01)
+
+                tasks = [asyncio.create_task(submit()) for _ in range(8)]
+                await asyncio.sleep(rng.uniform(0.05, 1.5))
+                assert child.process is not None
+                child.process.send_signal(signal.SIGKILL)
+                await asyncio.wait(tasks, timeout=5)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        async with Child("serve", folder, "deliberate", 0, 1) as child, aiohttp.ClientSession(child.url) as http:
+            await ready(http)
+            states: Counter[str] = Counter()
+            wrong = 0
+            for job in accepted.values():
+                async with http.get(f"/jobs/{job}/result", params={"wait_s": 120}) as answer:
+                    found = await answer.json()
+                    states[found["state"]] += 1
+                    wrong += (found["result"] or {}).get("answer") != "17"
+            ends: Counter[str] = Counter()
+            async with http.get("/jobs", params={"limit": 1}) as answer:
+                newest = (await answer.json())["jobs"][0]["id"]
+            async with http.get("/events", params={"after": 0}) as answer:
+                async for line in answer.content:
+                    if line.startswith(b"data: "):
+                        event = json.loads(line[6:])
+                        if event["kind"] == "done":
+                            ends[event["job"]] += 1
+                            if len(ends) >= len(accepted) and newest in ends:
+                                break
+    return {
+        "kills": options.kills,
+        "accepted": len(accepted),
+        "ended": dict(states),
+        "wrong answers": wrong,
+        "lost": len(set(accepted.values()) - set(ends)),
+        "ended twice": sum(count > 1 for count in ends.values()),
+    }
+
+
+async def malformed(options: argparse.Namespace) -> dict[str, Any]:
+    """Bodies, paths and messages that are wrong in many ways: what is answered, and what is left."""
+    rng = random.Random(options.seed)
+    statuses: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        async with AsyncExitStack() as owned:
+            port = await owned.enter_async_context(mosquitto(folder))
+            child = await owned.enter_async_context(Child("serve", folder, "deliberate", port, 0))
+            http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
+            await ready(http)
+            before = child.resident_mib()
+            for _ in range(options.requests // 100):
+                await asyncio.gather(*(_wrong_request(http, rng, statuses) for _ in range(100)))
+            client = await owned.enter_async_context(aiomqtt.Client("127.0.0.1", port))
+            await client.subscribe(TOPICS.rejected, qos=1)
+            for _ in range(options.requests):
+                await client.publish(TOPICS.submit, _wrong_body(rng), qos=1)
+            rejected = 0
+            async with asyncio.timeout(60):
+                async for _ in client.messages:
+                    rejected += 1
+                    if rejected == options.requests:
+                        break
+            async with http.get("/jobs") as answer:
+                left = len((await answer.json())["jobs"])
+            after = child.resident_mib()
+    return {
+        "requests": options.requests,
+        "answers": dict(sorted(statuses.items())),
+        "messages": options.requests,
+        "rejected": rejected,
+        "jobs": left,
+        "resident_mib": [round(before, 1), round(after, 1)],
+    }
+
+
+def _wrong_body(rng: random.Random) -> bytes:
+    kinds: list[Callable[[], bytes]] = [
+        lambda: rng.randbytes(rng.randrange(200)),
+        lambda: json.dumps({"problem": rng.choice([None, 3, [], {}, "", True])}).encode(),
+        lambda: b"[" * rng.randrange(1, 5000),
+        lambda: json.dumps({"problem": "1+1", "correlation_id": "x", f"key{rng.random()}": 1}).encode(),
+        lambda: json.dumps({"problem": "1+1", "correlation_id": "x", "priority": rng.choice([-1, 1e99, "a"])}).encode(),
+        lambda: b'{"problem": "\\ud800", "correlation_id": "x"}',
+    ]
+    return rng.choice(kinds)()
+
+
+async def _wrong_request(http: aiohttp.ClientSession, rng: random.Random, statuses: Counter[str]) -> None:
+    path = rng.choice(
+        [
+            "/jobs",
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/control",
+            "/jobs/%00",
+            "/jobs/x/events",
+            "/control/pins/x",
+        ]
+    )
+    method = rng.choice(["POST", "PUT", "PATCH", "GET", "DELETE"])
+    headers = {"content-type": rng.choice(["application/json", "text/plain", "x"])}
+    async with http.request(method, path, data=_wrong_body(rng), headers=headers) as answer:
+        await answer.read()
+        statuses[str(answer.status)] += 1
+
+
+async def soak(options: argparse.Namespace) -> dict[str, Any]:
+    """Jobs at a steady rate, with slow and vanishing readers of events beside them."""
+    samples: list[tuple[float, float]] = []
+    done = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        async with Child("serve", folder, "deliberate", 0, 0) as child, aiohttp.ClientSession(child.url) as http:
+            await ready(http)
+            ends = time.monotonic() + options.seconds
+
+            async def submit() -> None:
+                nonlocal done
+                while time.monotonic() < ends:
+                    async with http.post("/jobs", json={"problem": PROBLEM}) as answer:
+                        done += answer.status == 202
+                    await asyncio.sleep(0.16)
+
+            async def slow_reader() -> None:
+                """Reads a little and goes away."""
+                while time.monotonic() < ends:
+                    async with http.get("/events", params={"after": 0}) as answer:
+                        await answer.content.read(1000)
+                        await asyncio.sleep(5)
+
+            async def sample() -> None:
+                while time.monotonic() < ends:
+                    samples.append((time.monotonic(), child.resident_mib()))
+                    await asyncio.sleep(5)
+
+            await asyncio.gather(*(submit() for _ in range(16)), *(slow_reader() for _ in range(4)), sample())
+            await asyncio.sleep(2)
+            async with http.get("/metrics") as answer:
+                figures = dict(
+                    line.rsplit(" ", 1) for line in (await answer.text()).splitlines() if line.startswith("troupe:jobs")
+                )
+        size = (folder / "jobs.db").stat().st_size / (1 << 20)
+    quarter = len(samples) // 4
+    return {
+        "seconds": options.seconds,
+        "accepted": done,
+        "journal": figures,
+        "resident_mib_by_quarters": [
+            round(statistics.median(mib for _, mib in samples[n * quarter : (n + 1) * quarter]), 1) for n in range(4)
+        ],
+        "journal_mib": round(size, 1),
+    }
+
+
+@asynccontextmanager
+async def mosquitto(folder: Path) -> AsyncIterator[int]:
+    """A broker with the shipped sample configuration on a free port."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    text = (ROOT / "configs" / "mosquitto.conf").read_text()
+    text = text.replace("listener 1883", f"listener {port}").replace("/var/lib/mosquitto", str(folder))
+    conf = folder / "mosquitto.conf"
+    conf.write_text(text.replace("user mosquitto", "user root"))
+    process = await asyncio.create_subprocess_exec(
+        "mosquitto", "-c", str(conf), stderr=asyncio.subprocess.DEVNULL, env={"PATH": f"/usr/sbin:{os.environ['PATH']}"}
+    )
+    try:
+        await asyncio.sleep(0.3)
+        yield port
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def ready(http: aiohttp.ClientSession) -> None:
+    """Wait until a service is."""
+    for _ in range(600):
+        async with http.get("/ready") as answer:
+            if answer.status == 200:
+                return
+        await asyncio.sleep(0.1)
+    raise TimeoutError("the service is not ready")
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the range."""
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+def say(what: str) -> None:
+    """Progress, for who waits."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run one measurement and print it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    measures: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Any]]] = {
+        "jobs": jobs,
+        "kills": kills,
+        "malformed": malformed,
+        "soak": soak,
+    }
+    for name, measure in measures.items():
+        command = commands.add_parser(name, help=measure.__doc__)
+        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--jobs", type=int, default=5000)
+        command.add_argument("--kills", type=int, default=20)
+        command.add_argument("--requests", type=int, default=10_000)
+        command.add_argument("--seconds", type=float, default=600)
+        command.add_argument("--seed", type=int, default=0)
+    child = commands.add_parser("serve")
+    child.add_argument("folder", type=Path)
+    child.add_argument("workflow")
+    child.add_argument("mqtt_port", type=int)
+    child.add_argument("time_scale", type=float)
+    options = parser.parse_args()
+    if options.what == "serve":
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve_modelled(options.folder, options.workflow, options.mqtt_port, options.time_scale))
+        return
+    print(json.dumps(asyncio.run(measures[options.what](options)), indent=1))
+
+
+if __name__ == "__main__":
+    main()

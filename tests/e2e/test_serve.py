@@ -1,0 +1,169 @@
+"""The service as a user starts it: real engines, OpenAI's own client, and kills."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import Command
+
+pytestmark = pytest.mark.e2e
+
+
+class Service:
+    """`troupe serve` on a free port; `line` waits for what it says."""
+
+    def __init__(self, command: Command) -> None:
+        self._command = command
+        self.begin()
+
+    def begin(self) -> None:
+        """Start it, the first time or again, and wait until it is ready."""
+        self.process = self._command.start("serve", "--port", 0, "--json")
+        self.url = str(self.line("listening")["url"])
+        self.line("ready")
+
+    def line(self, event: str) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for text in self.process.stdout:
+            found: dict[str, Any] = json.loads(text)
+            if found["event"] == event:
+                return found
+        raise AssertionError(f"it ended before {event}: {self.process.stderr and self.process.stderr.read()}")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        answer = httpx.get(f"{self.url}/jobs", params={"limit": 1000})
+        return {job["id"]: job for job in answer.json()["jobs"]}
+
+
+@pytest.fixture
+def service(troupe: Command) -> Service:
+    return Service(troupe)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
+    api = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+    said: list[Any] = [{"role": "user", "content": "(12+7)*3-45"}]
+    answer = api.chat.completions.create(model="team", messages=said)
+    assert answer.choices[0].message.content == "12"
+
+    text = "12+7"
+    plain = api.chat.completions.create(model="planner", messages=[{"role": "user", "content": text}], temperature=0)
+    assert plain.usage is not None
+    assert plain.usage.completion_tokens > 0
+    chunks = list(
+        api.chat.completions.create(
+            model="planner",
+            messages=[{"role": "user", "content": text}],
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            logprobs=True,
+            top_logprobs=2,
+        )
+    )
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == plain.choices[0].message.content
+    logprobs = [
+        one for c in chunks if c.choices and c.choices[0].logprobs for one in c.choices[0].logprobs.content or []
+    ]
+    assert len(logprobs) == plain.usage.completion_tokens
+    for one in logprobs:
+        assert len(one.top_logprobs) == 2
+        assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
+        assert one.logprob == one.top_logprobs[0].logprob  # greedy
+
+    schema = {"enum": [77]}  # its vocabulary has no braces
+    held = api.chat.completions.create(
+        model="solver",
+        messages=[{"role": "user", "content": text}],
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    )
+    assert json.loads(held.choices[0].message.content or "") == 77
+
+    tokens = api.completions.create(model="critic", prompt=[5, 6, 7], max_tokens=3, temperature=0, logprobs=1)
+    assert tokens.usage is not None
+    assert (tokens.usage.prompt_tokens, tokens.usage.completion_tokens) == (3, 3)
+    stopped = api.completions.create(model="critic", prompt="1", max_tokens=5, extra_body={"ignore_eos": True})
+    assert stopped.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="refused the request"):
+        api.completions.create(model="critic", prompt=[1] * 100_000)
+    with pytest.raises(openai.BadRequestError):
+        api.completions.create(model="critic", prompt=[10**9])
+
+
+def test_kills_lose_no_job_and_double_none(service: Service, troupe: Command) -> None:
+    """Of the runtime, and of an engine, with jobs on their way."""
+    accepted: list[str] = []
+    for _ in range(2):
+        with httpx.Client(base_url=service.url, timeout=30) as client:
+            for number in range(40):
+                body = {"problem": f"({number}+7)*3-(45-5)", "expected": str((number + 7) * 3 - 40)}
+                accepted.append(client.post("/jobs", json=body).json()["id"])
+        until(lambda: sum(job["state"] == "running" for job in service.jobs().values()) > 3)
+        service.kill()
+        service.begin()
+    troupe.engines()[0].kill()
+    until(lambda: all(job["state"] == "done" for job in service.jobs().values()), 120)
+    jobs = service.jobs()
+    assert set(accepted) == set(jobs)
+    assert all(job["result"]["correct"] for job in jobs.values())
+    events = [json.loads(line[6:]) for line in _events(service)]
+    ends = [event["job"] for event in events if event["kind"] == "done"]
+    assert sorted(ends) == sorted(accepted)
+
+
+def _events(service: Service) -> list[str]:
+    """All that has happened so far."""
+    found: list[str] = []
+    with httpx.stream("GET", f"{service.url}/events", params={"after": 0}, timeout=3) as answer:
+        try:
+            found.extend(line for line in answer.iter_lines() if line.startswith("data: "))
+        except httpx.ReadTimeout:
+            return found
+    return found
+
+
+def test_sigterm_lets_what_runs_end_and_leaves_nothing(service: Service, troupe: Command) -> None:
+    with httpx.Client(base_url=service.url, timeout=30) as client:
+        for number in range(10):
+            client.post("/jobs", json={"problem": f"{number}+7"})
+    service.process.send_signal(signal.SIGTERM)
+    assert service.line("ending")["jobs_left"] == 0
+    assert service.process.wait(timeout=30) == 0
+    troupe.nothing_left()
+    listed = troupe.run("jobs", "list", "--json")  # the service is down
+    jobs = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert [job["state"] for job in jobs] == ["done"] * 10
+    shown = troupe.run("jobs", "show", jobs[0]["id"][:12])
+    assert "9+7" in shown.stdout
+    out = Path(troupe.folder) / "jobs.jsonl"
+    assert troupe.run("jobs", "export", out).returncode == 0
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [job["id"] for job in jobs[::-1]]
+
+
+def test_what_cannot_be_served_is_told(troupe: Command) -> None:
+    beyond = troupe.run("serve", "--host", "0.0.0.0", "--port", 0)
+    assert (beyond.returncode, "troupe tokens add NAME" in beyond.stderr) == (2, True)
+    journal = troupe.folder / "home" / "jobs.db"
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.write_text("a shopping list" * 1000)
+    damaged = troupe.run("serve", "--port", 0)
+    assert (damaged.returncode, "jobs.db is damaged" in damaged.stderr) == (2, True)

@@ -1,0 +1,99 @@
+"""Who may do what, and what a request may be."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from runtime.access import PREFIX, Scope, Tokens
+from runtime.errors import ConfigError, Forbidden
+from runtime.server.serve import check_reach
+from tests.runtime.server.conftest import Served, Start, configured
+
+ROUTES = {
+    Scope.READ: [
+        ("GET", "/jobs"),
+        ("GET", "/engines"),
+        ("GET", "/control"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/models"),
+    ],
+    Scope.SUBMIT: [("POST", "/jobs"), ("POST", "/v1/chat/completions"), ("POST", "/jobs/x/cancel")],
+    Scope.CONTROL: [("PATCH", "/control"), ("PUT", "/control/pins/solver"), ("DELETE", "/control/pins/solver")],
+}
+
+
+async def test_with_a_token_everything_needs_one_that_may(start: Start, tmp_path: Path) -> None:
+    served = await start()
+    secrets = {scope: Tokens(tmp_path / "tokens.json").add(f"{scope} only", (scope,)) for scope in Scope}
+    for needed, routes in ROUTES.items():
+        for method, path in routes:
+            answer = await served.client.request(method, path)
+            assert answer.status_code == 401, path
+            assert answer.headers["www-authenticate"] == "Bearer"
+            wrong = await served.client.request(method, path, headers={"Authorization": f"Bearer {PREFIX}guess"})
+            assert wrong.status_code == 401
+            for scope, secret in secrets.items():
+                answer = await served.client.request(method, path, headers={"Authorization": f"Bearer {secret}"})
+                assert (answer.status_code == 403) is (scope is not needed), (path, scope, answer.text)
+    assert (await served.client.get("/health")).status_code == 200  # for those who watch over it
+    Tokens(tmp_path / "tokens.json").remove("read only")
+    gone = await served.client.get("/jobs", headers={"Authorization": f"Bearer {secrets[Scope.READ]}"})
+    assert gone.status_code == 401
+
+
+def test_tokens_are_kept_as_hashes_by_their_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "tokens.json"
+    secret = Tokens(path).add("me", (Scope.READ,))
+    assert secret not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    assert Tokens(path).check(secret, Scope.READ) == "me"
+    with pytest.raises(Forbidden, match="'me' may read; this needs control"):
+        Tokens(path).check(secret, Scope.CONTROL)
+    with pytest.raises(ConfigError, match="there is a token 'me' already"):
+        Tokens(path).add("me", (Scope.READ,))
+    with pytest.raises(ConfigError, match="there is no token 'you'; there are me"):
+        Tokens(path).remove("you")
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="not a file of tokens"):
+        Tokens(path)
+
+
+def test_beyond_localhost_needs_a_token_or_a_word(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    beyond = configured(tmp_path, host="0.0.0.0").service
+    check_reach(configured(tmp_path).service, tokens)
+    check_reach(configured(tmp_path, host="0.0.0.0", open=True).service, tokens)
+    with pytest.raises(ConfigError, match="troupe tokens add NAME"):
+        check_reach(beyond, tokens)
+    tokens.add("me", (Scope.READ,))
+    check_reach(beyond, tokens)
+
+
+async def test_a_name_that_is_not_ours_is_refused(served: Served) -> None:
+    """What a page of elsewhere would come with, had its name been pointed here."""
+    for host, status in (("evil.example", 400), ("localhost:8000", 200), ("[::1]:80", 200), ("127.0.0.1", 200)):
+        answer = await served.client.get("/health", headers={"Host": host})
+        assert answer.status_code == status, host
+
+
+async def test_bodies_and_rates_have_limits(start: Start) -> None:
+    served = await start(body_max_bytes=1000, requests_per_s=5)
+    large = b'{"problem": "' + b"1" * 2000 + b'"}'
+    headers = {"content-type": "application/json"}
+    assert (await served.client.post("/jobs", content=large, headers=headers)).status_code == 413
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(large), 100):
+            yield large[start : start + 100]
+
+    streamed = await served.client.post("/jobs", content=pieces(), headers=headers)
+    assert (streamed.status_code, streamed.json()["error"]["code"]) == (413, 413)
+    statuses = [(await served.client.get("/health")).status_code for _ in range(10)]
+    assert statuses.count(429) >= 5
+    assert statuses[0] == 200
+
+
+async def test_no_page_of_elsewhere_may_read(served: Served) -> None:
+    answer = await served.client.get("/health", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
