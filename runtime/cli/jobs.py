@@ -38,7 +38,7 @@ def jobs() -> None:
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many, the newest.")
 @_json
 def list_(config: str, state: str | None, limit: int, as_json: bool) -> None:
-    """The newest jobs."""
+    """The newest jobs; of each id its beginning, which is enough to name it."""
     with _journal(config) as sql:
         found = store.jobs(sql, JobState(state) if state else None, limit=limit)
         counts = store.counts(sql)
@@ -50,9 +50,8 @@ def list_(config: str, state: str | None, limit: int, as_json: bool) -> None:
     for record in found:
         took = f"{record.ended_at - record.submitted_at:.2f} s" if record.ended_at else ""
         answer = str((record.result or {}).get("answer") or "")
-        table.add_row(
-            record.id, record.state, _when(record.submitted_at), took, escape(record.submission.problem), escape(answer)
-        )
+        problem = escape(record.submission.problem)
+        table.add_row(record.id[:12], record.state, _when(record.submitted_at), took, problem, escape(answer))
     screen = Console(highlight=False)
     screen.print(table)
     screen.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no jobs")

@@ -148,7 +148,7 @@ def _grant(grant: Grant) -> GrantView:
 def _limits(backing: Backend, name: str) -> LimitsView:
     limits = backing.engines[name].limits
     return LimitsView(
-        gpu_memory_utilization=(limits.share(limits.kv_floor_bytes), limits.share(limits.kv_ceiling_bytes)),
+        gpu_memory_utilization=(limits.share(limits.kv_floor_bytes), min(limits.share(limits.kv_ceiling_bytes), 1.0)),
         max_active_seqs=(1, limits.seqs_ceiling),
         max_step_tokens=(limits.step_tokens_floor, limits.step_tokens_ceiling),
     )

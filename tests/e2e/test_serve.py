@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,11 @@ class Service:
 
 
 @pytest.fixture
-def service(troupe: Command) -> Service:
-    return Service(troupe)
+def service(troupe: Command) -> Iterator[Service]:
+    served = Service(troupe)
+    yield served
+    served.kill()
+    troupe.nothing_left()
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -90,13 +93,13 @@ def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
         assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
         assert one.logprob == one.top_logprobs[0].logprob  # greedy
 
-    schema = {"enum": [77]}  # its vocabulary has no braces
+    schema = {"enum": [7]}  # its vocabulary has no braces
     held = api.chat.completions.create(
         model="solver",
         messages=[{"role": "user", "content": text}],
         response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
     )
-    assert json.loads(held.choices[0].message.content or "") == 77
+    assert json.loads(held.choices[0].message.content or "") == 7
 
     tokens = api.completions.create(model="critic", prompt=[5, 6, 7], max_tokens=3, temperature=0, logprobs=1)
     assert tokens.usage is not None

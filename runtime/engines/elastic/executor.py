@@ -27,6 +27,10 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
             # AMX tiles need the kernel's leave, asked for in the process that uses them; without it the first token
             # of a bfloat16 model ends in SIGILL.
             torch.cpu._init_amx()
+            if self.vllm_config.model_config.enforce_eager:
+                # What vLLM compiles all the same would be built by a C++ compiler at the first request for logprobs:
+                # seconds for all who wait, and no reply where there is none.
+                torch.compiler.set_stance("force_eager")
         os.environ["TMPDIR"] = tempfile.tempdir = told["temporary"]
         reports.send(Path(told["temporary"]), told["name"], EngineState.LOADING)
         core.install()
