@@ -240,6 +240,30 @@ set_up_locked() { # root extra part...
     say "ready after $SECONDS s"
 }
 
+# What the tests drive for real: a broker and a browser, from the system's packages. Where they cannot be installed, the
+# tests that need them are skipped, and say so.
+TEST_PROGRAMS="mosquitto chromium"
+
+set_up_programs() { # root
+    local missing=() name
+    for name in $TEST_PROGRAMS; do PATH=$PATH:/usr/sbin command -v "$name" >/dev/null || missing+=("$name"); done
+    ((${#missing[@]})) || return 0
+    if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+        say "some tests will be skipped; to run them, too: sudo apt-get install ${missing[*]}"
+        return 0
+    fi
+    trap 'interrupted 130' INT
+    trap 'interrupted 143' TERM
+    step "$1/.venv/setup.log" "installing ${missing[*]}, for tests" install_programs "${missing[@]}" || return 1
+    trap - INT TERM
+}
+
+install_programs() { # package...
+    # RUNLEVEL=1: a broker that a package brings is not started
+    export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
+    apt-get update -q && apt-get install -qy --no-install-recommends "$@"
+}
+
 # Makes the parts ("run", "test") of root's .venv hold. The lock is this file's own, so nothing is left behind; a pip that
 # outlives a killed script holds it until it ends.
 set_up() { # root part...

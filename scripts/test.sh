@@ -7,6 +7,7 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 source "$root/scripts/setup.sh"
 
 set_up "$root" run test || exit 1
+set_up_programs "$root" || exit 1
 python=$root/.venv/bin/python
 export HF_HUB_OFFLINE=1 # a test that wants the network is wrong
 cd -- "$root"

@@ -15,6 +15,14 @@ STUB = ROOT / "tests" / "stubs" / "python.sh"
 GIB = 1024**3
 
 
+FAKE_APT = """#!/bin/sh
+echo "$*" >>"$STUB_RECORD.apt"
+[ "$1" = install ] || exit 0
+shift 3
+for name in "$@"; do ln -sf /bin/true "$STUB_BIN/$name"; done
+"""
+
+
 class Tree:
     """A repository with the scripts and next to nothing else, at a path with a space in it."""
 
@@ -137,6 +145,29 @@ def test_tests_after_a_launch_install_their_tools_alone(tree: Tree) -> None:
     tree.installed()
     assert tree.run("test.sh", "-k", "some thing").stdout == "ran pytest -k some thing\n"
     assert tree.installed() == ["constraints-test.txt"]
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_programs_that_tests_drive_are_installed_where_that_can_be(tree: Tree, root: bool) -> None:
+    bin_ = tree.elsewhere / "bin"
+    bin_.mkdir()
+    for name, text in {"apt-get": FAKE_APT, "id": f"#!/bin/sh\necho {0 if root else 1000}\n"}.items():
+        (bin_ / name).write_text(text)
+        (bin_ / name).chmod(0o755)
+    setup = tree.root / "scripts" / "setup.sh"
+    setup.write_text(setup.read_text().replace('"mosquitto chromium"', '"a-broker a-browser"'))
+    environment = {"PATH": f"{bin_}:{os.environ['PATH']}", "STUB_BIN": str(bin_)}
+    first = tree.run("test.sh", **environment)
+    assert first.returncode == 0, first.stderr
+    record = tree.record.with_name(f"{tree.record.name}.apt")
+    if root:
+        installed = ["update -q", "install -qy --no-install-recommends a-broker a-browser"]
+        assert record.read_text().splitlines() == installed
+        assert "installing a-broker a-browser" not in tree.run("test.sh", **environment).stderr
+        assert record.read_text().splitlines() == installed
+    else:
+        assert "some tests will be skipped" in first.stderr
+        assert not record.exists()
 
 
 def test_pytorchs_own_index_is_asked_only_when_pip_finds_no_cpu_build(tree: Tree) -> None:

@@ -31,6 +31,8 @@ Connection = sqlite3.Connection
 VERSION = 1
 TOGETHER_MAX = 1000
 """Writes in a transaction at most."""
+TITLE_MAX = 200
+"""Characters of a problem in the event that says it was accepted."""
 _SCHEMA = f"""
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -88,7 +90,11 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One line of what happened, in the order of `id`. `kind` is a state's name, or "replied", or "anew"."""
+    """One line of what happened, in the order of `id`. `kind` is a state's name, or "replied", or "anew".
+
+    `data` of a job that is new has the beginning of its `problem`, of one that is done its `answer`, of other ends
+    `why`, and of a reply what Recorded has, with the `entries` that it added to the transcript.
+    """
 
     id: int
     job: str
@@ -129,7 +135,7 @@ class Transaction:
             known = job_of_key(self._sql, str(submission.idempotency_key))
             assert known is not None
             return known, False
-        self._event(id, now, JobState.QUEUED, {})
+        self._event(id, now, JobState.QUEUED, {"problem": submission.problem[:TITLE_MAX]})
         number = inserted.lastrowid or 0
         return JobRecord(number, id, JobState.QUEUED, submission, now, None, None, 0, None), True
 
@@ -155,7 +161,8 @@ class Transaction:
             ),
         )
         if moved.rowcount:
-            self._event(id, now, state, {"why": why} if why else {})
+            answer = {"answer": result["answer"]} if result is not None and state is JobState.DONE else {}
+            self._event(id, now, state, {**answer, **({"why": why} if why else {})})
         return bool(moved.rowcount)
 
     def begin(self, id: str) -> tuple[JobRecord, list[Recorded]] | None:

@@ -121,11 +121,16 @@ async def events_of(
 
 
 @router.get("/events", dependencies=_READS, response_class=StreamingResponse, responses=_EVENTS)
-async def events(backing: Backing, after: After = None, last_event_id: LastEventId = None) -> StreamingResponse:
+async def events(
+    backing: Backing,
+    after: After = None,
+    last: Annotated[int, Query(ge=0, le=10_000, description="begin with so many of the latest")] = 0,
+    last_event_id: LastEventId = None,
+) -> StreamingResponse:
     """What happens to all jobs: server-sent events, from the one after Last-Event-ID on, by default from now on."""
     since = last_event_id if last_event_id is not None else after
     if since is None:
-        since = await backing.jobs.journal.read(store.last_event)
+        since = max(await backing.jobs.journal.read(store.last_event) - last, 0)
     return sse.stream(_lines(backing.jobs.feed.follow(since)))
 
 

@@ -2,6 +2,7 @@
 
 const SAMPLES = 1200; // ten minutes
 const JOBS = 100;
+const EVENTS = 1000; // of jobs, from before this page was opened
 const DECISIONS = 100;
 const COLOURS = ["#3b7dd8", "#d98324", "#3f9b58", "#a65bb8", "#c9484b", "#2f9e9e", "#8a7a2f", "#70757c"];
 const byId = (id) => document.getElementById(id);
@@ -225,33 +226,40 @@ function drawJob(job) {
   const made = element("li", "", "", details);
   if (job.element) job.element.replaceWith(made);
   else {
-    if (!jobs.size) byId("jobs").replaceChildren();
+    byId("jobs").querySelector(":scope > .quiet")?.remove();
     byId("jobs").prepend(made);
   }
   job.element = made;
 }
 
-async function takeJobEvent(_, event) {
-  let job = jobs.get(event.job);
-  const isNew = !job;
-  job ??= { id: event.job, at: event.at, state: "queued", steps: [] };
+function takeJobEvent(_, event) {
+  const job = jobs.get(event.job) ?? { id: event.job, at: event.at, steps: [] };
+  if (job.whole) return; // it had ended before
   if (event.kind === "replied") job.steps.push(...event.entries);
   else if (event.kind === "anew") job.steps = [];
-  else job.state = event.kind;
-  drawJob(job);
+  else Object.assign(job, { state: event.kind, error: event.why });
+  job.problem = event.problem ?? job.problem;
+  job.answer = event.answer ?? job.answer;
   jobs.set(event.job, job);
   if (jobs.size > JOBS) {
     const [oldest] = jobs.keys();
-    jobs.get(oldest).element.remove();
+    jobs.get(oldest).element?.remove();
     jobs.delete(oldest);
   }
-  if (isNew || ["done", "failed"].includes(event.kind)) {
-    const answer = await ask(`/jobs/${event.job}`);
-    if (!answer.ok) return;
-    const known = await answer.json();
-    Object.assign(job, { problem: known.problem, answer: known.result?.answer, error: known.result?.error });
-    if (jobs.has(job.id)) drawJob(job);
+  drawSoon(job);
+}
+
+// Many events may come between two frames: each job is drawn once.
+const changed = new Set();
+
+function drawSoon(job) {
+  if (!changed.size) {
+    requestAnimationFrame(() => {
+      for (const one of changed) if (jobs.has(one.id)) drawJob(one);
+      changed.clear();
+    });
   }
+  changed.add(job);
 }
 
 function drawDecision(decision) {
@@ -322,15 +330,13 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 async function loadJobs() {
   const answer = await ask("/jobs?limit=20").catch(() => null);
   if (!answer?.ok) return;
-  for (const known of (await answer.json()).jobs.reverse()) {
-    if (jobs.has(known.id)) continue;
-    const { id, state, problem, result } = known;
-    const steps = result?.steps ?? [];
-    const job = { id, state, problem, steps, at: known.submitted_at, answer: result?.answer, error: result?.error };
+  for (const { id, state, problem, result, submitted_at: at } of (await answer.json()).jobs.reverse()) {
+    const job = { id, state, problem, at, steps: result?.steps ?? [], whole: Boolean(result) };
+    Object.assign(job, { answer: result?.answer, error: result?.error });
     drawJob(job);
     jobs.set(id, job);
   }
 }
 
 follow("/live", takeLive, lost);
-loadJobs().then(() => follow("/events", takeJobEvent, () => {}));
+loadJobs().then(() => follow(`/events?last=${EVENTS}`, takeJobEvent, () => {}));

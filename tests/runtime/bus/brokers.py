@@ -1,7 +1,6 @@
 """Real brokers to test against: mosquitto as a process, and the embedded one."""
 
 import asyncio
-import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -10,8 +9,8 @@ from pathlib import Path
 
 from runtime.bus import embedded
 from runtime.config import Mqtt
+from tests.programs import MOSQUITTO
 
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
 SAMPLE = Path(__file__).resolve().parents[3] / "configs" / "mosquitto.conf"
 
 

@@ -16,6 +16,7 @@ import pytest
 from runtime.bus.messages import Topics, schemas
 from runtime.config import Config, Mqtt
 from runtime.server.serve import background
+from tests.programs import MOSQUITTO, needs
 from tests.runtime.bus import brokers
 from tests.runtime.server.conftest import PROBLEM, configured, service
 
@@ -38,10 +39,11 @@ asyncio.run(serve(Path(sys.argv[1])))
 """A service in a process of its own."""
 
 
-@pytest.fixture(params=BROKERS)
+with_mosquitto = needs(MOSQUITTO, "mosquitto")
+
+
+@pytest.fixture(params=[pytest.param("mosquitto", marks=with_mosquitto), "embedded"])
 async def mqtt(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Mqtt]:
-    if request.param == "mosquitto" and brokers.MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
     async with BROKERS[request.param](tmp_path) as mqtt:
         yield mqtt
 
@@ -181,7 +183,7 @@ async def test_commands_are_obeyed_or_refused(tmp_path: Path, mqtt: Mqtt) -> Non
         assert "there is no job" in (await tell(7, command="cancel", job="nothing"))["error"]
 
 
-@pytest.mark.skipif(brokers.MOSQUITTO is None, reason="mosquitto is not installed")
+@with_mosquitto
 async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
     """Jobs go on while it is away, and what happened is told when it is back."""
     broker = brokers.Mosquitto(tmp_path)
@@ -203,7 +205,7 @@ async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
     await broker.stop()
 
 
-@pytest.mark.skipif(brokers.MOSQUITTO is None, reason="mosquitto is not installed")
+@with_mosquitto
 async def test_what_comes_while_the_service_is_away_waits(tmp_path: Path) -> None:
     """Submissions at the broker, results in the journal."""
     async with brokers.mosquitto(tmp_path) as mqtt:

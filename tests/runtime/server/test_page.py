@@ -1,6 +1,5 @@
 """The live page in a real browser, over a real port."""
 
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,10 +8,10 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 
 from runtime.access import Scope, Tokens
 from runtime.jobs.submission import Submission
+from tests.programs import CHROMIUM, needs
 from tests.runtime.server.conftest import PROBLEM, Start, configured, service
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = needs(CHROMIUM, "Chromium")
 
 
 @pytest.fixture
