@@ -93,7 +93,7 @@ def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
         assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
         assert one.logprob == one.top_logprobs[0].logprob  # greedy
 
-    schema = {"enum": [7]}  # its vocabulary has no braces
+    schema: dict[str, Any] = {"enum": [7]}  # its vocabulary has no braces
     held = api.chat.completions.create(
         model="solver",
         messages=[{"role": "user", "content": text}],
