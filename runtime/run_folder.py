@@ -6,12 +6,15 @@ import os
 import re
 import shutil
 import time
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from runtime.config import Service
 from runtime.errors import TroupeError
 
 KEPT = 20
+LOG_BYTES = 64 << 20
+"""A log of this size becomes troupe.log.1, and the one that had that name before goes."""
 _NAME = re.compile(r"\d{8}-\d{6}-(\d+)")
 
 
@@ -59,7 +62,7 @@ def _has_ended(folder: Path) -> bool:
 
 def log_to(folder: Path) -> None:
     """Send this process's logging, vLLM's included, to a file instead of the user's screen."""
-    handler = logging.FileHandler(folder / "troupe.log")
+    handler = RotatingFileHandler(folder / "troupe.log", maxBytes=LOG_BYTES, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)

@@ -15,6 +15,7 @@ import random
 import resource
 import secrets
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -191,6 +192,127 @@ def _acknowledgement(seconds: list[float]) -> dict[str, float]:
         "acknowledged_p50_ms": 1e3 * ordered[len(ordered) // 2],
         "acknowledged_p99_ms": 1e3 * ordered[int(len(ordered) * 0.99)],
     }
+
+
+IN_PROCESS = """
+import torch
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+class InProcess(UniProcExecutor):
+    def _init_executor(self):
+        torch.cpu._init_amx()
+        super()._init_executor()
+"""
+"""vLLM's executor without a worker process, which the CPU platform would add: as our engines have it."""
+
+
+async def overhead(options: argparse.Namespace) -> dict[str, Any]:
+    """The same requests to the solver through `troupe serve` and through vLLM's own server, in turns, streamed.
+
+    Ratios of ours to vLLM's, round by round: time to the first token (median of a round), and tokens a second.
+    """
+    found: dict[str, Any] = {}
+    async with AsyncExitStack() as owned:
+        folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
+        say("starting both servers")
+        ours = await owned.enter_async_context(_troupe_server(folder))
+        vllms = await owned.enter_async_context(_vllm_server(folder))
+        servers = {"ours": ours, "vLLM's": vllms}
+        for concurrency, count in ((1, 30), (16, 320), (64, 960)):
+            rounds: list[dict[str, dict[str, float]]] = []
+            for number in range(-1, options.rounds):  # the first warms up
+                say(f"{concurrency} at once, round {number + 1} of {options.rounds}")
+                order = list(servers)[:: 1 if number % 2 else -1]
+                figures = {name: await _completions(servers[name], concurrency, count) for name in order}
+                if number >= 0:
+                    rounds.append(figures)
+            found[f"{concurrency} at once"] = {
+                figure: spread([one["ours"][figure] / one["vLLM's"][figure] for one in rounds])
+                for figure in ("ttft_s", "tokens_per_s")
+            } | {f"vLLM's {figure}": spread([one["vLLM's"][figure] for one in rounds]) for figure in rounds[0]["ours"]}
+    return found
+
+
+@asynccontextmanager
+async def _troupe_server(folder: Path) -> AsyncIterator[str]:
+    """`troupe serve` with the solver's engine alone."""
+    (folder / "solver.yaml").write_text("extends: embedded\nworkflow: {name: solo}\n")
+    command = (sys.executable, "-m", "runtime.cli.main", "serve", "--json", "--port", "0", "-c", folder / "solver.yaml")
+    environment = {**os.environ, "TROUPE_HOME": str(folder / "home")}
+    async with _running(*command, cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE) as process:
+        assert process.stdout is not None
+        url = ""
+        async for line in process.stdout:
+            event = json.loads(line)
+            url = event.get("url", url)
+            if event["event"] == "ready":
+                break
+        yield url
+
+
+@asynccontextmanager
+async def _vllm_server(folder: Path) -> AsyncIterator[str]:
+    """vLLM's own server, with the same model and settings."""
+    spec = config.load("embedded").engines["solver"]
+    (folder / "in_process.py").write_text(IN_PROCESS)
+    port = free_port()
+    settings = {
+        **{"model": spec.model, "served-model-name": "solver", "host": "127.0.0.1", "port": port},
+        **{"dtype": spec.dtype, "max-num-seqs": spec.max_num_seqs, "kv-cache-memory-bytes": 256 << 20},
+        "distributed-executor-backend": "in_process.InProcess",
+    }
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *arguments)
+    with (folder / "vllm.log").open("wb") as log:
+        async with _running(*command, cwd=folder, env=environment, stdout=log, stderr=log) as process:
+            url = f"http://127.0.0.1:{port}"
+            async with aiohttp.ClientSession(url) as http, asyncio.timeout(180):
+                while True:
+                    assert process.returncode is None, (folder / "vllm.log").read_text()[-2000:]
+                    try:
+                        async with http.get("/health") as answer:
+                            if answer.status == 200:
+                                break
+                    except aiohttp.ClientError:
+                        await asyncio.sleep(0.5)
+            yield url
+
+
+@asynccontextmanager
+async def _running(*command: object, **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(*map(str, command), **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _completions(url: str, concurrency: int, count: int) -> dict[str, float]:
+    """Streamed completions of 64 tokens, so many at once."""
+    first: list[float] = []
+    tokens = 0
+    prompts = iter([[50 + number % 200, 4, 50 + number % 190] for number in range(count)])
+
+    async def ask(http: aiohttp.ClientSession) -> None:
+        nonlocal tokens
+        for prompt in prompts:
+            body = {"model": "solver", "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True}
+            asked, seen = time.perf_counter(), False
+            async with http.post("/v1/completions", json={**body, "stream": True}) as answer:
+                assert answer.status == 200, await answer.text()
+                async for line in answer.content:
+                    if line.startswith(b"data: {") and not seen:
+                        first.append(time.perf_counter() - asked)
+                        seen = True
+            tokens += 64
+
+    started = time.perf_counter()
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
+        await asyncio.gather(*(ask(http) for _ in range(concurrency)))
+    seconds = time.perf_counter() - started
+    return {"ttft_s": statistics.median(first), "tokens_per_s": tokens / seconds}
 
 
 async def kills(options: argparse.Namespace) -> dict[str, Any]:
@@ -378,11 +500,7 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
 @asynccontextmanager
 async def mosquitto(folder: Path) -> AsyncIterator[int]:
     """A broker with the shipped sample configuration on a free port."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     text = (ROOT / "configs" / "mosquitto.conf").read_text()
     text = text.replace("listener 1883", f"listener {port}").replace("/var/lib/mosquitto", str(folder))
     conf = folder / "mosquitto.conf"
@@ -396,6 +514,13 @@ async def mosquitto(folder: Path) -> AsyncIterator[int]:
     finally:
         process.terminate()
         await process.wait()
+
+
+def free_port() -> int:
+    """One of localhost that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def ready(http: aiohttp.ClientSession) -> None:
@@ -424,6 +549,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     measures: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Any]]] = {
         "jobs": jobs,
+        "overhead": overhead,
         "kills": kills,
         "malformed": malformed,
         "soak": soak,
@@ -431,6 +557,7 @@ def main() -> None:
     for name, measure in measures.items():
         command = commands.add_parser(name, help=measure.__doc__)
         command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--rounds", type=int, default=10)
         command.add_argument("--jobs", type=int, default=5000)
         command.add_argument("--kills", type=int, default=20)
         command.add_argument("--requests", type=int, default=10_000)

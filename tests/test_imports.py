@@ -76,6 +76,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.bus",
         "runtime.commands",
         "runtime.config",
+        "runtime.control.snapshot",
+        "runtime.engines.base",
         "runtime.errors",
         "runtime.jobs",
         "runtime.session",

@@ -6,25 +6,30 @@ only the latest is sent. The broker may get a message twice (QoS 1); event ids t
 """
 
 import asyncio
-import json
 import logging
 import ssl
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiomqtt
+from pydantic_core import to_json
 
 from runtime import commands
 from runtime.bus.messages import (
+    Accepted,
     CancelCommand,
     ChangeCommand,
     Command,
+    GrantState,
+    Liveness,
+    Obeyed,
     PinCommand,
+    Refused,
+    RoleState,
     Topics,
     UnpinCommand,
     correlation_of,
@@ -38,6 +43,7 @@ from runtime.jobs.feed import ENDS
 from runtime.jobs.journal import JobEvent
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
+from runtime.jobs.views import EventView, JobView
 from runtime.session import Crew
 from runtime.status import Status
 
@@ -109,7 +115,7 @@ class Bus:
             username=config.username,
             password=self._password,
             tls_context=self._tls,
-            will=aiomqtt.Will(self._topics.state, _json({"state": "gone"}), qos=1, retain=True),
+            will=aiomqtt.Will(self._topics.state, _json(Liveness(state="gone")), qos=1, retain=True),
             keepalive=10,
             timeout=PUBLISH_S,
             max_inflight_messages=AT_ONCE,
@@ -122,7 +128,7 @@ class Bus:
     async def _serve(self, client: aiomqtt.Client) -> None:
         topics = self._topics
         await client.subscribe([(topics.submit, 1), (topics.control, 1)])
-        await client.publish(topics.state, _json({"state": "up"}), qos=1, retain=True)
+        await client.publish(topics.state, _json(Liveness(state="up")), qos=1, retain=True)
         self._note("connected")
         try:
             async with asyncio.TaskGroup() as group:
@@ -132,7 +138,7 @@ class Bus:
         finally:
             with suppress(aiomqtt.MqttError, TimeoutError):
                 async with asyncio.timeout(1):
-                    await client.publish(topics.state, _json({"state": "ended"}), qos=1, retain=True)
+                    await client.publish(topics.state, _json(Liveness(state="ended")), qos=1, retain=True)
 
     async def _take_in(self, client: aiomqtt.Client) -> None:
         """Submissions and commands, many at a time: those that come together go into one commit."""
@@ -163,19 +169,20 @@ class Bus:
             message = read_submission(payload)
             record, new = await self._jobs.submit(message.submission)
         except TroupeError as error:
-            answer = {"correlation_id": correlation_of(payload), "error": str(error)}
-            await client.publish(self._topics.rejected, _json(answer), qos=1)
+            refused = Refused(correlation_id=correlation_of(payload), error=str(error))
+            await client.publish(self._topics.rejected, _json(refused), qos=1)
             return
-        accepted = {"id": record.id, "correlation_id": message.correlation_id, "state": record.state, "new": new}
+        accepted = Accepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
         await client.publish(self._topics.accepted(record.id), _json(accepted), qos=1)
 
     async def _command(self, client: aiomqtt.Client, payload: bytes) -> None:
-        answer = {"correlation_id": correlation_of(payload)}
+        wrong: str | None = None
         try:
             _check_size(payload)
             await self._obey(read_command(payload))
         except TroupeError as error:
-            answer["error"] = str(error)
+            wrong = str(error)
+        answer = Obeyed(correlation_id=correlation_of(payload), error=wrong)
         await client.publish(self._topics.control_result, _json(answer), qos=1)
 
     async def _obey(self, command: Command) -> None:
@@ -219,11 +226,11 @@ class Bus:
                         await asyncio.wait([under_way[0][1]])
 
     async def _messages(self, event: JobEvent) -> list[tuple[str, bytes]]:
-        found = [(self._topics.events(event.job), _json(event.as_json()))]
+        found = [(self._topics.events(event.job), _json(EventView.of(event)))]
         if event.kind in ENDS:
             record = await self._jobs.get(event.job)
             if record is not None:
-                found.append((self._topics.result(event.job), _json(record.as_json())))
+                found.append((self._topics.result(event.job), _json(JobView.of(record))))
         return found
 
     async def _save_cursor(self) -> None:
@@ -247,22 +254,24 @@ class Bus:
 
     def _states(self) -> dict[str, Any]:
         status, topics = self._status, self._topics
-        states: dict[str, Any] = {}
         sample = status.samples[-1] if status.samples else None
-        for seat in self._team.seats.values():
-            shown = sample.engines.get(seat.engine) if sample else None
-            figures = asdict(shown) if shown else {}
-            states[topics.role(seat.name)] = {"engine": seat.engine, "state": status.states.get(seat.engine), **figures}
+        engines = sample.engines if sample else {}
+        states: dict[str, Any] = {
+            topics.role(seat.name): RoleState(
+                engine=seat.engine, state=status.states.get(seat.engine), now=engines.get(seat.engine)
+            )
+            for seat in self._team.seats.values()
+        }
+        for name, now in engines.items():
+            states[topics.grant(name)] = GrantState(
+                gpu_memory_utilization=now.share,
+                kv_cache_bytes=now.kv_cache_bytes,
+                max_active_seqs=now.max_active_seqs,
+            )
         if sample:
-            states[topics.device(0)] = asdict(sample.device)
-            for name, shown in sample.engines.items():
-                states[topics.grant(name)] = {
-                    "gpu_memory_utilization": shown.share,
-                    "kv_cache_bytes": shown.kv_cache_bytes,
-                    "max_active_seqs": shown.max_active_seqs,
-                }
+            states[topics.device(0)] = sample.device
         if status.decisions:
-            states[topics.decision] = asdict(status.decisions[-1])
+            states[topics.decision] = status.decisions[-1]
         return states
 
 
@@ -277,7 +286,8 @@ def _check_size(payload: bytes) -> None:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+    """A model or a dataclass as it is published."""
+    return to_json(value)
 
 
 def _password(config: Mqtt) -> str | None:

@@ -7,15 +7,20 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from agents.role import Value, explain
 from runtime.commands import Change, Pin
+from runtime.control.snapshot import DeviceView
+from runtime.engines.base import EngineState
 from runtime.errors import InputError
+from runtime.jobs.job import JobState
 from runtime.jobs.submission import Submission
+from runtime.jobs.views import EventView, JobView
+from runtime.status import DecisionShown, EngineSample
 
 Correlation = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 @dataclass(frozen=True)
 class Topics:
-    """Every topic of a cluster, under `troupe/<cluster>/`."""
+    """Every topic of a cluster, under `troupe/<cluster>/`. What each carries is in `reference`."""
 
     cluster: str
 
@@ -81,6 +86,51 @@ class Topics:
 def _level(name: str) -> str:
     """A configured name as a level of a topic, which has no slash and no wildcard in it."""
     return name.replace("/", "_").replace("+", "_").replace("#", "_")
+
+
+class Liveness(Value):
+    """Whether the service lives: "up", "ended" in good order, or, as the broker says for it, "gone"."""
+
+    state: Literal["up", "ended", "gone"]
+
+
+class Accepted(Value):
+    """A job is in the journal; `new` unless it was before, under the same key."""
+
+    id: str
+    correlation_id: str
+    state: JobState
+    new: bool
+
+
+class Refused(Value):
+    """A submission that was not accepted, and why; `correlation_id` null where it could not be read."""
+
+    correlation_id: str | None
+    error: str
+
+
+class Obeyed(Value):
+    """What came of a command; `error` where it was refused."""
+
+    correlation_id: str | None
+    error: str | None = None
+
+
+class RoleState(Value):
+    """A role, the engine that serves it, and what that does; `now` null until the engine is up."""
+
+    engine: str
+    state: EngineState | None
+    now: EngineSample | None
+
+
+class GrantState(Value):
+    """What an engine may use: its share of the device, the KV cache that this leaves it, sequences at once."""
+
+    gpu_memory_utilization: float
+    kv_cache_bytes: int
+    max_active_seqs: int
 
 
 class SubmitMessage(Submission):
@@ -158,7 +208,33 @@ def correlation_of(payload: bytes) -> str | None:
     return value[:200] if isinstance(value, str) else None
 
 
-def schemas() -> dict[str, Any]:
-    """The JSON schemas of what comes in, by topic."""
-    topics = Topics("<cluster>")
-    return {topics.submit: SubmitMessage.model_json_schema(), topics.control: _COMMAND.json_schema()}
+@dataclass(frozen=True)
+class TopicInfo:
+    """One topic, for readers: its name with places to fill in, whether it comes in or goes out, QoS, and its payload."""
+
+    topic: str
+    comes_in: bool
+    qos: int
+    retained: bool
+    payload: TypeAdapter[Any]
+    says: str
+
+
+def reference(cluster: str = "<cluster>") -> list[TopicInfo]:
+    """Every topic, with the schema of its payload."""
+    topics, job = Topics(cluster), "<id>"
+    rows: list[tuple[str, bool, int, bool, Any, str]] = [
+        (topics.submit, True, 1, False, SubmitMessage, "submit a job"),
+        (topics.accepted(job), False, 1, False, Accepted, "it is in the journal"),
+        (topics.rejected, False, 1, False, Refused, "it was not accepted, and why"),
+        (topics.events(job), False, 1, False, EventView, "what happens to it"),
+        (topics.result(job), False, 1, False, JobView, "it has ended"),
+        (topics.control, True, 1, False, Command, "change, pin, unpin, cancel"),
+        (topics.control_result, False, 1, False, Obeyed, "what came of a command"),
+        (topics.state, False, 1, True, Liveness, "whether the service lives"),
+        (topics.role("<role>"), False, 0, True, RoleState, "a role and its engine"),
+        (topics.grant("<name>"), False, 0, True, GrantState, "what an engine may use"),
+        (topics.under("gpu", "<n>"), False, 0, True, DeviceView, "what telemetry says of the device"),
+        (topics.decision, False, 0, True, DecisionShown, "the last decision that changed something"),
+    ]
+    return [TopicInfo(*row[:4], TypeAdapter(row[4]), row[5]) for row in rows]

@@ -19,6 +19,7 @@ from runtime.cli.serve import serve
 from runtime.cli.simulate import simulate
 from runtime.cli.solve import solve
 from runtime.cli.tokens import tokens
+from runtime.cli.topics import topics
 from runtime.errors import TroupeError
 
 
@@ -35,7 +36,7 @@ def cli() -> None:
     """A team of language models that solve problems together, each role on its own vLLM engine, on one GPU or CPU."""
 
 
-for command in (solve, serve, jobs, tokens, bench, simulate, replay, roles, config, doctor):
+for command in (solve, serve, jobs, tokens, topics, bench, simulate, replay, roles, config, doctor):
     cli.add_command(command)
 
 

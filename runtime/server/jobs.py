@@ -15,6 +15,7 @@ from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
 from runtime.jobs.journal import JobEvent, JobRecord
 from runtime.jobs.submission import Submission
+from runtime.jobs.views import JobView
 from runtime.server import sse
 from runtime.server.access import Scope, may
 from runtime.server.backend import Backend, Backing
@@ -31,18 +32,6 @@ After = Annotated[int | None, Query(ge=0, le=2**62, description="the event to go
 LastEventId = Annotated[int | None, Header(ge=0, le=2**62, description="as `after`, which it goes before")]
 
 
-class JobView(Submission):
-    """A job: what was asked, where it stands, and its result once it has one. Times are seconds since 1970."""
-
-    id: str
-    state: JobState
-    submitted_at: float
-    started_at: float | None
-    ended_at: float | None
-    attempts: int
-    result: dict[str, Any] | None
-
-
 class JobPage(BaseModel):
     """Some jobs, the newest first; `next` is the `before` of the following page, None where this is the last."""
 
@@ -56,7 +45,7 @@ async def submit(body: Submission, backing: Backing, response: Response) -> JobV
     record, new = await backing.jobs.submit(body)
     response.status_code = 202 if new else 200
     response.headers["Location"] = f"/jobs/{record.id}"
-    return _view(record)
+    return JobView.of(record)
 
 
 @router.get("/jobs", dependencies=_READS)
@@ -69,13 +58,13 @@ async def listed(
     """Jobs, the newest first."""
     records = await backing.jobs.journal.read(partial(store.jobs, state=state, before=before, limit=limit))
     following = records[-1].number if len(records) == limit else None
-    return JobPage(jobs=[_view(record) for record in records], next=following)
+    return JobPage(jobs=[JobView.of(record) for record in records], next=following)
 
 
 @router.get("/jobs/{id}", dependencies=_READS)
 async def job(id: JobId, backing: Backing) -> JobView:
     """One job."""
-    return _view(await _record(id, backing))
+    return JobView.of(await _record(id, backing))
 
 
 @router.post("/jobs/{id}/cancel", dependencies=_SUBMITS)
@@ -84,7 +73,7 @@ async def cancel(id: JobId, backing: Backing) -> JobView:
     record = await backing.jobs.cancel(id)
     if record is None:
         raise _unknown(id)
-    return _view(record)
+    return JobView.of(record)
 
 
 @router.get("/jobs/{id}/result", dependencies=_READS, response_model=JobView, responses={202: {"model": JobView}})
@@ -105,7 +94,7 @@ async def _ended(record: JobRecord, backing: Backend, wait_s: float) -> Response
                 async for _ in events:
                     pass
         record = await _record(record.id, backing)
-    return JSONResponse(_view(record).model_dump(mode="json"), 200 if record.state.ended else 202)
+    return JSONResponse(JobView.of(record).model_dump(mode="json"), 200 if record.state.ended else 202)
 
 
 @router.get("/jobs/{id}/events", dependencies=_READS, response_class=StreamingResponse, responses=_EVENTS)
@@ -150,6 +139,3 @@ async def _record(id: str, backing: Backend) -> JobRecord:
 def _unknown(id: str) -> NotFound:
     return NotFound(f"there is no job {id[:100]!r}")
 
-
-def _view(record: JobRecord) -> JobView:
-    return JobView.model_validate(record.as_json())

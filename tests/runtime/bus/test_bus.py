@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
+import jsonschema
 import pytest
 
-from runtime.bus.messages import Topics, schemas
+from runtime.bus.messages import Topics, reference
 from runtime.config import Config, Mqtt
 from runtime.server.serve import background
 from tests.programs import MOSQUITTO, needs
@@ -168,17 +170,17 @@ async def test_commands_are_obeyed_or_refused(tmp_path: Path, mqtt: Mqtt) -> Non
             await me.client.publish(T.control, payload, qos=1)
             return await me.until(T.control_result, correlation_id=str(number))
 
-        assert "error" not in await tell(1, command="change", paused=True, policy={"name": "static"})
-        assert "error" not in await tell(2, command="pin", engine="solver")
+        assert (await tell(1, command="change", paused=True, policy={"name": "static"}))["error"] is None
+        assert (await tell(2, command="pin", engine="solver"))["error"] is None
         now = (await served.client.get("/control")).json()
         assert (now["policy"], now["paused"], [*now["pinned"]]) == ("static", True, ["solver"])
-        assert "error" not in await tell(3, command="unpin", engine="solver")
+        assert (await tell(3, command="unpin", engine="solver"))["error"] is None
         assert (await served.client.get("/control")).json()["pinned"] == {}
         assert "there is no engine 'nobody'" in (await tell(4, command="pin", engine="nobody"))["error"]
         assert "command" in (await tell(5, command="dance"))["error"]
         await me.submit("c1")
         job = (await me.until(T.accepted("+")))["id"]
-        assert "error" not in await tell(6, command="cancel", job=job)
+        assert (await tell(6, command="cancel", job=job))["error"] is None
         assert (await me.until(T.result(job)))["state"] == "cancelled"
         assert "there is no job" in (await tell(7, command="cancel", job="nothing"))["error"]
 
@@ -233,7 +235,37 @@ async def test_a_service_that_is_killed_is_told_by_its_will(tmp_path: Path, mqtt
         await me.until(T.state, state="gone")
 
 
-def test_the_schemas_say_what_comes_in() -> None:
-    found = schemas()
-    assert set(found["troupe/<cluster>/jobs/submit"]["required"]) == {"problem", "correlation_id"}
-    assert {"change", "pin", "unpin", "cancel"} == set(found["troupe/<cluster>/control"]["discriminator"]["mapping"])
+def pattern(topic: str) -> str:
+    """A topic of the reference, as a subscription has it."""
+    return re.sub("<[^>]+>", "+", topic)
+
+
+async def test_what_goes_out_is_as_the_reference_says(tmp_path: Path, mqtt: Mqtt) -> None:
+    """Every message of a service's life is of a topic that the reference has, and fits its schema."""
+    async with reader(mqtt) as me:
+        async with service(with_broker(tmp_path, mqtt), time_scale=1) as served:
+            await me.until(T.state, state="up")
+            await asyncio.gather(*(me.submit(str(number)) for number in range(60)))
+            await me.client.publish(T.submit, b"no JSON", qos=1)
+            await me.client.publish(T.control, json.dumps({"command": "pin", "engine": "solver"}), qos=1)
+            await me.until(T.control_result)
+            await me.until(T.rejected)
+            await me.until(T.decision)
+            async with asyncio.timeout(20):
+                while sum(topic.endswith("/result") for topic, _ in me.messages) < 60:
+                    await asyncio.sleep(0.05)
+            assert served.backend.status.decisions
+        await me.until(T.state, state="ended")
+    outgoing = {pattern(info.topic): info.payload.json_schema() for info in reference("main") if not info.comes_in}
+    seen = set()
+    for topic, payload in me.messages:
+        (fitting,) = [name for name in outgoing if aiomqtt.Topic(topic).matches(name)]
+        seen.add(fitting)
+        jsonschema.validate(payload, outgoing[fitting])
+    assert seen == set(outgoing)
+
+
+def test_the_reference_says_what_comes_in() -> None:
+    incoming = {info.topic: info.payload.json_schema() for info in reference("main") if info.comes_in}
+    assert set(incoming[T.submit]["required"]) == {"problem", "correlation_id"}
+    assert {"change", "pin", "unpin", "cancel"} == set(incoming[T.control]["discriminator"]["mapping"])
