@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictBool
 
 from agents.role import Value
 from runtime.config import PolicyChoice
@@ -21,7 +21,7 @@ class Policy(Value):
 class Change(Value):
     """What is to change: whether the controller is paused, and which policy decides."""
 
-    paused: bool | None = None
+    paused: StrictBool | None = None
     policy: Policy | None = None
 
     def apply(self, crew: Crew) -> None:

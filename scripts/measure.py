@@ -38,8 +38,8 @@ from runtime.engines.fleet import Fleet  # noqa: E402
 from runtime.engines.supervised import SupervisedEngine  # noqa: E402
 from runtime.jobs import problems  # noqa: E402
 from runtime.jobs.batch import summarise, work_all  # noqa: E402
-from runtime.jobs.job import Job, JobResult, Usage  # noqa: E402
-from runtime.jobs.orchestrator import Orchestrator  # noqa: E402
+from runtime.jobs.job import Job, JobResult  # noqa: E402
+from runtime.jobs.orchestrator import Orchestrator, Run  # noqa: E402
 from runtime.jobs.recorded import Recorded  # noqa: E402
 from runtime.jobs.team import Team, assemble  # noqa: E402
 
@@ -92,12 +92,12 @@ class Recorder(Orchestrator):
             self._cause[job.id, next_call.number] = self._asked[job.id, call.number]
         return due
 
-    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Recorded:
-        seat = self.team.seats[call.seat]
-        asked = self._asked[job.id, call.number] = Asked(self._request(job, seat, call), seat.engine)
-        cause = self._cause.get((job.id, call.number))
-        (cause.then if cause else self.recorded.setdefault(job.id, [])).append(asked)
-        return await super()._ask(job, call, usage)
+    async def _ask(self, run: Run, call: RoleCall) -> Recorded:
+        seat, job = self.team.seats[call.seat], run.job.id
+        asked = self._asked[job, call.number] = Asked(self._request(run, seat, call), seat.engine)
+        cause = self._cause.get((job, call.number))
+        (cause.then if cause else self.recorded.setdefault(job, [])).append(asked)
+        return await super()._ask(run, call)
 
 
 async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:

@@ -257,8 +257,13 @@ async def _vllm_server(folder: Path) -> AsyncIterator[str]:
     (folder / "in_process.py").write_text(IN_PROCESS)
     port = free_port()
     settings = {
-        **{"model": spec.model, "served-model-name": "solver", "host": "127.0.0.1", "port": port},
-        **{"dtype": spec.dtype, "max-num-seqs": spec.max_num_seqs, "kv-cache-memory-bytes": 256 << 20},
+        "model": spec.model,
+        "served-model-name": "solver",
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": spec.dtype,
+        "max-num-seqs": spec.max_num_seqs,
+        "kv-cache-memory-bytes": 256 << 20,
         "distributed-executor-backend": "in_process.InProcess",
     }
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]

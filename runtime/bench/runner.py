@@ -15,6 +15,7 @@ from runtime.config import PolicyChoice
 from runtime.control.controller import Counts
 from runtime.control.decision_log import Record
 from runtime.control.guard import Guard
+from runtime.errors import TroupeError
 from runtime.events import Event
 from runtime.jobs.orchestrator import Orchestrator
 from runtime.session import Crew
@@ -83,6 +84,8 @@ class Bench:
         self._started_s, self._now = clock(), (rival.name, load, repeat) if repeat >= 0 else None
         seconds = await player.play(self.source.draw(load, repeat))
         self._player = self._now = None
+        if rows and all(row.error for row in rows):
+            raise TroupeError(f"under {rival.name} not one job was answered: {rows[0].error}")
         figures = metrics(
             rows,
             seconds,

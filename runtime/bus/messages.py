@@ -210,7 +210,7 @@ def correlation_of(payload: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class TopicInfo:
-    """One topic, for readers: its name with places to fill in, whether it comes in or goes out, QoS, and its payload."""
+    """One topic, for readers: its name with places to fill in, whether it comes in, QoS, and its payload."""
 
     topic: str
     comes_in: bool

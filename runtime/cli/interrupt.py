@@ -30,9 +30,9 @@ class Stop:
         self.asked = asyncio.Event()
 
 
-def run(work: Coroutine[Any, Any, T], stop: Stop | None = None, fast_loop: bool = False) -> T:
-    """Run to the end, or raise Interrupted after the work has been cancelled and has cleaned up. `fast_loop` for work
-    that is all small messages: on uvloop."""
+def run(work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
+    """Run to the end, or raise Interrupted after the work has been cancelled and has cleaned up. On uvloop: what the
+    loop takes of the processor, engines on a CPU do not have."""
     received: list[int] = []
 
     async def guarded() -> T:
@@ -58,7 +58,7 @@ def run(work: Coroutine[Any, Any, T], stop: Stop | None = None, fast_loop: bool 
         return await work
 
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop if fast_loop else None) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(guarded())
     except asyncio.CancelledError:
         if received:

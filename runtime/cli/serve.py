@@ -37,7 +37,7 @@ def serve(config: str, host: str | None, port: int | None, mqtt: str | None, as_
     chosen = _chosen(configuration.load(config), host, port, mqtt)
     crew = team.assemble(chosen)
     stop = interrupt.Stop()
-    interrupt.run(_serve(chosen, crew, mqtt == "embedded", stop, as_json), stop, fast_loop=True)
+    interrupt.run(_serve(chosen, crew, mqtt == "embedded", stop, as_json), stop)
 
 
 def _chosen(config: Config, host: str | None, port: int | None, mqtt: str | None) -> Config:

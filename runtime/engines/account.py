@@ -9,7 +9,10 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which has an account
+    from runtime.engines.base import GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Spent:
         return Spent(self.byte_seconds - other.byte_seconds, self.engine_seconds - other.engine_seconds)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A request in flight."""
+
+    rank: int
+    arrived_s: float
+
+
 class Account:
     """One engine's requests, counted as they begin and end, and what they are charged. On the event loop's clock."""
 
@@ -30,7 +41,7 @@ class Account:
         self.arrived = 0
         self.finished = 0
         self.idle = Spent()
-        self._arrivals_s: dict[int, float] = {}
+        self._open: dict[int, _Open] = {}
         self._each = Spent()
         self._held_bytes = 0
         self._since_s: float | None = None
@@ -46,22 +57,23 @@ class Account:
         self._held_bytes = nbytes
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self, request: "GenerateRequest") -> Iterator[None]:
         """A request is in flight."""
         self._settle()
         self.arrived += 1
-        number = self.arrived
-        self._arrivals_s[number] = asyncio.get_running_loop().time()
+        number, now_s = self.arrived, asyncio.get_running_loop().time()
+        self._open[number] = _Open(request.rank(now_s), now_s)
         try:
             yield
         finally:
             self._settle()
             self.finished += 1
-            del self._arrivals_s[number]
+            del self._open[number]
 
     def waiting_since_s(self, running: int) -> float | None:
-        """When the oldest request came that does not run, while so many do: engines admit in the order of arrival."""
-        return next(islice(self._arrivals_s.values(), running, None), None)
+        """When the oldest request came that does not run, while so many do: engines admit by rank."""
+        waiting = sorted(self._open.values(), key=lambda one: one.rank)[running:]
+        return min((one.arrived_s for one in waiting), default=None)
 
     def spent(self) -> Spent:
         """What each request was charged that has been in flight since the beginning; take it twice, and subtract."""

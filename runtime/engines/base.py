@@ -67,13 +67,23 @@ class EngineSpec(BaseModel):
         return further
 
 
+PRIORITY = 5
+"""A request's, where none is given; 1 is the most urgent."""
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One chat to be answered, or, where there is a `prompt`, that to be gone on with: a text, or tokens.
 
     `max_tokens` None leaves it at what the model's length leaves. `schema` holds the reply to a JSON schema; `seed`
     None leaves sampling to chance; `logprobs` asks for those of so many of the likeliest tokens beside each one
-    written. `further` are further arguments of vLLM's SamplingParams, as they are.
+    written. The reply's first token and last come as they are written, those between them so many together as
+    `stream_interval` says. `further` are further arguments of vLLM's SamplingParams, as they are.
+
+    Of the requests that wait, those of `priority` 1 are served first, and of equal ones that whose job began first:
+    `since_s` on the loop's clock, None for one that stands alone and begins as it comes. So a job's later calls come
+    before the first ones of jobs that began after it. Served as they come, every call of a job would wait behind all
+    jobs, and where there is a queue all would be late together (as Autellix has it, arXiv 2502.13965).
 
     `given` are tokens of the reply that the caller has already, from an engine that died: what is streamed goes on
     after them, and `max_tokens` counts them.
@@ -90,7 +100,14 @@ class GenerateRequest:
     given: tuple[int, ...] = ()
     prompt: str | tuple[int, ...] | None = None
     logprobs: int | None = None
+    priority: int = PRIORITY
+    since_s: float | None = None
+    stream_interval: int = 1
     further: Mapping[str, Any] = field(default_factory=dict)
+
+    def rank(self, now_s: float) -> int:
+        """The less, the sooner it is served; where memory is short, that with the highest gives way."""
+        return (self.priority << 44) + int(1000 * (now_s if self.since_s is None else self.since_s))
 
 
 @dataclass(frozen=True)

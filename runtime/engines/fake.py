@@ -9,7 +9,7 @@ outgrows its blocks where none is free preempts the one admitted last, which is 
 
 import asyncio
 import zlib
-from collections import deque
+from bisect import insort
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -76,6 +76,8 @@ class Processor:
 class _Sequence:
     """One request in the engine. `computed` is whether its prompt, and what it has written, is in the KV cache."""
 
+    number: int
+    rank: int
     request: GenerateRequest
     prompt_tokens: int
     pieces: list[str]
@@ -89,7 +91,8 @@ class _Sequence:
 class FakeEngine(EngineHandle):
     """Answers `script(request)`, a blank-separated word a token. `kill` ends it from then on, as a crash would.
 
-    Tokens are sent on at the first, at the last, and at every `stream_interval`-th between them.
+    Tokens are sent on at the first, at the last, and at every `stream_interval`-th between them, or as many as the
+    request says where that is more.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class FakeEngine(EngineHandle):
         self._processor = processor or Processor(lanes=1e9)
         self._stream_interval = stream_interval
         self._state = EngineState.STARTING
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._stepping: asyncio.Task[None] | None = None
         self._between_steps = asyncio.Event()
@@ -144,7 +147,7 @@ class FakeEngine(EngineHandle):
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         self._check()
-        with self.account.request():
+        with self.account.request(request):
             sequence = self._sequence(request)
             self._check()  # the script may have killed it
             self._requests += 1
@@ -152,7 +155,7 @@ class FakeEngine(EngineHandle):
             if self._times.call_s:
                 await asyncio.sleep(self._times.call_s * self._time_scale)
                 self._check()
-            self._waiting.append(sequence)
+            self._enqueue(sequence)
             self._begin_steps()
             try:
                 if not self._time_scale and not self._waiting:  # all at once: what is measured is the caller
@@ -175,7 +178,9 @@ class FakeEngine(EngineHandle):
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
         if request.prompt is not None:
             prompt_tokens = len(request.prompt.split() if isinstance(request.prompt, str) else request.prompt)
-        return _Sequence(request, prompt_tokens, pieces[len(request.given) : request.max_tokens], finish)
+        rank = request.rank(asyncio.get_running_loop().time())
+        rest = pieces[len(request.given) : request.max_tokens]
+        return _Sequence(self._requests, rank, request, prompt_tokens, rest, finish)
 
     def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:
         """What was written and not sent yet."""
@@ -215,7 +220,8 @@ class FakeEngine(EngineHandle):
         sequence.computed = True
         sequence.written += 1
         ended = sequence.written >= len(sequence.pieces)
-        if ended or sequence.sent == 0 or sequence.written - sequence.sent >= self._stream_interval:
+        interval = max(self._stream_interval, sequence.request.stream_interval)
+        if ended or sequence.sent == 0 or sequence.written - sequence.sent >= interval:
             sequence.chunks.put_nowait(self._chunk(sequence, sequence.written))
         if ended:
             self._let_go(sequence)
@@ -231,8 +237,11 @@ class FakeEngine(EngineHandle):
                 break
             if self._held(sequence) > self._kv_cache_bytes - self._in_use:
                 break
-            self._running.append(self._waiting.popleft())
+            self._running.append(self._waiting.pop(0))
         return bool(self._running)
+
+    def _enqueue(self, sequence: _Sequence) -> None:
+        insort(self._waiting, sequence, key=lambda waiting: (waiting.rank, waiting.number))
 
     def _preempt(self) -> None:
         """While what runs needs more than there is, the one admitted last gives way; a shrink under way has its
@@ -242,7 +251,7 @@ class FakeEngine(EngineHandle):
 
     def _give_way(self, sequence: _Sequence) -> None:
         sequence.computed = False
-        self._waiting.appendleft(sequence)
+        self._enqueue(sequence)
         self._preemptions += 1
 
     def _held(self, sequence: _Sequence) -> int:

@@ -79,7 +79,7 @@ class SupervisedEngine(EngineHandle):
         self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        with self.account.request():
+        with self.account.request(request):
             async with aclosing(self._serve(request)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     yield chunk

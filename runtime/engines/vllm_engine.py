@@ -165,6 +165,7 @@ class VllmEngine(EngineHandle):
                 }
             },
             "disable_log_stats": True,
+            "scheduling_policy": "priority",
             **spec.vllm,
         }
         with _configuring:  # it reads and writes environment variables
@@ -187,7 +188,8 @@ class VllmEngine(EngineHandle):
             if request.given:  # the prompt as it was, and what was written since: the reply goes on from there
                 prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.given]}
             self._requests += 1
-            async for output in llm.generate(prompt, _sampling(request), request.request_id):
+            rank = request.rank(asyncio.get_running_loop().time())
+            async for output in llm.generate(prompt, _sampling(request), request.request_id, priority=rank):
                 new = output.outputs[0]
                 if not prompt_tokens:
                     prompt_tokens = len(output.prompt_token_ids) - len(request.given)
@@ -350,6 +352,7 @@ def _sampling(request: GenerateRequest) -> SamplingParams:
         seed=request.seed,
         structured_outputs=StructuredOutputsParams(json=dict(schema)) if schema else None,
         output_kind=RequestOutputKind.DELTA,
+        stream_interval=request.stream_interval,
         **request.further,
     )
 

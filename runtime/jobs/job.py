@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from agents.workflow import Entry
+from runtime.engines.base import PRIORITY
 
 
 class JobState(StrEnum):
@@ -37,7 +38,8 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 class Job:
     """One accepted problem. `temperature` overrides every seat's; `seed` makes sampling repeatable.
 
-    Once its calls have used `max_tokens` (prompts and replies) no further call is made for it, and it fails.
+    Once its calls have used `max_tokens` (prompts and replies) no further call is made for it, and it fails. Engines
+    serve its calls before those of jobs of a higher `priority` number, and of jobs that began later.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Job:
     temperature: float | None = None
     seed: int | None = 0
     max_tokens: int | None = None
+    priority: int = PRIORITY
 
 
 @dataclass

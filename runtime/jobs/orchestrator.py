@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import ParamSpec, TypeVar
 
@@ -22,8 +22,31 @@ from runtime.jobs.job import Job, JobResult, Usage
 from runtime.jobs.recorded import Recorded
 from runtime.jobs.team import Seat, Team
 
+STREAM_INTERVAL = 64
+"""Tokens of a reply that come together: nobody reads them one by one, and taking each from the engine costs as much as
+writing it, where models are small. A reply whose engine died goes on from the last that came."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """A job at work: when it began (the loop's clock), and what its seats have used so far."""
+
+    job: Job
+    since_s: float
+    usage: dict[str, Usage] = field(default_factory=dict)
+
+    def check_budget(self) -> None:
+        """Raise BudgetSpent when the job's calls have used up its tokens."""
+        used = sum(one.prompt_tokens + one.completion_tokens for one in self.usage.values())
+        if self.job.max_tokens is not None and used >= self.job.max_tokens:
+            raise BudgetSpent(f"the job has used {used} tokens; its max_tokens is {self.job.max_tokens}")
+
+    def add(self, seat: str, used: Usage) -> None:
+        """Count what a call of a seat took."""
+        self.usage.setdefault(seat, Usage()).add(used)
 
 
 class Orchestrator:
@@ -50,13 +73,13 @@ class Orchestrator:
         requests."""
         clock = asyncio.get_running_loop().time
         started = clock()
-        usage: dict[str, Usage] = {}
+        run = Run(job, started)
         workflow: Workflow | None = None
         failure: Exception | None = None
         try:
             self.team.check(job.problem)
-            workflow, due = self._begin(job, past, usage)
-            await self._work(job, workflow, due, usage)
+            workflow, due = self._begin(run, past)
+            await self._work(run, workflow, due)
         except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as refusal:
             failure = refusal
         except asyncio.CancelledError:
@@ -70,7 +93,7 @@ class Orchestrator:
             confirmed=outcome.confirmed if outcome else None,
             rounds=outcome.rounds if outcome else 0,
             steps=workflow.transcript if workflow else [],
-            usage=usage,
+            usage=run.usage,
             elapsed_s=clock() - started,
             expected=job.expected,
             error=str(failure) if failure else (outcome.failure if outcome else None),
@@ -79,34 +102,35 @@ class Orchestrator:
         self._tell(JobEnded(job.id, result.answer, result.error, result.elapsed_s))
         return result
 
-    def _begin(self, job: Job, past: Sequence[Recorded], usage: dict[str, Usage]) -> tuple[Workflow, list[RoleCall]]:
+    def _begin(self, run: Run, past: Sequence[Recorded]) -> tuple[Workflow, list[RoleCall]]:
         """The workflow after the replies that the job has, and the calls that are due. From its beginning where they do
         not fit: it is another workflow now, or one that does not do the same twice."""
         for recorded in past:
-            usage.setdefault(recorded.seat, Usage()).add(recorded.used)
-        workflow = _plugged("the workflow", self.team.begin, job.problem)
+            run.add(recorded.seat, recorded.used)
+        workflow = _plugged("the workflow", self.team.begin, run.job.problem)
         due = {call.number: call for call in _plugged("the workflow's begin()", lambda: list(workflow.begin()))}
         for recorded in past:
             call = due.pop(recorded.number, None)
             if call is None or call.seat != recorded.seat:
-                self._tell(JobBegunAnew(job.id))
-                return self._begin(job, (), usage)
+                self._tell(JobBegunAnew(run.job.id))
+                return self._begin(run, ())
             following = _plugged("the workflow's take()", lambda c=call, r=recorded: list(workflow.take(c, r.reply)))  # type: ignore[misc]
             due.update((call.number, call) for call in following)
         return workflow, list(due.values())
 
-    async def _work(self, job: Job, workflow: Workflow, due: list[RoleCall], usage: dict[str, Usage]) -> None:
+    async def _work(self, run: Run, workflow: Workflow, due: list[RoleCall]) -> None:
         """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
+        job = run.job
         self._advanced(job, workflow, "", due)
         open_calls: dict[asyncio.Task[Recorded], RoleCall] = {}
         try:
             while workflow.outcome is None:
                 if len(due) == 1 and not open_calls:  # the usual case, without a task of its own
                     call = due.pop()
-                    due = self._take(job, workflow, call, await self._ask(job, call, usage))
+                    due = self._take(job, workflow, call, await self._ask(run, call))
                     continue
                 for call in due:
-                    task = asyncio.create_task(self._ask(job, call, usage), name=f"{job.id} {call.seat} {call.number}")
+                    task = asyncio.create_task(self._ask(run, call), name=f"{job.id} {call.seat} {call.number}")
                     open_calls[task] = call
                 if not open_calls:
                     raise PluginError("the workflow has no outcome and asks for nothing")
@@ -134,16 +158,16 @@ class Orchestrator:
         ahead = _plugged("the workflow's ahead()", workflow.ahead)
         self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead))
 
-    async def _ask(self, job: Job, call: RoleCall, usage: dict[str, Usage]) -> Recorded:
+    async def _ask(self, run: Run, call: RoleCall) -> Recorded:
         """One request: the role's messages to its engine, the text that comes back to the role."""
-        _within_budget(job, usage)
+        run.check_budget()
         seat = _plugged(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
-        request = self._request(job, seat, call)
+        request = self._request(run, seat, call)
         used = Usage()
         try:
-            text, finish = await self._generate(job, seat, request, used)
+            text, finish = await self._generate(run.job, seat, request, used)
         finally:
-            usage.setdefault(seat.name, Usage()).add(used)
+            run.add(seat.name, used)
         try:
             reply = _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
         except ReplyUnusable as error:
@@ -179,8 +203,8 @@ class Orchestrator:
         self._tell(CallEnded(job.id, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
         return "".join(pieces), finish
 
-    def _request(self, job: Job, seat: Seat, call: RoleCall) -> GenerateRequest:
-        sampling = seat.sampling
+    def _request(self, run: Run, seat: Seat, call: RoleCall) -> GenerateRequest:
+        job, sampling = run.job, seat.sampling
         temperature = sampling.temperature if job.temperature is None else job.temperature
         if call.variation:
             temperature = max(temperature, sampling.retry_temperature)
@@ -193,14 +217,10 @@ class Orchestrator:
             stop=sampling.stop,
             seed=None if job.seed is None or not temperature else _seed(job.seed, call),
             schema=_plugged(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task)),
+            priority=job.priority,
+            since_s=run.since_s,
+            stream_interval=STREAM_INTERVAL,
         )
-
-
-def _within_budget(job: Job, usage: Mapping[str, Usage]) -> None:
-    """Raise BudgetSpent when the job's calls have used up its tokens."""
-    used = sum(one.prompt_tokens + one.completion_tokens for one in usage.values())
-    if job.max_tokens is not None and used >= job.max_tokens:
-        raise BudgetSpent(f"the job has used {used} tokens; its max_tokens is {job.max_tokens}")
 
 
 def _plugged(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

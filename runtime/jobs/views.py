@@ -30,8 +30,8 @@ class EventView(BaseModel):
     """What happened to a job, in the order of `id`, at a time in seconds since 1970. `kind` is the state that it has
     come into, or "replied", or "anew": the replies before are not taken again.
 
-    A new job has the beginning of its `problem`, one that is done its `answer`, another end `why`, and a reply the call's
-    `number`, `seat`, `reply`, what it `used`, and the `entries` that it added to the transcript.
+    A new job has the beginning of its `problem`, one that is done its `answer`, another end `why`, and a reply the
+    call's `number`, `seat`, `reply`, what it `used`, and the `entries` that it added to the transcript.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -138,4 +138,3 @@ async def _record(id: str, backing: Backend) -> JobRecord:
 
 def _unknown(id: str) -> NotFound:
     return NotFound(f"there is no job {id[:100]!r}")
-

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,28 @@ async def test_a_schema_holds_even_random_weights_to_json(fleet: Fleet) -> None:
     parsed = [read_json(reply) for reply in replies]
     assert all(isinstance(p["accepted"], bool) and isinstance(p["reason"], str) for p in parsed)
     assert len({str(p) for p in parsed}) > 1
+
+
+async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_first(fleet: Fleet) -> None:
+    engine = fleet.engines["chat"]
+    grant = engine.stats().grant
+    assert grant is not None
+    served: list[str] = []
+
+    async def ask(name: str, priority: int, since_s: float, tokens: int = 4) -> None:
+        asked = request(name, max_tokens=tokens, further={"ignore_eos": True}, priority=priority, since_s=since_s)
+        async for _ in engine.generate(asked):
+            pass
+        served.append(name)
+
+    await engine.resize(replace(grant, max_active_seqs=1))
+    try:
+        first = asyncio.create_task(ask("runs", 5, 9, tokens=200))
+        await asyncio.sleep(0.1)
+        await asyncio.gather(first, ask("young", 5, 3), ask("old", 5, 1), ask("urgent", 1, 5))
+    finally:
+        await engine.resize(grant)
+    assert served == ["runs", "urgent", "old", "young"]
 
 
 async def test_a_general_role_parses_what_any_chat_model_says(fleet: Fleet) -> None:

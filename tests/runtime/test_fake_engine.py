@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,22 @@ async def test_no_more_than_max_num_seqs_run() -> None:
         assert (engine.stats().running, engine.stats().waiting) == (2, 3)
         await asyncio.gather(*asked)
         assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+
+
+async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_first() -> None:
+    times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
+    served: list[str] = []
+    async with FakeEngine("f", lambda request: "one", max_num_seqs=1, times=times, time_scale=1) as engine:
+
+        async def ask(name: str, priority: int, since_s: float) -> None:
+            async for _ in engine.generate(replace(REQUEST, request_id=name, priority=priority, since_s=since_s)):
+                pass
+            served.append(name)
+
+        runs = asyncio.create_task(ask("runs", 5, 9))
+        await asyncio.sleep(0.001)
+        await asyncio.gather(runs, ask("young", 5, 3), ask("old", 5, 1), ask("urgent", 1, 5), ask("as old", 5, 1))
+    assert served == ["runs", "urgent", "old", "as old", "young"]
 
 
 async def test_its_time_follows_the_model() -> None:

@@ -79,6 +79,25 @@ async def test_every_call_is_told_with_its_times_and_charged() -> None:
     assert result.as_json()["usage"]["solver"]["cost"] > 0
 
 
+async def test_every_call_says_when_its_job_began_and_how_urgent_it_is() -> None:
+    asked: list[GenerateRequest] = []
+
+    class Asked(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+            asked.append(request)
+            async for chunk in super().generate(request):
+                yield chunk
+
+    handles = {n: Asked(n, lambda r: oracle.reply(r.messages[-1].content)) for n in ("planner", "solver", "critic")}
+    for handle in handles.values():
+        await handle.start()
+    began_s = asyncio.get_running_loop().time()
+    await Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM, priority=3))
+    (since_s,) = {request.since_s for request in asked}
+    assert since_s == pytest.approx(began_s, abs=0.1)
+    assert {request.priority for request in asked} == {3}
+
+
 async def test_without_a_price_nothing_costs() -> None:
     result = await Orchestrator(embedded_team(), await engines()).run(Job("j", PROBLEM))
     assert {used.cost for used in result.usage.values()} == {None}

@@ -7,13 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engines.account import Account
+from runtime.engines.base import GenerateRequest
 from runtime.simulation import virtual_time
 
 
-async def call(account: Account, begins_s: float, seconds: float) -> tuple[float, float]:
+def request(since_s: float | None = None) -> GenerateRequest:
+    return GenerateRequest("r", (), temperature=0, top_p=1, max_tokens=1, since_s=since_s)
+
+
+async def call(account: Account, begins_s: float, seconds: float, since_s: float | None = None) -> tuple[float, float]:
     await asyncio.sleep(begins_s)
     before = account.spent()
-    with account.request():
+    with account.request(request(since_s)):
         await asyncio.sleep(seconds)
     spent = account.spent() - before
     return spent.byte_seconds, spent.engine_seconds
@@ -42,6 +47,17 @@ def test_the_oldest_that_waits_came_after_those_that_run() -> None:
         assert [account.waiting_since_s(running) for running in (0, 1, 2, 3)] == [1, 2, 5, None]
         await asyncio.sleep(6)
         assert account.waiting_since_s(0) == 5
+        await asyncio.gather(*calls)
+
+    virtual_time.run(work())
+
+
+def test_those_of_an_older_job_run_before_those_that_came_before_them() -> None:
+    async def work() -> None:
+        account = Account()
+        calls = [asyncio.create_task(call(account, *times)) for times in ((5, 10, 5), (6, 10, 6), (8, 10, 1))]
+        await asyncio.sleep(9)
+        assert [account.waiting_since_s(running) for running in (0, 1, 2, 3)] == [5, 5, 6, None]
         await asyncio.gather(*calls)
 
     virtual_time.run(work())

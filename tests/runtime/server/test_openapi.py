@@ -31,7 +31,7 @@ async def test_every_answer_is_one_that_the_document_says(tmp_path: Path) -> Non
             f"{served.url}/openapi.json",
             f"--exclude-path-regex={ENDLESS}",
             f"--checks={','.join(CHECKS)}",
-            "--max-examples=25",
+            "--max-examples=10",
             "--request-timeout=10",
             "--seed=1",
             "--no-color",
