@@ -3,6 +3,8 @@
 python scripts/measure_service.py jobs       jobs a second over HTTP and MQTT, over engines that answer at once
 python scripts/measure_service.py overhead   a role through our HTTP, and through vLLM's own server, in turns
 python scripts/measure_service.py kills      kill -9 of the service at random moments, with jobs on their way
+python scripts/measure_service.py broker     kill -9 of the broker, away for 30 s
+python scripts/measure_service.py engines    kill -9 of each engine in turn, with jobs on their way
 python scripts/measure_service.py malformed  10,000 requests and messages that are wrong
 python scripts/measure_service.py soak       ten minutes of jobs: resident memory, journal
 """
@@ -29,6 +31,8 @@ from typing import Any
 
 import aiohttp
 import aiomqtt
+import psutil
+import uvloop
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -94,7 +98,12 @@ async def jobs(options: argparse.Namespace) -> dict[str, Any]:
     """Jobs a second from the submission to the result, and how long an acknowledgement takes, several times each."""
     found: dict[str, Any] = {}
     for workflow in ("solo", "deliberate"):
-        for door, run in (("HTTP", _jobs_by_http), ("MQTT", _jobs_by_mqtt)):
+        doors: dict[str, Callable[[Path, str, int], Coroutine[Any, Any, dict[str, float]]]] = {
+            "HTTP": _jobs_by_http,
+            "MQTT": _jobs_by_mqtt,
+            "MQTT, the broker's messages in memory alone": partial(_jobs_by_mqtt, durable=False),
+        }
+        for door, run in doors.items():
             repeats = []
             for _ in range(options.repeats):
                 say(f"{door}, {workflow}")
@@ -142,14 +151,14 @@ async def _jobs_by_http(folder: Path, workflow: str, count: int) -> dict[str, fl
     return {"jobs_per_s": count / seconds, **_acknowledgement(acknowledged)}
 
 
-async def _jobs_by_mqtt(folder: Path, workflow: str, count: int) -> dict[str, float]:
+async def _jobs_by_mqtt(folder: Path, workflow: str, count: int, durable: bool = True) -> dict[str, float]:
     """Submitted and followed by one client of mosquitto, at most 200 not acknowledged at a time."""
     asked: dict[str, float] = {}
     acknowledged: list[float] = []
     ended: set[str] = set()
     room = asyncio.Semaphore(200)
     async with AsyncExitStack() as owned:
-        port = await owned.enter_async_context(mosquitto(folder))
+        port = (await owned.enter_async_context(Mosquitto(folder, durable))).port
         child = await owned.enter_async_context(Child("serve", folder, workflow, port, 0))
         http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
         await ready(http)
@@ -215,10 +224,10 @@ async def overhead(options: argparse.Namespace) -> dict[str, Any]:
     async with AsyncExitStack() as owned:
         folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
         say("starting both servers")
-        ours = await owned.enter_async_context(_troupe_server(folder))
+        ours, _ = await owned.enter_async_context(_troupe_server(folder, "solo"))
         vllms = await owned.enter_async_context(_vllm_server(folder))
         servers = {"ours": ours, "vLLM's": vllms}
-        for concurrency, count in ((1, 30), (16, 320), (64, 960)):
+        for concurrency, count in ((1, 30), (16, 320), (100, 1000)):
             rounds: list[dict[str, dict[str, float]]] = []
             for number in range(-1, options.rounds):  # the first warms up
                 say(f"{concurrency} at once, round {number + 1} of {options.rounds}")
@@ -234,10 +243,10 @@ async def overhead(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _troupe_server(folder: Path) -> AsyncIterator[str]:
-    """`troupe serve` with the solver's engine alone."""
-    (folder / "solver.yaml").write_text("extends: embedded\nworkflow: {name: solo}\n")
-    command = (sys.executable, "-m", "runtime.cli.main", "serve", "--json", "--port", "0", "-c", folder / "solver.yaml")
+async def _troupe_server(folder: Path, workflow: str) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    """`troupe serve` with the engines that a workflow needs (`solo`: the solver's): where it listens, its process."""
+    (folder / "team.yaml").write_text(f"extends: embedded\nworkflow: {{name: {workflow}}}\n")
+    command = (sys.executable, "-m", "runtime.cli.main", "serve", "--json", "--port", "0", "-c", folder / "team.yaml")
     environment = {**os.environ, "TROUPE_HOME": str(folder / "home")}
     async with _running(*command, cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -247,7 +256,7 @@ async def _troupe_server(folder: Path) -> AsyncIterator[str]:
             url = event.get("url", url)
             if event["event"] == "ready":
                 break
-        yield url
+        yield url, process
 
 
 @asynccontextmanager
@@ -386,6 +395,93 @@ async def kills(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+async def broker(options: argparse.Namespace) -> dict[str, Any]:
+    """kill -9 of the broker, away for 30 s, while jobs go on coming by HTTP: does a subscriber get every result?"""
+    accepted: set[str] = set()
+    ended: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        async with AsyncExitStack() as owned:
+            served_by = Mosquitto(folder)
+            await served_by.__aenter__()
+            owned.push_async_exit(served_by)
+            child = await owned.enter_async_context(Child("serve", folder, "deliberate", served_by.port, 1))
+            http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
+            await ready(http)
+
+            async def subscribe() -> None:
+                """Comes back whenever the broker does; what came meanwhile waits for it there."""
+                while True:
+                    try:
+                        here = aiomqtt.Client("127.0.0.1", served_by.port, identifier="results", clean_session=False)
+                        async with here as client:
+                            await client.subscribe(TOPICS.result("+"), qos=1)
+                            async for message in client.messages:
+                                ended[str(message.topic).split("/")[3]] += 1
+                    except aiomqtt.MqttError:
+                        await asyncio.sleep(0.1)
+
+            subscriber = asyncio.create_task(subscribe())
+            await asyncio.sleep(1)
+            began, away = time.monotonic(), False
+            while (seconds := time.monotonic() - began) < 40:
+                if seconds > 5 and not away:
+                    say("the broker is killed")
+                    await served_by.__aexit__()
+                    away = True
+                async with http.post("/jobs", json={"problem": PROBLEM}) as answer:
+                    accepted.add((await answer.json())["id"])
+                await asyncio.sleep(0.05)
+                if away and seconds > 35 and served_by.is_down:
+                    say("the broker is back")
+                    await served_by.__aenter__()
+            for _ in range(600):
+                if accepted <= set(ended):
+                    break
+                await asyncio.sleep(0.1)
+            subscriber.cancel()
+    return {
+        "accepted": len(accepted),
+        "results": len(ended),
+        "lost": len(accepted - set(ended)),
+        "sent again": ended.total() - len(ended),
+    }
+
+
+async def engines(options: argparse.Namespace) -> dict[str, Any]:
+    """kill -9 of each real engine in turn, with jobs on their way: are all answered, and rightly?"""
+    asked = [(f"({number}+7)*3-(45-5)", str((number + 7) * 3 - 40)) for number in range(300)]
+    async with AsyncExitStack() as owned:
+        folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
+        url, process = await owned.enter_async_context(_troupe_server(folder, "deliberate"))
+        http = await owned.enter_async_context(aiohttp.ClientSession(url))
+
+        async def job(problem: str, expected: str) -> dict[str, Any]:
+            async with http.post("/jobs", json={"problem": problem, "expected": expected}) as answer:
+                id = (await answer.json())["id"]
+            async with http.get(f"/jobs/{id}/result", params={"wait_s": 300}) as answer:
+                found: dict[str, Any] = await answer.json()
+                return found
+
+        jobs = [asyncio.create_task(job(*one)) for one in asked]
+        killed = 0
+        for place in range(3):
+            await asyncio.sleep(2)
+            children = psutil.Process(process.pid).children(recursive=True)
+            living = [child for child in children if "EngineCore" in "".join(child.cmdline())]
+            if not all(task.done() for task in jobs):
+                living[min(place, len(living) - 1)].kill()
+                killed += 1
+        done = await asyncio.gather(*jobs)
+    return {
+        "killed": killed,
+        "accepted": len(done),
+        "ended": dict(Counter(job["state"] for job in done)),
+        "right": sum(job["result"]["correct"] for job in done if job["result"]),
+        "begun again": sum(job["attempts"] > 1 for job in done),
+    }
+
+
 async def malformed(options: argparse.Namespace) -> dict[str, Any]:
     """Bodies, paths and messages that are wrong in many ways: what is answered, and what is left."""
     rng = random.Random(options.seed)
@@ -393,7 +489,7 @@ async def malformed(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         async with AsyncExitStack() as owned:
-            port = await owned.enter_async_context(mosquitto(folder))
+            port = (await owned.enter_async_context(Mosquitto(folder))).port
             child = await owned.enter_async_context(Child("serve", folder, "deliberate", port, 0))
             http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
             await ready(http)
@@ -502,23 +598,38 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@asynccontextmanager
-async def mosquitto(folder: Path) -> AsyncIterator[int]:
-    """A broker with the shipped sample configuration on a free port."""
-    port = free_port()
-    text = (ROOT / "configs" / "mosquitto.conf").read_text()
-    text = text.replace("listener 1883", f"listener {port}").replace("/var/lib/mosquitto", str(folder))
-    conf = folder / "mosquitto.conf"
-    conf.write_text(text.replace("user mosquitto", "user root"))
-    process = await asyncio.create_subprocess_exec(
-        "mosquitto", "-c", str(conf), stderr=asyncio.subprocess.DEVNULL, env={"PATH": f"/usr/sbin:{os.environ['PATH']}"}
-    )
-    try:
+class Mosquitto:
+    """A broker with the shipped sample configuration on a free port, which can be killed and started again."""
+
+    def __init__(self, folder: Path, durable: bool = True) -> None:
+        self.port = free_port()
+        text = (ROOT / "configs" / "mosquitto.conf").read_text()
+        text = text.replace("listener 1883", f"listener {self.port}").replace("/var/lib/mosquitto", str(folder))
+        if not durable:
+            text = text.replace("persistence true", "persistence false")
+        self._configuration = folder / "mosquitto.conf"
+        self._configuration.write_text(text.replace("user mosquitto", "user root"))
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> "Mosquitto":
+        self._process = await asyncio.create_subprocess_exec(
+            *("mosquitto", "-c", str(self._configuration)),
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"PATH": f"/usr/sbin:{os.environ['PATH']}"},
+        )
         await asyncio.sleep(0.3)
-        yield port
-    finally:
-        process.terminate()
-        await process.wait()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._process is not None
+        if not self.is_down:
+            self._process.kill()
+        await self._process.wait()
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it was killed and not started again."""
+        return self._process is None or self._process.returncode is not None
 
 
 def free_port() -> int:
@@ -556,6 +667,8 @@ def main() -> None:
         "jobs": jobs,
         "overhead": overhead,
         "kills": kills,
+        "broker": broker,
+        "engines": engines,
         "malformed": malformed,
         "soak": soak,
     }
@@ -574,13 +687,11 @@ def main() -> None:
     child.add_argument("mqtt_port", type=int)
     child.add_argument("time_scale", type=float)
     options = parser.parse_args()
-    if options.what == "serve":
-        import uvloop
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if options.what == "serve":
             runner.run(serve_modelled(options.folder, options.workflow, options.mqtt_port, options.time_scale))
-        return
-    print(json.dumps(asyncio.run(measures[options.what](options)), indent=1))
+        else:
+            print(json.dumps(runner.run(measures[options.what](options)), indent=1))
 
 
 if __name__ == "__main__":

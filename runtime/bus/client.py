@@ -2,14 +2,14 @@
 
 Job events and results come from the journal, from the last one that the broker has acknowledged on; so a broker, or a
 service, that is away for a while costs none of them, and nothing is kept in memory for it. Of states and decisions
-only the latest is sent. The broker may get a message twice (QoS 1); event ids tell.
+only the latest is sent. The broker may get an event or a result twice; their ids tell.
 """
 
 import asyncio
 import logging
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from runtime.config import Mqtt
 from runtime.errors import ConfigError, NotFound, TroupeError
 from runtime.jobs import journal as store
 from runtime.jobs.feed import ENDS
-from runtime.jobs.journal import JobEvent
+from runtime.jobs.journal import JobEvent, JobRecord
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
 from runtime.jobs.views import EventView, JobView
@@ -198,7 +198,11 @@ class Bus:
                     raise NotFound(f"there is no job {command.job[:100]!r}")
 
     async def _send_jobs(self, client: aiomqtt.Client) -> None:
-        """Every event from where the broker's acknowledgements end, many under way at a time, in their order."""
+        """Every event from where the broker's acknowledgements end, in order, and each result once its job has ended.
+
+        Events need no acknowledgement of their own (QoS 0): a result's, which comes after them over the same
+        connection, says that they have come, too. After a break all since the last result is sent again.
+        """
         if self._sent is None:
             self._sent = await self._jobs.journal.read(partial(store.cursor, name=CURSOR))
             if self._sent is None:  # a broker that is new to this journal: from now on
@@ -206,7 +210,7 @@ class Bus:
         under_way: deque[tuple[int, asyncio.Task[None]]] = deque()
 
         def acknowledged(_: asyncio.Task[None]) -> None:
-            """The place moves on to the last event before which all were acknowledged."""
+            """The place moves on to the last event before which all results were acknowledged."""
             while under_way and under_way[0][1].done() and not under_way[0][1].cancelled():
                 if under_way[0][1].exception() is not None:
                     return
@@ -214,23 +218,27 @@ class Bus:
 
         async with asyncio.TaskGroup() as group:
             group.create_task(self._save_cursor(), name="mqtt cursor")
-            async with aclosing(self._jobs.feed.follow(self._sent)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    *before, last = await self._messages(event)
-                    for place, (topic, payload) in enumerate((*before, last)):
-                        task = group.create_task(client.publish(topic, payload, qos=1), name="mqtt publish")
-                        # an event is sent once its last message is
-                        under_way.append((event.id if place == len(before) else event.id - 1, task))
-                        task.add_done_callback(acknowledged)
+            async with aclosing(self._jobs.feed.batches(self._sent)) as batches:
+                async for batch in batches:
+                    results = await self._results(batch)
+                    for event in batch:
+                        await client.publish(self._topics.events(event.job), _json(EventView.of(event)), qos=0)
+                        if event.kind in ENDS and event.job in results:
+                            payload = _json(JobView.of(results[event.job]))
+                            sending = client.publish(self._topics.result(event.job), payload, qos=1)
+                            task = group.create_task(sending, name="mqtt result")
+                            under_way.append((event.id, task))
+                            task.add_done_callback(acknowledged)
                     if len(under_way) >= AT_ONCE:
-                        await asyncio.wait([under_way[0][1]])
+                        await asyncio.wait([under_way[len(under_way) - AT_ONCE][1]])
 
-    async def _messages(self, event: JobEvent) -> list[tuple[str, bytes]]:
-        found = [(self._topics.events(event.job), _json(EventView.of(event)))]
-        if event.kind in ENDS:
-            record = await self._jobs.get(event.job)
-            if record is not None:
-                found.append((self._topics.result(event.job), _json(JobView.of(record))))
+    async def _results(self, batch: Sequence[JobEvent]) -> Mapping[str, JobRecord]:
+        """The jobs that have ended in a batch of events."""
+        ended = [event.job for event in batch if event.kind in ENDS]
+        found: dict[str, JobRecord] = {}
+        for start in range(0, len(ended), AT_ONCE):
+            some = ended[start : start + AT_ONCE]
+            found |= await self._jobs.journal.read(partial(store.jobs_by_id, ids=some))
         return found
 
     async def _save_cursor(self) -> None:

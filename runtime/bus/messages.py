@@ -227,7 +227,7 @@ def reference(cluster: str = "<cluster>") -> list[TopicInfo]:
         (topics.submit, True, 1, False, SubmitMessage, "submit a job"),
         (topics.accepted(job), False, 1, False, Accepted, "it is in the journal"),
         (topics.rejected, False, 1, False, Refused, "it was not accepted, and why"),
-        (topics.events(job), False, 1, False, EventView, "what happens to it"),
+        (topics.events(job), False, 0, False, EventView, "what happens to it"),
         (topics.result(job), False, 1, False, JobView, "it has ended"),
         (topics.control, True, 1, False, Command, "change, pin, unpin, cancel"),
         (topics.control_result, False, 1, False, Obeyed, "what came of a command"),

@@ -6,7 +6,8 @@ that is slow, or gone, costs nothing, and one that comes back goes on from where
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import takewhile
 
@@ -39,15 +40,22 @@ class Feed:
 
     async def follow(self, after: int) -> AsyncIterator[JobEvent]:
         """All events after one, and on as they come; never ends."""
+        async with aclosing(self.batches(after)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self, after: int) -> AsyncGenerator[list[JobEvent], None]:
+        """As `follow`, those together that are there together."""
         while True:
             news = self._news
             batch = self._since(after)
             if batch is None:
                 batch = await self._journal.read(partial(store.events, after=after))
-            for event in batch:
-                after = event.id
-                yield event
-            if not batch:
+            if batch:
+                after = batch[-1].id
+                yield batch
+            else:
                 await news.wait()
 
     async def follow_job(self, job: str, after: int = 0) -> AsyncIterator[JobEvent]:

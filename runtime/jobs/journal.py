@@ -474,6 +474,11 @@ def all_jobs(sql: Connection, state: JobState | None = None) -> Iterator[JobReco
         after = page[-1].number
 
 
+def jobs_by_id(sql: Connection, ids: Sequence[str]) -> dict[str, JobRecord]:
+    """Those of these ids that there are, some hundreds at most."""
+    return {record.id: record for record in _jobs(sql, f"id IN ({', '.join('?' * len(ids))})", ids)}
+
+
 def jobs_like(sql: Connection, beginning: str) -> list[JobRecord]:
     """Two jobs at most whose ids begin so."""
     return _jobs(sql, "substr(id, 1, ?1) = ?2", (len(beginning), beginning), "number LIMIT 2")
