@@ -128,7 +128,7 @@ class Bus:
     async def _serve(self, client: aiomqtt.Client) -> None:
         topics = self._topics
         await client.subscribe([(topics.submit, 1), (topics.control, 1)])
-        await client.publish(topics.state, _json(Liveness(state="up")), qos=1, retain=True)
+        await _publish(client, topics.state, _json(Liveness(state="up")), qos=1, retain=True)
         self._note("connected")
         try:
             async with asyncio.TaskGroup() as group:
@@ -138,7 +138,7 @@ class Bus:
         finally:
             with suppress(aiomqtt.MqttError, TimeoutError):
                 async with asyncio.timeout(1):
-                    await client.publish(topics.state, _json(Liveness(state="ended")), qos=1, retain=True)
+                    await _publish(client, topics.state, _json(Liveness(state="ended")), qos=1, retain=True)
 
     async def _take_in(self, client: aiomqtt.Client) -> None:
         """Submissions and commands, many at a time: those that come together go into one commit."""
@@ -170,10 +170,10 @@ class Bus:
             record, new = await self._jobs.submit(message.submission)
         except TroupeError as error:
             refused = Refused(correlation_id=correlation_of(payload), error=str(error))
-            await client.publish(self._topics.rejected, _json(refused), qos=1)
+            await _publish(client, self._topics.rejected, _json(refused), qos=1)
             return
         accepted = Accepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
-        await client.publish(self._topics.accepted(record.id), _json(accepted), qos=1)
+        await _publish(client, self._topics.accepted(record.id), _json(accepted), qos=1)
 
     async def _command(self, client: aiomqtt.Client, payload: bytes) -> None:
         wrong: str | None = None
@@ -183,7 +183,7 @@ class Bus:
         except TroupeError as error:
             wrong = str(error)
         answer = Obeyed(correlation_id=correlation_of(payload), error=wrong)
-        await client.publish(self._topics.control_result, _json(answer), qos=1)
+        await _publish(client, self._topics.control_result, _json(answer), qos=1)
 
     async def _obey(self, command: Command) -> None:
         match command:
@@ -222,10 +222,10 @@ class Bus:
                 async for batch in batches:
                     results = await self._results(batch)
                     for event in batch:
-                        await client.publish(self._topics.events(event.job), _json(EventView.of(event)), qos=0)
+                        await _publish(client, self._topics.events(event.job), _json(EventView.of(event)), qos=0)
                         if event.kind in ENDS and event.job in results:
                             payload = _json(JobView.of(results[event.job]))
-                            sending = client.publish(self._topics.result(event.job), payload, qos=1)
+                            sending = _publish(client, self._topics.result(event.job), payload, qos=1)
                             task = group.create_task(sending, name="mqtt result")
                             under_way.append((event.id, task))
                             task.add_done_callback(acknowledged)
@@ -257,7 +257,7 @@ class Bus:
                 payload = _json(state)
                 if known.get(topic) != payload:
                     known[topic] = payload
-                    await client.publish(topic, payload, qos=0, retain=True)
+                    await _publish(client, topic, payload, qos=0, retain=True)
             await self._status.news()
 
     def _states(self) -> dict[str, Any]:
@@ -281,6 +281,15 @@ class Bus:
         if status.decisions:
             states[topics.decision] = status.decisions[-1]
         return states
+
+
+async def _publish(client: aiomqtt.Client, topic: str, payload: bytes, qos: int, retain: bool = False) -> None:
+    """As the client does, and raises CancelledError where that was cancelled: on Python 3.11 its wait_for may swallow
+    it, and who publishes in a loop would never end."""
+    await client.publish(topic, payload, qos=qos, retain=retain)
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _set_cursor(event: int | None, transaction: store.Transaction) -> None:

@@ -11,6 +11,7 @@ import click
 from runtime.cli.bench import bench
 from runtime.cli.config import config
 from runtime.cli.doctor import doctor
+from runtime.cli.engines import engines
 from runtime.cli.interrupt import Interrupted
 from runtime.cli.jobs import jobs
 from runtime.cli.replay import replay
@@ -36,7 +37,7 @@ def cli() -> None:
     """A team of language models that solve problems together, each role on its own vLLM engine, on one GPU or CPU."""
 
 
-for command in (solve, serve, jobs, tokens, topics, bench, simulate, replay, roles, config, doctor):
+for command in (solve, serve, engines, jobs, tokens, topics, bench, simulate, replay, roles, config, doctor):
     cli.add_command(command)
 
 

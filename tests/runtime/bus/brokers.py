@@ -24,14 +24,16 @@ def free_port() -> int:
 class Mosquitto:
     """A broker with the shipped sample configuration, on a port of its own, which can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: str = "", anonymous: bool = True) -> None:
         self.port = free_port()
         self._folder = folder
         self._process: asyncio.subprocess.Process | None = None
         text = SAMPLE.read_text().replace("listener 1883 127.0.0.1", f"listener {self.port} 127.0.0.1")
         text = text.replace("/var/lib/mosquitto/", f"{folder}/").replace("user mosquitto", "user root")
+        if not anonymous:
+            text = text.replace("allow_anonymous true", "allow_anonymous false")
         self._configuration = folder / "mosquitto.conf"
-        self._configuration.write_text(text)
+        self._configuration.write_text(text + more)
 
     async def start(self) -> None:
         assert MOSQUITTO is not None

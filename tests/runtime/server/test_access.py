@@ -1,5 +1,6 @@
 """Who may do what, and what a request may be."""
 
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -40,6 +41,15 @@ async def test_with_a_token_everything_needs_one_that_may(start: Start, tmp_path
     Tokens(tmp_path / "tokens.json").remove("read only")
     gone = await served.client.get("/jobs", headers={"Authorization": f"Bearer {secrets[Scope.READ]}"})
     assert gone.status_code == 401
+
+
+async def test_no_token_is_in_a_log(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    served = await start()
+    secret = Tokens(tmp_path / "tokens.json").add("me", (Scope.READ,))
+    for path in ("/jobs", "/control", "/nowhere", "/jobs?state=wrong"):
+        await served.client.get(path, headers={"Authorization": f"Bearer {secret}"})
+    assert secret not in caplog.text
 
 
 def test_tokens_are_kept_as_hashes_by_their_owner_alone(tmp_path: Path) -> None:
