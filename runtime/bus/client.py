@@ -128,7 +128,7 @@ class Bus:
     async def _serve(self, client: aiomqtt.Client) -> None:
         topics = self._topics
         await client.subscribe([(topics.submit, 1), (topics.control, 1)])
-        await _publish(client, topics.state, _json(Liveness(state="up")), qos=1, retain=True)
+        await client.publish(topics.state, _json(Liveness(state="up")), qos=1, retain=True)
         self._note("connected")
         try:
             async with asyncio.TaskGroup() as group:
@@ -138,7 +138,7 @@ class Bus:
         finally:
             with suppress(aiomqtt.MqttError, TimeoutError):
                 async with asyncio.timeout(1):
-                    await _publish(client, topics.state, _json(Liveness(state="ended")), qos=1, retain=True)
+                    await client.publish(topics.state, _json(Liveness(state="ended")), qos=1, retain=True)
 
     async def _take_in(self, client: aiomqtt.Client) -> None:
         """Submissions and commands, many at a time: those that come together go into one commit."""
@@ -170,10 +170,10 @@ class Bus:
             record, new = await self._jobs.submit(message.submission)
         except TroupeError as error:
             refused = Refused(correlation_id=correlation_of(payload), error=str(error))
-            await _publish(client, self._topics.rejected, _json(refused), qos=1)
+            await client.publish(self._topics.rejected, _json(refused), qos=1)
             return
         accepted = Accepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
-        await _publish(client, self._topics.accepted(record.id), _json(accepted), qos=1)
+        await client.publish(self._topics.accepted(record.id), _json(accepted), qos=1)
 
     async def _command(self, client: aiomqtt.Client, payload: bytes) -> None:
         wrong: str | None = None
@@ -183,7 +183,7 @@ class Bus:
         except TroupeError as error:
             wrong = str(error)
         answer = Obeyed(correlation_id=correlation_of(payload), error=wrong)
-        await _publish(client, self._topics.control_result, _json(answer), qos=1)
+        await client.publish(self._topics.control_result, _json(answer), qos=1)
 
     async def _obey(self, command: Command) -> None:
         match command:
@@ -222,10 +222,11 @@ class Bus:
                 async for batch in batches:
                     results = await self._results(batch)
                     for event in batch:
-                        await _publish(client, self._topics.events(event.job), _json(EventView.of(event)), qos=0)
+                        await client.publish(self._topics.events(event.job), _json(EventView.of(event)), qos=0)
+                        _check_cancelled()
                         if event.kind in ENDS and event.job in results:
                             payload = _json(JobView.of(results[event.job]))
-                            sending = _publish(client, self._topics.result(event.job), payload, qos=1)
+                            sending = client.publish(self._topics.result(event.job), payload, qos=1)
                             task = group.create_task(sending, name="mqtt result")
                             under_way.append((event.id, task))
                             task.add_done_callback(acknowledged)
@@ -257,7 +258,8 @@ class Bus:
                 payload = _json(state)
                 if known.get(topic) != payload:
                     known[topic] = payload
-                    await _publish(client, topic, payload, qos=0, retain=True)
+                    await client.publish(topic, payload, qos=0, retain=True)
+                    _check_cancelled()
             await self._status.news()
 
     def _states(self) -> dict[str, Any]:
@@ -283,10 +285,10 @@ class Bus:
         return states
 
 
-async def _publish(client: aiomqtt.Client, topic: str, payload: bytes, qos: int, retain: bool = False) -> None:
-    """As the client does, and raises CancelledError where that was cancelled: on Python 3.11 its wait_for may swallow
-    it, and who publishes in a loop would never end."""
-    await client.publish(topic, payload, qos=qos, retain=retain)
+def _check_cancelled() -> None:
+    """Raise CancelledError where this task was cancelled: on Python 3.11 the client's wait_for may swallow it, and who
+    publishes in a loop would never end. For tasks whose task groups are not entered again: one that a child's failure
+    has broken off leaves its task marked."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

@@ -83,9 +83,17 @@ def client_password(mqtt: Mqtt) -> str | None:
 
 
 @asynccontextmanager
-async def reader(mqtt: Mqtt) -> AsyncIterator[Reader]:
-    password = client_password(mqtt)
-    async with aiomqtt.Client(mqtt.host, mqtt.port, username=mqtt.username, password=password) as client:
+async def reader(mqtt: Mqtt, name: str | None = None) -> AsyncIterator[Reader]:
+    """One with a name is remembered by the broker: what comes while it is away waits for it."""
+    client = aiomqtt.Client(
+        mqtt.host,
+        mqtt.port,
+        username=mqtt.username,
+        password=client_password(mqtt),
+        identifier=name,
+        clean_session=name is None,
+    )
+    async with client:
         await client.subscribe("troupe/#", qos=1)
         found = Reader(client)
         async with background(found.collect(), "reader"):
@@ -192,14 +200,14 @@ async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
     await broker.start()
     mqtt = Mqtt(port=broker.port)
     async with service(with_broker(tmp_path, mqtt), time_scale=1) as served:
-        async with reader(mqtt) as me:
+        async with reader(mqtt, "results") as me:
             await me.until(T.state, state="up")
         await broker.stop(signal.SIGKILL)
         jobs = [(await served.client.post("/jobs", json={"problem": PROBLEM})).json()["id"] for _ in range(30)]
         for job in jobs:
             await served.client.get(f"/jobs/{job}/result", params={"wait_s": 20})
         await broker.start()
-        async with reader(mqtt) as me:
+        async with reader(mqtt, "results") as me:
             for job in jobs:
                 assert (await me.until(T.result(job)))["state"] == "done"
             ids = [payload["id"] for topic, payload in me.messages if topic.endswith("/events")]

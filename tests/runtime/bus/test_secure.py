@@ -97,6 +97,7 @@ async def test_what_is_wrong_is_told_and_the_service_goes_on(tmp_path: Path, sec
 
 
 async def test_files_that_are_not_there_are_told_before_anything_starts(tmp_path: Path) -> None:
-    for key in ("password_file", "ca_file"):
+    nowhere = str(tmp_path / "nowhere")
+    for mqtt, key in ((Mqtt(password_file=nowhere), "password_file"), (Mqtt(ca_file=nowhere), "ca_file")):
         with pytest.raises(ConfigError, match=f"mqtt.{key}: .*nowhere"):
-            await told(tmp_path, Mqtt(**{key: str(tmp_path / "nowhere")}))
+            await told(tmp_path, mqtt)
