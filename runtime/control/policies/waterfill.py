@@ -7,8 +7,9 @@ What nobody expects to use is spread evenly, for whoever needs it first.
 
 The bottleneck of a team is the engine with the longest queue, so it is the one that is filled last and most, and is
 found again at every decision: while work passes from role to role, memory goes with it. Tried in simulation and worse:
-weighing engines by what is queued or by the work in it, which starves the next engine, behind which jobs then wait; and
-keeping memory for expected calls where it is short.
+weighing engines by what is queued or by the work in it, which starves the next engine, behind which jobs then wait;
+weighing them by the age of their jobs, which leaves all but one idle; and keeping memory for expected calls where it is
+short.
 """
 
 from pydantic import Field
