@@ -91,10 +91,10 @@ class Bus:
                     tries = 0
                     await self._serve(client)
             except* (aiomqtt.MqttError, TroupeError) as errors:
-                self._note(f"{errors.exceptions[0]}; trying again")
+                self._note(f"{_first(errors)}; trying again")
             except* Exception as errors:  # of ours, or of the client's: told, and the next connection begins anew
                 logging.getLogger(__name__).exception("mqtt")
-                self._note(f"an internal error: {errors.exceptions[0]!r}; trying again")
+                self._note(f"an internal error: {_first(errors)!r}; trying again")
             await asyncio.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
             tries += 1
 
@@ -283,6 +283,13 @@ class Bus:
         if status.decisions:
             states[topics.decision] = status.decisions[-1]
         return states
+
+
+def _first(errors: BaseException) -> BaseException:
+    """What went wrong first, out of groups within groups."""
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    return errors
 
 
 def _check_cancelled() -> None:

@@ -199,7 +199,8 @@ async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
     broker = brokers.Mosquitto(tmp_path)
     await broker.start()
     mqtt = Mqtt(port=broker.port)
-    async with service(with_broker(tmp_path, mqtt), time_scale=1) as served:
+    said: list[str] = []
+    async with service(with_broker(tmp_path, mqtt), time_scale=1, tell=said.append) as served:
         async with reader(mqtt, "results") as me:
             await me.until(T.state, state="up")
         await broker.stop(signal.SIGKILL)
@@ -213,6 +214,10 @@ async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
             ids = [payload["id"] for topic, payload in me.messages if topic.endswith("/events")]
         assert ids == sorted(ids)
     await broker.stop()
+    assert said[0].endswith("connected")
+    assert said[-1].endswith("connected")
+    assert all(text.endswith("trying again") and "TaskGroup" not in text for text in said[1:-1])
+    assert said[1:-1]
 
 
 @with_mosquitto
