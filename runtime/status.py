@@ -4,11 +4,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from runtime.control.decision_log import Record
-from runtime.control.snapshot import DeviceView, EngineView
+from runtime.control.snapshot import DeviceView, EngineMoment, EngineView
 from runtime.engines.base import EngineState, Grant
 from runtime.events import EngineChanged, Event
 
@@ -19,36 +19,11 @@ DECISIONS = 200
 
 
 @dataclass(frozen=True)
-class EngineSample:
-    """One engine at a moment: its share of the device, bytes of KV cache, counts of requests, and how many it may run
-    at once."""
-
-    share: float
-    kv_cache_bytes: int
-    kv_used_bytes: int
-    running: int
-    waiting: int
-    max_active_seqs: int
-
-    @classmethod
-    def of(cls, view: EngineView) -> "EngineSample":
-        """As the controller saw it."""
-        return cls(
-            share=round(view.grant.gpu_memory_utilization, 5),
-            kv_cache_bytes=view.kv_cache_bytes,
-            kv_used_bytes=view.kv_used_bytes,
-            running=view.running,
-            waiting=view.waiting,
-            max_active_seqs=view.grant.max_active_seqs,
-        )
-
-
-@dataclass(frozen=True)
 class Sample:
     """All of it at a moment, in seconds since 1970."""
 
     at: float
-    engines: Mapping[str, EngineSample]
+    engines: Mapping[str, EngineMoment]
     device: DeviceView
     jobs: Mapping[str, int]
 
@@ -92,7 +67,7 @@ class Status:
             self._numbers += 1
             self.decisions.append(_shown(record, self._numbers, now))
         if not self.samples or now - self.samples[-1].at >= SAMPLE_S:
-            engines = {name: EngineSample.of(view) for name, view in record.snapshot.engines.items()}
+            engines = {name: _moment(view) for name, view in record.snapshot.engines.items()}
             self.samples.append(Sample(now, engines, record.snapshot.device, dict(self._jobs())))
             self._tell()
 
@@ -103,6 +78,12 @@ class Status:
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+
+def _moment(view: EngineView) -> EngineMoment:
+    """With a share in digits that are worth sending."""
+    moment = EngineMoment.of(view)
+    return replace(moment, share=round(moment.share, 5))
 
 
 def _shown(record: Record, number: int, at: float) -> DecisionShown:
@@ -123,7 +104,7 @@ def _shown(record: Record, number: int, at: float) -> DecisionShown:
             }
             for name, grant in grants.items()
         },
-        moved_bytes=sum(outcome.moved_bytes for outcome in record.outcomes.values()),
+        moved_bytes=record.moved_bytes,
         seconds=round(record.seconds, 4),
         fault=record.fault,
     )

@@ -17,7 +17,6 @@ import random
 import resource
 import secrets
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -43,6 +42,8 @@ from runtime.config import Config, Mqtt  # noqa: E402
 from runtime.jobs.team import assemble  # noqa: E402
 from runtime.server.serve import serving  # noqa: E402
 from runtime.simulation.crew import modelled_crew  # noqa: E402
+from scripts.measure import progress, spread  # noqa: E402
+from scripts.mosquitto import Mosquitto, free_port  # noqa: E402
 
 PROBLEM = "(12+7)*3-(45-5)"
 TOPICS = Topics("main")
@@ -106,7 +107,7 @@ async def jobs(options: argparse.Namespace) -> dict[str, Any]:
         for door, run in doors.items():
             repeats = []
             for _ in range(options.repeats):
-                say(f"{door}, {workflow}")
+                progress(f"{door}, {workflow}")
                 with tempfile.TemporaryDirectory() as folder:
                     repeats.append(await run(Path(folder), workflow, options.jobs))
             found[f"{door}, {workflow}"] = {key: spread([repeat[key] for repeat in repeats]) for key in repeats[0]}
@@ -158,7 +159,7 @@ async def _jobs_by_mqtt(folder: Path, workflow: str, count: int, durable: bool =
     ended: set[str] = set()
     room = asyncio.Semaphore(200)
     async with AsyncExitStack() as owned:
-        port = (await owned.enter_async_context(Mosquitto(folder, durable))).port
+        port = (await owned.enter_async_context(Mosquitto(folder, durable=durable))).port
         child = await owned.enter_async_context(Child("serve", folder, workflow, port, 0))
         http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
         await ready(http)
@@ -223,14 +224,14 @@ async def overhead(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     async with AsyncExitStack() as owned:
         folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
-        say("starting both servers")
+        progress("starting both servers")
         ours, _ = await owned.enter_async_context(_troupe_server(folder, "solo"))
         vllms = await owned.enter_async_context(_vllm_server(folder))
         servers = {"ours": ours, "vLLM's": vllms}
         for concurrency, count in ((1, 30), (16, 320), (100, 1000)):
             rounds: list[dict[str, dict[str, float]]] = []
             for number in range(-1, options.rounds):  # the first warms up
-                say(f"{concurrency} at once, round {number + 1} of {options.rounds}")
+                progress(f"{concurrency} at once, round {number + 1} of {options.rounds}")
                 order = list(servers)[:: 1 if number % 2 else -1]
                 figures = {name: await _completions(servers[name], concurrency, count) for name in order}
                 if number >= 0:
@@ -339,7 +340,7 @@ async def kills(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         for round_ in range(options.kills + 1):
             last = round_ == options.kills
-            say(f"start {round_ + 1}, {len(accepted)} accepted")
+            progress(f"start {round_ + 1}, {len(accepted)} accepted")
             async with Child("serve", folder, "deliberate", 0, 1) as child, aiohttp.ClientSession(child.url) as http:
                 await ready(http)
                 if last:
@@ -402,9 +403,7 @@ async def broker(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         async with AsyncExitStack() as owned:
-            served_by = Mosquitto(folder)
-            await served_by.__aenter__()
-            owned.push_async_exit(served_by)
+            served_by = await owned.enter_async_context(Mosquitto(folder))
             child = await owned.enter_async_context(Child("serve", folder, "deliberate", served_by.port, 1))
             http = await owned.enter_async_context(aiohttp.ClientSession(child.url))
             await ready(http)
@@ -426,15 +425,15 @@ async def broker(options: argparse.Namespace) -> dict[str, Any]:
             began, away = time.monotonic(), False
             while (seconds := time.monotonic() - began) < 40:
                 if seconds > 5 and not away:
-                    say("the broker is killed")
-                    await served_by.__aexit__()
+                    progress("the broker is killed")
+                    await served_by.stop(signal.SIGKILL)
                     away = True
                 async with http.post("/jobs", json={"problem": PROBLEM}) as answer:
                     accepted.add((await answer.json())["id"])
                 await asyncio.sleep(0.05)
                 if away and seconds > 35 and served_by.is_down:
-                    say("the broker is back")
-                    await served_by.__aenter__()
+                    progress("the broker is back")
+                    await served_by.start()
             for _ in range(600):
                 if accepted <= set(ended):
                     break
@@ -598,47 +597,6 @@ async def soak(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class Mosquitto:
-    """A broker with the shipped sample configuration on a free port, which can be killed and started again."""
-
-    def __init__(self, folder: Path, durable: bool = True) -> None:
-        self.port = free_port()
-        text = (ROOT / "configs" / "mosquitto.conf").read_text()
-        text = text.replace("listener 1883", f"listener {self.port}").replace("/var/lib/mosquitto", str(folder))
-        if not durable:
-            text = text.replace("persistence true", "persistence false")
-        self._configuration = folder / "mosquitto.conf"
-        self._configuration.write_text(text.replace("user mosquitto", "user root"))
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def __aenter__(self) -> "Mosquitto":
-        self._process = await asyncio.create_subprocess_exec(
-            *("mosquitto", "-c", str(self._configuration)),
-            stderr=asyncio.subprocess.DEVNULL,
-            env={"PATH": f"/usr/sbin:{os.environ['PATH']}"},
-        )
-        await asyncio.sleep(0.3)
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        assert self._process is not None
-        if not self.is_down:
-            self._process.kill()
-        await self._process.wait()
-
-    @property
-    def is_down(self) -> bool:
-        """Whether it was killed and not started again."""
-        return self._process is None or self._process.returncode is not None
-
-
-def free_port() -> int:
-    """One of localhost that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 async def ready(http: aiohttp.ClientSession) -> None:
     """Wait until a service is."""
     for _ in range(600):
@@ -647,16 +605,6 @@ async def ready(http: aiohttp.ClientSession) -> None:
                 return
         await asyncio.sleep(0.1)
     raise TimeoutError("the service is not ready")
-
-
-def spread(values: list[float]) -> str:
-    """The median, and the range."""
-    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
-
-
-def say(what: str) -> None:
-    """Progress, for who waits."""
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 
+from scripts.mosquitto import PROGRAM as MOSQUITTO
+
+__all__ = ["CHROMIUM", "MOSQUITTO", "needs"]
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin:/opt/homebrew/sbin")
 
 
 def needs(program: str | None, name: str) -> pytest.MarkDecorator:

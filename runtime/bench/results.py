@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from runtime.control.snapshot import EngineMoment
 from runtime.errors import InputError
 
 SUMMARY, JOBS, DECISIONS = "summary.json", "jobs.jsonl", "decisions.jsonl"
@@ -77,18 +78,6 @@ class JobRow:
     engine_seconds: float
     cost: float | None
     calls: tuple[CallRow, ...]
-
-
-@dataclass(frozen=True)
-class EngineMoment:
-    """One engine in a line of `decisions.jsonl`."""
-
-    share: float
-    kv_cache_bytes: int
-    kv_used_bytes: int
-    running: int
-    waiting: int
-    max_active_seqs: int
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 from runtime.bench.metrics import GIB, metrics
 from runtime.bench.play import Played, Player
-from runtime.bench.results import EngineMoment, JobRow, Moment, Run
+from runtime.bench.results import JobRow, Moment, Run
 from runtime.bench.workload import Source
 from runtime.config import PolicyChoice
 from runtime.control.controller import Counts
 from runtime.control.decision_log import Record
 from runtime.control.guard import Guard
+from runtime.control.snapshot import EngineMoment
 from runtime.errors import TroupeError
 from runtime.events import Event
 from runtime.jobs.orchestrator import Orchestrator
@@ -117,19 +118,9 @@ def moment(record: Record, policy: str, load: float, repeat: int) -> Moment:
         repeat=repeat,
         at_s=record.snapshot.now_s,
         cause=record.cause,
-        engines={
-            name: EngineMoment(
-                share=view.grant.gpu_memory_utilization,
-                kv_cache_bytes=view.kv_cache_bytes,
-                kv_used_bytes=view.kv_used_bytes,
-                running=view.running,
-                waiting=view.waiting,
-                max_active_seqs=view.grant.max_active_seqs,
-            )
-            for name, view in record.snapshot.engines.items()
-        },
+        engines={name: EngineMoment.of(view) for name, view in record.snapshot.engines.items()},
         reasons=record.decision.reasons if record.decision else {"": record.fault or ""},
-        moved_bytes=sum(outcome.moved_bytes for outcome in record.outcomes.values()),
+        moved_bytes=record.moved_bytes,
         seconds=record.seconds,
         utilization=record.snapshot.device.utilization,
     )

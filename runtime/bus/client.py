@@ -43,7 +43,6 @@ from runtime.jobs.feed import ENDS
 from runtime.jobs.journal import JobEvent, JobRecord
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
-from runtime.jobs.views import EventView, JobView
 from runtime.session import Crew
 from runtime.status import Status
 
@@ -115,7 +114,7 @@ class Bus:
             username=config.username,
             password=self._password,
             tls_context=self._tls,
-            will=aiomqtt.Will(self._topics.state, _json(Liveness(state="gone")), qos=1, retain=True),
+            will=aiomqtt.Will(self._topics.state, to_json(Liveness(state="gone")), qos=1, retain=True),
             keepalive=10,
             timeout=PUBLISH_S,
             max_inflight_messages=AT_ONCE,
@@ -128,7 +127,7 @@ class Bus:
     async def _serve(self, client: aiomqtt.Client) -> None:
         topics = self._topics
         await client.subscribe([(topics.submit, 1), (topics.control, 1)])
-        await client.publish(topics.state, _json(Liveness(state="up")), qos=1, retain=True)
+        await client.publish(topics.state, to_json(Liveness(state="up")), qos=1, retain=True)
         self._note("connected")
         try:
             async with asyncio.TaskGroup() as group:
@@ -138,7 +137,7 @@ class Bus:
         finally:
             with suppress(aiomqtt.MqttError, TimeoutError):
                 async with asyncio.timeout(1):
-                    await client.publish(topics.state, _json(Liveness(state="ended")), qos=1, retain=True)
+                    await client.publish(topics.state, to_json(Liveness(state="ended")), qos=1, retain=True)
 
     async def _take_in(self, client: aiomqtt.Client) -> None:
         """Submissions and commands, many at a time: those that come together go into one commit."""
@@ -170,10 +169,10 @@ class Bus:
             record, new = await self._jobs.submit(message.submission)
         except TroupeError as error:
             refused = Refused(correlation_id=correlation_of(payload), error=str(error))
-            await client.publish(self._topics.rejected, _json(refused), qos=1)
+            await client.publish(self._topics.rejected, to_json(refused), qos=1)
             return
         accepted = Accepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
-        await client.publish(self._topics.accepted(record.id), _json(accepted), qos=1)
+        await client.publish(self._topics.accepted(record.id), to_json(accepted), qos=1)
 
     async def _command(self, client: aiomqtt.Client, payload: bytes) -> None:
         wrong: str | None = None
@@ -183,7 +182,7 @@ class Bus:
         except TroupeError as error:
             wrong = str(error)
         answer = Obeyed(correlation_id=correlation_of(payload), error=wrong)
-        await client.publish(self._topics.control_result, _json(answer), qos=1)
+        await client.publish(self._topics.control_result, to_json(answer), qos=1)
 
     async def _obey(self, command: Command) -> None:
         match command:
@@ -222,10 +221,10 @@ class Bus:
                 async for batch in batches:
                     results = await self._results(batch)
                     for event in batch:
-                        await client.publish(self._topics.events(event.job), _json(EventView.of(event)), qos=0)
+                        await client.publish(self._topics.events(event.job), to_json(event.as_json()), qos=0)
                         _check_cancelled()
                         if event.kind in ENDS and event.job in results:
-                            payload = _json(JobView.of(results[event.job]))
+                            payload = to_json(results[event.job].as_json())
                             sending = client.publish(self._topics.result(event.job), payload, qos=1)
                             task = group.create_task(sending, name="mqtt result")
                             under_way.append((event.id, task))
@@ -255,7 +254,7 @@ class Bus:
         known: dict[str, bytes] = {}
         while True:
             for topic, state in self._states().items():
-                payload = _json(state)
+                payload = to_json(state)
                 if known.get(topic) != payload:
                     known[topic] = payload
                     await client.publish(topic, payload, qos=0, retain=True)
@@ -309,11 +308,6 @@ def _set_cursor(event: int | None, transaction: store.Transaction) -> None:
 def _check_size(payload: bytes) -> None:
     if len(payload) > MESSAGE_MAX_BYTES:
         raise TroupeError(f"the message is too large: at most {MESSAGE_MAX_BYTES} bytes are taken")
-
-
-def _json(value: Any) -> bytes:
-    """A model or a dataclass as it is published."""
-    return to_json(value)
 
 
 def _password(config: Mqtt) -> str | None:

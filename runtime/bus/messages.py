@@ -7,13 +7,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from agents.role import Value, explain
 from runtime.commands import Change, Pin
-from runtime.control.snapshot import DeviceView
+from runtime.control.snapshot import DeviceView, EngineMoment
 from runtime.engines.base import EngineState
 from runtime.errors import InputError
 from runtime.jobs.job import JobState
 from runtime.jobs.submission import Submission
 from runtime.jobs.views import EventView, JobView
-from runtime.status import DecisionShown, EngineSample
+from runtime.status import DecisionShown
 
 Correlation = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -122,7 +122,7 @@ class RoleState(Value):
 
     engine: str
     state: EngineState | None
-    now: EngineSample | None
+    now: EngineMoment | None
 
 
 class GrantState(Value):

@@ -44,13 +44,13 @@ def run(work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
             if received:
                 os._exit(128 + number)  # the forkserver sees our end and takes the engines with it
             received.append(number)
-            gently = stop is not None and stop.ready
-            if stop is not None and gently:
+            if stop is not None and stop.ready:
+                doing = "letting what runs come to its end"
                 stop.asked.set()
             else:
+                doing = "closing the engines"
                 task.cancel()
             with suppress(OSError):  # the screen may be gone
-                doing = "letting what runs come to its end" if gently else "closing the engines"
                 click.echo(f"\n{doing} (once more to end at once)", err=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -56,6 +56,11 @@ class Record:
     shadow: Decision | None = None
     shadow_fault: str | None = None
 
+    @property
+    def moved_bytes(self) -> int:
+        """What all engines together gave back and took."""
+        return sum(outcome.moved_bytes for outcome in self.outcomes.values())
+
 
 _RECORD = TypeAdapter(Record)
 

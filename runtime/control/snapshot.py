@@ -45,6 +45,31 @@ class EngineView:
 
 
 @dataclass(frozen=True)
+class EngineMoment:
+    """What is shown and kept of an engine at a moment: its share of the device, bytes of KV cache, counts of requests,
+    and how many it may run at once."""
+
+    share: float
+    kv_cache_bytes: int
+    kv_used_bytes: int
+    running: int
+    waiting: int
+    max_active_seqs: int
+
+    @classmethod
+    def of(cls, view: EngineView) -> "EngineMoment":
+        """As a policy saw it."""
+        return cls(
+            share=view.grant.gpu_memory_utilization,
+            kv_cache_bytes=view.kv_cache_bytes,
+            kv_used_bytes=view.kv_used_bytes,
+            running=view.running,
+            waiting=view.waiting,
+            max_active_seqs=view.grant.max_active_seqs,
+        )
+
+
+@dataclass(frozen=True)
 class DeviceView:
     """The device as telemetry last saw it. `utilization` 0 to 1; None and empty where it does not say."""
 

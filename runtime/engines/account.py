@@ -72,8 +72,10 @@ class Account:
 
     def waiting_since_s(self, running: int) -> float | None:
         """When the oldest request came that does not run, while so many do: engines admit by rank."""
+        if running >= len(self._open):  # the usual case, at every look
+            return None
         waiting = sorted(self._open.values(), key=lambda one: one.rank)[running:]
-        return min((one.arrived_s for one in waiting), default=None)
+        return min(one.arrived_s for one in waiting)
 
     def spent(self) -> Spent:
         """What each request was charged that has been in flight since the beginning; take it twice, and subtract."""

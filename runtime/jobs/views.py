@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobEvent, JobRecord
+from runtime.jobs.journal import JobRecord
 from runtime.jobs.submission import Submission
 
 
@@ -40,8 +40,3 @@ class EventView(BaseModel):
     job: str
     at: float
     kind: str
-
-    @classmethod
-    def of(cls, event: JobEvent) -> "EventView":
-        """An event as the journal has it."""
-        return cls.model_validate(event.as_json())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from agents.arithmetic import oracle
 from runtime.config import SHIPPED, Config
-from runtime.control.decision_log import Record
 from runtime.engines.base import EngineState, GenerateRequest
 from runtime.events import EngineChanged, Listener, ignore
 from runtime.jobs.team import Team
@@ -18,16 +17,12 @@ KV_CACHE_BYTES = 64 << 20
 MODEL = SHIPPED / "simulation" / "embedded.yaml"
 
 
-def ignore_record(record: Record) -> None:
-    """For those who do not want decisions."""
-
-
 @asynccontextmanager
 async def modelled_crew(
     config: Config,
     team: Team,
     listener: Listener = ignore,
-    publish: Publish = ignore_record,
+    publish: Publish = lambda record: None,
     time_scale: float = 1,
     model: Path = MODEL,
 ) -> AsyncIterator[Crew]:

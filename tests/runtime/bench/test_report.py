@@ -13,8 +13,9 @@ from runtime.bench import plots, report, results
 from runtime.bench.compare import compare
 from runtime.bench.metrics_table import METRICS
 from runtime.bench.output import Output
-from runtime.bench.results import CallRow, EngineMoment, JobRow, Moment, Run, Slo, Summary
+from runtime.bench.results import CallRow, JobRow, Moment, Run, Slo, Summary
 from runtime.cli.main import cli
+from runtime.control.snapshot import EngineMoment
 from runtime.errors import InputError
 
 SPEED = {"static": 2.0, "mine": 1.0, "limit": 0.5}

@@ -18,6 +18,7 @@ import pytest
 from runtime.bus.messages import Topics, reference
 from runtime.config import Config, Mqtt
 from runtime.server.serve import background
+from scripts.mosquitto import Mosquitto
 from tests.programs import MOSQUITTO, needs
 from tests.runtime.bus import brokers
 from tests.runtime.server.conftest import PROBLEM, configured, service
@@ -196,7 +197,7 @@ async def test_commands_are_obeyed_or_refused(tmp_path: Path, mqtt: Mqtt) -> Non
 @with_mosquitto
 async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
     """Jobs go on while it is away, and what happened is told when it is back."""
-    broker = brokers.Mosquitto(tmp_path)
+    broker = Mosquitto(tmp_path)
     await broker.start()
     mqtt = Mqtt(port=broker.port)
     said: list[str] = []

@@ -19,8 +19,8 @@ from runtime.errors import ConfigError
 from runtime.jobs.team import assemble
 from runtime.server.serve import serving
 from runtime.simulation.crew import modelled_crew
+from scripts.mosquitto import Mosquitto
 from tests.programs import MOSQUITTO, needs
-from tests.runtime.bus import brokers
 from tests.runtime.bus.test_bus import with_broker
 
 pytestmark = needs(MOSQUITTO, "mosquitto")
@@ -58,15 +58,14 @@ async def secure(tmp_path: Path) -> AsyncIterator[Mqtt]:
     (tmp_path / "password").write_text(f"{PASSWORD}\n")
     settings = {"certfile": "cert.pem", "keyfile": "key.pem", "password_file": "passwords"}
     more = "".join(f"{key} {tmp_path / file}\n" for key, file in settings.items())
-    broker = brokers.Mosquitto(tmp_path, f"\n{more}", anonymous=False)
-    await broker.start()
-    yield Mqtt(
-        port=broker.port,
-        username="troupe",
-        password_file=str(tmp_path / "password"),
-        ca_file=str(tmp_path / "cert.pem"),
-    )
-    await broker.stop()
+    broker = Mosquitto(tmp_path, anonymous=False, more=f"\n{more}")
+    async with broker:
+        yield Mqtt(
+            port=broker.port,
+            username="troupe",
+            password_file=str(tmp_path / "password"),
+            ca_file=str(tmp_path / "cert.pem"),
+        )
 
 
 async def told(folder: Path, mqtt: Mqtt) -> str:
