@@ -97,7 +97,10 @@ async def open_crew(
 
 
 class Guards:
-    """The policies of a configuration, each under guard in a thread of its own; `threads` False for none."""
+    """The policies of a configuration under guard, a third party's in a thread of its own; `threads` False for none.
+
+    A shipped one decides sooner than a thread is awake: its calls are made on the event loop.
+    """
 
     def __init__(self, control: Control, threads: bool = True) -> None:
         self._threads = threads
@@ -108,7 +111,7 @@ class Guards:
     def guard(self, choice: PolicyChoice, place: str = "control.policy") -> Guard:
         """A policy by its choice. Raises ConfigError, PluginError."""
         policy = catalogue.make(choice.name, choice.options, place)
-        if not self._threads:
+        if not self._threads or catalogue.is_shipped(policy):
             return Guard(choice.name, policy)
         executor = DaemonExecutor(f"policy {choice.name}")
         self._executors.append(executor)

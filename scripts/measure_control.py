@@ -28,7 +28,7 @@ from runtime.engines.base import EngineLimits, Grant  # noqa: E402
 
 ROLES = (3, 10, 100, 1_000, 10_000)
 MIB = 1 << 20
-LIMITS = EngineLimits(1 << 50, 1 << 30, MIB, 1 << 40, 64, 1, 2048)
+LIMITS = EngineLimits(1 << 50, 1 << 30, MIB, 1 << 40, 64, 1, 2048, block_bytes=MIB // 2, block_tokens=128)
 
 
 def measure_tick(repeats: int) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def draw(roles: int) -> Snapshot:
             Grant(LIMITS.share(kv), 64, 2048),
             kv,
             kv // 2,
-            in_flight=rng.randint(0, 40),
+            in_flight=(in_flight := rng.randint(0, 40)),
+            peak_in_flight=in_flight + rng.random(),
             running=rng.randint(0, 10),
             soon=rng.random() * 5,
             coming=rng.random() * 20,

@@ -26,6 +26,11 @@ def make(name: str, options: Mapping[str, Any] | None = None, place: str = "cont
         raise PluginError(f"{place}: policy {name} could not be made: {error!r}") from error
 
 
+def is_shipped(policy: Policy) -> bool:
+    """Whether it is one of Troupe's own, which need no watching over the time they take."""
+    return type(policy).__module__.startswith("runtime.control.policies.")
+
+
 def names() -> list[str]:
     """All that are registered."""
     return [entry.name for entry in registry.registered("policy")]

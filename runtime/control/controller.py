@@ -1,4 +1,5 @@
-"""The loop: observe, decide, apply, publish; every 100 ms by default, and at once when a burst comes.
+"""The loop: observe, decide, apply, publish; every 100 ms by default, twice as often while memory is short, and at once
+when a burst comes.
 
 What an engine, a policy or the telemetry does wrong is in the record and stops nothing. An engine that does not
 answer a grant is left alone until it has, or was started again, and memory goes on moving between the others.
@@ -75,6 +76,7 @@ class Controller:
         self._publish = publish
         self._pinned: dict[str, Grant] = {}
         self._fitting: Mapping[str, int] = {}
+        self._short = False
         self._wake = asyncio.Event()
         self._cause = "start"
         self._caused_s: float | None = None
@@ -166,8 +168,10 @@ class Controller:
                     self.counts.faults += 1
                     logging.getLogger(__name__).exception("a tick of the controller failed")
             await asyncio.sleep(PAUSE_S)
+            # What an engine needs no longer is noticed at the next tick, and is worth noticing where another waits.
+            every_s = self._every_s / 2 if self._short else self._every_s
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(self._every_s - PAUSE_S, 0)):
+                async with asyncio.timeout(max(every_s - PAUSE_S, 0)):
                     await self._wake.wait()
 
     async def _tick(self) -> None:
@@ -176,7 +180,7 @@ class Controller:
         now_s, caused_s, self._caused_s = clock(), self._caused_s, None
         started = now_s if caused_s is None else caused_s
         snapshot = self._observe(now_s)
-        self._note_room(snapshot)
+        self._note_room(snapshot, {})
         for_policies = self._without_pinned(snapshot)
         judged = await self._guard.decide(for_policies) if for_policies.engines else Judged(Decision())
         record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault)
@@ -185,6 +189,7 @@ class Controller:
         if self._shadow is not None and for_policies.engines:
             shadow = await self._shadow.decide(for_policies)
             record = replace(record, shadow_policy=self._shadow.name, shadow=shadow.decision, shadow_fault=shadow.fault)
+        self._note_room(snapshot, judged.decision.grants if judged.decision else {})
         outcomes = await self._apply(snapshot, judged.decision or Decision())
         record = replace(record, outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()})
         self._count(record)
@@ -234,12 +239,15 @@ class Controller:
         if all(isinstance(outcome, Applied) for outcome in settled):
             self.counts.reactions_s.append(asyncio.get_running_loop().time() - since_s)
 
-    def _note_room(self, snapshot: Snapshot) -> None:
-        """How many calls each engine has memory or already calls for: more than that is a burst."""
-        self._fitting = {
-            name: max(int(view.kv_cache_bytes / max(view.sequence_bytes, 1)), view.in_flight)
-            for name, view in snapshot.engines.items()
-        }
+    def _note_room(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:
+        """How many calls each engine has memory or already calls for, with what it is granted now: more than that is a
+        burst."""
+        views = snapshot.engines
+        sizes = {name: view.kv_cache_bytes for name, view in views.items()}
+        sizes |= {n: views[n].limits.kv_cache_bytes(grant.gpu_memory_utilization) for n, grant in grants.items()}
+        room = {name: int(sizes[name] / max(view.sequence_bytes, 1)) for name, view in views.items()}
+        self._fitting = {name: max(room[name], view.in_flight) for name, view in views.items()}
+        self._short = self._fitting != room
 
     def _tell(self, record: Record) -> None:
         if self._log is not None:

@@ -93,6 +93,19 @@ def fit(snapshot: Snapshot, wanted: Sizes) -> Sizes:
     return [floor + (size - floor) * part for floor, size in zip(floors, wanted, strict=True)]
 
 
+def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
+    """In whole blocks: what an engine would have a part of one for goes on to the next, until it makes one."""
+    found, over = [], 0.0
+    for view, size in zip(snapshot.views, sizes, strict=True):
+        limits = view.limits
+        if block := limits.block_bytes:
+            most = high if (size := size + over) > (high := limits.kv_ceiling_bytes) else size
+            rounded = most - most % block
+            over = size - (size := low if rounded < (low := limits.kv_floor_bytes) else rounded)
+        found.append(size)
+    return found
+
+
 def decision(snapshot: Snapshot, sizes: Sizes, word: Callable[[int], str]) -> Decision:
     """The decision that gives every engine its size, which is within its bounds, at full concurrency; `word` says
     why, of the engine at that place."""

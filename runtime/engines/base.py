@@ -165,8 +165,8 @@ class EngineLimits:
     block_tokens: int = 0
 
     def held_bytes(self, share: float) -> int:
-        """What a share of the device comes to, all included."""
-        return int(share * self.device_bytes)
+        """What a share of the device comes to, all included: bytes that `share` made a share of come out the same."""
+        return int(share * self.device_bytes + 1e-3)  # and not one fewer, which may cost a block
 
     def kv_cache_bytes(self, share: float) -> int:
         """What a share of the device leaves for the KV cache; below zero where the rest alone does not fit."""

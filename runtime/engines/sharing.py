@@ -24,9 +24,11 @@ Settled = Applied | Rejected | Superseded
 
 @dataclass
 class _Decision:
-    """Grants that came together: what its donors held before, and who has it back since a recipient failed."""
+    """Grants that came together: what its donors held before, whether a recipient has failed, and who has it back since
+    then."""
 
     before: dict[str, Grant] = field(default_factory=dict)
+    failed: bool = False
     rolled_back: set[str] = field(default_factory=set)
 
 
@@ -78,9 +80,13 @@ class Sharing:
             decision.before[name] = self._now(name)
         found = await asyncio.gather(*(self._shrink(name, grant, grace_s) for name, grant in donors.items()))
         outcomes = dict(zip(donors, found, strict=True))
-        for name, grant in grants.items():
-            if name not in donors:
-                outcomes[name] = await self._grow(name, grant, decision, grace_s)
+        recipients = {name: grant for name, grant in grants.items() if name not in donors}
+        # Each claims what it takes before it waits for its engine: they come one after another to what there is.
+        found = await asyncio.gather(
+            *(self._grow(name, grant, decision, grace_s) for name, grant in recipients.items())
+        )
+        outcomes |= zip(recipients, found, strict=True)
+        await self._roll_back(decision)
         for name in decision.rolled_back:
             outcomes[name] = Rejected(grants[name], f"engine {name}: rolled back, as a recipient could not grow")
         return outcomes
@@ -210,8 +216,7 @@ class Sharing:
             return outcome
         assert isinstance(outcome, Rejected), outcome  # growing is never deferred
         self.ledger.claim(name, max(held, self._bytes(name, before)))
-        if self._bytes(name, grant) > held:
-            await self._roll_back(decision)
+        decision.failed |= self._bytes(name, grant) > held
         return outcome
 
     async def _grow_by_what_there_is(self, name: str, grant: Grant, decision: _Decision) -> Applied | Rejected | None:
@@ -223,7 +228,9 @@ class Sharing:
         return await self._grow_now(name, part, decision)
 
     async def _roll_back(self, decision: _Decision) -> None:
-        """A recipient failed: its donors get back what is free of what they gave."""
+        """Where a recipient failed, its donors get back what is free of what they gave."""
+        if not decision.failed:
+            return
         for name, before in decision.before.items():
             nbytes = min(self._bytes(name, before), self._held(name) + max(self.ledger.free, 0))
             if nbytes <= self._held(name):
@@ -237,6 +244,7 @@ class Sharing:
             elif outcome is not None:
                 self.ledger.claim(name, self._bytes(name, self._now(name)))
         decision.before.clear()
+        decision.failed = False
 
     async def _serve_waiting(self) -> None:
         """Memory was released: let those grow who wait for it, and tell them so when there is no more to come."""
@@ -244,6 +252,7 @@ class Sharing:
             missing = self._bytes(name, wanting.grant) - self._held(name) - max(self.ledger.free, 0)
             if missing > 0:
                 part = await self._grow_by_what_there_is(name, wanting.grant, wanting.decision)
+                await self._roll_back(wanting.decision)
                 if isinstance(part, Applied):
                     wanting.part = part
                 if not isinstance(part, Rejected) and self._settling:
@@ -251,6 +260,7 @@ class Sharing:
                 outcome: Settled = part or wanting.part or self._not_released(name, wanting.grant)
             else:
                 outcome = await self._grow_now(name, wanting.grant, wanting.decision)
+                await self._roll_back(wanting.decision)
             del self._wanting[name]
             wanting.settled.set_result(outcome)
 

@@ -166,6 +166,37 @@ async def test_a_burst_that_comes_while_it_decides_is_decided_about_next() -> No
 
 
 @simulated
+async def test_calls_to_an_engine_whose_memory_was_just_given_away_are_a_burst() -> None:
+    async with rig(every_s=10) as at:
+        await asyncio.sleep(1)
+        first = asyncio.create_task(at.ask("a", 700))
+        await asyncio.sleep(0.001)
+        at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        await asyncio.sleep(0.05)
+        assert at.share("b") < 0.15
+        second = asyncio.create_task(at.ask("b", 200))  # it had room for them before
+        await asyncio.sleep(0.001)
+        at.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
+        await asyncio.sleep(0.05)
+        assert [record.cause for record in at.records] == ["start", BURST, BURST]
+        assert at.share("b") > 0.15
+        await asyncio.gather(first, second)
+
+
+@simulated
+async def test_it_decides_twice_as_often_while_memory_is_short() -> None:
+    async with rig(every_s=0.1) as at:
+        await asyncio.sleep(1.05)
+        calm = len(at.records)
+        work = asyncio.create_task(at.keep_busy("a"))
+        await asyncio.sleep(0.5)
+        before = len(at.records)
+        await asyncio.sleep(1)
+        assert (calm, len(at.records) - before) == (11, 20)
+        work.cancel()
+
+
+@simulated
 async def test_with_every_engine_pinned_there_is_nothing_to_decide() -> None:
     async with rig("round_robin") as at:
         at.controller.pin("a", Grant(0.5, 500, 2048))

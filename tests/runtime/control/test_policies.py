@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runtime.control import catalogue
 from runtime.control.policies.paper import algorithm_1
 from runtime.control.policies.waterfill import water_fill
-from runtime.control.policy import bound, damp, fit
+from runtime.control.policy import bound, damp, fit, whole_blocks
 from runtime.control.snapshot import Snapshot
 from runtime.errors import ConfigError
 from tests.runtime.control.views import LIMITS, MIB, sizes, snapshot, snapshots, view
@@ -137,6 +137,18 @@ def test_the_steps_bound_damp_and_fit() -> None:
     assert fit(seen, [10 * MIB, 40 * MIB]) == [10 * MIB, 40 * MIB]
     assert fit(seen, [10 * MIB, 990 * MIB]) == [10 * MIB, 90 * MIB]
     assert fit(snapshot(view("a"), movable_mib=0), [50 * MIB]) == [10 * MIB]
+
+
+def test_whole_blocks_pass_on_what_makes_none_and_keep_floors_and_ceilings() -> None:
+    seen = snapshot(*(view(name, block_bytes=4 * MIB) for name in "abc"), view("d"), movable_mib=400)
+    found = [size / MIB for size in whole_blocks(seen, [n * MIB for n in (99, 99, 99, 103)])]
+    assert found == [96, 100, 100, 103]  # 3, then 2, then 1 left over; d hands out memory as finely as one likes
+    assert [size / MIB for size in whole_blocks(seen, [n * MIB for n in (10, 899, 900, 10)])] == [10, 896, 900, 10]
+
+
+def test_waterfill_gives_whole_blocks() -> None:
+    views = [view(name, in_flight=80, block_bytes=3 * MIB) for name in "abc"]
+    assert decide("waterfill", snapshot(*views)) == {"a": 99, "b": 99, "c": 102}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Snapshots for tests of policies."""
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -19,13 +20,13 @@ LIMITS = EngineLimits(
 )
 
 
-def view(name: str, kv_mib: float = 100, **changes: Any) -> EngineView:
+def view(name: str, kv_mib: float = 100, block_bytes: int = 0, **changes: Any) -> EngineView:
     """An engine that holds so much KV cache; a sequence takes 1 MiB."""
     kv = int(kv_mib * MIB)
     grant = Grant(LIMITS.share(kv), LIMITS.seqs_ceiling, LIMITS.step_tokens_ceiling)
     return EngineView(
         name,
-        LIMITS,
+        replace(LIMITS, block_bytes=block_bytes),
         grant,
         kv,
         kv // 2,
@@ -55,6 +56,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         view(
             f"e{number}",
             draw(st.floats(10, 900)),
+            draw(st.sampled_from([0, 1, MIB // 3, 20 * MIB])),
             in_flight=draw(st.integers(0, 300)),
             running=draw(st.integers(0, 64)),
             soon=draw(st.floats(0, 100)),
