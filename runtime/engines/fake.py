@@ -36,7 +36,7 @@ Script = Callable[[GenerateRequest], str]
 @dataclass(frozen=True)
 class ServiceTime:
     """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt token. A
-    call from outside, a request's or a resize's, takes `call_s` on its way."""
+    call from outside, a request's or a resize's, takes `call_s` of the process that it comes from."""
 
     step_s: float = 0.002
     token_s: float = 0.0001
@@ -57,7 +57,8 @@ class FakeMemory:
 
 
 class Processor:
-    """What engines compute on together: with more of them in a step than there are `lanes`, all are slower."""
+    """What engines compute on together, or calls go through: with more of them than there are `lanes`, all are
+    slower."""
 
     def __init__(self, lanes: float) -> None:
         self._lanes = lanes
@@ -105,6 +106,7 @@ class FakeEngine(EngineHandle):
         memory: FakeMemory | None = None,
         grant: Grant | None = None,
         processor: Processor | None = None,
+        front: Processor | None = None,
         stream_interval: int = 1,
     ) -> None:
         self.name = name
@@ -121,9 +123,12 @@ class FakeEngine(EngineHandle):
             seqs_ceiling=max_num_seqs,
             step_tokens_floor=1,
             step_tokens_ceiling=2048,
+            block_bytes=memory.token * memory.block_tokens,
+            block_tokens=memory.block_tokens,
         )
         self.grant = grant or Grant(1.0, max_num_seqs, 2048)
         self._processor = processor or Processor(lanes=1e9)
+        self._front = front or Processor(lanes=1e9)
         self._stream_interval = stream_interval
         self._state = EngineState.STARTING
         self._waiting: list[_Sequence] = []
@@ -153,7 +158,7 @@ class FakeEngine(EngineHandle):
             self._requests += 1
             self._prompt_tokens += sequence.prompt_tokens
             if self._times.call_s:
-                await asyncio.sleep(self._times.call_s * self._time_scale)
+                await self._front.spend(self._times.call_s * self._time_scale)
                 self._check()
             self._enqueue(sequence)
             self._begin_steps()
@@ -299,7 +304,7 @@ class FakeEngine(EngineHandle):
         if complaint := self._limits.complaint(grant):
             return Rejected(grant, f"engine {self.name}: {complaint}")
         if self._times.call_s:
-            await asyncio.sleep(self._times.call_s * self._time_scale)
+            await self._front.spend(self._times.call_s * self._time_scale)
         if self._stepping and not self._stepping.done():
             await self._between_steps.wait()  # as calls of a real one are answered between two of its steps
         self._settle(None)

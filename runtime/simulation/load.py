@@ -2,8 +2,8 @@
 modelled engines, on a clock that jumps.
 
 What is modelled: queues, batches whose step time grows with the sequences in them, blocks of KV cache, preemption, and
-engines that slow each other on one processor. What is not: the event loop's own time, stalls of a resize, prefix
-caching.
+engines that slow each other on one processor, behind one process that all calls go through. What is not: stalls of a
+resize, prefix caching.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -59,13 +59,13 @@ async def engines(
     stream_interval: int = 1 << 30,
 ) -> AsyncIterator[tuple[Mapping[str, EngineHandle], Sharing]]:
     """Modelled engines that are up and share so much KV cache equally, and what moves it between them."""
-    processor = Processor(model.lanes)
+    processor, front = Processor(model.lanes), Processor(1)
     device = max(kv_cache_bytes, sum(e.block_bytes * (e.max_num_seqs + 2) for e in model.engines.values()))
     running: dict[str, EngineHandle] = {}
     ledger = Ledger(kv_cache_bytes)
     async with AsyncExitStack() as owned:
         for name, engine in model.engines.items():
-            share = max(kv_cache_bytes / len(model.engines), engine.block_bytes) / device
+            share = max(kv_cache_bytes / len(model.engines), 2 * engine.block_bytes) / device
             running[name] = await owned.enter_async_context(
                 FakeEngine(
                     name,
@@ -75,13 +75,14 @@ async def engines(
                     time_scale=time_scale,
                     memory=FakeMemory(
                         device=device,
-                        fixed=0,
+                        fixed=engine.block_bytes,  # vLLM's null block, in which nothing is kept
                         floor=engine.block_bytes,
                         token=engine.block_bytes // engine.block_tokens,
                         block_tokens=engine.block_tokens,
                     ),
                     grant=Grant(share, engine.max_num_seqs, 2048),
                     processor=processor,
+                    front=front,
                     stream_interval=stream_interval,
                 )
             )

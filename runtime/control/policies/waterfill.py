@@ -41,17 +41,19 @@ class Waterfill(Policy):
         weights = [view.sequence_bytes / view.priority for view in views]
         present = bound(snapshot, self._need(snapshot))
         filled = water_fill(snapshot.movable_bytes, weights, present)
-        left = max(snapshot.movable_bytes - sum(filled), 0.0)
-        ahead = water_fill(left, weights, [view.soon * view.sequence_bytes for view in views])
-        spread = max(left - sum(ahead), 0.0) / max(len(views), 1)
-        wanted = bound(snapshot, [size + more + spread for size, more in zip(filled, ahead, strict=True)])
+        wanted, ahead = filled, [0.0] * len(views)
+        if (left := snapshot.movable_bytes - sum(filled)) > 0:
+            ahead = water_fill(left, weights, [view.soon * view.sequence_bytes for view in views])
+            spread = max(left - sum(ahead), 0.0) / max(len(views), 1)
+            wanted = [size + more + spread for size, more in zip(filled, ahead, strict=True)]
 
         def word(place: int) -> str:
             view, part, most = views[place], filled[place], present[place]
             got = f"all that it can use, {mib(most)}" if part >= most else f"{mib(part)} of the {mib(most)} it can use"
             return f"{view.in_flight} in flight: {got}; {view.soon:.1f} expected: {mib(ahead[place])}"
 
-        sizes = whole_blocks(snapshot, fit(snapshot, damp(snapshot, wanted, self.options.damping)))
+        wanted = damp(snapshot, bound(snapshot, wanted), self.options.damping)
+        sizes = whole_blocks(snapshot, fit(snapshot, wanted))
         return decision(snapshot, sizes, word)
 
     def _need(self, snapshot: Snapshot) -> Sizes:
@@ -68,7 +70,7 @@ def water_fill(whole: float, weights: Sizes, caps: Sizes) -> Sizes:
     """Divide `whole` in proportion to weights, nobody above its cap; what a cap leaves goes to the others."""
     if whole <= 0:
         return [0.0] * len(caps)
-    if sum(caps) <= whole:
+    if (capped := sum(caps)) <= whole:
         return caps
     left, still_open, level = whole, list(zip(caps, weights, strict=True)), 0.0
     for _ in range(PASSES):
@@ -76,6 +78,6 @@ def water_fill(whole: float, weights: Sizes, caps: Sizes) -> Sizes:
         above = [engine for engine in still_open if engine[0] > level * engine[1]]
         if len(above) == len(still_open):
             break
-        left -= sum([cap for cap, _ in still_open]) - sum([cap for cap, _ in above])
-        still_open = above
+        still_open, before, capped = above, capped, sum([cap for cap, _ in above])
+        left -= before - capped
     return [cap if cap <= (part := level * weight) else part for cap, weight in zip(caps, weights, strict=True)]
