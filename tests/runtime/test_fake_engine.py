@@ -188,3 +188,14 @@ async def test_engines_on_one_processor_slow_each_other() -> None:
         started = time.monotonic()
         await asyncio.gather(*map(ask, engines))
         assert time.monotonic() - started >= 2 * 0.02 * 1.5
+
+
+async def test_calls_go_through_the_process_in_front_one_after_another() -> None:
+    times = ServiceTime(step_s=0.001, token_s=0, prefill_s=0, call_s=0.02)
+    front = Processor(lanes=1)
+    engines = [FakeEngine("f", lambda r: "a", times=times, time_scale=1, front=front) for _ in range(2)]
+    async with engines[0], engines[1]:
+        started = time.monotonic()
+        tasks = [task for engine in engines for task in (await run_many(engine, 2))[0]]
+        await asyncio.gather(*tasks)
+        assert time.monotonic() - started >= 4 * 0.02

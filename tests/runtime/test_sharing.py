@@ -203,6 +203,26 @@ async def test_when_a_recipient_fails_its_donors_get_back_what_they_gave(three: 
     assert three.ledger.held == three.device.held
 
 
+async def test_recipients_grow_side_by_side(three: Three) -> None:
+    three.engines["a"].fault = "silent"
+    resize = asyncio.create_task(three.sharing.resize({"a": grant(0.4), "b": grant(0.2), "c": grant(0.4)}))
+    async with asyncio.timeout(0.5):
+        while shares(three)["c"] < 0.4:
+            await asyncio.sleep(0.001)
+    assert shares(three)["a"] == 0.3
+    three.engines["a"].speaks.set()
+    assert all(isinstance(outcome, Applied) for outcome in (await resize).values())
+
+
+async def test_where_one_recipient_fails_the_other_keeps_its_part_and_the_rest_goes_back(three: Three) -> None:
+    three.engines["a"].fault = "out of memory"
+    outcomes = await three.sharing.resize({"a": grant(0.4), "b": grant(0.2), "c": grant(0.4)})
+    assert {name: type(outcome) for name, outcome in outcomes.items()} == {"a": Rejected, "b": Rejected, "c": Applied}
+    assert shares(three) == {"a": 0.3, "b": 0.3, "c": 0.4}
+    assert three.ledger.held == three.device.held
+    assert three.device.most <= DEVICE
+
+
 async def test_a_recipient_is_told_when_its_donor_gives_nothing(three: Three) -> None:
     three.engines["b"].fault = "dead"
     outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})

@@ -1,5 +1,6 @@
 """A third party's policy is found by the public entry point, and what is wrong with one is said."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.runtime.control.views import sizes, snapshot, view
 
 GROUP = "troupe.policies"
 SOURCE = """
+import time
 from pydantic import Field
 from agents.role import Value
 from runtime.control.policy import Decision, Policy, bound, decision, fit
@@ -36,6 +38,11 @@ class Loose:
     pass
 
 
+class Endless(Policy):
+    def decide(self, snapshot):
+        time.sleep(3600)
+
+
 class Unmade(Policy):
     def __init__(self, options):
         raise RuntimeError("no licence")
@@ -43,7 +50,7 @@ class Unmade(Policy):
     def decide(self, snapshot):
         return Decision()
 """
-TARGETS = {name.lower(): f"first_kit:{name}" for name in ("First", "Partial", "Loose", "Unmade")}
+TARGETS = {name.lower(): f"first_kit:{name}" for name in ("First", "Partial", "Loose", "Unmade", "Endless")}
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +83,14 @@ def test_a_configuration_s_policies_are_made_before_any_engine() -> None:
     choice = PolicyChoice(name="nothing")
     with pytest.raises(ConfigError, match=r"control\.shadow\.name: no policy is named 'nothing'"):
         Guards(Control(shadow=choice), threads=False)
+
+
+async def test_a_third_partys_policy_is_given_up_on_and_ours_need_no_thread() -> None:
+    seen = snapshot(view("a"), view("b"))
+    guards = Guards(Control())
+    threads = threading.active_count()
+    assert (await guards.policy.decide(seen)).fault is None
+    assert threading.active_count() == threads
+    endless = guards.guard(PolicyChoice(name="endless"))
+    assert (await endless.decide(seen)).fault == "policy endless took more than 0.5 s"
+    guards.close()
