@@ -3,6 +3,7 @@
 A policy has one colour in all plots (Okabe and Ito's, which the colour-blind can tell apart); the limit is grey.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ def shares(summary: Summary, moments: Iterable[Moment]) -> Figure:
 
     def panel(axes: Axes, times: Sequence[float], engines: Mapping[str, list[Moment]]) -> None:
         names = list(engines)
-        values = [[moment.engines[name].kv_cache_bytes / MIB for moment in engines[name]] for name in names]
+        values = [
+            [m.engines[name].kv_cache_bytes / MIB if name in m.engines else 0 for m in engines[name]] for name in names
+        ]
         axes.stackplot(times, values, labels=names, colors=COLOURS, alpha=0.85)
 
     return _panels(summary, moments, panel, "KV cache, MiB")
@@ -175,7 +178,7 @@ def queues(summary: Summary, moments: Iterable[Moment]) -> Figure:
 
     def panel(axes: Axes, times: Sequence[float], engines: Mapping[str, list[Moment]]) -> None:
         for index, name in enumerate(engines):
-            waiting = [moment.engines[name].waiting for moment in engines[name]]
+            waiting = [m.engines[name].waiting if name in m.engines else math.nan for m in engines[name]]
             axes.plot(times, waiting, label=name, color=COLOURS[index % len(COLOURS)], linewidth=1)
 
     return _panels(summary, moments, panel, "waiting")
@@ -196,8 +199,8 @@ def _panels(summary: Summary, moments: Iterable[Moment], panel: Panel, label: st
         thinned = _thinned(series[policy])
         axes.set_title(policy, loc="left", fontsize=9)
         if thinned:
-            names = [name for name in thinned[0].engines if all(name in moment.engines for moment in thinned)]
-            panel(axes, [moment.at_s for moment in thinned], dict.fromkeys(names, thinned))
+            engines = [name for moment in thinned for name in moment.engines]  # one that starts again is not in all
+            panel(axes, [moment.at_s for moment in thinned], dict.fromkeys(engines, thinned))
     for axes in list(grid.flat)[len(policies) :]:
         axes.set_axis_off()
     for axes in grid[-1]:

@@ -44,6 +44,8 @@ def write(
                         kv = (tick % 100 + 1) << 20
                         engine = EngineMoment(0.3, kv, kv // 2, 3, tick % 40, 64)
                         engines = {"planner": engine, "solver": replace(engine, waiting=5)}
+                        if (away := tick // 20) in (5, 10):  # one starts again, then the other
+                            del engines["planner" if away == 5 else "solver"]
                         output.moment(
                             Moment(policy, load, repeat, tick / 20, "tick", engines, {"solver": "so"}, 0, 0.01)
                         )
