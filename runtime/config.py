@@ -95,9 +95,9 @@ class PolicyChoice(Choice):
 
 
 class Control(Section):
-    """How memory moves: by which policy, how often it decides, and how long requests may go on using memory that is to
-    go (seconds). A `shadow` policy decides beside it, and is only logged. `price_per_gpu_hour` is what the whole device
-    costs, in any currency."""
+    """How memory moves: by which policy, how often it decides (twice as often while memory is short), and how long
+    requests may go on using memory that is to go (seconds). A `shadow` policy decides beside it, and is only logged.
+    `price_per_gpu_hour` is what the whole device costs, in any currency."""
 
     policy: PolicyChoice = PolicyChoice()
     shadow: PolicyChoice | None = None

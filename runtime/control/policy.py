@@ -97,12 +97,13 @@ def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
     """In whole blocks: what an engine would have a part of one for goes on to the next, until it makes one."""
     found, over = [], 0.0
     for view, size in zip(snapshot.views, sizes, strict=True):
-        limits = view.limits
+        limits, whole = view.limits, size
         if block := limits.block_bytes:
-            most = high if (size := size + over) > (high := limits.kv_ceiling_bytes) else size
-            rounded = most - most % block
-            over = size - (size := low if rounded < (low := limits.kv_floor_bytes) else rounded)
-        found.append(size)
+            there_is = size + over
+            most = high if there_is > (high := limits.kv_ceiling_bytes) else there_is
+            whole = low if (rounded := most - most % block) < (low := limits.kv_floor_bytes) else rounded
+            over = there_is - whole
+        found.append(whole)
     return found
 
 
