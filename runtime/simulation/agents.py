@@ -94,6 +94,7 @@ def model() -> Model:
                 token_s=0,
                 block_bytes=PLACE_BYTES,
                 block_tokens=PLACE_BYTES,
+                null_blocks=0,
                 max_num_seqs=PLACES,
             )
             for agent in AGENTS

@@ -22,7 +22,8 @@ from runtime.errors import ConfigError
 
 class EngineModel(Section):
     """One engine: seconds of a step (`step_s` + `token_s` a sequence + `prefill_s` a prompt token), bytes of a block of
-    `block_tokens` tokens, the sequences that it may run at once, and seconds that a call takes besides (`call_s`)."""
+    `block_tokens` tokens, the sequences that it may run at once, and seconds that a call takes besides (`call_s`). In
+    `null_blocks` nothing is kept: vLLM has one."""
 
     step_s: float = Field(gt=0, lt=100)
     token_s: float = Field(ge=0, lt=100)
@@ -30,6 +31,7 @@ class EngineModel(Section):
     call_s: float = Field(default=0, ge=0, lt=100)
     block_bytes: int = Field(gt=0)
     block_tokens: int = Field(gt=0)
+    null_blocks: int = Field(default=1, ge=0)
     max_num_seqs: int = Field(gt=0)
 
 
@@ -65,7 +67,8 @@ async def engines(
     ledger = Ledger(kv_cache_bytes)
     async with AsyncExitStack() as owned:
         for name, engine in model.engines.items():
-            share = max(kv_cache_bytes / len(model.engines), 2 * engine.block_bytes) / device
+            null_bytes = engine.null_blocks * engine.block_bytes
+            share = max(kv_cache_bytes / len(model.engines), null_bytes + engine.block_bytes) / device
             running[name] = await owned.enter_async_context(
                 FakeEngine(
                     name,
@@ -75,7 +78,7 @@ async def engines(
                     time_scale=time_scale,
                     memory=FakeMemory(
                         device=device,
-                        fixed=engine.block_bytes,  # vLLM's null block, in which nothing is kept
+                        fixed=null_bytes,
                         floor=engine.block_bytes,
                         token=engine.block_bytes // engine.block_tokens,
                         block_tokens=engine.block_tokens,
