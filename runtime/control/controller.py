@@ -180,7 +180,7 @@ class Controller:
         now_s, caused_s, self._caused_s = clock(), self._caused_s, None
         started = now_s if caused_s is None else caused_s
         snapshot = self._observe(now_s)
-        self._note_room(snapshot, {})
+        self._note_room(snapshot, {})  # for calls that come while a policy decides in a thread; below, for later ones
         for_policies = self._without_pinned(snapshot)
         judged = await self._guard.decide(for_policies) if for_policies.engines else Judged(Decision())
         record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault)

@@ -1,4 +1,5 @@
-"""The contract of a policy, and the four steps that policies are put together from: want, bound, damp, fit to budget.
+"""The contract of a policy, and the steps that policies are put together from: want, bound, damp, fit to budget, and
+where a part of a block matters, whole blocks.
 
 A policy is pure: no clock, no I/O, no memory of its own; the same snapshot gives the same decision. Sizes are bytes of
 KV cache, which is what moves; a grant's share of the device follows from it. They are plain lists in the order of the
