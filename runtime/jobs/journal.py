@@ -33,6 +33,8 @@ TOGETHER_MAX = 1000
 """Writes in a transaction at most."""
 TITLE_MAX = 200
 """Characters of a problem in the event that says it was accepted."""
+TAKEN_UP = "the runtime was started anew"
+"""Why a job that another runtime left RUNNING is QUEUED again."""
 _SCHEMA = f"""
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -107,12 +109,29 @@ class JobEvent:
         return {"id": self.id, "job": self.job, "at": self.at, "kind": self.kind, **self.data}
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A job that work begins on: the replies that it resumes from, and the seconds that were worked on it before."""
+
+    record: JobRecord
+    past: Sequence[Recorded] = ()
+    worked_s: float = 0.0
+
+
 @dataclass
 class _Write(Generic[T]):
     """Something to be done in a transaction, and who waits for it."""
 
     do: "Do[T]"
     done: asyncio.Future[T]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a write returned, or why it failed."""
+
+    result: Any = None
+    error: Exception | None = None
 
 
 class Transaction:
@@ -165,19 +184,20 @@ class Transaction:
             self._event(id, now, state, {**answer, **({"why": why} if why else {})})
         return bool(moved.rowcount)
 
-    def begin(self, id: str) -> tuple[JobRecord, list[Recorded]] | None:
-        """Let work on a waiting job begin: the job, and the replies that it has. None where it does not wait."""
+    def begin(self, id: str) -> Begun | None:
+        """Move a waiting job to RUNNING and return what it resumes from. Return None if it does not wait."""
+        known = events(self._sql, job=id, limit=1_000_000)
         if not self.move(id, JobState.RUNNING):
             return None
         record = job(self._sql, id)
         assert record is not None
-        return record, past(self._sql, id) if record.attempts > 1 else []
+        return Begun(record, past(known), worked_s(known))
 
     def take_up(self) -> list[JobRecord]:
         """What another runtime has left: all that have not ended, to be begun again."""
         for record in unfinished(self._sql):
             if record.state is JobState.RUNNING:
-                self.move(record.id, JobState.QUEUED, why="the runtime was started anew")
+                self.move(record.id, JobState.QUEUED, why=TAKEN_UP)
         return unfinished(self._sql)
 
     def catch_up(self) -> None:
@@ -192,6 +212,12 @@ class Transaction:
     def anew(self, id: str) -> None:
         """The replies that a job has had are not to be taken again."""
         self._event(id, time.time(), "anew", {})
+
+    def begin_cursor(self, name: str) -> None:
+        """Let a reader that is new begin with the next event."""
+        self._sql.execute(
+            "INSERT OR IGNORE INTO cursors (name, event) SELECT ?, coalesce(max(id), 0) FROM events", (name,)
+        )
 
     def set_cursor(self, name: str, event: int) -> None:
         """Note how far a reader of the events has come."""
@@ -213,6 +239,22 @@ class Transaction:
         self._sql.executemany("DELETE FROM jobs WHERE id = ?", ((id,) for id in gone))
         self._sql.execute("PRAGMA incremental_vacuum(1000)").fetchall()
         return len(gone)
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Undo what is written inside if it raises, and keep the rest of the transaction."""
+        known, last_event = len(self.events), self._last_event
+        self._sql.execute("SAVEPOINT write")
+        try:
+            yield
+        except BaseException:
+            del self.events[known:]
+            self._last_event = last_event
+            if self._sql.in_transaction:  # SQLite rolls everything back itself after some errors
+                self._sql.execute("ROLLBACK TO write")
+                self._sql.execute("RELEASE write")
+            raise
+        self._sql.execute("RELEASE write")
 
     def _event(self, job: str, at: float, kind: str, data: dict[str, Any]) -> None:
         inserted = self._sql.execute(
@@ -289,11 +331,14 @@ class Journal:
             return writer
 
     async def write(self, do: Do[T]) -> T:
-        """Do it in a transaction; returns when that is on the disk. Raises JournalError, and then nothing of it is."""
-        return await self.post(do)
+        """Do it in a transaction; return when that is on the disk. The write is done even if the caller is cancelled.
+
+        Raises JournalError if the file cannot be written, and what `do` raises; then nothing of it is written.
+        """
+        return await asyncio.shield(self.post(do))
 
     def post(self, do: Do[T]) -> asyncio.Future[T]:
-        """As `write`, for those who do not wait; writes are done in the order in which they are posted."""
+        """Ask for a write without waiting for it. Writes are done in the order in which they are posted."""
         write = _Write(do, self._loop.create_future())
         write.done.add_done_callback(_retrieved)
         self._writes.put(write)
@@ -328,42 +373,58 @@ class Journal:
                 last_event = self._commit(connection, writes, last_event)
 
     def _commit(self, connection: Connection, writes: list[_Write[Any]], last_event: int) -> int:
-        """One transaction; returns the latest event that the loop is told of."""
+        """Do the writes in one transaction. A write that fails undoes itself alone; a failed COMMIT fails them all.
+
+        Returns the id of the latest event that the loop is told of.
+        """
         transaction = Transaction(connection, last_event)
-        results: list[Any] = []
-        fault: str | None = None
+        answers: list[_Answer] = []
         try:
             with _told(self.path):
                 connection.execute("BEGIN IMMEDIATE")
-                try:
-                    results = [write.do(transaction) for write in writes]
-                    connection.execute("COMMIT")
-                except BaseException:
-                    with suppress(sqlite3.Error):
-                        connection.execute("ROLLBACK")
-                    raise
+                answers = [self._answer(connection, transaction, write) for write in writes]
+                connection.execute("COMMIT")
         except JournalError as error:
-            fault = str(error)
-            if self.fault is None:
-                logging.getLogger(__name__).error("%s", fault)
-        except Exception as error:  # of ours: told to those whose writes it was, and the thread goes on
-            logging.getLogger(__name__).exception("a write failed")
-            fault = f"an internal error: {error!r}"
-        self.fault = fault
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            answers = [_Answer(error=error)] * len(writes)
+            transaction = Transaction(connection, last_event)
+        self._note_fault([answer.error for answer in answers])
 
         def tell() -> None:
-            for place, write in enumerate(writes):
-                if not write.done.done():
-                    if fault is None:
-                        write.done.set_result(results[place])
-                    else:
-                        write.done.set_exception(JournalError(fault))
-            if fault is None and transaction.events:
+            for write, answer in zip(writes, answers, strict=True):
+                if write.done.done():
+                    continue
+                if answer.error is None:
+                    write.done.set_result(answer.result)
+                else:
+                    write.done.set_exception(answer.error)
+            if transaction.events:
                 self._committed(transaction.events)
 
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits
             self._loop.call_soon_threadsafe(tell)
-        return last_event if fault is not None else transaction.last_event or last_event
+        return transaction.last_event or last_event
+
+    def _answer(self, connection: Connection, transaction: "Transaction", write: _Write[T]) -> "_Answer":
+        """Do one write behind a savepoint. Raises JournalError if SQLite gave up the whole transaction."""
+        try:
+            with _told(self.path), transaction.savepoint():
+                return _Answer(write.do(transaction))
+        except JournalError as error:
+            if not connection.in_transaction:
+                raise
+            return _Answer(error=error)
+        except Exception as error:  # a defect of ours or of the data: it belongs to whoever asked for this write
+            logging.getLogger(__name__).exception("a write to %s failed", self.path)
+            return _Answer(error=error)
+
+    def _note_fault(self, errors: Sequence[Exception | None]) -> None:
+        """Keep the file's fault for `fault`, and log it once, when it begins."""
+        fault = next((str(error) for error in errors if isinstance(error, JournalError)), None)
+        if fault is not None and self.fault is None:
+            logging.getLogger(__name__).error("%s", fault)
+        self.fault = fault
 
 
 def connect(path: Path) -> Connection:
@@ -506,15 +567,32 @@ def events(sql: Connection, after: int = 0, job: str | None = None, limit: int =
     return [JobEvent(id, of, at, kind, json.loads(data)) for id, of, at, kind, data in rows]
 
 
-def past(sql: Connection, job: str) -> list[Recorded]:
-    """The replies that a job resumes from, in the order in which they were taken."""
+def past(events: Sequence[JobEvent]) -> list[Recorded]:
+    """The replies that a job resumes from, in the order in which they were taken, from all its events."""
     taken: list[Recorded] = []
-    for event in events(sql, job=job, limit=1_000_000):
+    for event in events:
         if event.kind == "anew":
             taken.clear()
         elif event.kind == "replied":
             taken.append(Recorded.from_json(event.data))
     return taken
+
+
+def worked_s(events: Sequence[JobEvent]) -> float:
+    """Seconds that a job was worked on, from all its events.
+
+    A run lasts until the event that ends it. A run that was interrupted by a stop or a crash of the runtime lasts until
+    its last reply, because nobody knows how long it went on.
+    """
+    total, since, latest = 0.0, None, 0.0
+    for event in events:
+        if event.kind == JobState.RUNNING:
+            since = event.at
+        elif since is not None and event.kind == JobState.QUEUED:
+            total += (latest if event.data.get("why") == TAKEN_UP else event.at) - since
+            since = None
+        latest = event.at
+    return total
 
 
 def last_event(sql: Connection) -> int:

@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from runtime.errors import Busy, InputError, JournalError
 from runtime.events import Event, JobBegunAnew, RoleReplied
 from runtime.jobs import journal as store
 from runtime.jobs.feed import Feed
 from runtime.jobs.job import JobResult, JobState, entry_as_json
-from runtime.jobs.journal import JobEvent, JobRecord, Journal, Transaction
+from runtime.jobs.journal import Begun, JobEvent, JobRecord, Journal, Transaction
 from runtime.jobs.orchestrator import Orchestrator
 from runtime.jobs.recorded import Recorded
 from runtime.jobs.submission import Submission
 from runtime.jobs.team import Team
+
+T = TypeVar("T")
 
 FOREIGN_EVERY_S = 0.5
 """How soon a cancel from another process is seen."""
@@ -65,9 +67,9 @@ class JobService:
         self._accepting = 0
         self._order = count()
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._begun: set[str] = set()
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._failures: dict[str, int] = {}
+        self._writing: set[asyncio.Task[bool]] = set()
         self._housekeeping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -80,9 +82,9 @@ class JobService:
     async def __aexit__(self, *exc: object) -> None:
         self.draining = True
         assert self._housekeeping is not None
-        tasks = [self._housekeeping, *self._running.values()]
         for handle in self._deadlines.values():
             handle.cancel()
+        tasks = [self._housekeeping, *self._running.values(), *self._writing]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -109,7 +111,8 @@ class JobService:
         """Accept a job; or find the one of the same idempotency key. Returns it, and whether it is new.
 
         Raises InputError for a problem that the team could not work, or a key that stands for something else; Busy when
-        too many wait; JournalError when it could not be written: then nothing was accepted.
+        too many wait; JournalError when it could not be written: then nothing was accepted. A caller that is cancelled
+        leaves either nothing or a job that will be worked.
         """
         try:
             self._check_room()
@@ -123,15 +126,11 @@ class JobService:
         self._team.check(submission.problem)
         id = uuid.uuid4().hex
         self._accepting += 1
-        try:
-            record, new = await self.journal.write(lambda transaction: transaction.accept(id, submission))
-        finally:
-            self._accepting -= 1
-        if not new:
-            return _same(record, submission), False
-        self._enqueue(record)
-        self._start_due()
-        return record, True
+        accepting = self.journal.post(lambda transaction: transaction.accept(id, submission))
+        accepting.add_done_callback(self._accepted)
+        # Shielded: the write is done in any case, so a caller that leaves now must not take the job's turn with it.
+        record, new = await asyncio.shield(accepting)
+        return record if new else _same(record, submission), new
 
     async def cancel(self, id: str) -> JobRecord | None:
         """Cancel a job unless it has ended; returns it as it then is, None where there is none."""
@@ -139,8 +138,8 @@ class JobService:
         return await self.get(id)
 
     def cancel_soon(self, id: str) -> None:
-        """As `cancel`, for those who cannot wait."""
-        self.journal.post(lambda transaction: transaction.move(id, JobState.CANCELLED, why="nobody waits for it"))
+        """Cancel a job without waiting for the journal."""
+        self._write_soon(lambda transaction: transaction.move(id, JobState.CANCELLED, why="nobody waits for it"))
 
     async def get(self, id: str) -> JobRecord | None:
         """A job as the journal has it."""
@@ -161,27 +160,28 @@ class JobService:
         if waiting >= self._keeping.queue_max:
             raise Busy(f"the queue is full: {waiting} jobs wait; try again later")
 
+    def _accepted(self, accepting: "asyncio.Future[tuple[JobRecord, bool]]") -> None:
+        """Queue a job once it is in the journal, whether or not its caller still waits."""
+        self._accepting -= 1
+        if accepting.exception() is None:
+            record, new = accepting.result()
+            if new:
+                self._enqueue(record)
+                self._start_due()
+
     def _enqueue(self, record: JobRecord) -> None:
         if record.id in self._waiting:
             return
         self._waiting.add(record.id)
         heapq.heappush(self._queue, (record.submission.priority, next(self._order), record.id))
-        if record.submission.deadline_s is not None:
-            self._end_at(record.id, record.submitted_at + record.submission.deadline_s)
+        if record.submission.deadline_s is not None and record.id not in self._deadlines:
+            left_s = record.submitted_at + record.submission.deadline_s - time.time()
+            self._deadlines[record.id] = self._expire_in(left_s, record.id)
 
-    def _end_at(self, id: str, at: float) -> None:
-        """Let a job expire at a time, unless it does before."""
-        known = self._deadlines.get(id)
-        when = asyncio.get_running_loop().time() + at - time.time()
-        if known is None or when < known.when():
-            if known is not None:
-                known.cancel()
-            expire = partial(self._expire, id)
-            self._deadlines[id] = asyncio.get_running_loop().call_at(when, expire)
-
-    def _expire(self, id: str) -> None:
-        del self._deadlines[id]
-        self.journal.post(lambda transaction: transaction.move(id, JobState.EXPIRED, why="its time is over"))
+    def _expire_in(self, seconds: float, id: str) -> asyncio.TimerHandle:
+        """Let a job expire after a time, unless the handle is cancelled before."""
+        move = partial(Transaction.move, id=id, state=JobState.EXPIRED, why="its time is over")
+        return asyncio.get_running_loop().call_later(max(seconds, 0), self._write_soon, move)
 
     def _committed(self, events: Sequence[JobEvent]) -> None:
         """Told by the journal of what is on the disk. Jobs that have ended, by whoever's doing, are let go."""
@@ -212,8 +212,10 @@ class JobService:
         again: JobRecord | None = None
         try:
             again = await self._work(id, orchestrator)
-        except JournalError:
-            pass  # the journal has logged it; the job is in it, and goes on with the next start
+        except Exception as error:  # a defect of ours: it fails this job, and the others are worked
+            logging.getLogger(__name__).exception("job %s", id)
+            why = f"an internal error: {error!r}"
+            self._write_soon(lambda transaction: transaction.move(id, JobState.FAILED, why=why))
         finally:
             del self._running[id]
             if again is not None and not self.draining:
@@ -221,28 +223,18 @@ class JobService:
             self._start_due()
 
     async def _work(self, id: str, orchestrator: Orchestrator) -> JobRecord | None:
-        """One try of a job, from its last reply on; the job, where another try is due."""
-        begun = await self.journal.write(lambda transaction: transaction.begin(id))
+        """Work a job from its last reply on. Return it if it is to be tried again, None if it has ended."""
+        begun = await self._write_surely(lambda transaction: transaction.begin(id))
         if begun is None:
             return None
-        record, past = begun
-        submission = record.submission
-        if record.attempts > BEGUN_MAX + submission.retries:
-            result = _failed(record, f"work on it began {record.attempts - 1} times and never came to an end")
-        else:
-            if submission.time_s is not None:
-                self._end_at(id, (record.started_at or time.time()) + submission.time_s)
-            try:
-                result = await orchestrator.run(submission.job(id), past)
-            except Exception as error:  # of ours: it fails this job and is told, and the others go on
-                logging.getLogger(__name__).exception("job %s", id)
-                result = _failed(record, f"an internal error: {error!r}")
+        record = begun.record
+        result = await self._try(begun, orchestrator)
         failures = self._failures.get(id, 0)
-        if result.transient and failures < submission.retries:
+        if result.transient and failures < record.submission.retries:
             self._failures[id] = failures + 1
-            await asyncio.sleep(min(0.5 * 2**failures, BACKOFF_MAX_S))
             why = result.error or ""
             again = await self._write_surely(lambda transaction: transaction.move(id, JobState.QUEUED, why=why))
+            await asyncio.sleep(min(0.5 * 2**failures, BACKOFF_MAX_S))
             return record if again else None
         self._forget(id)
         state = JobState.DONE if result.error is None else JobState.FAILED
@@ -251,13 +243,36 @@ class JobService:
         )
         return None
 
-    async def _write_surely(self, do: "store.Do[bool]") -> bool:
-        """Write what must not be lost: as often as it takes, where the disk is full."""
+    async def _try(self, begun: Begun, orchestrator: Orchestrator) -> JobResult:
+        """Run a job's workflow within what is left of its time budget. An exception of ours fails this job alone."""
+        record, submission = begun.record, begun.record.submission
+        if record.attempts > BEGUN_MAX + submission.retries:
+            return _failed(record, f"work on it began {record.attempts - 1} times and never came to an end")
+        budget = None
+        if submission.time_s is not None:
+            budget = self._expire_in(submission.time_s - begun.worked_s, record.id)
+        try:
+            return await orchestrator.run(submission.job(record.id), begun.past)
+        except Exception as error:
+            logging.getLogger(__name__).exception("job %s", record.id)
+            return _failed(record, f"an internal error: {error!r}")
+        finally:
+            if budget is not None:
+                budget.cancel()
+
+    async def _write_surely(self, do: "store.Do[T]") -> T:
+        """Write what must not be lost. Try again until the journal takes it, for example while the disk is full."""
         while True:
             try:
                 return await self.journal.write(do)
             except JournalError:
                 await asyncio.sleep(JOURNAL_RETRY_S)
+
+    def _write_soon(self, do: "store.Do[bool]") -> None:
+        """Write what must not be lost, in a task of its own."""
+        task = asyncio.create_task(self._write_surely(do), name="journal write")
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
 
     async def _keep_house(self) -> None:
         """See what other processes wrote, and forget what is too old."""
@@ -273,6 +288,8 @@ class JobService:
                         forget_at = time.monotonic() + FORGET_EVERY_S
             except JournalError as error:
                 logging.getLogger(__name__).warning("%s", error)
+            except Exception:  # a defect of ours; the next look may succeed
+                logging.getLogger(__name__).exception("housekeeping of the journal")
             await asyncio.sleep(FOREIGN_EVERY_S)
 
 

@@ -15,7 +15,7 @@ from agents.workflow import Unusable
 from runtime.errors import JournalError
 from runtime.jobs import journal as store
 from runtime.jobs.job import TRANSITIONS, JobState, Usage
-from runtime.jobs.journal import JobEvent, Journal, Transaction
+from runtime.jobs.journal import Begun, JobEvent, Journal, Transaction
 from runtime.jobs.recorded import Recorded
 from runtime.jobs.submission import Submission
 
@@ -32,6 +32,12 @@ REPLIES = (
 async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
     async with Journal(tmp_path / "jobs.db") as journal:
         yield journal
+
+
+async def begin(journal: Journal) -> Begun:
+    begun = await journal.write(lambda t: t.begin("a"))
+    assert begun is not None
+    return begun
 
 
 async def test_what_is_accepted_is_found_by_id_key_and_state(journal: Journal) -> None:
@@ -73,19 +79,31 @@ async def test_only_allowed_transitions_change_anything(journal: Journal, before
 
 async def test_replies_come_back_as_they_were_and_in_order(journal: Journal) -> None:
     await journal.write(lambda t: t.accept("a", ASKED))
-    assert (await journal.write(lambda t: t.begin("a")))[1] == []  # type: ignore[index]
+    assert (await begin(journal)).past == []
     for reply in REPLIES:
         journal.post(lambda t, reply=reply: t.replied("a", reply, []))  # type: ignore[misc]
     await journal.write(lambda t: t.move("a", JobState.QUEUED))
-    assert (await journal.write(lambda t: t.begin("a")))[1] == list(REPLIES)  # type: ignore[index]
+    assert (await begin(journal)).past == list(REPLIES)
     await journal.write(lambda t: t.anew("a"))
     journal.post(lambda t: t.replied("a", REPLIES[0], []))
     await journal.write(lambda t: t.move("a", JobState.QUEUED))
-    record, past = await journal.write(lambda t: t.begin("a")) or (None, None)
-    assert past == [REPLIES[0]]
-    assert record is not None
-    assert record.attempts == 3
+    begun = await begin(journal)
+    assert begun.past == [REPLIES[0]]
+    assert begun.record.attempts == 3
     assert await journal.write(lambda t: t.begin("a")) is None  # it is running
+
+
+def event(at: float, kind: str, why: str | None = None) -> JobEvent:
+    return JobEvent(0, "a", at, kind, {} if why is None else {"why": why})
+
+
+def test_work_before_a_stop_counts_until_the_last_reply_and_downtime_does_not() -> None:
+    assert store.worked_s([event(1, "queued")]) == 0
+    waited = [event(1, "queued"), event(5, "running")]
+    tried_again = [*waited, event(6, "replied"), event(9, "queued", "the engine is not well"), event(20, "running")]
+    assert store.worked_s(tried_again) == 4
+    taken_up = [*tried_again, event(23, "replied"), event(1000, "queued", store.TAKEN_UP), event(1001, "running")]
+    assert store.worked_s(taken_up) == 4 + 3
 
 
 async def test_events_are_told_once_committed_in_order_and_with_their_ids(tmp_path: Path) -> None:
@@ -141,6 +159,58 @@ async def test_a_failed_write_takes_its_whole_transaction_back_and_the_next_succ
     await journal.write(lambda t: t.accept("a", ASKED))
     assert journal.fault is None
     assert [event.id for event in await journal.read(store.events)] == [1]
+
+
+async def test_a_failed_write_leaves_the_others_of_its_transaction(tmp_path: Path) -> None:
+    told: list[JobEvent] = []
+
+    def write(name: str, error: Exception | None) -> store.Do[str]:
+        def do(transaction: Transaction) -> str:
+            transaction.accept(name, Submission(problem="1+1"))
+            if error is not None:
+                raise error
+            return name
+
+        return do
+
+    async with Journal(tmp_path / "jobs.db", told.extend) as journal:
+        errors = [None, ValueError("a defect"), None, sqlite3.IntegrityError("UNIQUE constraint failed"), None]
+        writes = [write(name, error) for name, error in zip("abcde", errors, strict=True)]
+        answers = await asyncio.gather(*map(journal.post, writes), return_exceptions=True)
+        assert [answers[0], answers[2], answers[4]] == ["a", "c", "e"]
+        assert isinstance(answers[1], ValueError)
+        assert isinstance(answers[3], JournalError)
+        assert [record.id for record in await journal.read(store.jobs)] == ["e", "c", "a"]
+        assert told == await journal.read(store.events)
+    assert [(event.id, event.job) for event in told] == [(1, "a"), (2, "c"), (3, "e")]
+
+
+async def test_a_failed_commit_fails_every_write_of_it_and_tells_nobody(tmp_path: Path) -> None:
+    told: list[JobEvent] = []
+    async with Journal(tmp_path / "jobs.db", told.extend) as journal:
+
+        def end_the_transaction(transaction: Transaction) -> None:
+            """As SQLite itself does after some errors."""
+            transaction._sql.execute("ROLLBACK")
+            raise sqlite3.OperationalError("disk I/O error")
+
+        writes: list[store.Do[object]] = [lambda t: t.accept("a", ASKED), end_the_transaction]
+        answers = await asyncio.gather(*map(journal.post, writes), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [JournalError, JournalError]
+        assert await journal.read(store.jobs) == []
+        assert told == []
+        await journal.write(lambda t: t.accept("a", ASKED))
+    assert [event.id for event in told] == [1]
+
+
+async def test_a_write_whose_caller_is_cancelled_is_done(journal: Journal) -> None:
+    caller = asyncio.create_task(journal.write(lambda t: t.accept("a", ASKED)))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    await journal.write(lambda t: None)
+    assert await journal.read(partial(store.job, id="a")) is not None
 
 
 async def test_a_full_file_is_told_and_what_was_accepted_stays(tmp_path: Path) -> None:

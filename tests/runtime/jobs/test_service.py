@@ -3,21 +3,26 @@
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agents.workflow import Unusable
 from runtime.engines.base import EngineHandle, GenerateRequest
 from runtime.errors import Busy, EngineError, InputError, JournalError
 from runtime.jobs import journal as store
-from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobRecord
+from runtime.jobs.job import JobState, Usage
+from runtime.jobs.journal import JobRecord, Transaction
 from runtime.jobs.orchestrator import Orchestrator
+from runtime.jobs.recorded import Recorded
 from runtime.jobs.service import JobService, Keeping
 from runtime.jobs.submission import Submission
 from tests.runtime.fakes import embedded_team, engines
@@ -322,10 +327,133 @@ async def test_a_full_disk_delays_a_result_and_loses_none(tmp_path: Path, monkey
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
 
+async def test_a_cancelled_submission_leaves_a_job_that_is_worked(tmp_path: Path) -> None:
+    asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
+    async with service(tmp_path) as jobs:
+        caller = asyncio.create_task(jobs.submit(asked))
+        await asyncio.sleep(0)  # the write is posted, and not committed
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+        record, new = await jobs.submit(asked)
+        assert not new
+        assert (await ended(jobs, record.id)).state is JobState.DONE
+
+
+async def test_a_cancelled_submission_keeps_its_place_in_the_count_until_it_is_written(tmp_path: Path) -> None:
+    async with JobService(tmp_path / "jobs.db", embedded_team(), Keeping(queue_max=1)) as jobs:
+        caller = asyncio.create_task(jobs.submit(PROBLEM))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        with pytest.raises(Busy, match="the queue is full: 1 jobs wait"):
+            await jobs.submit(PROBLEM)
+
+
+async def test_a_journal_fault_keeps_the_queue_and_delays_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    team = embedded_team()
+    async with JobService(tmp_path / "jobs.db", team, Keeping(jobs_at_once=4)) as jobs:
+        ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(50)]
+        failures = 0
+
+        def full(transaction: Transaction, id: str) -> None:
+            nonlocal failures
+            failures += 1
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as fault:
+            fault.setattr(Transaction, "begin", full)
+            jobs.use(Orchestrator(team, await engines(), jobs.hear))
+            await until(lambda: failures > 20)
+            assert sum(jobs.counts.values()) == 50
+            assert jobs.journal.fault is not None
+        for id in ids:
+            assert (await ended(jobs, id)).state is JobState.DONE
+        events = await jobs.journal.read(partial(store.events, limit=10**6))
+    assert [event.job for event in events if event.kind == "running"] == ids
+
+
+async def test_a_job_whose_record_cannot_be_read_fails_and_the_others_are_worked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with JobService(tmp_path / "jobs.db", team := embedded_team()) as jobs:
+        broken, _ = await jobs.submit(PROBLEM)
+        whole, _ = await jobs.submit(PROBLEM)
+        begin = Transaction.begin
+
+        def fail(transaction: Transaction, id: str) -> store.Begun | None:
+            if id == broken.id:
+                raise KeyError("kind")
+            return begin(transaction, id)
+
+        monkeypatch.setattr(Transaction, "begin", fail)
+        jobs.use(Orchestrator(team, await engines(), jobs.hear))
+        assert (await ended(jobs, whole.id)).state is JobState.DONE
+        assert (await ended(jobs, broken.id)).state is JobState.FAILED
+        events = await jobs.journal.read(partial(store.events, job=broken.id))
+        assert events[-1].data["why"] == "an internal error: KeyError('kind')"
+
+
+async def test_a_deadline_that_meets_a_journal_fault_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    move, failures = Transaction.move, 3
+
+    def faulty(transaction: Transaction, id: str, state: JobState, *more: Any, **named: Any) -> bool:
+        nonlocal failures
+        if state is JobState.EXPIRED and failures:
+            failures -= 1
+            raise sqlite3.OperationalError("database or disk is full")
+        return move(transaction, id, state, *more, **named)
+
+    monkeypatch.setattr(Transaction, "move", faulty)
+    async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 0.01}))
+        assert (await ended(jobs, record.id)).state is JobState.EXPIRED
+    assert failures == 0
+
+
+async def test_a_time_budget_leaves_out_the_time_between_two_runtimes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock that the journal reads jumps ahead by an hour between them."""
+    handles = await engines()
+    counting = Counting(handles)
+    counting.hold_after = 3
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"time_s": 60}))
+        await until(lambda: not counting.go.is_set())
+    now = time.time
+    monkeypatch.setattr("runtime.jobs.journal.time.time", lambda: now() + 3600)
+    counting.hold_after = 10**9
+    counting.go.set()
+    async with service(tmp_path, handles) as jobs:
+        assert (await ended(jobs, record.id)).state is JobState.DONE
+
+
+async def test_a_time_budget_counts_the_work_before_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """59.9 of 60 seconds were worked before it, so that a tenth of one is left."""
+    handles = await engines()
+    counting = Counting(handles)
+    async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"time_s": 60}))
+        await jobs.journal.write(lambda t: t.begin(record.id))
+        reply = Recorded(1, "planner", Unusable("no plan"), Usage())
+        now = time.time
+        monkeypatch.setattr("runtime.jobs.journal.time.time", lambda: now() + 59.9)
+        await jobs.journal.write(lambda t: t.replied(record.id, reply, []))
+    counting.go.clear()
+    async with service(tmp_path, handles) as jobs:
+        assert (await ended(jobs, record.id)).state is JobState.EXPIRED
+
+
 KILLED = """
 import asyncio, sys
 from pathlib import Path
 from runtime.jobs.orchestrator import Orchestrator
+from runtime.jobs.recorded import Recorded
 from runtime.jobs.service import JobService
 from runtime.jobs.submission import Submission
 from tests.runtime.fakes import embedded_team, engines
