@@ -8,7 +8,6 @@ only the latest is sent. The broker may get an event or a result twice; their id
 import asyncio
 import logging
 import ssl
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
@@ -19,6 +18,7 @@ import aiomqtt
 from pydantic_core import to_json
 
 from runtime import commands
+from runtime.bus.in_order import InOrder
 from runtime.bus.messages import (
     Accepted,
     CancelCommand,
@@ -37,10 +37,10 @@ from runtime.bus.messages import (
     read_submission,
 )
 from runtime.config import Mqtt
-from runtime.errors import ConfigError, NotFound, TroupeError
+from runtime.errors import ConfigError, JournalError, NotFound, TroupeError
 from runtime.jobs import journal as store
 from runtime.jobs.feed import ENDS
-from runtime.jobs.journal import JobEvent, JobRecord
+from runtime.jobs.journal import JobEvent, JobRecord, Journal, Transaction
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
 from runtime.session import Crew
@@ -54,6 +54,12 @@ SAVE_S = 0.5
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 PUBLISH_S = 10.0
 MESSAGE_MAX_BYTES = 1 << 20
+
+
+async def begin_cursor(journal: Journal) -> None:
+    """Note where MQTT begins in a journal that is new to it: events from now on are sent, however late the broker is
+    first reached. To be called before anything is accepted. Raises JournalError."""
+    await journal.write(partial(Transaction.begin_cursor, name=CURSOR))
 
 
 class Bus:
@@ -121,6 +127,7 @@ class Bus:
             max_queued_outgoing_messages=0,
             socket_options=[(6, 1, 1)],  # IPPROTO_TCP, TCP_NODELAY: an acknowledgement does not wait for company
         )
+        client._client.manual_ack_set(True)  # see _take_in
         client.pending_calls_threshold = 4 * AT_ONCE
         return client
 
@@ -140,8 +147,15 @@ class Bus:
                     await client.publish(topics.state, to_json(Liveness(state="ended")), qos=1, retain=True)
 
     async def _take_in(self, client: aiomqtt.Client) -> None:
-        """Submissions and commands, many at a time: those that come together go into one commit."""
+        """Take submissions and commands, many at a time, so that those that come together share a commit.
+
+        A message is acknowledged once it was handled and answered: the broker sends it again if this process, or the
+        connection, ends before. MQTT 3.1.1 asks for acknowledgements in the order of the messages (4.6).
+        """
         room = asyncio.Semaphore(AT_ONCE)
+
+        def acknowledge(message: aiomqtt.Message) -> None:
+            client._client.ack(message.mid, message.qos)  # paho's own; aiomqtt does not pass it on
 
         async def handle(message: aiomqtt.Message) -> None:
             try:
@@ -152,15 +166,16 @@ class Bus:
                     await self._command(client, payload)
             except aiomqtt.MqttError:
                 raise
-            except Exception:  # of ours: this message is lost on us, and the others are not
+            except Exception:  # a defect of ours: sent again, this message would fail again
                 logging.getLogger(__name__).exception("a message on %s", message.topic)
             finally:
                 room.release()
 
+        handled = InOrder(acknowledge)
         async with asyncio.TaskGroup() as group:
             async for message in client.messages:
                 await room.acquire()
-                group.create_task(handle(message), name="mqtt message")
+                handled.add(message, group.create_task(handle(message), name="mqtt message"))
 
     async def _submit(self, client: aiomqtt.Client, payload: bytes) -> None:
         try:
@@ -204,19 +219,14 @@ class Bus:
         """
         if self._sent is None:
             self._sent = await self._jobs.journal.read(partial(store.cursor, name=CURSOR))
-            if self._sent is None:  # a broker that is new to this journal: from now on
-                self._sent = await self._jobs.journal.read(store.last_event)
-        under_way: deque[tuple[int, asyncio.Task[None]]] = deque()
+            assert self._sent is not None, "begin_cursor was not called"
 
-        def acknowledged(_: asyncio.Task[None]) -> None:
-            """The place moves on to the last event before which all results were acknowledged."""
-            while under_way and under_way[0][1].done() and not under_way[0][1].cancelled():
-                if under_way[0][1].exception() is not None:
-                    return
-                self._sent = under_way.popleft()[0]
+        def acknowledged(event: int) -> None:
+            self._sent = event
 
         async with asyncio.TaskGroup() as group:
             group.create_task(self._save_cursor(), name="mqtt cursor")
+            results_sent = InOrder(acknowledged)
             async with aclosing(self._jobs.feed.batches(self._sent)) as batches:
                 async for batch in batches:
                     results = await self._results(batch)
@@ -226,11 +236,8 @@ class Bus:
                         if event.kind in ENDS and event.job in results:
                             payload = to_json(results[event.job].as_json())
                             sending = client.publish(self._topics.result(event.job), payload, qos=1)
-                            task = group.create_task(sending, name="mqtt result")
-                            under_way.append((event.id, task))
-                            task.add_done_callback(acknowledged)
-                    if len(under_way) >= AT_ONCE:
-                        await asyncio.wait([under_way[len(under_way) - AT_ONCE][1]])
+                            results_sent.add(event.id, group.create_task(sending, name="mqtt result"))
+                    await results_sent.room(AT_ONCE)
 
     async def _results(self, batch: Sequence[JobEvent]) -> Mapping[str, JobRecord]:
         """The jobs that have ended in a batch of events."""
@@ -244,9 +251,10 @@ class Bus:
     async def _save_cursor(self) -> None:
         saved = None
         while True:
-            if self._sent != saved:
-                saved = self._sent
-                self._jobs.journal.post(partial(_set_cursor, saved))
+            if (sent := self._sent) is not None and sent != saved:
+                with suppress(JournalError):  # the journal has logged it; the next turn tries again
+                    await self._jobs.journal.write(partial(Transaction.set_cursor, name=CURSOR, event=sent))
+                    saved = sent
             await asyncio.sleep(SAVE_S)
 
     async def _send_states(self, client: aiomqtt.Client) -> None:
@@ -298,11 +306,6 @@ def _check_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-
-
-def _set_cursor(event: int | None, transaction: store.Transaction) -> None:
-    if event is not None:
-        transaction.set_cursor(CURSOR, event)
 
 
 def _check_size(payload: bytes) -> None:

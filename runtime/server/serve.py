@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from runtime import run_folder
 from runtime.bus import embedded
-from runtime.bus.client import Bus
+from runtime.bus.client import Bus, begin_cursor
 from runtime.config import Config, Mqtt, Service
 from runtime.errors import ConfigError, TroupeError
 from runtime.events import Listener, fan_out, ignore
@@ -53,6 +53,8 @@ async def serving(
     keeping = Keeping(service.jobs_at_once, service.queue_max, service.keep_days, service.keep_jobs)
     async with AsyncExitStack() as owned:
         jobs = await owned.enter_async_context(JobService(run_folder.journal(service), team, keeping))
+        if embedded_broker or config.mqtt is not None:
+            await begin_cursor(jobs.journal)
         metrics = Metrics()
         status = Status(lambda: {str(state): count for state, count in jobs.counts.items()})
         backend = Backend(config, team, jobs, status, metrics)

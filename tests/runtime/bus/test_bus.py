@@ -17,6 +17,7 @@ import pytest
 
 from runtime.bus.messages import Topics, reference
 from runtime.config import Config, Mqtt
+from runtime.jobs.submission import Submission
 from runtime.server.serve import background
 from scripts.mosquitto import Mosquitto
 from tests.programs import MOSQUITTO, needs
@@ -219,6 +220,42 @@ async def test_a_broker_that_dies_loses_no_result(tmp_path: Path) -> None:
     assert said[-1].endswith("connected")
     assert all(text.endswith("trying again") and "TaskGroup" not in text for text in said[1:-1])
     assert said[1:-1]
+
+
+@with_mosquitto
+async def test_results_from_before_the_first_connection_are_sent(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path)
+    async with service(with_broker(tmp_path, Mqtt(port=broker.port))) as served:
+        job = (await served.client.post("/jobs", json={"problem": PROBLEM})).json()["id"]
+        await served.client.get(f"/jobs/{job}/result", params={"wait_s": 20})
+        await broker.start()
+        async with reader(Mqtt(port=broker.port)) as me:
+            assert (await me.until(T.result(job)))["state"] == "done"
+    await broker.stop()
+
+
+@with_mosquitto
+async def test_a_submission_is_acknowledged_after_it_is_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker sends it again to the next runtime if this one ends before."""
+    async with brokers.mosquitto(tmp_path) as mqtt:
+        chosen = with_broker(tmp_path, mqtt)
+        async with AsyncExitStack() as owned:
+            served = await owned.enter_async_context(service(chosen))
+            me = await owned.enter_async_context(reader(mqtt))
+            await me.until(T.state, state="up")
+            taken = asyncio.Event()
+
+            async def never_written(submission: Submission) -> None:
+                taken.set()
+                await asyncio.Event().wait()
+
+            monkeypatch.setattr(served.backend.jobs, "submit", never_written)
+            await me.submit("c1")
+            await taken.wait()
+        async with reader(mqtt) as me, service(chosen):
+            assert (await me.until(T.accepted("+"), correlation_id="c1"))["new"] is True
 
 
 @with_mosquitto
