@@ -9,15 +9,19 @@ TroupeError
 ├── EngineError      an engine could not start, died, or refused a request
 │   ├── EngineDead   the engine's process is gone
 │   └── RequestRefused    an engine cannot take a request: a prompt beyond its length, say
+│       └── RequestQuarantined    an engine crashed under this request, which is not sent again
 ├── JournalError     the store of jobs cannot be read or written
 ├── NotFound         there is no job, model or engine of that name
 └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
 """
 
+from enum import StrEnum
+
 __all__ = [
     "BudgetSpent",
     "Busy",
     "ConfigError",
+    "Death",
     "EngineDead",
     "EngineError",
     "Forbidden",
@@ -25,6 +29,7 @@ __all__ = [
     "JournalError",
     "NotFound",
     "PluginError",
+    "RequestQuarantined",
     "RequestRefused",
     "TroupeError",
 ]
@@ -62,12 +67,28 @@ class EngineError(TroupeError):
     """An engine could not start or serve. The message names the engine and where its log is."""
 
 
+class Death(StrEnum):
+    """How an engine ended: by itself, by a signal from outside (SIGKILL, SIGTERM), or because it no longer answered."""
+
+    CRASHED = "crashed"
+    KILLED = "was killed"
+    HUNG = "hung"
+
+
 class EngineDead(EngineError):
-    """The engine's process is gone."""
+    """The engine's process is gone; `death` says how it ended."""
+
+    def __init__(self, message: str, death: Death = Death.CRASHED) -> None:
+        super().__init__(message)
+        self.death = death
 
 
 class RequestRefused(EngineError):
     """An engine cannot take a request. The message says why."""
+
+
+class RequestQuarantined(RequestRefused):
+    """An engine crashed under this request and no other. The request is not sent again."""
 
 
 class JournalError(TroupeError):

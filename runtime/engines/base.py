@@ -71,6 +71,19 @@ PRIORITY = 5
 """A request's, where none is given; 1 is the most urgent."""
 
 
+COUNTS_THE_REPLY = frozenset(
+    {
+        "frequency_penalty",
+        "min_tokens",
+        "presence_penalty",
+        "repetition_detection",
+        "structured_outputs",
+        "thinking_token_budget",
+    }
+)
+"""Arguments of SamplingParams whose effect depends on which of the tokens before the next one are the reply's."""
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One chat to be answered, or, where there is a `prompt`, that to be gone on with: a text, or tokens.
@@ -104,6 +117,12 @@ class GenerateRequest:
     since_s: float | None = None
     stream_interval: int = 1
     further: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the rest of a reply follows from the tokens that were written, put behind the prompt. A grammar, and
+        what counts the tokens of the reply, start anew with each request."""
+        return self.schema is None and not COUNTS_THE_REPLY & self.further.keys()
 
     def rank(self, now_s: float) -> int:
         """The less, the sooner it is served; where memory is short, that with the highest gives way."""
@@ -278,7 +297,7 @@ class EngineHandle(ABC):
     @property
     @abstractmethod
     def limits(self) -> EngineLimits:
-        """What grants are held against. Raises EngineError before the engine is up."""
+        """What grants are held against. Raises EngineError before the engine is up for the first time."""
 
     @abstractmethod
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
@@ -299,7 +318,7 @@ class EngineHandle(ABC):
 
     @abstractmethod
     def kill(self) -> None:
-        """End the engine's process at once, as a crash would; requests in flight raise EngineDead."""
+        """End the engine's process at once, from outside; requests in flight raise EngineDead."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -28,7 +28,7 @@ from runtime.engines.base import (
     ResizeOutcome,
     Superseded,
 )
-from runtime.errors import EngineDead
+from runtime.errors import Death, EngineDead, EngineError
 
 Script = Callable[[GenerateRequest], str]
 
@@ -131,6 +131,8 @@ class FakeEngine(EngineHandle):
         self._front = front or Processor(lanes=1e9)
         self._stream_interval = stream_interval
         self._state = EngineState.STARTING
+        self._started = False
+        self._death = Death.CRASHED
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._stepping: asyncio.Task[None] | None = None
@@ -139,11 +141,18 @@ class FakeEngine(EngineHandle):
         self._requests = self._prompt_tokens = self._completion_tokens = self._preemptions = 0
 
     async def start(self) -> None:
-        self._state = EngineState.READY
+        self._state, self._started = EngineState.READY, True
         self.account.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
 
     def kill(self) -> None:
-        self._state = EngineState.DEAD
+        self._die(Death.KILLED)
+
+    def crash(self) -> None:
+        """End by itself, as after an error that is fatal in vLLM's worker."""
+        self._die(Death.CRASHED)
+
+    def _die(self, death: Death) -> None:
+        self._state, self._death = EngineState.DEAD, death
         for sequence in (*self._running, *self._waiting):
             sequence.chunks.put_nowait(None)
 
@@ -169,7 +178,7 @@ class FakeEngine(EngineHandle):
                 while True:
                     chunk = await sequence.chunks.get()
                     if chunk is None:
-                        raise EngineDead(f"engine {self.name} is {self._state}")
+                        raise self._dead()
                     yield chunk
                     if chunk.finish is not None:
                         return
@@ -292,10 +301,15 @@ class FakeEngine(EngineHandle):
 
     def _check(self) -> None:
         if self._state is not EngineState.READY:
-            raise EngineDead(f"engine {self.name} is {self._state}")
+            raise self._dead()
+
+    def _dead(self) -> EngineDead:
+        return EngineDead(f"engine {self.name} is {self._state}", self._death)
 
     @property
     def limits(self) -> EngineLimits:
+        if not self._started:
+            raise EngineError(f"engine {self.name} is {self._state}: what it can be granted is not known yet")
         return self._limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:

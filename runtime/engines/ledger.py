@@ -21,6 +21,10 @@ class Ledger:
             raise OverBudget(f"{engine} would need {more} bytes more; {max(self.free, 0)} of the budget are free")
         self.held[engine] = nbytes
 
+    def found(self, engine: str, nbytes: int) -> None:
+        """Record what an engine holds in fact, be it within the budget or not."""
+        self.held[engine] = nbytes
+
 
 class OverBudget(Exception):
     """A claim goes beyond the budget."""

@@ -9,7 +9,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from runtime.engines.base import Applied, Deferred, EngineHandle, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.base import (
+    Applied,
+    Deferred,
+    EngineHandle,
+    EngineState,
+    Grant,
+    Rejected,
+    ResizeOutcome,
+    Superseded,
+)
 from runtime.engines.ledger import Ledger
 
 GRACE_S = 0.5
@@ -67,6 +76,7 @@ class Sharing:
         grant for an engine supersedes a deferred one.
         """
         async with self._moving:
+            self._note_restarts()
             if complaints := self._complaints(grants):
                 return dict(complaints)
             return await self._move(grants, grace_s)
@@ -91,6 +101,12 @@ class Sharing:
             outcomes[name] = Rejected(grants[name], f"engine {name}: rolled back, as a recipient could not grow")
         return outcomes
 
+    def _note_restarts(self) -> None:
+        """An engine that was started again may need a larger share than it had: the ledger is to know of it."""
+        for name, engine in self._engines.items():
+            if engine.stats().state is EngineState.READY and name not in self._late:
+                self.ledger.found(name, max(self._held(name), self._bytes(name, self._now(name))))
+
     def _complaints(self, grants: Mapping[str, Grant]) -> dict[str, Rejected]:
         """Why a decision cannot be, for every grant of it; empty when it can."""
         reasons = {name: self._complaint(name, grant) for name, grant in grants.items()}
@@ -104,9 +120,9 @@ class Sharing:
     def _complaint(self, name: str, grant: Grant) -> str | None:
         if name not in self._engines:
             return f"there is no engine {name!r}; there are {', '.join(self._engines)}"
-        engine = self._engines[name]
-        if engine.stats().grant is None:
-            return f"engine {name} is {engine.stats().state}"
+        engine, state = self._engines[name], self._engines[name].stats().state
+        if state is not EngineState.READY:
+            return f"engine {name} is {state}"
         if name in self._late:
             return f"engine {name} has not answered its last grant yet"
         return engine.limits.complaint(grant)

@@ -1,7 +1,7 @@
 """An engine that comes back: watched, started again when it dies or hangs, its requests held and served again.
 
 To its callers it is one engine that is slow for a while. What an engine had streamed of a reply before it died is not
-streamed again: the next one goes on after it.
+streamed again: the next one goes on after it. A request that makes its engines crash is not sent again (quarantine).
 """
 
 import asyncio
@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import count
 
 from runtime.engines.account import Account
 from runtime.engines.base import (
@@ -24,7 +25,8 @@ from runtime.engines.base import (
     Rejected,
     ResizeOutcome,
 )
-from runtime.errors import EngineDead, EngineError
+from runtime.engines.quarantine import Call, Quarantine
+from runtime.errors import Death, EngineDead, EngineError, RequestQuarantined
 
 Make = Callable[[Grant | None], EngineHandle]
 """A new engine that begins with a grant; None for the one that its specification says."""
@@ -34,22 +36,13 @@ Tell = Callable[[EngineState], None]
 @dataclass(frozen=True)
 class Patience:
     """Seconds and counts: how long a pulse may take before the engine counts as hanging, how often it is felt, the
-    pauses before restarts, and how many restarts within a time, or crashes under one request, are too many."""
+    pauses before restarts, and how many restarts within a time are too many."""
 
     hang_s: float = 60
     pulse_every_s: float = 2
     backoff_s: tuple[float, ...] = (0, 1, 2, 5, 10)
     restarts: int = 5
     within_s: float = 300
-    crashes: int = 3
-
-
-@dataclass
-class _Given:
-    """What of a reply was streamed."""
-
-    tokens: list[int] = field(default_factory=list)
-    characters: int = 0
 
 
 class SupervisedEngine(EngineHandle):
@@ -66,6 +59,9 @@ class SupervisedEngine(EngineHandle):
         self._engine = make(None)
         self._up = asyncio.Event()
         self._suspected = asyncio.Event()
+        self._judged: EngineHandle | None = None
+        self._quarantine = Quarantine()
+        self._limits: EngineLimits | None = None
         self._failure: str | None = None
         self._restarts: deque[float] = deque()
         self._held = 0
@@ -85,51 +81,65 @@ class SupervisedEngine(EngineHandle):
                     yield chunk
 
     async def _serve(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """The reply of one engine after another, until one has finished it."""
-        if request.schema is not None and request.seed is None and request.temperature:
-            # A schema's grammar starts with the reply, so such a reply cannot be gone on with: it is written again,
-            # and is the same only with a seed.
-            request = replace(request, seed=secrets.randbits(31))
-        given = _Given()
-        for crash in range(self._patience.crashes):
-            engine = await self._running()
-            resumed = replace(request, request_id=f"{request.request_id}~{crash}") if crash else request
-            try:
-                async with aclosing(self._go_on(engine, resumed, given)) as chunks:  # type: ignore[type-var]
-                    async for chunk in chunks:
-                        given.tokens += chunk.token_ids
-                        given.characters += len(chunk.text)
-                        yield chunk
-                return
-            except EngineDead:
-                self._suspect(engine)
-        raise EngineDead(f"engine {self.name} died {self._patience.crashes} times under this request: it is given up")
+        """Stream the reply of one engine after another, until one has finished it."""
+        if not request.resumable and request.seed is None and request.temperature:
+            request = replace(request, seed=secrets.randbits(31))  # written again, it is the same only with a seed
+        with self._quarantine.request() as call:
+            for attempt in count():
+                async with self._quarantine.turn(call):
+                    engine = await self._running()
+                    self._quarantine.sent(call)
+                    try:
+                        async with aclosing(self._rest(engine, request, attempt, call)) as chunks:  # type: ignore[type-var]
+                            async for chunk in chunks:
+                                self._quarantine.streamed(call, chunk)
+                                yield chunk
+                        return
+                    except EngineDead as error:
+                        self._found_dead(engine, error.death)
+                        if call.poison:
+                            raise RequestQuarantined(
+                                f"engine {self.name} {call.poison} under this request alone, so it is not sent again"
+                            ) from error
 
-    async def _go_on(self, engine: EngineHandle, request: GenerateRequest, given: "_Given") -> AsyncIterator[Chunk]:
-        """The rest of a reply of which some was streamed already."""
-        if request.schema is None:
-            request = replace(request, given=tuple(given.tokens))
-        again = [] if request.schema is None else list(given.tokens)
+    def _rest(self, engine: EngineHandle, request: GenerateRequest, attempt: int, call: Call) -> AsyncIterator[Chunk]:
+        """The rest of a reply of which some may have been streamed by an engine that died."""
+        if attempt:  # vLLM's traces of the request before are those of another
+            request = replace(request, request_id=f"{request.request_id}~{attempt}")
+        if not call.tokens:
+            return engine.generate(request)
+        if request.resumable:
+            return engine.generate(replace(request, given=tuple(call.tokens)))
+        return self._written_again(engine, request, call)
+
+    async def _written_again(self, engine: EngineHandle, request: GenerateRequest, call: Call) -> AsyncIterator[Chunk]:
+        """Let the engine write the reply from its beginning; stream what comes after the tokens that were streamed."""
+        known, known_characters = list(call.tokens), call.characters
         written: list[int] = []
         text = ""
         async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                if not again:
+                if len(written) > len(known):
                     yield chunk
                     continue
                 written += chunk.token_ids
                 text += chunk.text
-                if any(a != b for a, b in zip(written, again, strict=False)):
+                if any(a != b for a, b in zip(written, known, strict=False)):
                     raise EngineError(f"engine {self.name} died, and what it wrote then does not go on from before")
-                if len(written) > len(again) or chunk.finish is not None:
-                    yield replace(chunk, text=text[given.characters :], token_ids=tuple(written[len(again) :]))
-                    again = []
+                if len(written) > len(known) or chunk.finish is not None:
+                    yield replace(chunk, text=text[known_characters:], token_ids=tuple(written[len(known) :]))
 
-    def _suspect(self, engine: EngineHandle) -> None:
-        """A request has found this engine dead: see to it now."""
-        if engine is self._engine:
-            self._up.clear()
-            self._suspected.set()
+    def _found_dead(self, engine: EngineHandle, death: Death) -> None:
+        """Judge the requests that a dead engine had, once, and see to the engine now."""
+        if engine is self._engine and engine is not self._judged:
+            self._judged = engine
+            self._quarantine.died(death)
+            self._see_to()
+
+    def _see_to(self) -> None:
+        """Hold new requests, and let the engine be looked at now."""
+        self._up.clear()
+        self._suspected.set()
 
     async def _running(self) -> EngineHandle:
         """The engine, once there is one that runs. Raises EngineDead when there will be none."""
@@ -141,7 +151,7 @@ class SupervisedEngine(EngineHandle):
                     raise EngineDead(self._failure)
                 if self._engine.stats().state is EngineState.READY:
                     return self._engine
-                self._suspect(self._engine)
+                self._see_to()
         finally:
             self._held -= 1
 
@@ -166,9 +176,11 @@ class SupervisedEngine(EngineHandle):
             async with asyncio.timeout(patience.hang_s):
                 await self._engine.pulse()
         except TimeoutError:
+            self._found_dead(self._engine, Death.HUNG)
             self._engine.kill()  # its requests find it dead, like any other
             return False
-        except EngineError:
+        except EngineDead as error:
+            self._found_dead(self._engine, error.death)
             return False
         self._up.set()
         return True
@@ -199,13 +211,15 @@ class SupervisedEngine(EngineHandle):
             except EngineError as error:
                 reason = str(error)
                 continue
+            self._hold()
             self._up.set()
             self._tell(EngineState.READY)
             return
 
     @property
     def limits(self) -> EngineLimits:
-        return self._engine.limits
+        """Those of the engine that runs, or of the one before while it is started again."""
+        return self._limits or self._engine.limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         if self._failure is not None:
@@ -215,9 +229,11 @@ class SupervisedEngine(EngineHandle):
         return outcome
 
     def _hold(self) -> None:
-        """Charge for what the engine's grant says from now on."""
-        if (grant := self._engine.stats().grant) is not None:
-            self.account.hold(self._engine.limits.held_bytes(grant.gpu_memory_utilization))
+        """Keep the limits of an engine that is up, and charge for what its grant says from now on."""
+        stats = self._engine.stats()
+        if stats.state is EngineState.READY and stats.grant is not None:
+            self._limits = self._engine.limits
+            self.account.hold(self._limits.held_bytes(stats.grant.gpu_memory_utilization))
 
     def stats(self) -> EngineStats:
         stats = self._engine.stats()

@@ -6,6 +6,7 @@ while the forkserver imports the other side.
 
 import asyncio
 import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -45,7 +46,7 @@ from runtime.engines.base import (
     Superseded,
     TokenLogprob,
 )
-from runtime.errors import EngineDead, EngineError, RequestRefused
+from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 CLOSE_S = 0.5
@@ -134,7 +135,12 @@ class VllmEngine(EngineHandle):
         """The engine is gone: note it, unless it was closed."""
         if self._state is EngineState.READY:
             self._state = EngineState.DEAD
-        return EngineDead(f"engine {self.name} died (log: {self.log})")
+        return EngineDead(f"engine {self.name} {self._death()} (log: {self.log})", self._death())
+
+    def _death(self) -> Death:
+        """How the engine ended. One that still ends by itself has crashed: nothing but a signal ends it at once."""
+        killed = any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in self._processes())
+        return Death.KILLED if killed else Death.CRASHED
 
     def _start(self) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
@@ -221,7 +227,7 @@ class VllmEngine(EngineHandle):
 
     def _ready(self) -> AsyncLLM:
         if self._llm is None or self._state is not EngineState.READY:
-            raise EngineDead(f"engine {self.name} is {self._state} (log: {self.log})")
+            raise EngineDead(f"engine {self.name} is {self._state} (log: {self.log})", self._death())
         return self._llm
 
     @property

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from runtime.engines.base import (
 )
 from runtime.engines.fleet import Fleet
 from runtime.engines.supervised import Patience
-from runtime.errors import EngineError
+from runtime.errors import EngineError, RequestQuarantined
 from runtime.events import EngineChanged, Event
 from scripts.measure_elastic import engine_process
 from scripts.tiny_model import write_chat_model
@@ -276,3 +277,25 @@ async def test_a_killed_engine_comes_back_and_every_request_is_answered_once_and
     assert (name, EngineState.DEAD) in told
     assert told[-1] == (name, EngineState.READY)
     assert all(engine == name for engine, _ in told), "the other engine noticed"
+
+
+async def test_a_request_that_was_alone_in_a_crash_is_not_sent_again(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    calm = await all_tokens(engine, 20)
+
+    async def crash_under(request: GenerateRequest) -> None:
+        async for _ in engine.generate(request):
+            engine_process(fleet, "plain").send_signal(signal.SIGSEGV)
+
+    with pytest.raises(RequestQuarantined, match="engine plain crashed under this request alone"):
+        await crash_under(asked(1, max_tokens=400))
+    assert await all_tokens(engine, 20) == calm
+
+
+async def test_a_crash_under_many_requests_loses_none(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    calm = await all_tokens(engine, 40)
+    work = asyncio.create_task(all_tokens(engine, 40))
+    await asyncio.sleep(0.05)
+    engine_process(fleet, "plain").send_signal(signal.SIGSEGV)
+    assert await work == calm

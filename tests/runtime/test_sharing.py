@@ -1,7 +1,7 @@
 """Memory that moves between engines: within the budget at every instant, whatever fails on the way."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 import pytest
@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from runtime.engines import sharing
-from runtime.engines.base import Applied, Deferred, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.base import (
+    Applied,
+    Deferred,
+    EngineHandle,
+    EngineState,
+    Grant,
+    Rejected,
+    ResizeOutcome,
+    Superseded,
+)
 from runtime.engines.fake import FakeEngine, FakeMemory
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import Patience, SupervisedEngine
 
 MIB = 1 << 20
 DEVICE = 1000 * MIB
@@ -274,6 +284,75 @@ async def test_a_recipient_that_does_not_answer_keeps_its_claim(three: Three, mo
     assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
     assert three.device.most == DEVICE
     await three.sharing.close()
+
+
+class Restarting:
+    """A supervised engine `a` and a plain one `b`, each with half of a device; `a` was killed and is being started."""
+
+    def __init__(self) -> None:
+        self.device = Device()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.share = 0.5
+        supervised = SupervisedEngine("a", self._make, patience=Patience(pulse_every_s=0.01, backoff_s=(0,)))
+        self.engines: dict[str, EngineHandle] = {"a": supervised, "b": Physical("b", self.device, grant(0.5))}
+        self.sharing = Sharing(self.engines, Ledger(DEVICE))
+
+    def _make(self, had: Grant | None) -> EngineHandle:
+        may_start, share = self.may_start, self.share
+
+        class Slow(Physical):
+            async def start(self) -> None:
+                await may_start.wait()
+                await super().start()
+
+        return Slow("a", self.device, grant(share))
+
+    async def start(self) -> None:
+        for name, engine in self.engines.items():
+            await engine.start()
+            self.sharing.ledger.claim(name, DEVICE // 2)
+        self.may_start.clear()
+        self.engines["a"].kill()
+        await self.until(EngineState.STARTING)
+
+    async def until(self, state: EngineState) -> None:
+        async with asyncio.timeout(20):
+            while self.engines["a"].stats().state is not state:  # noqa: ASYNC110  nothing tells
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def restarting() -> AsyncIterator[Restarting]:
+    found = Restarting()
+    await found.start()
+    yield found
+    await found.engines["a"].close()
+
+
+async def test_memory_moves_between_the_others_while_an_engine_restarts(restarting: Restarting) -> None:
+    sharing = restarting.sharing
+    assert restarting.engines["a"].limits.device_bytes == DEVICE  # those that it had
+    shrunk = await sharing.resize({"b": grant(0.3)})
+    assert isinstance(shrunk["b"], Applied)
+    assert "the budget is" in getattr((await sharing.resize({"b": grant(0.6)}))["b"], "reason", "")
+    assert isinstance((await sharing.resize({"b": grant(0.5)}))["b"], Applied)
+    assert "engine a is starting" in getattr((await sharing.resize({"a": grant(0.4)}))["a"], "reason", "")
+    restarting.may_start.set()
+    await restarting.until(EngineState.READY)
+    assert isinstance((await sharing.resize({"a": grant(0.4)}))["a"], Applied)
+
+
+async def test_an_engine_that_comes_back_with_more_is_in_the_ledger(restarting: Restarting) -> None:
+    restarting.engines["a"].kill()
+    restarting.share = 0.55
+    await restarting.engines["a"].close()
+    back = restarting._make(None)
+    restarting.engines["a"] = back
+    restarting.may_start.set()
+    await back.start()
+    await restarting.sharing.resize({"b": grant(0.4)})
+    assert restarting.sharing.ledger.held == {"a": int(0.55 * DEVICE), "b": int(0.4 * DEVICE)}
 
 
 def test_a_claim_beyond_the_budget_changes_nothing() -> None:

@@ -11,10 +11,11 @@ from agents.role import Message
 from runtime.engines.base import Chunk, EngineState, GenerateRequest, Grant
 from runtime.engines.fake import FakeEngine, ServiceTime
 from runtime.engines.supervised import Patience, SupervisedEngine
-from runtime.errors import EngineDead, EngineError
+from runtime.errors import EngineError, RequestQuarantined
 
 WORDS = "one two three four five six seven eight"
 REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
+POISON = replace(REQUEST, messages=(Message("user", "poison"),))
 QUICK = Patience(hang_s=0.2, pulse_every_s=0.02, backoff_s=(0, 0.01), restarts=4, within_s=60)
 
 
@@ -51,7 +52,6 @@ class Made:
     states: list[EngineState] = field(default_factory=list)
     requests: list[GenerateRequest] = field(default_factory=list)
     fail_to_start: int = 0
-    die_at_once: bool = False
     drift: bool = False
 
     def make(self, grant: Grant | None) -> Hanging:
@@ -59,8 +59,11 @@ class Made:
 
         def script(request: GenerateRequest) -> str:
             self.requests.append(request)
-            if self.die_at_once:
-                self.engines[-1].kill()
+            match request.messages[0].content:
+                case "poison":
+                    self.engines[-1].crash()
+                case "kill":
+                    self.engines[-1].kill()
             return WORDS.replace("two", "zwei") if self.drift and number else WORDS
 
         engine = Hanging("e", script, times=ServiceTime(step_s=0.01, token_s=0), time_scale=1, grant=grant)
@@ -181,12 +184,89 @@ async def test_a_crash_loop_ends_in_a_clear_state_and_error(engine: SupervisedEn
     assert "keeps failing" in getattr(outcome, "reason", "")
 
 
-async def test_a_request_that_kills_every_engine_is_given_up(engine: SupervisedEngine, made: Made) -> None:
-    made.die_at_once = True
-    with pytest.raises(EngineDead, match="died 3 times under this request"):
-        await reply(engine)
-    made.die_at_once = False
+async def test_a_request_that_was_alone_in_a_crash_is_not_sent_again(engine: SupervisedEngine, made: Made) -> None:
+    with pytest.raises(RequestQuarantined, match="engine e crashed under this request alone, so it is not sent again"):
+        await reply(engine, POISON)
     assert text(await reply(engine)) == WORDS
+    assert len(made.requests) == len(made.engines) == 2
+
+
+async def test_a_request_that_was_alone_when_its_engine_was_killed_is_sent_again(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    chunks = []
+    async for chunk in engine.generate(REQUEST):
+        chunks.append(chunk)
+        if len(made.engines) < 4:
+            engine.kill()
+    assert text(chunks) == WORDS
+
+
+async def test_a_request_under_which_three_engines_were_killed_is_not_sent_again(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    """As by the kernel's OOM killer: it ends what needs too much memory by SIGKILL."""
+    with pytest.raises(RequestQuarantined, match="was killed under this request"):
+        await reply(engine, replace(POISON, messages=(Message("user", "kill"),)))
+    assert len(made.requests) == 3
+
+
+@pytest.mark.parametrize("poisons", [1, 2])
+async def test_poison_requests_are_found_and_those_beside_them_served(
+    engine: SupervisedEngine, made: Made, poisons: int
+) -> None:
+    """One crash for all of them together, and one for each: fewer than make an engine fail."""
+    streaming = asyncio.create_task(reply(engine))
+    while not made.requests:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    waiting = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    poison = [asyncio.create_task(reply(engine, POISON)) for _ in range(poisons)]
+    late = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    outcomes = await asyncio.gather(*poison, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [RequestQuarantined] * poisons
+    assert {text(chunks) for chunks in await asyncio.gather(streaming, *waiting, *late)} == {WORDS}
+    assert len(made.engines) <= 2 + poisons
+    assert engine.stats().state is EngineState.READY
+
+
+async def test_a_request_that_breaks_engines_late_in_its_reply_is_found_too(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    async def poison() -> None:
+        async for chunk in engine.generate(REQUEST):
+            if chunk.text != WORDS.split()[0]:
+                made.engines[-1].crash()
+
+    beside = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    with pytest.raises(RequestQuarantined):
+        await poison()
+    assert {text(chunks) for chunks in await asyncio.gather(*beside)} == {WORDS}
+    assert len(made.engines) <= 4
+
+
+async def test_a_suspect_that_is_cancelled_holds_nobody_up(engine: SupervisedEngine, made: Made) -> None:
+    asked = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    await asyncio.sleep(0)
+    made.engines[0].crash()
+    await asyncio.sleep(0)
+    for task in asked[:4]:
+        task.cancel()
+    assert text(await asked[4]) == WORDS
+    assert {text(chunks) for chunks in await asyncio.gather(*(reply(engine) for _ in range(5)))} == {WORDS}
+
+
+@pytest.mark.parametrize("further", [{"min_tokens": 4}, {"presence_penalty": 0.5}])
+async def test_a_reply_whose_tokens_are_counted_is_written_again(
+    engine: SupervisedEngine, made: Made, further: dict[str, Any]
+) -> None:
+    """Put behind the prompt, they would not count."""
+    chunks = []
+    async for chunk in engine.generate(replace(REQUEST, further=further)):
+        chunks.append(chunk)
+        if len(chunks) == 3:
+            engine.kill()
+    assert text(chunks) == WORDS
+    assert [request.given for request in made.requests] == [(), ()]
 
 
 async def test_many_requests_in_flight_all_end_right(engine: SupervisedEngine, made: Made) -> None:

@@ -34,7 +34,7 @@ async def test_nothing_is_reported_past_a_task_that_failed() -> None:
 
 
 async def test_room_waits_until_fewer_are_under_way() -> None:
-    under_way = InOrder(lambda item: None)
+    under_way: InOrder[asyncio.Event] = InOrder(lambda item: None)
     ends = [asyncio.Event() for _ in range(3)]
     for end in ends:
         under_way.add(end, asyncio.create_task(end.wait()))
