@@ -45,7 +45,14 @@ def list_(config: str) -> None:
 @_config
 def remove(name: str, config: str) -> None:
     """Take a token away; a service that runs refuses it from now on."""
-    _tokens(config).remove(name)
+    tokens = _tokens(config)
+    tokens.remove(name)
+    if not tokens.all:
+        click.echo(
+            "That was the last token. A service that runs lets nobody in until there is another one, unless it is told"
+            " `open: true`.",
+            err=True,
+        )
 
 
 def _tokens(config: str) -> Tokens:

@@ -9,9 +9,9 @@ from fastapi.staticfiles import StaticFiles
 from runtime.config import Service
 from runtime.jobs import journal as store
 from runtime.server import completions, control, errors, jobs, live
-from runtime.server.access import Scope, Tokens, may
+from runtime.server.access import LOCAL, Gate, Scope, may
 from runtime.server.backend import Backend, Backing
-from runtime.server.limits import LOCAL, Limits
+from runtime.server.limits import Limits
 from runtime.server.metrics import CONTENT_TYPE
 
 _of_the_service = APIRouter(tags=["service"])
@@ -42,7 +42,7 @@ async def metrics(backing: Backing) -> Response:
     return Response(backing.metrics.text(counts), media_type=CONTENT_TYPE)
 
 
-def make(backend: Backend, tokens: Tokens, service: Service) -> FastAPI:
+def make(backend: Backend, gate: Gate, service: Service) -> FastAPI:
     """The application over a backend."""
     app = FastAPI(
         title="Troupe",
@@ -53,7 +53,7 @@ def make(backend: Backend, tokens: Tokens, service: Service) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.backend = backend
-    app.state.tokens = tokens
+    app.state.gate = gate
     errors.register(app)
     for router in (completions.router, jobs.router, control.router, live.router, _of_the_service):
         app.include_router(router)

@@ -16,14 +16,13 @@ from runtime import run_folder
 from runtime.bus import embedded
 from runtime.bus.client import Bus, begin_cursor
 from runtime.config import Config, Mqtt, Service
-from runtime.errors import ConfigError, TroupeError
+from runtime.errors import TroupeError
 from runtime.events import Listener, fan_out, ignore
 from runtime.jobs.service import JobService, Keeping
 from runtime.jobs.team import Team
 from runtime.server import app as application
-from runtime.server.access import Tokens
+from runtime.server.access import Tokens, guard
 from runtime.server.backend import Backend
-from runtime.server.limits import LOCAL
 from runtime.server.metrics import Metrics
 from runtime.session import Crew, Publish
 from runtime.status import Status
@@ -48,8 +47,7 @@ async def serving(
     """A service that is up. Jobs are accepted, and health is answered, while its engines still start; `announce` is
     told where it listens as soon as it does, `tell` of the broker. Raises TroupeError where something cannot be had."""
     service = config.service
-    tokens = Tokens(run_folder.tokens(service))
-    check_reach(service, tokens)
+    gate = guard(service, Tokens(run_folder.tokens(service)))
     keeping = Keeping(service.jobs_at_once, service.queue_max, service.keep_days, service.keep_jobs)
     async with AsyncExitStack() as owned:
         jobs = await owned.enter_async_context(JobService(run_folder.journal(service), team, keeping))
@@ -59,7 +57,7 @@ async def serving(
         status = Status(lambda: {str(state): count for state, count in jobs.counts.items()})
         backend = Backend(config, team, jobs, status, metrics)
         listeners = fan_out(jobs.hear, status.hear, metrics.hear, listener)
-        where = await owned.enter_async_context(_http(application.make(backend, tokens, service), service))
+        where = await owned.enter_async_context(_http(application.make(backend, gate, service), service))
         announce(where)
         mqtt = config.mqtt
         if embedded_broker:
@@ -88,15 +86,6 @@ async def background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterato
         while not task.done():  # again and again: a wait_for of Python 3.11 can swallow a cancellation
             task.cancel()
             await asyncio.wait([task], timeout=1)
-
-
-def check_reach(service: Service, tokens: Tokens) -> None:
-    """Raise ConfigError where the service would be open to others than those on this machine."""
-    if service.host not in LOCAL and not tokens.all and not service.open:
-        raise ConfigError(
-            f"service.host: {service.host} is beyond localhost, and there is no token: whoever reaches it could do"
-            " everything. Make one with `troupe tokens add NAME`, or say `open: true` in the section service"
-        )
 
 
 @asynccontextmanager

@@ -1,14 +1,17 @@
 """Who may do what, and what a request may be."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import httpx
 import pytest
+from click.testing import CliRunner
 
-from runtime.access import PREFIX, Scope, Tokens
+from runtime.access import PREFIX, Gate, Scope, Tokens, Unguarded
+from runtime.cli.main import cli
 from runtime.errors import ConfigError, Forbidden
-from runtime.server.serve import check_reach
+from runtime.server.access import guard
 from tests.runtime.server.conftest import Served, Start, configured
 
 ROUTES = {
@@ -57,9 +60,11 @@ def test_tokens_are_kept_as_hashes_by_their_owner_alone(tmp_path: Path) -> None:
     secret = Tokens(path).add("me", (Scope.READ,))
     assert secret not in path.read_text()
     assert path.stat().st_mode & 0o077 == 0
-    assert Tokens(path).check(secret, Scope.READ) == "me"
+    gate = Gate(Tokens(path), Unguarded.NEVER)
+    assert gate.name(secret) == "me"
+    gate.check(secret, Scope.READ)
     with pytest.raises(Forbidden, match="'me' may read; this needs control"):
-        Tokens(path).check(secret, Scope.CONTROL)
+        gate.check(secret, Scope.CONTROL)
     with pytest.raises(ConfigError, match="there is a token 'me' already"):
         Tokens(path).add("me", (Scope.READ,))
     with pytest.raises(ConfigError, match="there is no token 'you'; there are me"):
@@ -69,15 +74,110 @@ def test_tokens_are_kept_as_hashes_by_their_owner_alone(tmp_path: Path) -> None:
         Tokens(path)
 
 
-def test_beyond_localhost_needs_a_token_or_a_word(tmp_path: Path) -> None:
+def test_a_service_beyond_localhost_starts_only_with_a_token_or_open(tmp_path: Path) -> None:
     tokens = Tokens(tmp_path / "tokens.json")
     beyond = configured(tmp_path, host="0.0.0.0").service
-    check_reach(configured(tmp_path).service, tokens)
-    check_reach(configured(tmp_path, host="0.0.0.0", open=True).service, tokens)
+    guard(configured(tmp_path).service, tokens)
+    guard(configured(tmp_path, host="0.0.0.0", open=True).service, tokens)
     with pytest.raises(ConfigError, match="troupe tokens add NAME"):
-        check_reach(beyond, tokens)
+        guard(beyond, tokens)
     tokens.add("me", (Scope.READ,))
-    check_reach(beyond, tokens)
+    guard(beyond, tokens)
+
+
+def remove(path: Path) -> None:
+    Tokens(path).remove("me")
+
+
+def damage(path: Path) -> None:
+    path.write_text('{"tokens": [')
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+LOSSES: dict[str, Callable[[Path], None]] = {
+    "removed": remove,
+    "vanished": Path.unlink,
+    "damaged": damage,
+    "unreadable": replace_by_a_folder,
+}
+
+
+async def statuses(client: httpx.AsyncClient, **headers: str) -> set[int]:
+    """What every route that needs a token answers."""
+    asked = [route for routes in ROUTES.values() for route in routes]
+    answers = [await client.request(method, path, headers=headers) for method, path in asked]
+    assert all(answer.json()["error"]["message"] for answer in answers)
+    return {answer.status_code for answer in answers}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+@pytest.mark.parametrize("loss", LOSSES)
+async def test_a_service_that_loses_its_tokens_lets_nobody_in(
+    start: Start, tmp_path: Path, host: str, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens.json"
+    bearer = {"Authorization": f"Bearer {Tokens(path).add('me', tuple(Scope))}"}
+    served = await start(host=host)
+    assert (await served.client.get("/jobs")).status_code == 401
+    assert (await served.client.get("/jobs", headers=bearer)).status_code == 200
+    LOSSES[loss](path)
+    expected = 401 if loss in ("removed", "vanished") else 403
+    assert await statuses(served.client) == {expected}
+    assert await statuses(served.client, **bearer) == {expected}
+    message = (await served.client.get("/jobs")).json()["error"]["message"]
+    assert ("troupe tokens add NAME" if expected == 401 else "its log names the file") in message
+    assert str(path) not in message  # whoever asks is nobody that we know
+    assert [str(path) in record.getMessage() for record in caplog.records if record.name == "runtime.access"] == (
+        [] if expected == 401 else [True]  # once, not at every request
+    )
+    assert (await served.client.get("/health")).status_code == 200
+
+
+async def test_a_new_token_lets_its_holder_in_after_a_loss(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    Tokens(path).add("me", (Scope.READ,))
+    served = await start(host="0.0.0.0")
+    damage(path)
+    assert (await served.client.get("/jobs")).status_code == 403
+    path.unlink()
+    secret = Tokens(path).add("you", (Scope.READ,))
+    answer = await served.client.get("/jobs", headers={"Authorization": f"Bearer {secret}"})
+    assert answer.status_code == 200
+
+
+async def test_an_open_service_opens_when_its_last_token_is_removed(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    Tokens(path).add("me", (Scope.READ,))
+    served = await start(host="0.0.0.0", open=True)
+    assert (await served.client.get("/jobs")).status_code == 401
+    remove(path)
+    assert (await served.client.get("/jobs")).status_code == 200
+    damage(path)  # it may hold tokens: nobody knows
+    assert (await served.client.get("/jobs")).status_code == 403
+
+
+async def test_a_local_service_without_tokens_is_open_until_its_first(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    served = await start()
+    assert (await served.client.get("/jobs")).status_code == 200
+    Tokens(path).add("me", (Scope.READ,))
+    assert (await served.client.get("/jobs")).status_code == 401
+    remove(path)
+    assert (await served.client.get("/jobs")).status_code == 401
+
+
+def test_the_command_warns_when_the_last_token_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TROUPE_HOME", str(tmp_path))
+    run = CliRunner().invoke
+    for name in ("one", "two"):
+        assert run(cli, ["tokens", "add", name]).exit_code == 0
+    assert run(cli, ["tokens", "remove", "one"]).stderr == ""
+    last = run(cli, ["tokens", "remove", "two"])
+    assert (last.exit_code, "lets nobody in" in last.stderr) == (0, True)
 
 
 async def test_a_name_that_is_not_ours_is_refused(served: Served) -> None:
