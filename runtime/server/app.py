@@ -65,7 +65,7 @@ def make(backend: Backend, gate: Gate, service: Service) -> FastAPI:
 
     local = service.host in LOCAL
     hosts = tuple(dict.fromkeys((*LOCAL, *service.names))) if local else None
-    app.add_middleware(Limits, body_bytes=service.body_max_bytes, per_s=service.requests_per_s, hosts=hosts)
+    app.add_middleware(Limits, body_bytes=service.body_max_bytes, gate=gate, per_s=service.requests_per_s, hosts=hosts)
     return app
 
 

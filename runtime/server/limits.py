@@ -1,33 +1,51 @@
-"""What a request may be: from a host that is ours to answer for, not too large, not too often."""
+"""Refuses requests before any route sees them: for another host, from another site's page, too large, or too many."""
 
-import asyncio
+import ipaddress
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from runtime.server.access import Gate, secret_of
 from runtime.server.errors import TooMuch, error_body
 
 CLIENTS = 10_000
-"""Clients whose rate is remembered."""
-LOCAL = ("localhost", "127.0.0.1", "::1")
+"""Clients whose rate is remembered; the one that has been silent longest is forgotten first.
+
+A client gains by being forgotten only if 10,000 others ask before its next request is due: together they may ask more
+often than that anyway.
+"""
 
 
 class Limits:
-    """An ASGI application before another. Bodies of at most `body_bytes`; `per_s` requests a second of a client (a
-    token, or an address); where `hosts` are given, only under one of these names, so that no page of elsewhere can have
-    a browser here talk to us under a name of its own."""
+    """An ASGI application before another.
+
+    Bodies have at most `body_bytes`. A client makes at most `per_s` requests a second: a client is a token that `gate`
+    knows, or else an address (for IPv6 its first 64 bits), so that made-up tokens are all one client. If `hosts` are
+    given, the service answers under these names alone, so that no page of another site can reach it under a name of
+    its own. `clock` returns seconds.
+    """
 
     def __init__(
-        self, app: ASGIApp, body_bytes: int, per_s: float | None = None, hosts: tuple[str, ...] | None = None
+        self,
+        app: ASGIApp,
+        body_bytes: int,
+        gate: Gate,
+        per_s: float | None = None,
+        hosts: tuple[str, ...] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._body_bytes = body_bytes
+        self._gate = gate
         self._per_s = per_s
         self._hosts = hosts
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._clock = clock
+        self._buckets: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,15 +66,21 @@ class Limits:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._body_bytes:
             return self._too_large()
-        client = headers.get("authorization") or (scope.get("client") or ("",))[0]
-        if self._per_s is not None and not self._may(client):
+        if self._per_s is not None and not self._may(self._client(scope, headers)):
             return TooMuch(f"more than {self._per_s:g} requests a second", 429)
         return None
 
-    def _may(self, client: str) -> bool:
+    def _client(self, scope: Scope, headers: Headers) -> tuple[str, str]:
+        """Return the token's name if the gate knows it, else the network address."""
+        if name := self._gate.name(secret_of(headers)):
+            return "token", name
+        host, _ = scope.get("client") or ("", 0)
+        return "address", _network(host)
+
+    def _may(self, client: tuple[str, str]) -> bool:
         """Take one from the client's bucket, which fills by `per_s` to at most one second's worth."""
         assert self._per_s is not None
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
         most = max(self._per_s, 1.0)
         left, at = self._buckets.pop(client, (most, now))
         left = min(most, left + (now - at) * self._per_s)
@@ -89,3 +113,14 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
+
+
+def _network(host: str) -> str:
+    """Return what one client holds of an address: all of an IPv4 address, the first 64 bits of an IPv6 one."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a socket's path, or nothing
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))
+    return str(address)

@@ -4,6 +4,7 @@ other."""
 import asyncio
 import errno
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
@@ -103,6 +104,8 @@ async def _http(app: FastAPI, service: Service) -> AsyncIterator[str]:
             timeout_graceful_shutdown=GRACE_S,
             h11_max_incomplete_event_size=64 << 10,
             server_header=False,
+            # uvicorn's default believes localhost, where any client could name a new address at every request.
+            forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", ""),
             ws="none",
         )
     )

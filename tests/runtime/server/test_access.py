@@ -187,8 +187,8 @@ async def test_a_name_that_is_not_ours_is_refused(served: Served) -> None:
         assert answer.status_code == status, host
 
 
-async def test_bodies_and_rates_have_limits(start: Start) -> None:
-    served = await start(body_max_bytes=1000, requests_per_s=5)
+async def test_bodies_have_a_limit(start: Start) -> None:
+    served = await start(body_max_bytes=1000)
     large = b'{"problem": "' + b"1" * 2000 + b'"}'
     headers = {"content-type": "application/json"}
     assert (await served.client.post("/jobs", content=large, headers=headers)).status_code == 413
@@ -199,9 +199,6 @@ async def test_bodies_and_rates_have_limits(start: Start) -> None:
 
     streamed = await served.client.post("/jobs", content=pieces(), headers=headers)
     assert (streamed.status_code, streamed.json()["error"]["code"]) == (413, 413)
-    statuses = [(await served.client.get("/health")).status_code for _ in range(10)]
-    assert statuses.count(429) >= 5
-    assert statuses[0] == 200
 
 
 async def test_no_page_of_elsewhere_may_read(served: Served) -> None:
