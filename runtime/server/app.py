@@ -51,6 +51,7 @@ def make(backend: Backend, gate: Gate, service: Service) -> FastAPI:
         docs_url=None,  # they load their scripts from elsewhere
         redoc_url=None,
         openapi_url="/openapi.json",
+        strict_content_type=True,  # a form of another site cannot say that it is JSON
     )
     app.state.backend = backend
     app.state.gate = gate

@@ -22,8 +22,8 @@ from runtime.errors import (
 )
 
 
-class TooMuch(TroupeError):
-    """A request is larger, or comes sooner, than it may."""
+class Refused(TroupeError):
+    """A request that no route sees: it is too large, comes too soon, or comes from where it must not."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "the request is wrong; the message names the field",
         401: "a token is needed",
-        403: "the token may not do this",
+        403: "the token may not do this, or a page of another site asks",
         404: "there is no such thing",
         413: "the body is too large",
         422: "the job has no answer",
@@ -76,7 +76,7 @@ def status_of(error: TroupeError) -> int:
             return 404
         case JobFailed():
             return 422
-        case TooMuch():
+        case Refused():
             return error.status
         case Busy() | JournalError() | EngineError():
             return 503

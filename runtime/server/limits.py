@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.server.access import Gate, secret_of
-from runtime.server.errors import TooMuch, error_body
+from runtime.server.errors import Refused, error_body
 
 CLIENTS = 10_000
 """Clients whose rate is remembered; the one that has been silent longest is forgotten first.
@@ -21,13 +21,17 @@ often than that anyway.
 """
 
 
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing."""
+
+
 class Limits:
     """An ASGI application before another.
 
     Bodies have at most `body_bytes`. A client makes at most `per_s` requests a second: a client is a token that `gate`
     knows, or else an address (for IPv6 its first 64 bits), so that made-up tokens are all one client. If `hosts` are
     given, the service answers under these names alone, so that no page of another site can reach it under a name of
-    its own. `clock` returns seconds.
+    its own. Such a page changes nothing under ours either. `clock` returns seconds.
     """
 
     def __init__(
@@ -59,15 +63,19 @@ class Limits:
             return
         await self._app(scope, self._counted(receive), send)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> TooMuch | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> Refused | None:
         host = _name(headers.get("host", ""))
         if self._hosts is not None and host not in self._hosts:
-            return TooMuch(f"this service answers under the names {', '.join(self._hosts)}; not as {host[:100]!r}", 400)
+            return Refused(f"this service answers under the names {', '.join(self._hosts)}; not as {host[:100]!r}", 400)
+        if scope["method"] not in SAFE and not _of_this_site(headers):
+            return Refused(
+                "a page of another site must not change anything here; ask from this service's own page", 403
+            )
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._body_bytes:
             return self._too_large()
         if self._per_s is not None and not self._may(self._client(scope, headers)):
-            return TooMuch(f"more than {self._per_s:g} requests a second", 429)
+            return Refused(f"more than {self._per_s:g} requests a second", 429)
         return None
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, str]:
@@ -104,8 +112,20 @@ class Limits:
 
         return counted
 
-    def _too_large(self) -> TooMuch:
-        return TooMuch(f"the body is too large: at most {self._body_bytes} bytes are taken", 413)
+    def _too_large(self) -> Refused:
+        return Refused(f"the body is too large: at most {self._body_bytes} bytes are taken", 413)
+
+
+def _of_this_site(headers: Headers) -> bool:
+    """Return True unless a browser says that the request comes from a page of another origin.
+
+    Browsers send Sec-Fetch-Site to https and localhost, and Origin with every request to another origin that is not
+    safe; other clients send neither. This is the rule of Go's net/http.CrossOriginProtection.
+    """
+    if site := headers.get("sec-fetch-site"):
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is None or origin.lower().partition("://")[1:] == ("://", headers.get("host", "").lower())
 
 
 def _name(host: str) -> str:
