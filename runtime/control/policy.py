@@ -1,5 +1,5 @@
-"""The contract of a policy, and the steps that policies are put together from: want, bound, damp, fit to budget, and
-where a part of a block matters, whole blocks.
+"""The contract of a policy, and the steps that policies are put together from: want, bound, damp, fit to budget.
+`decision` makes whole blocks of what they give.
 
 A policy is pure: no clock, no I/O, no memory of its own; the same snapshot gives the same decision. Sizes are bytes of
 KV cache, which is what moves; a grant's share of the device follows from it. They are plain lists in the order of the
@@ -109,16 +109,30 @@ def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
 
 
 def decision(snapshot: Snapshot, sizes: Sizes, word: Callable[[int], str]) -> Decision:
-    """The decision that gives every engine its size, which is within its bounds, at full concurrency; `word` says
-    why, of the engine at that place."""
+    """Return the decision that gives every engine its size in whole blocks, at full concurrency.
+
+    `sizes` are within the engines' bounds and, together, the budget. `word` returns the reason for the engine at a
+    place in the snapshot's order.
+    """
     grants = {}
-    for view, size in zip(snapshot.views, sizes, strict=True):
+    for view, size in zip(snapshot.views, whole_blocks(snapshot, sizes), strict=True):
         limits, has = view.limits, view.grant
         if size == view.kv_cache_bytes and has.max_active_seqs == limits.seqs_ceiling:
             grants[view.name] = has
         else:
             grants[view.name] = Grant(limits.share(int(size)), limits.seqs_ceiling, limits.step_tokens_ceiling)
     return Decision(grants, Reasons(snapshot.engines, word))
+
+
+def unchanged(snapshot: Snapshot, reason: str) -> Decision:
+    """Return the decision that leaves every grant as it is.
+
+    If the engines together hold more than the budget, which was cut then, cut them as `fit` does.
+    """
+    sizes = [float(view.kv_cache_bytes) for view in snapshot.views]
+    if sum(sizes) > snapshot.movable_bytes:
+        return decision(snapshot, fit(snapshot, bound(snapshot, sizes)), lambda place: f"{reason}; the budget was cut")
+    return Decision({view.name: view.grant for view in snapshot.views}, dict.fromkeys(snapshot.engines, reason))
 
 
 def mib(nbytes: float) -> str:

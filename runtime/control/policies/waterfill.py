@@ -3,8 +3,7 @@
 Memory beyond the sequences that an engine has buys nothing; so each can use as much as its calls in flight need. Where
 that is more than there is, all engines are filled to the same number of sequences, and those that need fewer leave the
 rest to the others. What is left then goes ahead of the work: to where the calls will come that follow on what runs now.
-What nobody expects to use is spread evenly, for whoever needs it first. All is given in whole blocks, since a part of
-one is of no use to anybody: where an engine has ten of them, that would be a twentieth.
+What nobody expects to use is spread evenly, for whoever needs it first.
 
 The bottleneck of a team is the engine with the longest queue, so it is the one that is filled last and most, and is
 found again at every decision: while work passes from role to role, memory goes with it. Tried in simulation and worse:
@@ -16,7 +15,7 @@ it is short. Weighing them more mildly, by roots of their queues, by age or by r
 from pydantic import Field
 
 from agents.role import Value
-from runtime.control.policy import Decision, Policy, Sizes, bound, damp, decision, fit, mib, whole_blocks
+from runtime.control.policy import Decision, Policy, Sizes, bound, damp, decision, fit, mib
 from runtime.control.snapshot import Snapshot
 
 PASSES = 16
@@ -53,8 +52,7 @@ class Waterfill(Policy):
             return f"{view.in_flight} in flight: {got}; {view.soon:.1f} expected: {mib(ahead[place])}"
 
         wanted = damp(snapshot, bound(snapshot, wanted), self.options.damping)
-        sizes = whole_blocks(snapshot, fit(snapshot, wanted))
-        return decision(snapshot, sizes, word)
+        return decision(snapshot, fit(snapshot, wanted), word)
 
     def _need(self, snapshot: Snapshot) -> Sizes:
         """Bytes for every sequence that an engine has, and one to spare, as far as it may run them at once."""

@@ -1,5 +1,6 @@
 """Every policy keeps the budget and the bounds, and does what its name says."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from runtime.control import catalogue
 from runtime.control.policies.paper import algorithm_1
 from runtime.control.policies.waterfill import water_fill
-from runtime.control.policy import bound, damp, fit, whole_blocks
-from runtime.control.snapshot import Snapshot
+from runtime.control.policy import bound, damp, decision, fit, unchanged, whole_blocks
+from runtime.control.snapshot import EngineView, Snapshot
 from runtime.errors import ConfigError
 from tests.runtime.control.views import LIMITS, MIB, sizes, snapshot, snapshots, view
 
@@ -37,6 +38,31 @@ def test_a_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen:
         assert decision.reasons[engine]
         held += seen.engines[engine].limits.held_bytes(grant.gpu_memory_utilization)
     assert held <= seen.budget_bytes
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=60, deadline=None)
+@given(seen=snapshots())
+def test_every_policy_gives_whole_blocks(name: str, seen: Snapshot) -> None:
+    decision = catalogue.make(name).decide(seen)
+    for engine, grant in decision.grants.items():
+        limits = seen.engines[engine].limits
+        size = limits.kv_cache_bytes(grant.gpu_memory_utilization)
+        if limits.block_bytes and grant != seen.engines[engine].grant:
+            assert size % limits.block_bytes == 0 or size == limits.kv_floor_bytes
+
+
+def test_a_policy_that_uses_decision_gets_whole_blocks_without_asking() -> None:
+    seen = snapshot(*(view(name, block_bytes=3 * MIB) for name in "ab"))
+    assert sizes(decision(seen, [100 * MIB, 99 * MIB], lambda place: "so"), seen) == {"a": 99, "b": 99}
+
+
+def test_unchanged_gives_way_only_where_the_budget_was_cut() -> None:
+    seen = snapshot(view("a", 150.5, block_bytes=MIB), view("b", 149, block_bytes=MIB))
+    assert unchanged(seen, "so").grants == {n: v.grant for n, v in seen.engines.items()}
+    cut = snapshot(view("a", 190), view("b", 110), movable_mib=160)
+    assert sizes(unchanged(cut, "so"), cut) == {"a": 100, "b": 60}
+    assert decide("static", cut, shares="configured") == {"a": 100, "b": 60}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -77,10 +103,40 @@ def test_paper_follows_arrivals_minimum_and_priority() -> None:
     assert decide("paper", snapshot(view("a"), view("b"))) == {"a": 10, "b": 10}
 
 
-def test_modelclaim_weighs_what_is_left_by_capped_counts() -> None:
-    seen = snapshot(view("a", 100, in_flight=100, completions_per_s=50), view("b", 100))
-    # 50 in use by each; of the other 200, weights 1 + 4 + 4 and 1
-    assert decide("modelclaim", seen) == {"a": 230, "b": 70}
+def idle(name: str, kv_mib: float = 100, used_mib: float = 0) -> EngineView:
+    """An engine without requests."""
+    return replace(view(name, kv_mib), kv_used_bytes=int(used_mib * MIB))
+
+
+# The cases below are AIBrix's rule (computePoolKVTargets, pool_policy.go at e3e10f9), worked out by hand.
+
+
+def test_modelclaim_gives_the_remainder_to_active_engines_only() -> None:
+    busy = view("a", 100, in_flight=100, completions_per_s=50)
+    assert decide("modelclaim", snapshot(busy, idle("b"), idle("c"))) == {"a": 280, "b": 10, "c": 10}
+    # An idle engine keeps what it uses where that is more than its floor.
+    assert decide("modelclaim", snapshot(busy, idle("b", used_mib=40))) == {"a": 260, "b": 40}
+
+
+def test_modelclaim_weighs_active_engines_by_capped_whole_counts() -> None:
+    many = view("a", 100, in_flight=100, completions_per_s=50)
+    few = view("b", 100, in_flight=1, completions_per_s=1.6)
+    # 50 MiB are in use by each; of the other 200, weights 1 + 4 + 4 and 1 + 1 + 2
+    assert decide("modelclaim", snapshot(many, few)) == {"a": 188.5, "b": 111.5}
+
+
+def test_modelclaim_counts_an_engine_that_has_just_completed_requests_as_active() -> None:
+    finished = view("a", 100, completions_per_s=2)
+    assert decide("modelclaim", snapshot(finished, idle("b"))) == {"a": 290, "b": 10}
+    long_ago = view("a", 100, completions_per_s=0.2)
+    assert decide("modelclaim", snapshot(long_ago, idle("b"))) == {"a": 100, "b": 100}
+
+
+def test_modelclaim_changes_nothing_while_no_engine_is_active() -> None:
+    seen = snapshot(idle("a", 180.5), idle("b", 30))
+    found = catalogue.make("modelclaim").decide(seen)
+    assert found.grants == {name: one.grant for name, one in seen.engines.items()}
+    assert dict(found.reasons) == {"a": "no engine is active", "b": "no engine is active"}
 
 
 def test_on_demand_serves_who_waits_longest_and_takes_from_nobody_what_it_uses() -> None:
