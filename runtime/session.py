@@ -65,7 +65,8 @@ class Session:
                     kv_cache_bytes=config.device.kv_cache_memory_bytes,
                 )
             )
-            sampler = await owned.enter_async_context(Sampler(best_source()))
+            on_gpu = any(engine.limits.device_uuid for engine in self.fleet.engines.values())
+            sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
             log = owned.enter_context(DecisionLog(self._folder / "decisions.jsonl"))
             owned.callback(guards.close)
             self.crew = Crew(

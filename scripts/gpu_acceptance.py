@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from runtime.engines.base import Applied, EngineSpec, Grant  # noqa: E402  (the repository, installed or not)
 from runtime.telemetry import nvml  # noqa: E402
+from runtime.telemetry.nvml import NvmlSource  # noqa: E402
+from runtime.telemetry.reading import DeviceReading  # noqa: E402
 from scripts import measure_elastic as elastic  # noqa: E402
 from scripts.measure import progress, spread  # noqa: E402
 from scripts.tiny_model import write_chat_model, write_shape  # noqa: E402
@@ -61,7 +63,18 @@ class Bench:
         """What the device holds in all: NVML's own account."""
         if self.rehearsal:
             return 0
-        return nvml.devices()[0].used_bytes or 0
+        return gpu().used_bytes
+
+
+def gpu() -> DeviceReading:
+    """Return NVML's account of CUDA's first device, which the engines run on."""
+    from cuda.bindings import driver
+
+    from runtime.engines.elastic.cuda_pages import device_uuid
+
+    driver.cuInit(0)
+    with NvmlSource() as source:
+        return next(device for device in source.read().devices if device.uuid == device_uuid(0))
 
 
 _HALF_BILLION = {
@@ -97,14 +110,14 @@ def pages_alone() -> None:
     record: dict[str, Any] = {}
     for granule in (2 * MIB, 32 * MIB, 256 * MIB):
         taken = CudaPages(8 * GIB, granule=granule)
-        before = nvml.devices()[0].used_bytes or 0
+        before = gpu().used_bytes
         grow, shrink = [], []
         for _ in range(5):
             started = time.perf_counter()
             taken.back(0, 4 * GIB)
             torch.cuda.synchronize()
             grow.append((time.perf_counter() - started) / 4)
-            during = nvml.devices()[0].used_bytes or 0
+            during = gpu().used_bytes
             view = torch.as_tensor(_Bytes(taken.address, 4 * GIB), device="cuda")
             assert int(view[:: 1 << 16].count_nonzero()) == 0, "pages are not zeroed"
             view.fill_(1)
@@ -112,7 +125,7 @@ def pages_alone() -> None:
             started = time.perf_counter()
             taken.release(0, 4 * GIB)
             shrink.append((time.perf_counter() - started) / 4)
-        after = nvml.devices()[0].used_bytes or 0
+        after = gpu().used_bytes
         record[f"granule {granule // MIB} MiB"] = {
             "grow_ms_per_gib": spread([1000 * s for s in grow]),
             "shrink_ms_per_gib": spread([1000 * s for s in shrink]),
@@ -120,13 +133,13 @@ def pages_alone() -> None:
             "nvml_left_mib": (after - before) // MIB,
         }
         taken.close()
-    whole = CudaPages((nvml.devices()[0].total_bytes or 0) + 8 * GIB, granule=256 * MIB)
-    before = nvml.devices()[0].used_bytes or 0
+    whole = CudaPages(gpu().total_bytes + 8 * GIB, granule=256 * MIB)
+    before = gpu().used_bytes
     try:
         whole.back(0, whole.size)
         record["out_of_memory"] = "not raised"
     except OutOfMemory as error:
-        record["out_of_memory"] = f"{error}; {((nvml.devices()[0].used_bytes or 0) - before) // MIB} MiB left behind"
+        record["out_of_memory"] = f"{error}; {((gpu().used_bytes) - before) // MIB} MiB left behind"
     whole.close()
     print(json.dumps(record))
 
@@ -245,11 +258,11 @@ def machine() -> dict[str, Any]:
     import vllm
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    gpu = nvml.devices()[0]
+    device = gpu()
     return {
-        "gpu": gpu.name,
-        "memory_mib": (gpu.total_bytes or 0) // MIB,
-        "driver": gpu.driver_version,
+        "gpu": device.name,
+        "memory_mib": device.total_bytes // MIB,
+        "driver": nvml.devices()[0].driver_version,
         "torch": torch.__version__,
         "vllm": vllm.__version__,
         "python": sys.version.split()[0],

@@ -54,6 +54,7 @@ class Observer:
         self._terms = terms or {}
         self._reading = reading
         self._seen: dict[str, _Seen] = {}
+        self._uuids: set[str] = set()
 
     def observe(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
         """The engines that can be granted anything now. Bytes: what they may hold together at most, and what they do.
@@ -72,6 +73,8 @@ class Observer:
             name: self._view(name, stats, now_s, in_flight[name], soon.get(name, 0.0), coming.get(name, 0.0))
             for name, stats in up.items()
         }
+        if up:
+            self._uuids = {self._engines[name].limits.device_uuid for name in up}
         device = self._device(held_bytes)
         if device.total_bytes and device.fault is None:
             free = device.total_bytes - device.used_bytes - int(HEADROOM * device.total_bytes)
@@ -137,13 +140,14 @@ class Observer:
         seen.at_s, seen.arrived, seen.finished = now_s, account.arrived, account.finished
 
     def _device(self, held_bytes: int) -> DeviceView:
-        """The first device that is read: engines share one."""
+        """Return what telemetry says of the device that the engines say they run on."""
         if self._reading is None:
             return DeviceView()
         reading = self._reading()
-        if not reading.devices:
-            return DeviceView(kind=reading.kind, fault=reading.fault or "no device")
-        device = reading.devices[0]
+        ours = [device for device in reading.devices if device.uuid in self._uuids]
+        if len(ours) != 1:
+            return DeviceView(kind=reading.kind, fault=reading.fault or self._mismatch(reading))
+        device = ours[0]
         return DeviceView(
             kind=reading.kind,
             name=device.name,
@@ -154,4 +158,11 @@ class Observer:
             temperature_c=device.temperature_c,
             foreign_bytes=max(device.used_bytes - held_bytes, 0) if reading.kind == "gpu" else 0,
             fault=reading.fault or device.fault,
+            uuid=device.uuid,
         )
+
+    def _mismatch(self, reading: Reading) -> str:
+        """Say why no device is known to be that of the engines."""
+        engines = ", ".join(sorted(self._uuids - {""})) or "a device that they do not name"
+        listed = ", ".join(device.uuid or device.name for device in reading.devices) or "no device"
+        return f"the engines run on {engines}; telemetry lists {listed}, and exactly one of these has to be theirs"

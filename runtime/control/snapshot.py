@@ -71,7 +71,11 @@ class EngineMoment:
 
 @dataclass(frozen=True)
 class DeviceView:
-    """The device as telemetry last saw it. `utilization` 0 to 1; None and empty where it does not say."""
+    """The engines' device as telemetry last saw it. `utilization` 0 to 1; None and empty where it does not say.
+
+    `uuid` is that of the GPU or MIG instance; see DeviceReading. `fault` also says that telemetry does not list the
+    device that the engines run on; then there are no figures.
+    """
 
     kind: str = "host"
     name: str = ""
@@ -82,6 +86,7 @@ class DeviceView:
     temperature_c: float | None = None
     foreign_bytes: int = 0
     fault: str | None = None
+    uuid: str = ""
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,9 @@ class EngineLimits:
     `fixed_bytes` is what it holds besides its KV cache. Below `kv_floor_bytes` the KV cache could not hold one
     sequence of the model's full length, and the engine could not finish its work. Memory is handed out to sequences in
     blocks of `block_tokens` tokens, `block_bytes` each.
+
+    `device_uuid` is that of the GPU or MIG instance that the engine's process runs on, as CUDA reports it there: in
+    lower case, without a prefix. It is empty on the host.
     """
 
     device_bytes: int
@@ -182,6 +185,7 @@ class EngineLimits:
     step_tokens_ceiling: int
     block_bytes: int = 0
     block_tokens: int = 0
+    device_uuid: str = ""
 
     def held_bytes(self, share: float) -> int:
         """What a share of the device comes to, all included: bytes that `share` made a share of come out the same."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Self, TypeVar
 
 import pynvml
@@ -73,8 +74,12 @@ def _text(value: str | bytes) -> str:
 
 
 class NvmlSource(Source):
-    """All GPUs. The library is held open; when the driver as a whole does not answer it is closed, and opened anew
-    `retry_s` later. What one device does not support is None; a device that is lost keeps its last figures."""
+    """All devices that a process can run on, in NVML's order: each GPU or, if the GPU is divided by MIG, its instances.
+
+    NVML orders GPUs by PCI bus and ignores CUDA_VISIBLE_DEVICES, so an index here is not CUDA's: compare UUIDs. The
+    library is held open; when the driver as a whole does not answer it is closed, and opened anew `retry_s` later. What
+    one device does not support is None; a device that is lost keeps its last figures.
+    """
 
     kind: Kind = "gpu"
 
@@ -82,7 +87,7 @@ class NvmlSource(Source):
         self._retry_s = retry_s
         self._open = False
         self._tried_s = float("-inf")
-        self._known: dict[int, DeviceReading] = {}
+        self._known: dict[int, tuple[DeviceReading, ...]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -97,8 +102,8 @@ class NvmlSource(Source):
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
             self._shut()
-            return Reading("gpu", tuple(self._known.values()), str(error), now_s)
-        devices = tuple(self._device(index) for index in range(count))
+            return Reading("gpu", tuple(chain.from_iterable(self._known.values())), str(error), now_s)
+        devices = tuple(chain.from_iterable(self._devices(index) for index in range(count)))
         if devices and all(device.fault for device in devices):
             self._shut()  # a GPU that was lost comes back only to a library that is opened anew
         return Reading("gpu", devices, time_s=now_s)
@@ -118,19 +123,33 @@ class NvmlSource(Source):
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
 
-    def _device(self, index: int) -> DeviceReading:
+    def _devices(self, index: int) -> tuple[DeviceReading, ...]:
+        """Read one GPU, or its MIG instances; their last figures if the GPU does not answer."""
         try:
-            found = _reading(index)
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            found = tuple(_reading(handle) for handle in _instances(gpu) or [gpu])
         except pynvml.NVMLError as error:
-            last = self._known.get(index, DeviceReading(f"GPU {index}", 0, 0))
-            return replace(last, fault=str(error))
+            last = self._known.get(index, (DeviceReading(f"GPU {index}", 0, 0),))
+            return tuple(replace(device, fault=str(error)) for device in last)
         self._known[index] = found
         return found
 
 
-def _reading(index: int) -> DeviceReading:
-    """One GPU's figures. Raises NVMLError for a fault of the device."""
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+def _instances(gpu: Any) -> list[Any]:
+    """Return the handles of a GPU's MIG instances; none if it is not divided. Raises NVMLError."""
+    mode = _supported(pynvml.nvmlDeviceGetMigMode, gpu)
+    if mode is None or mode[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+        return []
+    handles = []
+    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+        with suppress(pynvml.NVMLError_NotFound):  # the places of instances need not be taken in order
+            handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
+    return handles
+
+
+def _reading(handle: Any) -> DeviceReading:
+    """One device's figures. Raises NVMLError for a fault of the device."""
+    uuid = _supported(pynvml.nvmlDeviceGetUUID, handle)
     name = _text(pynvml.nvmlDeviceGetName(handle))
     memory = _supported(pynvml.nvmlDeviceGetMemoryInfo, handle)
     rates = _supported(pynvml.nvmlDeviceGetUtilizationRates, handle)
@@ -144,6 +163,7 @@ def _reading(index: int) -> DeviceReading:
         processes=_processes(handle),
         power_w=None if milliwatts is None else milliwatts / 1000,
         temperature_c=None if celsius is None else float(celsius),
+        uuid="" if uuid is None else _text(uuid).partition("-")[2].lower(),
     )
 
 

@@ -11,7 +11,10 @@ Kind = Literal["gpu", "host"]
 
 @dataclass(frozen=True)
 class DeviceReading:
-    """One device. Memory in bytes, `utilization` 0 to 1; None is what it does not say.
+    """One device that a process can run on. Memory in bytes, `utilization` 0 to 1; None is what it does not say.
+
+    `uuid` is that of the GPU or, under MIG, of the instance, in lower case without NVML's prefix ("GPU-", "MIG-"): as
+    CUDA reports it. It is empty for the host.
 
     `processes` maps process numbers to the bytes that each holds on the device. `fault` says why there are no figures
     now ("GPU is lost"): those given are then the last known ones, or 0.
@@ -25,6 +28,7 @@ class DeviceReading:
     power_w: float | None = None
     temperature_c: float | None = None
     fault: str | None = None
+    uuid: str = ""
 
     @property
     def free_bytes(self) -> int:

@@ -59,8 +59,10 @@ class Sampler:
             self._last = await loop.run_in_executor(self._thread, self._source.read)
 
 
-def best_source() -> Source:
-    """The GPUs where there is a driver and one with memory of its own, else the host."""
+def best_source(on_gpu: bool) -> Source:
+    """Return NVML if the engines run on a GPU with memory of its own, else the host, whose memory they share."""
+    if not on_gpu:
+        return HostSource()
     try:
         gpus = nvml.devices()
     except (nvml.NoDriver, nvml.DriverFault):

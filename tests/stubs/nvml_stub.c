@@ -10,6 +10,9 @@
  *   0.power=412000          milliwatts
  *   0.temperature=61        Celsius
  *   0.processes=101:2000,7  process number and bytes; without bytes the driver does not say
+ *   0.uuid=GPU-8a..         as the driver writes it
+ *   0.mig=3                 the GPU is in MIG mode, with places for so many instances, which may be empty
+ *   0.mig.2.uuid=MIG-5c..   the instance at place 2 (there is one if it has a uuid); further keys as above
  *   0.error=15              what every question about the device returns (15: lost)
  */
 #define _DEFAULT_SOURCE
@@ -17,14 +20,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, DEVICES_MAX = 16 };
+enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
+enum { DEVICES_MAX = 16, INSTANCES_MAX = 8 };
 
-typedef struct { unsigned index; } Device;
+typedef struct { unsigned index; char prefix[24]; } Device;
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned gpu, memory; } Utilization;
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } Process;
 
-static Device devices[DEVICES_MAX];
+static Device devices[DEVICES_MAX], instances[DEVICES_MAX][INSTANCES_MAX];
 static int initialized;
 
 static int lookup(const char *key, char *value, size_t size) {
@@ -56,7 +60,7 @@ static int of_device(Device *device, const char *field, char *value, size_t size
     if (!initialized) return UNINITIALIZED;
     snprintf(key, sizeof key, "%u.error", device->index);
     if ((error = number(key, SUCCESS)) != SUCCESS) return error;
-    snprintf(key, sizeof key, "%u.%s", device->index, field);
+    snprintf(key, sizeof key, "%s.%s", device->prefix, field);
     return lookup(key, value, size) ? SUCCESS : NOT_SUPPORTED;
 }
 
@@ -90,7 +94,33 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, Device **device) {
     if (error != SUCCESS) return error;
     if (index >= count || index >= DEVICES_MAX) return INVALID_ARGUMENT;
     devices[index].index = index;
+    snprintf(devices[index].prefix, sizeof devices[index].prefix, "%u", index);
     *device = &devices[index];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetUUID(Device *device, char *uuid, unsigned size) { return of_device(device, "uuid", uuid, size); }
+
+int nvmlDeviceGetMaxMigDeviceCount(Device *device, unsigned *count) {
+    char text[64];
+    int error = of_device(device, "mig", text, sizeof text);
+    if (error == SUCCESS) *count = (unsigned)strtoul(text, NULL, 10);
+    return error;
+}
+
+int nvmlDeviceGetMigMode(Device *device, unsigned *current, unsigned *pending) {
+    unsigned count;
+    *current = *pending = 1;
+    return nvmlDeviceGetMaxMigDeviceCount(device, &count);
+}
+
+int nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned index, Device **found) {
+    Device *instance = &instances[device->index][index % INSTANCES_MAX];
+    char uuid[96];
+    instance->index = device->index;
+    snprintf(instance->prefix, sizeof instance->prefix, "%u.mig.%u", device->index, index % INSTANCES_MAX);
+    if (of_device(instance, "uuid", uuid, sizeof uuid) != SUCCESS) return NOT_FOUND;
+    *found = instance;
     return SUCCESS;
 }
 

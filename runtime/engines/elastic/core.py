@@ -48,6 +48,7 @@ class Resizer:
         worker, config = self._worker, self._scheduler.scheduler_config
         return {
             "device_bytes": worker.device_bytes(),
+            "device_uuid": worker.device_uuid(),
             "fixed_bytes": worker.fixed_bytes(),
             "kv_floor_bytes": worker.layout.backed_bytes(worker.floor_blocks),
             "kv_ceiling_bytes": worker.layout.backed_bytes(worker.layout.blocks),

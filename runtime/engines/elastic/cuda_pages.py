@@ -7,6 +7,7 @@ any of them can go.
 
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 from cuda.bindings import driver
 
@@ -84,6 +85,15 @@ class CudaPages(Pages):
         if self.size:
             _call(driver.cuMemAddressFree, self.address, self.size)
             self.size = 0
+
+
+def device_uuid(device: int) -> str:
+    """Return the UUID of a device (CUDA's ordinal) or, if it is in MIG mode, of the MIG instance.
+
+    Source: cuDeviceGetUuid_v2 in the CUDA Driver API. The same octets are in NVML's "GPU-..." and "MIG-..." names.
+    Raises CudaError.
+    """
+    return str(UUID(bytes=bytes(_call(driver.cuDeviceGetUuid, device).bytes)))
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-from runtime.engines.elastic.cuda_pages import CudaPages
+from runtime.engines.elastic.cuda_pages import CudaPages, device_uuid
 from runtime.engines.elastic.worker import ElasticWorker
 
 CONTEXT_BYTES = 768 << 20
@@ -25,6 +25,9 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
 
     def device_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[1])
+
+    def device_uuid(self) -> str:
+        return device_uuid(torch.cuda.current_device())
 
     def fixed_bytes(self) -> int:
         """PyTorch's allocator and a bound for the context: what neighbours do meanwhile does not come in."""

@@ -42,6 +42,10 @@ class ElasticWorker:
         """The device's memory in all."""
         raise NotImplementedError
 
+    def device_uuid(self) -> str:
+        """Return the UUID of the GPU or MIG instance that this process runs on; empty on the host."""
+        return ""
+
     def fixed_bytes(self) -> int:
         """What this engine holds of it besides the KV cache, at this moment."""
         raise NotImplementedError

@@ -44,6 +44,14 @@ def cuda(driver: ctypes.CDLL) -> Iterator[Callable[..., Pages]]:
     assert (driver.stub_in_use(), driver.stub_mappings(), driver.stub_reservations()) == (0, 0, 0)
 
 
+def test_a_device_says_its_uuid_as_nvml_writes_it(driver: ctypes.CDLL) -> None:
+    from runtime.engines.elastic import cuda_pages  # once the stand-in is loaded
+
+    assert cuda_pages.device_uuid(1) == "10111213-1415-1617-1819-1a1b1c1d1e1f"
+    with pytest.raises(cuda_pages.CudaError, match="cuDeviceGetUuid: CUDA_ERROR_INVALID_DEVICE"):
+        cuda_pages.device_uuid(16)
+
+
 def byte(pages: Pages, at: int) -> ctypes.c_ubyte:
     return ctypes.c_ubyte.from_address(pages.address + at)
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,18 @@ class Watching:
         return json.loads(self.process.stdout.readline())
 
 
+@contextmanager
+def watch(folder: Path, lines: Mapping[str, object]) -> Iterator[Watching]:
+    watching = Watching(folder, lines)
+    yield watching
+    watching.process.communicate()
+    assert watching.process.returncode == 0
+
+
 @pytest.fixture
 def watching(tmp_path: Path) -> Iterator[Watching]:
-    watching = Watching(tmp_path, BUSY)
-    yield watching
-    watching.process.communicate(timeout=10)
-    assert watching.process.returncode == 0
+    with watch(tmp_path, BUSY) as watching:
+        yield watching
 
 
 def test_a_reading_has_all_figures_in_their_units(watching: Watching) -> None:
@@ -122,6 +129,7 @@ def test_a_reading_has_all_figures_in_their_units(watching: Watching) -> None:
             "power_w": 412.0,
             "temperature_c": 61.0,
             "fault": None,
+            "uuid": "",
         }
     ]
 
@@ -155,6 +163,116 @@ def test_one_lost_gpu_of_two_is_no_fault_of_the_other(watching: Watching) -> Non
     first, second = watching.read(two)["devices"]
     assert first["fault"] == "GPU is lost"
     assert (second["fault"], second["used_bytes"]) == (None, 30)
+
+
+GPUS = {
+    "driver": "580.65.06",
+    "count": 3,
+    "0.name": "NVIDIA A100",
+    "0.uuid": "GPU-0000AAAA-0000-0000-0000-000000000000",
+    "0.total": 40 << 30,
+    "0.used": 1 << 30,
+    "0.mig": 4,
+    "0.mig.0.name": "NVIDIA A100 MIG 3g.20gb",
+    "0.mig.0.uuid": "MIG-00000000-0000-0000-0000-0000000000a0",
+    "0.mig.0.total": 20 << 30,
+    "0.mig.0.used": 19 << 30,
+    "0.mig.2.name": "NVIDIA A100 MIG 2g.10gb",
+    "0.mig.2.uuid": "MIG-00000000-0000-0000-0000-0000000000a2",
+    "0.mig.2.total": 10 << 30,
+    "0.mig.2.used": 1 << 30,
+    "1.name": "NVIDIA H200",
+    "1.uuid": "GPU-11111111-1111-1111-1111-111111111111",
+    "1.total": 100 << 30,
+    "1.used": 99 << 30,
+    "1.gpu": 100,
+    "2.name": "NVIDIA H200",
+    "2.uuid": "GPU-22222222-2222-2222-2222-222222222222",
+    "2.total": 100 << 30,
+    "2.used": 10 << 30,
+    "2.gpu": 7,
+}
+"""A GPU that is divided by MIG, one that somebody else has filled, and one that is nearly free."""
+A0, A2 = (f"00000000-0000-0000-0000-0000000000{place}" for place in ("a0", "a2"))
+BUSY_GPU, FREE_GPU = ("-".join(digit * n for n in (8, 4, 4, 4, 12)) for digit in "12")
+
+
+def test_a_gpu_in_mig_mode_is_read_as_its_instances(tmp_path: Path) -> None:
+    with watch(tmp_path, GPUS) as watching:
+        devices = watching.read()["devices"]
+        assert [(d["uuid"], d["used_bytes"] >> 30) for d in devices] == [
+            (A0, 19),
+            (A2, 1),
+            (BUSY_GPU, 99),
+            (FREE_GPU, 10),
+        ]
+        devices = watching.read({**GPUS, "0.error": 15})["devices"]
+        assert [(d["uuid"], d["fault"]) for d in devices[:2]] == [(A0, "GPU is lost"), (A2, "GPU is lost")]
+        assert [d["fault"] for d in devices[2:]] == [None, None]
+
+
+OBSERVE = """
+import asyncio, json, sys
+from dataclasses import asdict, replace
+from runtime.control.forecast import Forecast
+from runtime.control.observer import Observer
+from runtime.engines.base import Grant
+from runtime.engines.fake import FakeEngine, FakeMemory
+from runtime.telemetry.nvml import NvmlSource
+
+async def main():
+    engines = {}
+    for number, uuid in enumerate(sys.argv[1:]):
+        engine = FakeEngine(str(number), str, memory=FakeMemory(device=10 << 30), grant=Grant(0.5, 64, 2048))
+        engine._limits = replace(engine.limits, device_uuid=uuid)
+        await engine.start()
+        engines[str(number)] = engine
+    with NvmlSource() as source:
+        seen = Observer(engines, Forecast(), reading=source.read).observe(1.0, 20 << 30, 10 << 30)
+    print(json.dumps({"budget": seen.budget_bytes >> 30, **asdict(seen.device)}))
+
+asyncio.run(main())
+"""
+
+
+def observe(folder: Path, *uuids: str) -> Any:
+    """What the controller sees of the device of engines that run on these, with a budget of 20 GiB, 10 of it held."""
+    environment = {**os.environ, **stubs.nvml(folder, GPUS)}
+    command = [sys.executable, "-c", OBSERVE, *uuids]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize(
+    ("uuid", "name", "used_gib", "budget_gib"),
+    [
+        (FREE_GPU, "NVIDIA H200", 10, 20),
+        (BUSY_GPU, "NVIDIA H200", 99, 9),
+        (A0, "NVIDIA A100 MIG 3g.20gb", 19, 10),
+        (A2, "NVIDIA A100 MIG 2g.10gb", 1, 18),
+    ],
+)
+def test_the_budget_follows_the_device_that_the_engines_run_on(
+    uuid: str, name: str, used_gib: int, budget_gib: int, tmp_path: Path
+) -> None:
+    seen = observe(tmp_path, uuid, uuid)
+    assert (seen["uuid"], seen["name"], seen["used_bytes"] >> 30) == (uuid, name, used_gib)
+    assert (seen["fault"], seen["budget"]) == (None, budget_gib)
+
+
+@pytest.mark.parametrize(
+    "uuids",
+    [
+        ("33333333-3333-3333-3333-333333333333",),  # NVML does not list it
+        ("0000aaaa-0000-0000-0000-000000000000",),  # no process can run on a whole GPU in MIG mode
+        (BUSY_GPU, FREE_GPU),  # engines on two devices have no common budget
+        ("",),  # engines that do not say
+    ],
+)
+def test_a_device_that_is_not_known_is_said_and_not_guessed(uuids: tuple[str, ...], tmp_path: Path) -> None:
+    seen = observe(tmp_path, *uuids)
+    theirs = ", ".join(uuids) or "a device that they do not name"
+    assert f"the engines run on {theirs}; telemetry lists {A0}, {A2}, {BUSY_GPU}" in seen["fault"]
+    assert (seen["used_bytes"], seen["foreign_bytes"], seen["budget"]) == (0, 0, 20)
 
 
 def test_a_driver_that_is_unloaded_and_comes_back(watching: Watching) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Self
 
 import psutil
+import pytest
 
+from runtime.telemetry import nvml
 from runtime.telemetry import sampler as sampling
 from runtime.telemetry.host import HostSource
 from runtime.telemetry.nvml import NvmlSource
@@ -93,5 +95,13 @@ def test_the_host_is_a_device_whose_processes_are_our_children() -> None:
         assert child.pid not in (source.read().devices[0].processes or {})
 
 
-def test_without_a_driver_the_host_is_read() -> None:
-    assert isinstance(sampling.best_source(), HostSource | NvmlSource)
+def test_engines_on_the_host_are_read_from_the_host_whatever_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = nvml.Device("NVIDIA L4", 24 << 30, 0, "580.65.06")
+    monkeypatch.setattr(nvml, "devices", lambda: (gpu,))
+    assert isinstance(sampling.best_source(on_gpu=True), NvmlSource)
+    assert isinstance(sampling.best_source(on_gpu=False), HostSource)
+
+
+def test_a_gpu_without_memory_of_its_own_is_read_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "devices", lambda: (nvml.Device("NVIDIA GB10", None, None, "580.65.06"),))
+    assert isinstance(sampling.best_source(on_gpu=True), HostSource)
