@@ -1,12 +1,12 @@
 """What can be asked of a running controller, by whichever door."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from pydantic import ConfigDict, Field, StrictBool
 
 from agents.role import Value
 from runtime.config import PolicyChoice
-from runtime.errors import InputError, NotFound
+from runtime.errors import NotFound
 from runtime.session import Crew
 
 
@@ -40,16 +40,12 @@ class Pin(Value):
     max_step_tokens: int | None = Field(default=None, ge=1, le=2**31)
 
     def apply(self, crew: Crew, engine: str) -> None:
-        """Pin it; policies divide what is left. Raises NotFound, InputError, and then nothing has changed."""
+        """Pin it; policies divide what is left. Raises what Controller.pin does, and then nothing has changed."""
         known(crew, engine)
-        stats = crew.engines[engine].stats()
-        if stats.grant is None:
-            raise InputError(f"engine {engine} is {stats.state}: it has no grant to be held at")
-        given = {name: value for name in asdict(stats.grant) if (value := getattr(self, name)) is not None}
-        grant = replace(stats.grant, **given)
-        if complaint := crew.engines[engine].limits.complaint(grant):
-            raise InputError(complaint)
-        crew.controller.pin(engine, grant)
+        has = crew.engines[engine].stats().grant
+        crew.controller.pin(
+            engine, has and replace(has, **self.model_dump(include={*Pin.model_fields}, exclude_none=True))
+        )
 
 
 def unpin(crew: Crew, engine: str) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from runtime.control import pins
 from runtime.control.decision_log import DecisionLog, Outcome, Record
 from runtime.control.guard import Guard, Judged
 from runtime.control.observer import Observer
@@ -20,7 +21,7 @@ from runtime.control.policy import Decision
 from runtime.control.snapshot import Snapshot
 from runtime.engines.base import Applied, Deferred, EngineHandle, Grant, ResizeOutcome
 from runtime.engines.sharing import GRACE_S, Sharing
-from runtime.errors import TroupeError
+from runtime.errors import InputError, NotFound, TroupeError
 from runtime.events import Event, JobAdvanced
 
 EVERY_S = 0.1
@@ -75,6 +76,7 @@ class Controller:
         self._log = log
         self._publish = publish
         self._pinned: dict[str, Grant] = {}
+        self._unfit: Mapping[str, str] = {}
         self._fitting: Mapping[str, int] = {}
         self._short = False
         self._wake = asyncio.Event()
@@ -120,17 +122,23 @@ class Controller:
         self.wake("resumed")
 
     def pin(self, engine: str, grant: Grant | None = None) -> None:
-        """Hold an engine at a grant, by default the one it has; policies divide what is left. Raises TroupeError."""
+        """Hold an engine at a grant, by default the one it has; policies divide what is left.
+
+        A pin that no longer fits, because the budget was cut or an engine restarted larger, is not in force until it
+        fits again: see `unfit_pins`. Raises NotFound, or InputError if the engine takes no grants now, or if the grant
+        is outside its bounds or leaves the other engines less than their floors and pins. Then nothing has changed.
+        """
         if engine not in self._engines:
-            raise TroupeError(f"there is no engine {engine!r}; there are {', '.join(self._engines)}")
-        grant = grant or self._engines[engine].stats().grant
-        if grant is None:
-            raise TroupeError(
-                f"engine {engine} is {self._engines[engine].stats().state}: it has no grant to be held at"
-            )
-        if complaint := self._engines[engine].limits.complaint(grant):
-            raise TroupeError(f"engine {engine}: {complaint}")
-        self._pinned[engine] = grant
+            raise NotFound(f"there is no engine {engine!r}; there are {', '.join(self._engines)}")
+        snapshot = self._observe(asyncio.get_running_loop().time())
+        if engine not in snapshot.engines:
+            state = "silent" if engine in self._sharing.silent else self._engines[engine].stats().state
+            raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
+        others = {name: held for name, held in self._pinned.items() if name != engine}
+        pinned = {**others, engine: grant or snapshot.engines[engine].grant}
+        if complaint := pins.fit(snapshot, pinned).unfit.get(engine):
+            raise InputError(f"engine {engine}: {complaint}")
+        self._pinned = pinned
         self.wake(f"{engine} is pinned")
 
     def unpin(self, engine: str) -> None:
@@ -140,8 +148,13 @@ class Controller:
 
     @property
     def pinned(self) -> Mapping[str, Grant]:
-        """The engines that are held, and at what."""
+        """The engines that are held, and at what, the oldest pin first."""
         return self._pinned
+
+    @property
+    def unfit_pins(self) -> Mapping[str, str]:
+        """Return why pins are not in force, by engine: they do not fit the budget or the engine as it is now."""
+        return self._unfit
 
     @property
     def policy(self) -> str:
@@ -181,16 +194,19 @@ class Controller:
         started = now_s if caused_s is None else caused_s
         snapshot = self._observe(now_s)
         self._note_room(snapshot, {})  # for calls that come while a policy decides in a thread; below, for later ones
-        for_policies = self._without_pinned(snapshot)
+        pinned = pins.fit(snapshot, self._pinned)
+        self._report(pinned.unfit)
+        for_policies = pinned.rest(snapshot)
         judged = await self._guard.decide(for_policies) if for_policies.engines else Judged(Decision())
-        record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault)
+        record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault, unfit_pins=pinned.unfit)
         self.counts.decisions += 1
         self.counts.faults += judged.fault is not None
         if self._shadow is not None and for_policies.engines:
             shadow = await self._shadow.decide(for_policies)
             record = replace(record, shadow_policy=self._shadow.name, shadow=shadow.decision, shadow_fault=shadow.fault)
         self._note_room(snapshot, judged.decision.grants if judged.decision else {})
-        outcomes = await self._apply(snapshot, judged.decision or Decision())
+        grants = {**(judged.decision.grants if judged.decision else {}), **pinned.in_force}
+        outcomes = await self._apply(snapshot, grants)
         record = replace(record, outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()})
         self._count(record)
         if cause == BURST and outcomes:
@@ -209,19 +225,14 @@ class Controller:
         # What engines that restart come back to, and what those hold that do not answer, is not to be divided.
         return replace(snapshot, budget_bytes=snapshot.budget_bytes - away)
 
-    def _without_pinned(self, snapshot: Snapshot) -> Snapshot:
-        pinned = {name: grant for name, grant in self._pinned.items() if name in snapshot.engines}
-        if not pinned:
-            return snapshot
-        views = {name: view for name, view in snapshot.engines.items() if name not in pinned}
-        held = sum(
-            snapshot.engines[name].limits.held_bytes(grant.gpu_memory_utilization) for name, grant in pinned.items()
-        )
-        return replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - held)
+    def _report(self, unfit: Mapping[str, str]) -> None:
+        """Log each pin that has ceased to fit, once."""
+        for name in unfit.keys() - self._unfit.keys():
+            logging.getLogger(__name__).warning("the pin of engine %s is not in force: %s", name, unfit[name])
+        self._unfit = unfit
 
-    async def _apply(self, snapshot: Snapshot, decision: Decision) -> dict[str, ResizeOutcome]:
-        """Move what the decision, and pins, change."""
-        grants = {**decision.grants, **{n: g for n, g in self._pinned.items() if n in snapshot.engines}}
+    async def _apply(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, ResizeOutcome]:
+        """Move what the grants change."""
         changed = {name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant}
         return await self._sharing.resize(changed, self._grace_s) if changed else {}
 

@@ -43,7 +43,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Record:
     """One tick of the controller. `fault` says why there is no decision; `shadow` is what the second policy would have
-    done; `seconds` from the snapshot to the last outcome."""
+    done; `seconds` from the snapshot to the last outcome; `unfit_pins` why pins were not in force, by engine."""
 
     policy: str
     cause: str
@@ -55,6 +55,7 @@ class Record:
     shadow_policy: str | None = None
     shadow: Decision | None = None
     shadow_fault: str | None = None
+    unfit_pins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def moved_bytes(self) -> int:

@@ -55,11 +55,12 @@ class EngineInfo(BaseModel):
 
 
 class ControlView(BaseModel):
-    """Who decides, and what came of it so far."""
+    """Who decides, and what came of it so far. `unfit_pins` says why pins are not in force, by engine."""
 
     policy: str
     paused: bool
     pinned: dict[str, GrantView]
+    unfit_pins: dict[str, str]
     decisions: int
     faults: int
     resizes: int
@@ -82,6 +83,7 @@ async def control(backing: Backing) -> ControlView:
         policy=controller.policy,
         paused=controller.paused,
         pinned={name: _grant(grant) for name, grant in controller.pinned.items()},
+        unfit_pins=dict(controller.unfit_pins),
         decisions=counts.decisions,
         faults=counts.faults,
         resizes=counts.resizes,

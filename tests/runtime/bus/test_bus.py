@@ -186,6 +186,8 @@ async def test_commands_are_obeyed_or_refused(tmp_path: Path, mqtt: Mqtt) -> Non
         assert (now["policy"], now["paused"], [*now["pinned"]]) == ("static", True, ["solver"])
         assert (await tell(3, command="unpin", engine="solver"))["error"] is None
         assert (await served.client.get("/control")).json()["pinned"] == {}
+        greedy = await tell(8, command="pin", engine="solver", gpu_memory_utilization=0.9)
+        assert "less than their floors and pins; at most" in greedy["error"]
         assert "there is no engine 'nobody'" in (await tell(4, command="pin", engine="nobody"))["error"]
         assert "command" in (await tell(5, command="dance"))["error"]
         await me.submit("c1")

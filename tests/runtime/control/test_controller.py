@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from runtime.engines.base import GenerateRequest, Grant, ResizeOutcome
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.ledger import Ledger
 from runtime.engines.sharing import Sharing
-from runtime.errors import TroupeError
+from runtime.errors import InputError, TroupeError
 from runtime.events import JobAdvanced
 from runtime.simulation import virtual_time
 from runtime.telemetry.reading import DeviceReading, Reading
@@ -318,6 +319,96 @@ async def test_what_cannot_be_pinned_says_why() -> None:
         with pytest.raises(TroupeError, match=r"engine a: gpu_memory_utilization 0\.01 is below"):
             at.controller.pin("a", Grant(0.01, 1, 2048))
         assert not at.controller.pinned
+
+
+@simulated
+async def test_a_pin_that_leaves_others_less_than_their_floors_is_refused_with_what_fits() -> None:
+    async with rig(names="abc") as at:
+        with pytest.raises(InputError) as refused:  # floors of 110 MiB each: 800 - 220 are left for a
+            at.controller.pin("a", Grant(0.6, 500, 2048))
+        assert str(refused.value) == (
+            "engine a: gpu_memory_utilization 0.6 would leave the other engines less than their floors and pins;"
+            " at most 0.58 fits"
+        )
+        assert not at.controller.pinned
+        at.controller.pin("a", Grant(0.58, 500, 2048))
+        await asyncio.sleep(0.5)
+        assert [at.share(name) for name in "abc"] == [0.58, 0.11, 0.11]
+
+
+@simulated
+async def test_pins_are_refused_for_what_they_leave_together() -> None:
+    async with rig(names="abc") as at:
+        at.controller.pin("a", Grant(0.4, 500, 2048))
+        with pytest.raises(InputError, match=r"engine b: .* at most 0\.29 fits"):
+            at.controller.pin("b", Grant(0.3, 500, 2048))
+        at.controller.pin("b", Grant(0.29, 500, 2048))
+        at.controller.pin("a", Grant(0.2, 500, 2048))  # in place of the first
+        await asyncio.sleep(0.5)
+        assert [at.share(name) for name in "abc"] == [0.2, 0.29, 0.31]
+        assert at.controller.counts.rejected == 0
+
+
+@simulated
+async def test_a_pin_that_no_longer_fits_a_cut_budget_is_reported_and_stalls_nothing() -> None:
+    async with rig(names="abc") as at:
+        at.controller.pin("a", Grant(0.3, 500, 2048))
+        at.controller.pin("b", Grant(0.35, 500, 2048))
+        await asyncio.sleep(0.5)
+        work = asyncio.create_task(at.keep_busy("c"))
+        at.controller.use(at.controller._guard, 600 * MIB)  # 270 above the floors: 190 for a's pin, not 240 for b's
+        await asyncio.sleep(1)
+        assert at.share("a") == 0.3
+        assert at.share("c") > 0.15  # policies decide about b and c
+        assert sum(at.ledger.held.values()) <= 600 * MIB
+        assert [*at.controller.pinned] == ["a", "b"]
+        assert [*at.controller.unfit_pins] == ["b"]
+        assert "at most 0.19 fits" in at.controller.unfit_pins["b"]
+        assert at.records[-1].unfit_pins == at.controller.unfit_pins
+        before = at.controller.counts.rejected
+        at.controller.use(at.controller._guard, 800 * MIB)
+        await asyncio.sleep(1)
+        assert (at.share("a"), at.share("b")) == (0.3, 0.35)
+        assert at.controller.unfit_pins == {}
+        assert at.controller.counts.rejected == before == 0
+        work.cancel()
+
+
+@simulated
+async def test_a_foreign_process_that_leaves_no_room_for_a_pin_stalls_nothing() -> None:
+    async with rig() as at:
+        at.controller.pin("a", Grant(0.6, 500, 2048))
+        await asyncio.sleep(0.5)
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1080 * MIB),))
+        await asyncio.sleep(0.15)
+        assert [*at.controller.unfit_pins] == ["a"]
+        assert sum(at.ledger.held.values()) <= at.records[-1].snapshot.budget_bytes < 800 * MIB
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
+        await asyncio.sleep(0.5)
+        assert (at.share("a"), at.controller.unfit_pins) == (0.6, {})
+
+
+@simulated
+async def test_a_pin_below_the_floor_of_an_engine_that_restarted_larger_stalls_nothing() -> None:
+    async with rig(names="abc") as at:
+        at.controller.pin("a", Grant(0.15, 500, 2048))
+        await asyncio.sleep(0.5)
+        at.engines["a"]._limits = replace(at.engines["a"].limits, fixed_bytes=160 * MIB)
+        at.engines["a"].grant = Grant(0.17, 500, 2048)
+        work = asyncio.create_task(at.keep_busy("b"))
+        await asyncio.sleep(1)
+        assert at.controller.unfit_pins == {"a": "gpu_memory_utilization 0.15 is below the engine's floor of 0.1700"}
+        assert at.share("b") > 0.4
+        assert at.controller.counts.rejected == 0
+        work.cancel()
+
+
+@simulated
+async def test_an_engine_that_takes_no_grants_cannot_be_pinned() -> None:
+    async with rig() as at:
+        at.engines["a"].kill()
+        with pytest.raises(InputError, match="engine a is dead and takes no grant now; pin it once it is ready"):
+            at.controller.pin("a")
 
 
 @simulated

@@ -36,6 +36,7 @@ async def test_an_engine_is_pinned_and_unpinned(served: Served) -> None:
     [
         ({"gpu_memory_utilization": 0}, "greater than 0"),
         ({"gpu_memory_utilization": 1e-9}, "below the engine's floor"),
+        ({"gpu_memory_utilization": 0.9}, "less than their floors and pins; at most"),
         ({"max_active_seqs": 10**6}, "not within 1 to"),
         ({"colour": "red"}, "not permitted"),
     ],

@@ -1,0 +1,61 @@
+"""Pins: engines that a user holds at a grant, and which of these grants fit at a moment. Pure; nothing here moves
+memory."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from runtime.control.snapshot import Snapshot
+from runtime.engines.base import Grant
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What becomes of the pins: the grants in force, by engine, and why each of the other pins does not fit."""
+
+    in_force: Mapping[str, Grant]
+    unfit: Mapping[str, str]
+
+    def rest(self, snapshot: Snapshot) -> Snapshot:
+        """Return what is left for policies: the engines without a pin in force, and their budget."""
+        held = sum(
+            snapshot.engines[name].limits.held_bytes(grant.gpu_memory_utilization)
+            for name, grant in self.in_force.items()
+        )
+        views = {name: view for name, view in snapshot.engines.items() if name not in self.in_force}
+        return replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - held)
+
+
+def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
+    """Put pins in force, in their order, as long as the others keep their floors and the pins before it.
+
+    A pin of an engine that is not in the snapshot is left out. The budget, an engine's floor and what it holds besides
+    its KV cache can all change while a pin is held, so that a pin that fitted may not fit now, and may fit again later.
+    """
+    spare = snapshot.budget_bytes - sum(
+        view.limits.fixed_bytes + view.limits.kv_floor_bytes for view in snapshot.engines.values()
+    )
+    in_force: dict[str, Grant] = {}
+    unfit: dict[str, str] = {}
+    for name, grant in pins.items():
+        if name not in snapshot.engines:
+            continue
+        limits = snapshot.engines[name].limits
+        if complaint := limits.complaint(grant):
+            unfit[name] = complaint
+            continue
+        more = limits.kv_cache_bytes(grant.gpu_memory_utilization) - limits.kv_floor_bytes
+        if more > max(spare, 0):
+            unfit[name] = (
+                f"gpu_memory_utilization {grant.gpu_memory_utilization:g} would leave the other engines less than their"
+                f" floors and pins; at most {_below(limits.share(limits.kv_floor_bytes + max(spare, 0)))} fits"
+            )
+            continue
+        in_force[name] = grant
+        spare -= more
+    return Pinned(in_force, unfit)
+
+
+def _below(share: float) -> float:
+    """Round down to digits that are worth reading, so that what is said to fit does."""
+    return math.floor(share * 1e4) / 1e4
