@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.control.decision_log import Record
@@ -100,7 +100,7 @@ def _shown(record: Record, number: int, at: float) -> DecisionShown:
                 "share": round(grant.gpu_memory_utilization, 5),
                 "max_active_seqs": grant.max_active_seqs,
                 "reason": reasons.get(name, ""),
-                **({"outcome": asdict(record.outcomes[name])} if name in record.outcomes else {}),
+                **({"outcome": dict(vars(record.outcomes[name]))} if name in record.outcomes else {}),
             }
             for name, grant in grants.items()
         },

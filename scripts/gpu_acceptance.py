@@ -68,11 +68,8 @@ class Bench:
 
 def gpu() -> DeviceReading:
     """Return NVML's account of CUDA's first device, which the engines run on."""
-    from cuda.bindings import driver
-
     from runtime.engines.elastic.cuda_pages import device_uuid
 
-    driver.cuInit(0)
     with NvmlSource() as source:
         return next(device for device in source.read().devices if device.uuid == device_uuid(0))
 

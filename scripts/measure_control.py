@@ -1,117 +1,208 @@
-"""What deciding costs: the controller's figures of the README.
+"""What a tick of the controller costs: the figures of the README.
 
-    python scripts/measure_control.py tick    microseconds of a decision for 3 to 10,000 roles, for every policy
+    python scripts/measure_control.py tick    microseconds of a tick for 3 to 10,000 roles, for every policy
 
-Each policy decides on the same drawn snapshots, in turns: once where the decision changes every grant, once where it
-finds them as it wants them. The slope is fitted through the logarithms: 1 is linear. --json prints the record.
+The real controller ticks over engines that answer at once: it observes, asks the policy under guard, resizes, writes
+the line of the log and publishes to the service's status. Every engine has requests in flight, and together they need
+more memory than there is. "moves" are ticks before which every engine was given another size, so that the policy's
+decision changes almost all of them; "still" are ticks that find the engines as the policy wants them. `moved` is the
+median part of the engines that a tick resized. The slope is fitted through the logarithms from 10 roles on: 1 is
+linear. --json prints the record.
 """
 
 import argparse
+import asyncio
 import gc
 import json
 import math
 import random
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.control import catalogue  # noqa: E402  (the repository, installed or not)
-from runtime.control.policy import Policy  # noqa: E402
-from runtime.control.snapshot import EngineView, Snapshot  # noqa: E402
-from runtime.engines.base import EngineLimits, Grant  # noqa: E402
+from agents.role import Message  # noqa: E402  (the repository, installed or not)
+from runtime.control import catalogue  # noqa: E402
+from runtime.control.controller import Controller  # noqa: E402
+from runtime.control.decision_log import DecisionLog  # noqa: E402
+from runtime.control.forecast import Forecast  # noqa: E402
+from runtime.control.guard import Guard  # noqa: E402
+from runtime.control.observer import Observer, Terms  # noqa: E402
+from runtime.engines.base import EngineState, EngineStats, GenerateRequest, Grant  # noqa: E402
+from runtime.engines.fake import FakeEngine, FakeMemory  # noqa: E402
+from runtime.engines.ledger import Ledger  # noqa: E402
+from runtime.engines.sharing import Sharing  # noqa: E402
+from runtime.status import Status  # noqa: E402
 
 ROLES = (3, 10, 100, 1_000, 10_000)
 MIB = 1 << 20
-LIMITS = EngineLimits(1 << 50, 1 << 30, MIB, 1 << 40, 64, 1, 2048, block_bytes=MIB // 2, block_tokens=128)
+MEMORY = FakeMemory(device=1 << 50, fixed=1 << 30, floor=MIB, token=4096, block_tokens=128)
+EACH_BYTES = 6 * MIB
+REQUEST = GenerateRequest("", (Message("user", ""),), 0.0, 1.0, 1)
+PARTS = ("observe", "decide", "resize", "log", "publish")
 
 
-def measure_tick(repeats: int) -> dict[str, Any]:
-    """Microseconds of `Policy.decide`, medians of repeats, and the slope over the number of roles."""
-    policies = {name: catalogue.make(name) for name in catalogue.names()}
-    record: dict[str, Any] = {}
-    for kind in ("all change", "none changes"):
-        figures: dict[str, dict[str, float]] = {name: {} for name in policies}
-        for roles in ROLES:
-            times: dict[str, list[float]] = {name: [] for name in policies}
-            drawn = draw(roles)
-            given = {name: settled(policy, drawn) if kind[0] == "n" else drawn for name, policy in policies.items()}
-            for _ in range(max(repeats, 2000 // roles)):
-                for name, policy in policies.items():
-                    times[name].append(seconds(policy, given[name]))
-            for name in policies:
-                figures[name][str(roles)] = round(statistics.median(times[name]) * 1e6, 1)
-            print(f"{kind}, {roles} roles", file=sys.stderr, flush=True)
-        record[kind] = {name: {**found, "slope": slope(found)} for name, found in figures.items()}
-    return record
+class Still(FakeEngine):
+    """An engine whose figures do not change: requests in flight, `running` of them with a block each."""
+
+    def __init__(self, name: str, in_flight: int, running: int, open_requests: ExitStack) -> None:
+        super().__init__(name, lambda request: "", memory=MEMORY, grant=grant(EACH_BYTES))
+        self._active = min(running, in_flight)
+        for _ in range(in_flight):
+            open_requests.enter_context(self.account.request(REQUEST))
+
+    def stats(self) -> EngineStats:
+        size = self.limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
+        usage = min(self._active * self.limits.block_bytes / size, 1.0)
+        waiting = self.account.in_flight - self._active
+        return EngineStats(EngineState.READY, self.grant, size, self._active, waiting, usage, 0, 0, 0, 0)
 
 
-def seconds(policy: Policy, snapshot: Snapshot) -> float:
-    fresh = replace(snapshot)  # what a snapshot works out once, it works out again
+def grant(kv_cache_bytes: int) -> Grant:
+    return Grant((MEMORY.fixed + kv_cache_bytes) / MEMORY.device, 64, 2048)
+
+
+class Rig:
+    """So many engines under a controller that does not run by itself; seconds of each part of its ticks in `parts`."""
+
+    def __init__(self, roles: int, owned: ExitStack) -> None:
+        self.rng = random.Random(roles)
+        self.engines = {
+            name: Still(name, self.rng.randint(0, 40), self.rng.randint(0, 10), owned)
+            for name in (f"role-{number}" for number in range(roles))
+        }
+        ledger = Ledger(roles * (MEMORY.fixed + EACH_BYTES))
+        for name, engine in self.engines.items():
+            ledger.claim(name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
+        self.sharing = Sharing(self.engines, ledger)
+        terms = {name: Terms(minimum_share=1 / roles) for name in self.engines}
+        self.observer = Observer(self.engines, Forecast(), terms)
+        self.status = Status(dict)
+        folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
+        self.log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
+        self.parts: dict[str, float] = defaultdict(float)
+        self.moved: list[float] = []
+
+    async def start(self) -> None:
+        """Start the engines, and let requests come and go, so that every engine has rates."""
+        for engine in self.engines.values():
+            await engine.start()
+        clock = asyncio.get_running_loop().time
+        self.observer.observe(clock(), 0, 0)
+        for engine in self.engines.values():
+            many = self.rng.randint(1, 10**9)  # rates sink from here on, all alike, and stay above every policy's cap
+            engine.account.arrived += many
+            engine.account.finished += many
+
+    def controller(self, policy: str) -> Controller:
+        """A controller that is asked to tick, each part of it timed."""
+        guard = Guard(policy, catalogue.make(policy))
+        controller = Controller(
+            self.engines, self.sharing, self.observer, guard, log=self.log, publish=self.status.record
+        )
+        self._time(self.observer, "observe", "observe")
+        self._time(guard, "decide", "decide")
+        self._time(self.sharing, "resize", "resize")
+        self._time(self.log, "write", "log")
+        controller._publish = self._timed(self.status.record, "publish")
+        return controller
+
+    def _time(self, owner: Any, method: str, part: str) -> None:
+        function = getattr(type(owner), method).__get__(owner)
+        setattr(owner, method, self._timed(function, part))
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @contextmanager
+        def timing() -> Iterator[None]:
+            started = time.perf_counter()
+            yield
+            self.parts[part] += time.perf_counter() - started
+
+        async def asynchronous(*arguments: Any, **named: Any) -> Any:
+            with timing():
+                return await function(*arguments, **named)
+
+        def synchronous(*arguments: Any, **named: Any) -> Any:
+            with timing():
+                return function(*arguments, **named)
+
+        return asynchronous if asyncio.iscoroutinefunction(function) else synchronous
+
+    async def disturb(self) -> None:
+        """Give every engine another size; together within the budget."""
+        sizes = {name: self.rng.randrange(MIB, 2 * EACH_BYTES - MIB, MIB // 2) for name in self.engines}
+        part = min(1.0, len(sizes) * EACH_BYTES / sum(sizes.values()))
+        await self.sharing.resize({name: grant(max(MIB, int(size * part))) for name, size in sizes.items()})
+
+
+async def measure(roles: int, repeats: int, record: dict[str, Any]) -> None:
+    """Add the figures for so many roles."""
+    with ExitStack() as owned:
+        rig = Rig(roles, owned)
+        await rig.start()
+        for policy in catalogue.names():
+            controller = rig.controller(policy)
+            for kind in ("moves", "still"):
+                found = defaultdict(list)
+                for repeat in range(repeats + 2):
+                    if kind == "moves":
+                        await rig.disturb()
+                    seconds, resized = await tick(rig, controller)
+                    if repeat >= 2:  # those before settle what comes from the policy before
+                        found["whole"].append(seconds)
+                        found["moved"].append(resized / roles)
+                        for part in PARTS:
+                            found[part].append(rig.parts[part])
+                for part, values in found.items():
+                    median = statistics.median(values)
+                    figure = round(median, 3) if part == "moved" else round(median * 1e6, 1)
+                    record[kind].setdefault(policy, {}).setdefault(part, {})[str(roles)] = figure
+            print(f"{roles} roles, {policy}", file=sys.stderr, flush=True)
+
+
+async def tick(rig: Rig, controller: Controller) -> tuple[float, int]:
+    """Seconds of one tick, and how many engines it resized."""
+    rig.parts.clear()
+    before = controller.counts.resizes
     gc.disable()
     started = time.perf_counter()
-    policy.decide(fresh)
+    await controller.tick()
     took = time.perf_counter() - started
     gc.enable()
-    return took
-
-
-def draw(roles: int) -> Snapshot:
-    """Engines in any state, and less memory than they could use."""
-    rng = random.Random(roles)
-    views = {}
-    for number in range(roles):
-        kv = rng.randint(2, 20) * MIB
-        views[f"role-{number}"] = EngineView(
-            f"role-{number}",
-            LIMITS,
-            Grant(LIMITS.share(kv), 64, 2048),
-            kv,
-            kv // 2,
-            in_flight=(in_flight := rng.randint(0, 40)),
-            peak_in_flight=in_flight + rng.random(),
-            running=rng.randint(0, 10),
-            soon=rng.random() * 5,
-            coming=rng.random() * 20,
-            arrivals_per_s=rng.random() * 30,
-            completions_per_s=rng.random() * 30,
-            sequence_bytes=MIB / 2,
-            oldest_wait_s=rng.random(),
-            minimum_share=1 / roles,
-        )
-    return Snapshot(5.0, roles * (LIMITS.fixed_bytes + 6 * MIB), views)
-
-
-def settled(policy: Policy, snapshot: Snapshot) -> Snapshot:
-    """The same with every engine at what the policy gives it."""
-    grants = policy.decide(snapshot).grants
-    views = {
-        name: replace(
-            view, grant=grants[name], kv_cache_bytes=LIMITS.kv_cache_bytes(grants[name].gpu_memory_utilization)
-        )
-        for name, view in snapshot.engines.items()
-    }
-    return replace(snapshot, engines=views)
+    if controller.counts.faults or controller.counts.rejected:
+        raise RuntimeError(f"a tick went wrong: {controller.counts}")
+    return took, controller.counts.resizes - before
 
 
 def slope(found: dict[str, float]) -> float:
     """Of the logarithm of time over that of roles, from 10 roles on."""
-    points = [(math.log(int(roles)), math.log(value)) for roles, value in found.items() if int(roles) >= 10]
+    points = [(math.log(int(roles)), math.log(max(value, 0.1))) for roles, value in found.items() if int(roles) >= 10]
     return round(statistics.linear_regression(*zip(*points, strict=True)).slope, 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tick"])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="ticks of 10,000 roles; of fewer roles up to 40 times as many"
+    )
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
     options = parser.parse_args()
-    record = measure_tick(options.repeats)
+    record: dict[str, Any] = {"moves": {}, "still": {}}
+    for roles in ROLES:
+        asyncio.run(measure(roles, options.repeats * min(40, 10_000 // roles), record))
+    for policies in record.values():
+        for figures in policies.values():
+            for part in ("whole", *PARTS):
+                figures[part]["slope"] = slope(figures[part])
     print(json.dumps(record) if options.json else json.dumps(record, indent=2))
 
 

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from runtime.control.policy import Worded
 from runtime.control.snapshot import EngineMoment
 from runtime.errors import InputError
 
@@ -93,7 +94,7 @@ class Moment:
     at_s: float
     cause: str
     engines: Mapping[str, EngineMoment]
-    reasons: Mapping[str, str]
+    reasons: Worded
     moved_bytes: int
     seconds: float
     utilization: float | None = None

@@ -176,7 +176,7 @@ class Controller:
             self._wake.clear()  # what comes from here on is not in the snapshot, and wakes the loop again
             if not self.paused:
                 try:
-                    await self._tick()
+                    await self.tick()
                 except Exception:
                     self.counts.faults += 1
                     logging.getLogger(__name__).exception("a tick of the controller failed")
@@ -187,7 +187,8 @@ class Controller:
                 async with asyncio.timeout(max(every_s - PAUSE_S, 0)):
                     await self._wake.wait()
 
-    async def _tick(self) -> None:
+    async def tick(self) -> None:
+        """Observe, decide, apply and publish once. Raises what engines or telemetry raise."""
         clock = asyncio.get_running_loop().time
         cause, self._cause = self._cause, "tick"
         now_s, caused_s, self._caused_s = clock(), self._caused_s, None

@@ -8,6 +8,7 @@ import asyncio
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from runtime.control import catalogue
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
 
@@ -54,10 +55,17 @@ class Guard:
             return await asyncio.shield(asked)
 
     def _decide(self, snapshot: Snapshot) -> Decision:
-        """The decision with its reasons put into words: they may be lazy, and a third party's."""
+        """Return the policy's decision as it stands from now on.
+
+        A third party's grants are copied and its reasons worded here, within its time and its thread: they may be lazy
+        objects that raise, hang, or change with the policy's state. Reasons of shipped policies are pure functions of
+        the snapshot, and are worded when somebody reads or logs them.
+        """
         decision = self._policy.decide(snapshot)
         if not isinstance(decision, Decision):
             raise TypeError(f"{decision!r} is no Decision")
+        if catalogue.is_shipped(self._policy):
+            return decision
         return Decision(dict(decision.grants), {name: str(reason) for name, reason in decision.reasons.items()})
 
 

@@ -7,8 +7,12 @@ snapshot's engines, since a decision about a thousand of them is to take no more
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import PlainSerializer
 
 from agents.role import Value
 from runtime.control.snapshot import Snapshot
@@ -19,16 +23,18 @@ Sizes = list[float]
 
 
 class Reasons(Mapping[str, str]):
-    """A reason for every engine, put into words when it is read: most never are."""
+    """A reason for every engine, put into words when it is read. `word` is a pure function of the engine's place."""
 
     def __init__(self, engines: Mapping[str, object], word: Callable[[int], str]) -> None:
         self._engines = engines
         self._word = word
 
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {engine: place for place, engine in enumerate(self._engines)}
+
     def __getitem__(self, engine: str) -> str:
-        if engine not in self._engines:
-            raise KeyError(engine)
-        return self._word(list(self._engines).index(engine))
+        return self._word(self._places[engine])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._engines)
@@ -36,9 +42,9 @@ class Reasons(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._engines)
 
-    def items(self) -> ItemsView[str, str]:
-        """All of them, each put into words once."""
-        return {engine: self._word(place) for place, engine in enumerate(self._engines)}.items()
+
+Worded = Annotated[Mapping[str, str], PlainSerializer(dict, return_type=dict[str, str])]
+"""Reasons in a record, which are put into words where the record is written."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Decision:
     """A grant and a reason for every engine; "no change" has a reason too."""
 
     grants: Mapping[str, Grant] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    reasons: Worded = field(default_factory=dict)
 
 
 class Policy(ABC):

@@ -1,5 +1,8 @@
 """Who holds how much of the device: bytes. Nothing here moves memory; whoever does asks first."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class Ledger:
     """Claims of engines on a budget. A claim is made before memory is taken, and given up after it was released, so
@@ -7,19 +10,26 @@ class Ledger:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self.held: dict[str, int] = {}
+        self._held: dict[str, int] = {}
+        self._total = 0  # kept, not summed: a decision asks for what is free several times for each of its engines
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Bytes that each engine has claimed."""
+        return MappingProxyType(self._held)
 
     @property
     def free(self) -> int:
         """What no engine has claimed; below zero after the budget was cut, until engines have given back."""
-        return self.budget_bytes - sum(self.held.values())
+        return self.budget_bytes - self._total
 
     def claim(self, engine: str, nbytes: int) -> None:
         """Let an engine hold up to `nbytes` in all. Raises OverBudget, and then nothing has changed."""
-        more = nbytes - self.held.get(engine, 0)
+        more = nbytes - self._held.get(engine, 0)
         if more > max(self.free, 0):
             raise OverBudget(f"{engine} would need {more} bytes more; {max(self.free, 0)} of the budget are free")
-        self.held[engine] = nbytes
+        self._held[engine] = nbytes
+        self._total += more
 
     def found(self, engine: str, nbytes: int) -> None:
         """Record what an engine holds in fact, be it within the budget or not."""

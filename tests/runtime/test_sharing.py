@@ -103,7 +103,8 @@ class Three:
             name: Physical(name, self.device, grant(share)) for name, share in (("a", 0.3), ("b", 0.4), ("c", 0.3))
         }
         self.ledger = Ledger(budget)
-        self.ledger.held = dict(self.device.held)
+        for name, held in self.device.held.items():
+            self.ledger.claim(name, held)
         self.sharing = Sharing(self.engines, self.ledger)
 
     async def start(self) -> "Three":

@@ -91,8 +91,9 @@ def device_uuid(device: int) -> str:
     """Return the UUID of a device (CUDA's ordinal) or, if it is in MIG mode, of the MIG instance.
 
     Source: cuDeviceGetUuid_v2 in the CUDA Driver API. The same octets are in NVML's "GPU-..." and "MIG-..." names.
-    Raises CudaError.
+    Needs no CUDA context. Raises CudaError.
     """
+    _call(driver.cuInit, 0)
     return str(UUID(bytes=bytes(_call(driver.cuDeviceGetUuid, device).bytes)))
 
 

@@ -3,13 +3,15 @@
 import asyncio
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import pytest
 
 from agents.role import Value
-from runtime.control.guard import Guard
-from runtime.control.policy import Decision, Policy
+from runtime.control import catalogue
+from runtime.control.guard import Guard, Judged
+from runtime.control.policy import Decision, Policy, Reasons
 from runtime.control.snapshot import Snapshot
 from runtime.daemon import DaemonExecutor
 from runtime.engines.base import Grant
@@ -91,6 +93,51 @@ async def test_one_that_takes_too_long_is_not_waited_for_and_asked_again_only_wh
         while (judged := await guard.decide(SEEN)).fault:  # noqa: ASYNC110  it is the guard that is asked again
             await asyncio.sleep(0.01)
     assert judged.decision == grants(a=0.2)
+
+
+class Worder:
+    """A policy's own lazy reason, over state that changes; counts how often it is put into words."""
+
+    def __init__(self) -> None:
+        self.text = "as it was"
+        self.worded = 0
+
+    def __str__(self) -> str:
+        self.worded += 1
+        if not self.text:
+            raise RuntimeError("nothing to say")
+        return self.text
+
+
+@pytest.mark.parametrize("threads", [False, True])
+async def test_a_third_partys_lazy_reasons_are_worded_at_once_and_contained(threads: bool) -> None:
+    reason = Worder()
+    answer = Decision({"a": Grant(0.25, 64, 2048)}, {"a": cast("str", reason)})
+    guard = Guard("mine", Says(lambda s: answer), DaemonExecutor("t") if threads else None)
+    judged = await guard.decide(SEEN)
+    assert judged.decision is not None
+    reason.text = ""
+    assert judged.decision.reasons == {"a": "as it was"}
+    assert await guard.decide(SEEN) == Judged(None, "policy mine raised RuntimeError('nothing to say')")
+
+
+@pytest.mark.parametrize("name", ["static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill"])
+async def test_reasons_of_shipped_policies_are_worded_only_when_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worded: list[int] = []
+    original = Reasons.__init__
+
+    def counting(self: Reasons, engines: Mapping[str, object], word: Callable[[int], str]) -> None:
+        original(self, engines, lambda place: worded.append(place) or word(place))  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(Reasons, "__init__", counting)
+    seen = snapshot(view("a", in_flight=3), view("b"))
+    judged = await Guard(name, catalogue.make(name)).decide(seen)
+    assert judged.decision is not None
+    assert worded == []
+    assert judged.decision.reasons["b"]
+    assert worded == [1]
 
 
 def test_limits_of_the_tests() -> None:

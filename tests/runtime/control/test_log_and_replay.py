@@ -8,7 +8,7 @@ import pytest
 from runtime.control import catalogue, decision_log
 from runtime.control.decision_log import DecisionLog, Outcome, Record
 from runtime.control.guard import Guard
-from runtime.control.policy import Decision
+from runtime.control.policy import Decision, Reasons
 from runtime.control.replay import Replay
 from runtime.engines.base import Applied, Grant, Rejected
 from runtime.errors import InputError, TroupeError
@@ -33,6 +33,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(decision_log.read(log.path)) == records
     assert records[0].outcomes["a"].preempted == 3
     assert records[0].outcomes["b"].reason == "no"
+
+
+def test_reasons_are_worded_as_they_are_logged(tmp_path: Path) -> None:
+    seen = snapshot(view("a", in_flight=60), view("b"))
+    decided = catalogue.make("waterfill").decide(seen)
+    assert isinstance(decided.reasons, Reasons)
+    with DecisionLog(tmp_path / "d.jsonl") as log:
+        log.write(Record("waterfill", "tick", seen, decided))
+    [logged] = decision_log.read(log.path)
+    assert logged.decision is not None
+    assert logged.decision.reasons == dict(decided.reasons)
+    assert set(logged.decision.reasons) == {"a", "b"}
 
 
 def test_it_is_rotated_once(tmp_path: Path) -> None:
