@@ -17,8 +17,9 @@ class CompactQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]  # vLLM is not 
 
     def __init__(self, blocks: list[KVCacheBlock]) -> None:
         super().__init__([])
-        self._plain: dict[int, KVCacheBlock] = {}
-        self._lowest: list[int] = []  # a heap of their ids, and of some that were taken otherwise since
+        # A heap of block ids, each at most once, and their blocks; None for an id whose block was removed since.
+        self._lowest: list[int] = []
+        self._plain: dict[int, KVCacheBlock | None] = {}
         self.prepend_n(blocks)
 
     def popleft(self) -> KVCacheBlock:
@@ -29,28 +30,31 @@ class CompactQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]  # vLLM is not 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
         assert n <= self.num_free_blocks, (n, self.num_free_blocks)
         taken: list[KVCacheBlock] = []
-        while len(taken) < n and self._plain:
-            block = self._plain.pop(heapq.heappop(self._lowest), None)
+        while len(taken) < n and self._lowest:
+            block = self._plain.pop(heapq.heappop(self._lowest))
             if block is not None:
                 taken.append(block)
         self.num_free_blocks -= len(taken)
         return [*taken, *super().popleft_n(n - len(taken))]
 
     def remove(self, block: KVCacheBlock) -> None:
-        if self._plain.pop(block.block_id, None) is None:
+        if self._plain.get(block.block_id) is None:
             super().remove(block)
         else:
+            self._plain[block.block_id] = None
             self.num_free_blocks -= 1
 
     def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
         """Blocks that hold nothing worth finding; their order is no matter."""
         for block in blocks:
+            if block.block_id not in self._plain:
+                heapq.heappush(self._lowest, block.block_id)
             self._plain[block.block_id] = block
-            heapq.heappush(self._lowest, block.block_id)
         self.num_free_blocks += len(blocks)
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        return [*(self._plain[number] for number in sorted(self._plain)), *super().get_all_free_blocks()]
+        plain = [block for _, block in sorted(self._plain.items()) if block is not None]
+        return [*plain, *super().get_all_free_blocks()]
 
 
 class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml

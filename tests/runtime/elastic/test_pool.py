@@ -1,5 +1,6 @@
 """The elastic block pool, driven in any order: what may be handed out is below the line, and nothing is lost."""
 
+import tracemalloc
 from typing import Any
 
 from hypothesis import settings
@@ -87,3 +88,22 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def test_growing_and_shrinking_again_and_again_takes_no_memory() -> None:
+    pool = ElasticBlockPool(2001, enable_caching=True, hash_block_size=16)
+
+    def cycle(times: int) -> None:
+        for _ in range(times):
+            pool.set_capacity(2)
+            pool.set_capacity(2001)
+
+    tracemalloc.start()
+    try:
+        cycle(2)
+        before, _ = tracemalloc.get_traced_memory()
+        cycle(20)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 2000 * 8, "the queue keeps more than one entry for each block"
