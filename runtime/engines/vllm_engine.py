@@ -5,7 +5,6 @@ while the forkserver imports the other side.
 """
 
 import asyncio
-import os
 import signal
 import threading
 import time
@@ -177,9 +176,6 @@ class VllmEngine(EngineHandle):
         with _configuring:  # it reads and writes environment variables
             config = AsyncEngineArgs(**arguments).create_engine_config()
         # Only now is it known which of each is right for the platform and its model.
-        if current_platform.is_cuda() and "VLLM_KV_CACHE_LAYOUT" not in os.environ:
-            # Blocks outermost: a range of blocks is one range of bytes, and a resize one mapping and not one a layer.
-            config.cache_config.kv_cache_layout = "BLNHC"
         worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
         scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
         config.parallel_config.worker_cls = f"runtime.engines.elastic.{worker}"

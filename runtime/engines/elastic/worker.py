@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from runtime.engines.elastic.layout import BlockLayout, layout_of
 from runtime.engines.elastic.pages import Pages
@@ -34,6 +35,18 @@ class ElasticWorker:
         self.vllm_config.cache_config.kv_cache_memory_bytes = self.ceiling_bytes()
         return int(super().determine_available_memory())  # type: ignore[misc]
 
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """Return the layouts that every attention backend in use supports, with those first that move most cheaply.
+
+        vLLM takes the first, unless VLLM_KV_CACHE_LAYOUT or a KV connector names another of them. If blocks are
+        outermost, a range of blocks is one range of bytes; otherwise it is one range for each layer. A layout that
+        splits a block's page within a layer is left out, because `layout_of` cannot follow it.
+        """
+        supported = [KVCacheLayout[name] for name in super().get_supported_kv_cache_layouts()]  # type: ignore[misc]
+        movable = [layout for layout in supported if layout.is_block_outermost or layout.is_block_compact]
+        movable.sort(key=lambda layout: not layout.is_block_outermost)  # a stable sort: vLLM's preference within each
+        return [layout.name for layout in movable]
+
     def reserve(self, size: int) -> Pages:
         """Address space on this worker's device: bytes."""
         raise NotImplementedError
@@ -57,7 +70,8 @@ class ElasticWorker:
     def back(self, blocks: int) -> int:
         """Back as many blocks, more or fewer than now; bytes that moved.
 
-        Raises OutOfMemory, and then what was backed still is. No step that could touch the blocks may be in flight.
+        Raises OutOfMemory, and then what was backed still is. Before fewer are backed, no step may be scheduled that
+        could touch the rest, and `pages.fence` must have been called since the last that could was given to the device.
         """
         low, high = sorted((self.backed_blocks, blocks))
         move, undo = self.pages.back, self.pages.release
