@@ -2,17 +2,22 @@
  *
  * It holds callers to the driver's rules, returning the driver's own codes: sizes and addresses in whole granules of
  * 2 MiB, mappings inside one reservation and over nothing, access set before use, nothing unmapped or released twice,
- * and an address range freed only when nothing is mapped in it. The stub_* functions below are for the tests.
+ * an address range freed only when nothing is mapped in it, and nothing unmapped that queued work will still touch.
+ * Calls that need a context require one in the calling thread. The stub_* functions below are for the tests.
+ *
+ * Streams do their work at once, or, after stub_hold(1), only when an event behind it is waited for.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, ILLEGAL_ADDRESS = 700, MANY = 1 << 16 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
+       INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, MANY = 1 << 16, FEW = 64 };
 #define GRANULE ((size_t)2 << 20)
 
 typedef int Result;
@@ -21,10 +26,17 @@ typedef struct { Pointer start; size_t size; } Range;
 typedef struct { int fd; size_t size; int mappings, released; } Allocation;
 typedef struct { Range range; int allocation, accessible; } Mapping;
 
-static Range reservations[64];
+typedef struct { Range range; void *stream; int value, done; } Work; /* value -1: a kernel, which only touches */
+typedef struct { int exists; void *stream; int behind; } Event;      /* behind: how much work was queued before it */
+
+static Range reservations[FEW];
 static Allocation allocations[MANY];
 static Mapping mappings[MANY];
+static Work work[MANY];
+static Event events[FEW];
 static size_t limit = SIZE_MAX, in_use, calls;
+static int queued, held;
+static __thread void *context;
 
 static int aligned(unsigned long long value) { return value % GRANULE == 0; }
 static int inside(Pointer start, size_t size, Range range) {
@@ -34,12 +46,29 @@ static int overlaps(Pointer start, size_t size, Range range) {
     return range.size && start < range.start + range.size && range.start < start + size;
 }
 
+static void run(void *stream, int behind) {
+    for (int i = 0; i < behind; i++)
+        if (!work[i].done && work[i].stream == stream) {
+            if (work[i].value >= 0) memset((void *)work[i].range.start, work[i].value, work[i].range.size);
+            work[i].done = 1;
+        }
+}
+static void queue(Pointer start, size_t size, void *stream, int value) {
+    if (queued == MANY) abort();
+    work[queued++] = (Work){{start, size}, stream, value, 0};
+    if (!held) run(stream, queued);
+}
+
 /* --- for the tests --- */
+void stub_hold(int hold) { held = hold; }
+void stub_launch(Pointer start, size_t size, void *stream) { queue(start, size, stream, -1); }
+int stub_queued(void) { int n = 0; for (int i = 0; i < queued; i++) n += !work[i].done; return n; }
+int stub_events(void) { int n = 0; for (int i = 0; i < FEW; i++) n += events[i].exists; return n; }
 void stub_set_limit(size_t bytes) { limit = bytes; }
 size_t stub_in_use(void) { return in_use; }
 size_t stub_calls(void) { return calls; }
 int stub_mappings(void) { int n = 0; for (int i = 0; i < MANY; i++) n += mappings[i].range.size > 0; return n; }
-int stub_reservations(void) { int n = 0; for (int i = 0; i < 64; i++) n += reservations[i].size > 0; return n; }
+int stub_reservations(void) { int n = 0; for (int i = 0; i < FEW; i++) n += reservations[i].size > 0; return n; }
 
 /* --- the driver --- */
 Result cuInit(unsigned flags) { return SUCCESS; }
@@ -58,7 +87,7 @@ Result cuMemAddressReserve(Pointer *out, size_t size, size_t alignment, Pointer 
     Pointer start = ((Pointer)wide + alignment - 1) / alignment * alignment;
     if (start > (Pointer)wide) munmap(wide, start - (Pointer)wide);
     munmap((void *)(start + size), (Pointer)wide + alignment - start);
-    for (int i = 0; i < 64; i++)
+    for (int i = 0; i < FEW; i++)
         if (!reservations[i].size) {
             reservations[i] = (Range){start, size};
             *out = start;
@@ -71,7 +100,7 @@ Result cuMemAddressFree(Pointer start, size_t size) {
     calls++;
     for (int i = 0; i < MANY; i++)
         if (overlaps(start, size, mappings[i].range)) return INVALID_VALUE;
-    for (int i = 0; i < 64; i++)
+    for (int i = 0; i < FEW; i++)
         if (reservations[i].start == start && reservations[i].size == size) {
             munmap((void *)start, size);
             reservations[i].size = 0;
@@ -119,7 +148,7 @@ Result cuMemMap(Pointer start, size_t size, size_t offset, unsigned long long ha
     int reserved = 0, slot = -1;
     if (handle >= MANY || !allocations[handle].size || offset || size != allocations[handle].size || !aligned(start))
         return INVALID_VALUE;
-    for (int i = 0; i < 64; i++) reserved |= inside(start, size, reservations[i]);
+    for (int i = 0; i < FEW; i++) reserved |= inside(start, size, reservations[i]);
     for (int i = MANY - 1; i >= 0; i--) {
         if (overlaps(start, size, mappings[i].range)) return INVALID_VALUE;
         if (!mappings[i].range.size) slot = i;
@@ -134,6 +163,8 @@ Result cuMemMap(Pointer start, size_t size, size_t offset, unsigned long long ha
 
 Result cuMemUnmap(Pointer start, size_t size) {
     calls++;
+    for (int i = 0; i < queued; i++)
+        if (!work[i].done && overlaps(start, size, work[i].range)) return ILLEGAL_ADDRESS; /* a GPU tells it later */
     for (int i = 0; i < MANY; i++)
         if (mappings[i].range.start == start && mappings[i].range.size == size) {
             mmap((void *)start, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
@@ -165,8 +196,43 @@ Result cuMemSetAccess(Pointer start, size_t size, const void *access, size_t cou
 
 Result cuMemsetD8Async(Pointer start, unsigned char value, size_t size, void *stream) {
     calls++;
+    if (!context) return INVALID_CONTEXT;
     if (each(start, size, 0)) return ILLEGAL_ADDRESS;
-    memset((void *)start, value, size);
+    queue(start, size, stream, value);
+    return SUCCESS;
+}
+
+Result cuCtxGetCurrent(void **out) { *out = context; return SUCCESS; }
+Result cuCtxSetCurrent(void *wanted) { context = wanted; return SUCCESS; }
+
+/* Handles of events are their places, counted from 1. */
+static Event *event(size_t handle) { return handle && handle <= FEW && events[handle - 1].exists ? &events[handle - 1] : 0; }
+
+Result cuEventCreate(size_t *handle, unsigned flags) {
+    if (!context) return INVALID_CONTEXT;
+    for (int i = 0; i < FEW; i++)
+        if (!events[i].exists) {
+            events[i] = (Event){1, 0, 0};
+            *handle = i + 1;
+            return SUCCESS;
+        }
+    return OUT_OF_MEMORY;
+}
+Result cuEventRecord(size_t handle, void *stream) {
+    if (!context) return INVALID_CONTEXT;
+    if (!event(handle)) return INVALID_HANDLE;
+    *event(handle) = (Event){1, stream, queued};
+    return SUCCESS;
+}
+Result cuEventSynchronize(size_t handle) {
+    if (!context) return INVALID_CONTEXT;
+    if (!event(handle)) return INVALID_HANDLE;
+    run(event(handle)->stream, event(handle)->behind);
+    return SUCCESS;
+}
+Result cuEventDestroy(size_t handle) {
+    if (!event(handle)) return INVALID_HANDLE;
+    event(handle)->exists = 0;
     return SUCCESS;
 }
 

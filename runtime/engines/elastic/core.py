@@ -5,6 +5,7 @@ is plain data.
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,8 +90,7 @@ class Resizer:
             if self._shrink is not None:
                 self._last = shrink.finished
                 free_from = max(self._scheduler.pool.draining) + 1
-                self._released = released = self._releaser.submit(self._release_what_is_free, free_from, shrink)
-                return released
+                return self._give_back(self._release_what_is_free, free_from, shrink)
             return shrink.finished
         report["seconds"] = report["stall_seconds"] = time.perf_counter() - started
         return report
@@ -116,7 +116,13 @@ class Resizer:
         shrink.report["stall_seconds"] += time.perf_counter() - begun
         if not self._scheduler.pool.draining:
             self._shrink = self._scheduler.after_step = None
-            self._released = self._releaser.submit(self._release, shrink)
+            self._give_back(self._release, shrink)
+
+    def _give_back(self, release: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Run `release` in the releasing thread; it waits for the steps that the device has been given up to now."""
+        self._worker.pages.fence()
+        self._released = released = self._releaser.submit(release, *arguments)
+        return released
 
     def _release_what_is_free(self, blocks: int, shrink: _Shrink) -> Report:
         """In the releasing thread: give back all above the highest block in use; what is held then is exact."""

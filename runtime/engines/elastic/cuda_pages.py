@@ -3,6 +3,10 @@
 The CUDA Driver API, section Virtual Memory Management: cuMemAddressReserve once; cuMemCreate, cuMemMap and
 cuMemSetAccess to back; cuMemUnmap and cuMemRelease to release. A granule is a physical allocation of its own, so that
 any of them can go.
+
+An address that is not backed faults. kvcached maps one shared page there instead. We do not: growing would have to
+unmap that page first, and so wait for the steps in flight; and a write that goes astray would end in wrong tokens
+instead of in a crash, after which every request is served again.
 """
 
 from collections.abc import Callable
@@ -22,8 +26,8 @@ class CudaPages(Pages):
     """Reserves `size` bytes, rounded up to whole granules, for device `device` (CUDA's ordinal).
 
     `granule` is rounded up to what the device asks for (2 MiB as a rule); a mapping costs about the same whatever its
-    size, so that larger ones move memory faster. Zeroing is put on `stream` (a CUDA stream's
-    handle), before whatever the stream is given next. Expects a current CUDA context.
+    size, so that larger ones move memory faster. `stream` is the handle of the CUDA stream that computes. Zeroing is
+    put on it, before whatever the stream is given next, and fences are recorded on it. Expects a current CUDA context.
     """
 
     def __init__(self, size: int, device: int = 0, granule: int = 32 << 20, stream: int = 0) -> None:
@@ -40,6 +44,10 @@ class CudaPages(Pages):
         self.size = -(-size // self.granule) * self.granule
         self.address = int(_call(driver.cuMemAddressReserve, self.size, self.granule, 0, 0))
         self._stream = stream
+        self._context = _call(driver.cuCtxGetCurrent)
+        flags = driver.CUevent_flags
+        waits = flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
+        self._fence = _call(driver.cuEventCreate, waits)
         self._handles: dict[int, Any] = {}
 
     def back(self, start: int, stop: int) -> None:
@@ -52,6 +60,7 @@ class CudaPages(Pages):
                 self._back_one(at)
             _call(driver.cuMemSetAccess, self.address + start, stop - start, [self._access], 1)
             _call(driver.cuMemsetD8Async, self.address + start, 0, stop - start, self._stream)
+            self.fence()
         except BaseException:
             for at in range(start, stop, self.granule):
                 if at in self._handles:
@@ -72,19 +81,32 @@ class CudaPages(Pages):
         missing = [at for at in range(start, stop, self.granule) if at not in self._handles]
         if missing:
             raise ValueError(f"[{start}, {stop}) has no memory at {missing[0]}")
+        self._wait()
         for at in range(start, stop, self.granule):
             self._release_one(at)
+
+    def fence(self) -> None:
+        _call(driver.cuEventRecord, self._fence, self._stream)
+
+    def _wait(self) -> None:
+        """Wait for the fence, in any thread. cuMemUnmap does not always wait for the kernels that are queued."""
+        _call(driver.cuCtxSetCurrent, self._context)
+        _call(driver.cuEventSynchronize, self._fence)
 
     def _release_one(self, at: int) -> None:
         _call(driver.cuMemUnmap, self.address + at, self.granule)
         _call(driver.cuMemRelease, self._handles.pop(at))
 
     def close(self) -> None:
+        if not self.size:
+            return
+        self.fence()
+        self._wait()
         for at in list(self._handles):
             self._release_one(at)
-        if self.size:
-            _call(driver.cuMemAddressFree, self.address, self.size)
-            self.size = 0
+        _call(driver.cuMemAddressFree, self.address, self.size)
+        _call(driver.cuEventDestroy, self._fence)
+        self.size = 0
 
 
 def device_uuid(device: int) -> str:

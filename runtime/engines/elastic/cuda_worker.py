@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import current_stream
 from vllm.v1.worker.gpu_worker import Worker
 
 from runtime.engines.elastic.cuda_pages import CudaPages, device_uuid
@@ -16,7 +17,7 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
     """vLLM's CUDA worker with its KV cache in CUDA pages."""
 
     def reserve(self, size: int) -> CudaPages:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream().cuda_stream  # vLLM's: the first call moves this thread's work to a stream of its own
         granule = self.vllm_config.additional_config["troupe"]["granule_bytes"]
         return CudaPages(size, torch.cuda.current_device(), granule, stream)
 

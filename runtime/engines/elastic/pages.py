@@ -31,7 +31,15 @@ class Pages(ABC):
 
     @abstractmethod
     def release(self, start: int, stop: int) -> None:
-        """Give the memory behind a range back to the system."""
+        """Give the memory behind a range back to the system, once the device has passed the last fence."""
+
+    def fence(self) -> None:
+        """Make later releases wait for the work that the device has been given up to now, zeroing included.
+
+        Call it in the thread that gives the device its work, when no later work will touch what is to be released.
+        Does nothing if work is done as soon as it is given, as on the host.
+        """
+        return
 
     @abstractmethod
     def close(self) -> None:

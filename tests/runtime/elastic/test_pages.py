@@ -2,7 +2,8 @@
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,37 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from runtime.engines.elastic.pages import HostPages, OutOfMemory, Pages
-from tests import stubs
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The stand-in for the GPU's driver, with its counters."""
-    library = stubs.cuda(tmp_path_factory.mktemp("cuda"))
-    library.stub_in_use.restype = library.stub_calls.restype = ctypes.c_size_t
-    library.stub_set_limit.argtypes = [ctypes.c_size_t]
-    return library
-
-
-@pytest.fixture
-def cuda(driver: ctypes.CDLL) -> Iterator[Callable[..., Pages]]:
-    """Makes CUDA pages; nothing may be left of them in the end."""
-    from runtime.engines.elastic.cuda_pages import CudaPages  # once the stand-in is loaded
-
-    made: list[Pages] = []
-
-    def make(size: int, granule: int = 2 * MIB) -> Pages:
-        made.append(CudaPages(size, granule=granule))
-        return made[-1]
-
-    yield make
-    driver.stub_set_limit(ctypes.c_size_t(-1))
-    for pages in made:
-        pages.close()
-        pages.close()
-    assert (driver.stub_in_use(), driver.stub_mappings(), driver.stub_reservations()) == (0, 0, 0)
 
 
 def test_a_device_says_its_uuid_as_nvml_writes_it(driver: ctypes.CDLL) -> None:
@@ -182,3 +154,29 @@ def test_the_drivers_refusals_are_told_by_name(cuda: Callable[..., Pages]) -> No
     with pytest.raises(CudaError, match="cuMemMap: CUDA_ERROR_INVALID_VALUE"):
         pages.back(2 * MIB, 4 * MIB)
     pages.address -= 4096
+
+
+def test_release_waits_for_the_work_before_the_fence_and_for_none_after_it(
+    cuda: Callable[..., Pages], driver: ctypes.CDLL
+) -> None:
+    pages = cuda(8 * MIB)
+    pages.back(0, 8 * MIB)
+    driver.stub_hold(1)
+    driver.stub_launch(pages.address + 4 * MIB, 4 * MIB, 0)
+    pages.fence()
+    driver.stub_launch(pages.address, 2 * MIB, 0)
+    with ThreadPoolExecutor(1) as releaser:  # a thread that has no CUDA context of its own
+        releaser.submit(pages.release, 4 * MIB, 8 * MIB).result()
+    assert driver.stub_queued() == 1
+
+
+@pytest.mark.parametrize("end", ["release", "close"])
+def test_memory_that_is_still_being_zeroed_is_not_unmapped(
+    end: str, cuda: Callable[..., Pages], driver: ctypes.CDLL
+) -> None:
+    pages = cuda(4 * MIB)
+    driver.stub_hold(1)
+    pages.back(0, 4 * MIB)
+    assert driver.stub_queued() == 1
+    pages.close() if end == "close" else pages.release(0, 4 * MIB)
+    assert driver.stub_queued() == 0

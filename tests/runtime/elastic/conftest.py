@@ -1,0 +1,44 @@
+"""CUDA pages over the stand-in for the GPU's driver."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from runtime.engines.elastic.pages import Pages
+from tests import stubs
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The stand-in for the GPU's driver, with its counters."""
+    library = stubs.cuda(tmp_path_factory.mktemp("cuda"))
+    library.stub_in_use.restype = library.stub_calls.restype = ctypes.c_size_t
+    library.stub_set_limit.argtypes = [ctypes.c_size_t]
+    library.stub_launch.argtypes = [ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_void_p]
+    library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
+    return library
+
+
+@pytest.fixture
+def cuda(driver: ctypes.CDLL) -> Iterator[Callable[..., Pages]]:
+    """Makes CUDA pages in a context of this thread; nothing may be left of them in the end."""
+    from runtime.engines.elastic.cuda_pages import CudaPages  # once the stand-in is loaded
+
+    made: list[Pages] = []
+    driver.cuCtxSetCurrent(1)
+
+    def make(size: int, granule: int = 2 * MIB) -> Pages:
+        made.append(CudaPages(size, granule=granule))
+        return made[-1]
+
+    yield make
+    driver.stub_set_limit(ctypes.c_size_t(-1))
+    for pages in made:
+        pages.close()
+        pages.close()
+    driver.stub_hold(0)
+    left = driver.stub_in_use(), driver.stub_mappings(), driver.stub_reservations(), driver.stub_events()
+    assert left == (0, 0, 0, 0)
