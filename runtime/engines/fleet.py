@@ -125,6 +125,7 @@ def _import_vllm_engine() -> ModuleType:
     """Import vLLM's client side without looking for garbage in it, then or later. Raises EngineError."""
     gc.disable()
     try:
+        importlib.import_module("runtime.engines.torch_logging").propagate()
         return importlib.import_module("runtime.engines.vllm_engine")
     except ImportError as error:
         raise EngineError(f"vLLM cannot be imported ({error}); `troupe doctor` says how to mend it") from error

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stand-in for Python in tests of scripts/*.sh. `-m venv` makes a tiny .venv around itself; `-m pip` installs nothing and
-# writes its arguments to $STUB_RECORD, fails when they contain $STUB_FAIL, and takes 30 s when they contain $STUB_HANG, 1 s
-# when they contain $STUB_PAUSE; other modules print their name. Anything else goes to the real Python, $STUB_PYTHON.
+# writes its arguments to $STUB_RECORD, fails with $STUB_SAYS when they contain $STUB_FAIL, and takes 30 s when they contain
+# $STUB_HANG, 1 s when they contain $STUB_PAUSE; other modules print their name. Anything else goes to the real Python, $STUB_PYTHON.
 case "$1 $2" in
 "-m venv")
     mkdir -p "$3/bin"
@@ -20,7 +20,7 @@ case "$1 $2" in
         sleep 1
     fi
     if [[ -n ${STUB_FAIL:-} && "$*" == *"$STUB_FAIL"* ]]; then
-        echo "pip says no"
+        echo "${STUB_SAYS:-pip says no}"
         exit 1
     fi
     ;;

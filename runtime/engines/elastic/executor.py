@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from runtime.engines import reports
@@ -23,7 +24,7 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
         with Path(told["log"]).open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        if not torch.cuda.is_available():
+        if current_platform.is_cpu():
             # AMX tiles need the kernel's leave, asked for in the process that uses them; without it the first token
             # of a bfloat16 model ends in SIGILL.
             torch.cpu._init_amx()
