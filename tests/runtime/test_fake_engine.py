@@ -1,7 +1,6 @@
 """The fake engine keeps the seam's promises, so that what is tested over it holds for a real one."""
 
 import asyncio
-import time
 from dataclasses import replace
 
 import pytest
@@ -19,7 +18,14 @@ from runtime.engines.base import (
 from runtime.engines.fake import FakeEngine, FakeMemory, Processor, ServiceTime
 from runtime.errors import EngineDead, EngineError
 
+pytestmark = pytest.mark.virtual_time
+
 REQUEST = GenerateRequest("r", (Message("user", "one two three"),), 0.0, 1.0, 16)
+
+
+def now_s() -> float:
+    """Return the virtual seconds since the test began."""
+    return asyncio.get_running_loop().time()
 
 
 async def test_it_streams_a_word_a_token_and_counts_them() -> None:
@@ -74,10 +80,9 @@ async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_firs
 async def test_its_time_follows_the_model() -> None:
     times = ServiceTime(step_s=0.02, token_s=0, prefill_s=0.01)
     async with FakeEngine("f", lambda request: "a b c", times=times, time_scale=1) as engine:
-        started = time.monotonic()
         async for _ in engine.generate(REQUEST):
             pass
-        assert time.monotonic() - started >= 3 * 0.01 + 3 * 0.02
+        assert now_s() == pytest.approx(3 * 0.01 + 3 * 0.02)
 
 
 async def test_a_failed_engine_ends_streams_and_refuses_more() -> None:
@@ -185,9 +190,8 @@ async def test_engines_on_one_processor_slow_each_other() -> None:
             pass
 
     async with engines[0], engines[1]:
-        started = time.monotonic()
         await asyncio.gather(*map(ask, engines))
-        assert time.monotonic() - started >= 2 * 0.02 * 1.5
+        assert now_s() >= 2 * 0.02 * 1.5
 
 
 async def test_calls_go_through_the_process_in_front_one_after_another() -> None:
@@ -195,7 +199,6 @@ async def test_calls_go_through_the_process_in_front_one_after_another() -> None
     front = Processor(lanes=1)
     engines = [FakeEngine("f", lambda r: "a", times=times, time_scale=1, front=front) for _ in range(2)]
     async with engines[0], engines[1]:
-        started = time.monotonic()
         tasks = [task for engine in engines for task in (await run_many(engine, 2))[0]]
         await asyncio.gather(*tasks)
-        assert time.monotonic() - started >= 4 * 0.02
+        assert now_s() >= 4 * 0.02

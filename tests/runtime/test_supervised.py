@@ -13,6 +13,8 @@ from runtime.engines.fake import FakeEngine, ServiceTime
 from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import EngineError, RequestQuarantined
 
+pytestmark = pytest.mark.virtual_time
+
 WORDS = "one two three four five six seven eight"
 REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
 POISON = replace(REQUEST, messages=(Message("user", "poison"),))
