@@ -74,7 +74,7 @@ async def told(folder: Path, mqtt: Mqtt) -> str:
     team = assemble(chosen)
     said: asyncio.Queue[str] = asyncio.Queue()
     async with serving(chosen, team, partial(modelled_crew, chosen, team, time_scale=0), tell=said.put_nowait):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await said.get()
 
 

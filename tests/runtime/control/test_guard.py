@@ -85,7 +85,7 @@ async def test_one_that_takes_too_long_is_not_waited_for_and_asked_again_only_wh
         return grants(a=0.2)
 
     guard = Guard("slow", Says(slow), DaemonExecutor("t"), limit_s=0.02)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert (await guard.decide(SEEN)).fault == "policy slow took more than 0.02 s"
         assert (await guard.decide(SEEN)).fault == "policy slow has not answered yet"
         assert len(asked) == 1

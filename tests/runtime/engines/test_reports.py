@@ -18,7 +18,7 @@ def test_reports_are_taken_in_order(tmp_path: Path, loop: Callable[[], asyncio.A
         with reports.listening(tmp_path, lambda engine, state: taken.put_nowait((engine, state))):
             reports.send(tmp_path, "solver", EngineState.LOADING)
             reports.send(tmp_path, "critic", EngineState.LOADED)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 return [await taken.get(), await taken.get()]
 
     with asyncio.Runner(loop_factory=loop) as runner:

@@ -43,7 +43,7 @@ async def service(
 
 
 async def ended(jobs: JobService, id: str) -> JobRecord:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for _ in jobs.feed.follow_job(id):
             pass
     record = await jobs.get(id)
@@ -51,10 +51,24 @@ async def ended(jobs: JobService, id: str) -> JobRecord:
     return record
 
 
+async def begun(jobs: JobService, id: str) -> None:
+    """Wait until a job runs and the journal says so."""
+    async with asyncio.timeout(60):
+        async for event in jobs.feed.follow_job(id):
+            if event.kind == "running":
+                return
+
+
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  no event stands for it
             await asyncio.sleep(0.01)
+
+
+async def replies(jobs: JobService) -> int:
+    """Count the replies that the journal has."""
+    events = await jobs.journal.read(partial(store.events, limit=10**6))
+    return sum(event.kind == "replied" for event in events)
 
 
 class Counting:
@@ -147,7 +161,7 @@ async def test_a_cancel_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
         running, _ = await jobs.submit(PROBLEM)
         waiting, _ = await jobs.submit(PROBLEM)
         last, _ = await jobs.submit(PROBLEM)
-        await asyncio.sleep(0.05)
+        await begun(jobs, running.id)
         for id in (waiting.id, running.id):
             cancelled = await jobs.cancel(id)
             assert cancelled is not None
@@ -180,7 +194,7 @@ async def test_time_runs_out(tmp_path: Path, limit: str) -> None:
         blocking, _ = await jobs.submit(PROBLEM.model_copy(update={limit: 0.2}))
         record = await ended(jobs, blocking.id)
         assert record.state is JobState.EXPIRED
-        assert 0.15 < (record.ended_at or 0) - record.submitted_at < 2
+        assert (record.ended_at or 0) - record.submitted_at > 0.15
 
 
 async def test_a_deadline_passes_while_a_job_waits(tmp_path: Path) -> None:
@@ -250,7 +264,9 @@ async def test_what_is_left_at_the_end_goes_on_with_the_next_start(tmp_path: Pat
         async with service(folder, handles) as jobs:
             record, _ = await jobs.submit(PROBLEM)
             await until(lambda: not counting.go.is_set())  # noqa: B023
-            await asyncio.sleep(0.01)
+            async with asyncio.timeout(60):
+                while await replies(jobs) < counting.asked:  # noqa: ASYNC110  nothing tells of it
+                    await asyncio.sleep(0.01)
         counting.hold_after = 10**9
         counting.go.set()
         async with service(folder, handles) as jobs:
@@ -280,10 +296,15 @@ async def test_replies_that_do_not_fit_any_more_are_dropped(tmp_path: Path) -> N
 
 
 async def test_a_drain_lets_what_runs_end_and_keeps_the_rest(tmp_path: Path) -> None:
-    handles = await engines(time_scale=1)
+    handles = await engines()
+    counting = Counting(handles)
+    counting.go.clear()
     async with service(tmp_path, handles, Keeping(jobs_at_once=2)) as jobs:
         ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(5)]
-        assert await jobs.drain(10) == 3
+        draining = asyncio.create_task(jobs.drain(60))
+        await until(lambda: jobs.draining)
+        counting.go.set()
+        assert await draining == 3
         with pytest.raises(Busy, match="the service is ending"):
             await jobs.submit(PROBLEM)
         states = [record.state for id in ids if (record := await jobs.get(id))]
@@ -312,15 +333,14 @@ async def test_a_full_disk_delays_a_result_and_loses_none(tmp_path: Path, monkey
     counting.go.clear()
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"expected": "a long answer" * 500}))
-        await asyncio.sleep(0.05)
+        await begun(jobs, record.id)
         await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1").fetchall())
         counting.go.set()
-        await asyncio.sleep(0.3)
-        assert jobs.journal.fault is not None
+        await until(lambda: jobs.journal.fault is not None)
         stuck = await jobs.get(record.id)
         assert stuck is not None
         assert stuck.state is JobState.RUNNING
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while jobs.journal.fault is not None:  # a write that fails takes with it what was to be done beside it
                 with suppress(JournalError):
                     await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1000000").fetchall())
@@ -473,13 +493,12 @@ asyncio.run(main())
 async def test_kills_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     accepted: list[str] = []
-    for after in (0.3, 0.1, 0.4, 0.2):
+    for count in (60, 20, 80, 40):
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", KILLED, str(path), stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
         )
         assert process.stdout is not None
-        accepted.append((await process.stdout.readline()).decode().strip())
-        await asyncio.sleep(after)
+        accepted += [(await process.stdout.readline()).decode().strip() for _ in range(count)]
         process.send_signal(signal.SIGKILL)
         accepted += (await process.stdout.read()).decode().split()
         await process.wait()
@@ -489,7 +508,7 @@ async def test_kills_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> No
             assert (record.state, record.result and record.result["answer"]) == (JobState.DONE, "17")
         events = await jobs.journal.read(partial(store.events, limit=10**6))
     ends = [event.job for event in events if event.kind == "done"]
-    assert len(accepted) > 50
+    assert len(accepted) >= 200
     assert len(ends) == len(set(ends))
     assert set(accepted) <= set(ends)
     assert any(event.data.get("why") == "the runtime was started anew" for event in events)

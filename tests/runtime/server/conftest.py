@@ -45,7 +45,7 @@ async def service(chosen: Config, time_scale: float = 0, **options: Any) -> Asyn
     opening = partial(modelled_crew, chosen, team, time_scale=time_scale)
     async with (
         serving(chosen, team, opening, where.append, **options) as backend,
-        httpx.AsyncClient(base_url=where[0], timeout=20) as client,
+        httpx.AsyncClient(base_url=where[0], timeout=60) as client,
     ):
         yield Served(backend, client, where[0])
 

@@ -32,7 +32,7 @@ async def test_every_answer_is_one_that_the_document_says(tmp_path: Path) -> Non
             f"--exclude-path-regex={ENDLESS}",
             f"--checks={','.join(CHECKS)}",
             "--max-examples=10",
-            "--request-timeout=10",
+            "--request-timeout=60",
             "--seed=1",
             "--no-color",
             cwd=tmp_path,

@@ -11,6 +11,7 @@ from runtime.jobs.submission import Submission
 from tests.programs import CHROMIUM, needs
 from tests.runtime.server.conftest import PROBLEM, Start, configured, service
 
+expect.set_options(timeout=60_000)  # milliseconds; the default of 5 s is short on a busy machine
 pytestmark = needs(CHROMIUM, "Chromium")
 
 
@@ -106,9 +107,9 @@ async def test_it_comes_back_after_the_service_was_away(browser: Browser, tmp_pa
     await expect(page.locator("#state")).to_contain_text("not connected")
     again = chosen.model_copy(update={"service": chosen.service.model_copy(update={"port": port})})
     async with service(again) as served:
-        await expect(page.locator("#state")).to_contain_text("ready", timeout=20_000)
+        await expect(page.locator("#state")).to_contain_text("ready")
         await served.client.post("/jobs", json={"problem": PROBLEM})
-        await expect(page.locator("#jobs > li").first).to_contain_text("→ 17", timeout=20_000)
+        await expect(page.locator("#jobs > li").first).to_contain_text("→ 17")
 
 
 async def test_a_token_is_asked_for(start: Start, browser: Browser, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Watching:
 def watch(folder: Path, lines: Mapping[str, object]) -> Iterator[Watching]:
     watching = Watching(folder, lines)
     yield watching
-    watching.process.communicate()
+    watching.process.communicate(timeout=60)
     assert watching.process.returncode == 0
 
 

@@ -52,18 +52,18 @@ async def until(holds: Callable[[], bool]) -> None:
 
 async def test_it_reads_again_and_again_off_the_event_loop_and_closes() -> None:
     source = Counting()
-    async with asyncio.timeout(10), Sampler(source, every_s=0.01) as sampler:
+    async with asyncio.timeout(60), Sampler(source, every_s=0.01) as sampler:
         assert sampler.latest.devices[0].used_bytes >= 1
         await until(lambda: sampler.latest.devices[0].used_bytes >= 5)
         assert sampler.latest.devices[0].free_bytes <= 995
     assert source.threads == {"telemetry"}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await until(lambda: source.closed)
 
 
 async def test_a_driver_that_hangs_stops_nobody_and_is_said() -> None:
     source = Counting()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async with Sampler(source, every_s=0.01, stale_s=0.1) as sampler:
             source.go_on.clear()
             await until(lambda: sampler.latest.fault is not None)
@@ -80,7 +80,7 @@ def test_the_host_is_a_device_whose_processes_are_our_children() -> None:
     child = subprocess.Popen([sys.executable, "-c", "x = b'1' * (50 << 20); input()"], stdin=subprocess.PIPE)
     try:
         with HostSource() as source:
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while (reading := source.read()).devices[0].processes.get(child.pid, 0) < 50 << 20:  # type: ignore[union-attr]
                 assert time.monotonic() < end
                 time.sleep(0.05)
