@@ -24,6 +24,9 @@ from runtime.engines.fake import FakeEngine, FakeMemory
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.simulation.virtual_time import VirtualLoop
+
+pytestmark = pytest.mark.virtual_time
 
 MIB = 1 << 20
 DEVICE = 1000 * MIB
@@ -371,7 +374,7 @@ class Trading(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patience, sharing.ANSWER_S = sharing.ANSWER_S, 0.005
-        self.loop = asyncio.new_event_loop()
+        self.loop = VirtualLoop()
         self.three = self.wait(Three().start())
         self.deferred: list[Deferred] = []
 

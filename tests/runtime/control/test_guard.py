@@ -56,7 +56,7 @@ def fails(snapshot: Snapshot) -> object:
 async def test_what_is_wrong_is_said_and_nothing_decided(
     answer: Callable[[Snapshot], object], says: str, threads: bool
 ) -> None:
-    judged = await Guard("mine", Says(answer), DaemonExecutor("t") if threads else None).decide(SEEN)
+    judged = await Guard("mine", Says(answer), DaemonExecutor("t") if threads else None, limit_s=60).decide(SEEN)
     assert judged.decision is None
     assert judged.fault is not None
     assert judged.fault.startswith("policy mine")
@@ -64,7 +64,7 @@ async def test_what_is_wrong_is_said_and_nothing_decided(
 
 
 async def test_a_good_decision_passes_and_may_leave_engines_out() -> None:
-    judged = await Guard("mine", Says(lambda s: grants(a=0.25)), DaemonExecutor("t")).decide(SEEN)
+    judged = await Guard("mine", Says(lambda s: grants(a=0.25)), DaemonExecutor("t"), limit_s=60).decide(SEEN)
     assert judged.fault is None
     assert judged.decision == grants(a=0.25)
 
