@@ -82,6 +82,7 @@ class Controller:
         self._wake = asyncio.Event()
         self._cause = "start"
         self._caused_s: float | None = None
+        self._failure: str | None = None
         self._settling: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -177,15 +178,23 @@ class Controller:
             if not self.paused:
                 try:
                     await self.tick()
-                except Exception:
-                    self.counts.faults += 1
-                    logging.getLogger(__name__).exception("a tick of the controller failed")
+                    self._failure = None
+                except Exception as error:
+                    self._note_failure(error)
+                    await asyncio.sleep(self._every_s)  # a burst would not help, and would come again at once
             await asyncio.sleep(PAUSE_S)
             # What an engine needs no longer is noticed at the next tick, and is worth noticing where another waits.
             every_s = self._every_s / 2 if self._short else self._every_s
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(every_s - PAUSE_S, 0)):
                     await self._wake.wait()
+
+    def _note_failure(self, error: Exception) -> None:
+        """Count a failed tick, and log it with its traceback if the one before did not fail in the same way."""
+        self.counts.faults += 1
+        if repr(error) != self._failure:
+            self._failure = repr(error)
+            logging.getLogger(__name__).exception("a tick of the controller failed")
 
     async def tick(self) -> None:
         """Observe, decide, apply and publish once. Raises what engines or telemetry raise."""

@@ -28,12 +28,12 @@ class Ledger:
         more = nbytes - self._held.get(engine, 0)
         if more > max(self.free, 0):
             raise OverBudget(f"{engine} would need {more} bytes more; {max(self.free, 0)} of the budget are free")
-        self._held[engine] = nbytes
-        self._total += more
+        self.record(engine, nbytes)
 
-    def found(self, engine: str, nbytes: int) -> None:
-        """Record what an engine holds in fact, be it within the budget or not."""
-        self.held[engine] = nbytes
+    def record(self, engine: str, nbytes: int) -> None:
+        """Note what an engine holds in fact, be it within the budget or not."""
+        self._total += nbytes - self._held.get(engine, 0)
+        self._held[engine] = nbytes
 
 
 class OverBudget(Exception):

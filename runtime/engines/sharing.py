@@ -102,10 +102,10 @@ class Sharing:
         return outcomes
 
     def _note_restarts(self) -> None:
-        """An engine that was started again may need a larger share than it had: the ledger is to know of it."""
+        """Tell the ledger of engines that were started again and need a larger share than they had."""
         for name, engine in self._engines.items():
             if engine.stats().state is EngineState.READY and name not in self._late:
-                self.ledger.found(name, max(self._held(name), self._bytes(name, self._now(name))))
+                self.ledger.record(name, max(self._held(name), self._bytes(name, self._now(name))))
 
     def _complaints(self, grants: Mapping[str, Grant]) -> dict[str, Rejected]:
         """Why a decision cannot be, for every grant of it; empty when it can."""

@@ -1,8 +1,9 @@
 """The loop over fake engines, on a clock that jumps: it moves memory to where the work is, and nothing stops it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from runtime.control.guard import Guard
 from runtime.control.observer import Observer, Terms
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
-from runtime.engines.base import GenerateRequest, Grant, ResizeOutcome
+from runtime.engines.base import EngineHandle, EngineState, GenerateRequest, Grant, ResizeOutcome
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.ledger import Ledger
 from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import InputError, TroupeError
 from runtime.events import JobAdvanced
 from runtime.simulation import virtual_time
@@ -39,8 +41,9 @@ class Rig:
 
     def __init__(self, names: str) -> None:
         self.engines = {name: Slow(name, 0.8 / len(names)) for name in names}
+        self.handles: dict[str, EngineHandle] = {**self.engines}
         self.ledger = Ledger(800 * MIB)
-        self.sharing = Sharing(self.engines, self.ledger)
+        self.sharing = Sharing(self.handles, self.ledger)
         self.records: list[Record] = []
         self.forecast = Forecast()
         self.reading = Reading("gpu", (DeviceReading("GPU", 0, 0),))
@@ -96,9 +99,9 @@ async def rig(
         rig.ledger.claim(engine.name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
     chosen = catalogue.make(policy) if isinstance(policy, str) else policy
     rig.controller = Controller(
-        rig.engines,
+        rig.handles,
         rig.sharing,
-        Observer(rig.engines, rig.forecast, {"b": Terms(priority=2)}, lambda: rig.reading),
+        Observer(rig.handles, rig.forecast, {"b": Terms(priority=2)}, lambda: rig.reading),
         Guard("chosen", chosen),
         shadow=Guard(shadow, catalogue.make(shadow)) if shadow else None,
         publish=rig.records.append,
@@ -432,3 +435,70 @@ async def test_telemetry_that_raises_costs_ticks_and_not_the_loop() -> None:
         before = len(at.records)
         await asyncio.sleep(0.5)
         assert len(at.records) > before
+
+
+@simulated
+async def test_memory_moves_between_the_others_while_an_engine_is_started_again() -> None:
+    async with rig(names="abc") as found:
+        may_start = asyncio.Event()
+        may_start.set()
+
+        class Restarting(Slow):
+            async def start(self) -> None:
+                await may_start.wait()
+                await super().start()
+
+        supervised = SupervisedEngine("a", lambda grant: Restarting("a", 0.8 / 3), patience=Patience(backoff_s=(0,)))
+        found.handles["a"] = supervised
+        await supervised.start()
+        may_start.clear()
+        supervised.kill()
+        work = asyncio.create_task(found.keep_busy("b"))
+        await asyncio.sleep(5)
+        assert supervised.stats().state is EngineState.STARTING
+        assert found.controller.counts.faults == 0
+        assert found.share("b") > 0.4  # of 0.27 at first
+        assert found.ledger.held["a"] == int(0.8 / 3 * DEVICE)
+        may_start.set()
+        await asyncio.sleep(5)
+        assert supervised.stats().state is EngineState.READY
+        assert found.controller.counts.faults == 0
+        work.cancel()
+        await supervised.close()
+
+
+@simulated
+async def test_a_failing_tick_is_tried_again_at_its_time_and_logged_once() -> None:
+    async with rig(every_s=0.1) as found:
+        await asyncio.sleep(0.5)
+        with pytest.MonkeyPatch.context() as patch:
+            failed = 0
+
+            def fail(*arguments: object) -> Snapshot:
+                nonlocal failed
+                failed += 1
+                raise RuntimeError("no snapshot")
+
+            patch.setattr(found.controller, "_observe", fail)
+            with logged("runtime.control.controller") as lines:
+                for _ in range(500):
+                    found.controller.wake(BURST)
+                    await asyncio.sleep(0.01)
+        assert 0 < failed <= 5 / 0.1
+        assert lines == ["a tick of the controller failed"]
+        decided = found.controller.counts.decisions
+        await asyncio.sleep(0.5)
+        assert found.controller.counts.decisions > decided
+
+
+@contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """The messages that a logger gets."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger(name).removeHandler(handler)
