@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from runtime.engines.elastic.layout import BlockLayout, layout_of
@@ -24,6 +25,7 @@ class ElasticWorker:
     layout: BlockLayout
     floor_blocks: int
     backed_blocks = 0
+    _warming_up = False
 
     def ceiling_bytes(self) -> int:
         """The most that the KV cache may take: the share that the engine may ever be granted."""
@@ -60,7 +62,7 @@ class ElasticWorker:
         return ""
 
     def fixed_bytes(self) -> int:
-        """What this engine holds of it besides the KV cache, at this moment."""
+        """Return the bytes of it that this engine holds besides the KV cache, or will take while it computes a step."""
         raise NotImplementedError
 
     def tensor(self, nbytes: int) -> torch.Tensor:
@@ -95,6 +97,30 @@ class ElasticWorker:
         if not self.backed_blocks:
             raise RuntimeError("vLLM did not allocate its KV cache in the way that elastic engines know")
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Run vLLM's warm-up with every block backed that it writes, then give back all above the floor.
+
+        vLLM caps its warm-up by the blocks that the cache has, not by those that are backed. Raises OutOfMemory if the
+        device cannot hold the blocks.
+        """
+        if self.vllm_config.cache_config.use_replayssm:  # its autotuner gives each sequence a block without a step
+            self._back_at_least(1 + int(self.vllm_config.scheduler_config.max_num_seqs))
+        self._warming_up = True
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self._warming_up = False
+        self.pages.fence()
+        self.back(self.floor_blocks)
+        return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step. While vLLM warms up, first back the blocks that the step names, as the scheduler would have."""
+        if self._warming_up:
+            self._back_at_least(1 + _highest_block(scheduler_output))
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def _back_at_least(self, blocks: int) -> None:
+        self.back(max(self.backed_blocks, min(blocks, self.layout.blocks)))
+
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
         # vLLM asks here for the context in which it allocates; the CUDA worker for both of its model runners.
         if tag != "kv_cache":
@@ -110,6 +136,13 @@ class ElasticWorker:
         self.floor_blocks = min(blocks, int(-(-blocks // sequences)) + 1)
         self.back(self.floor_blocks)
         return self.tensor(nbytes)
+
+
+def _highest_block(step: SchedulerOutput) -> int:
+    """Return the highest of the KV blocks that a step gives to its requests; 0, the null block, if it gives none."""
+    given = [request.block_ids for request in step.scheduled_new_reqs]
+    given += [block_ids for block_ids in step.scheduled_cached_reqs.new_block_ids if block_ids is not None]
+    return max((block for groups in given for group in groups for block in group), default=0)
 
 
 class _InPlaceOfZeros(TorchFunctionMode):  # type: ignore[misc]  # torch is not analysed: see pyproject.toml

@@ -1,5 +1,8 @@
 """The elastic worker's part in vLLM's start, with vLLM's own classes and stand-ins for what needs a GPU."""
 
+import ctypes
+from collections.abc import Callable
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +13,14 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker import worker_base
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
-from runtime.engines.elastic.layout import BlockLayout, layout_of
+from runtime.engines.elastic.layout import BlockLayout, Run, layout_of
+from runtime.engines.elastic.pages import OutOfMemory, Pages
 from runtime.engines.elastic.worker import ElasticWorker
 
 MIB = 1 << 20
@@ -99,3 +105,103 @@ def test_a_resize_moves_one_range_in_all_or_one_for_each_layer() -> None:
     for name in ("LBNHC", "LBHNC"):
         assert [run.stride for run in layout(name).runs] == [page] * 3
         assert len(list(layout(name).spans(100, 1000))) == 3
+
+
+class Warmable:
+    """Stands in for vLLM's CUDA worker: the warm-up is vLLM's own, and a step only notes which blocks it may touch."""
+
+    model_runner: Any
+    backed_blocks: int
+
+    def compile_or_warm_up_model(self) -> str:
+        self.touched = 0
+        warmup_kernels(self.model_runner, self.execute_model, lambda grammar_output: None)
+        return "times"
+
+    def execute_model(self, step: SchedulerOutput) -> None:
+        given = [request.block_ids for request in step.scheduled_new_reqs]
+        given += [ids for ids in step.scheduled_cached_reqs.new_block_ids if ids is not None]
+        self.touched = max([self.touched, *(block for ids in given for block in chain(*ids))])
+        assert self.touched < self.backed_blocks, f"block {self.touched} is touched, {self.backed_blocks} are backed"
+
+
+class WarmWorker(ElasticWorker, Warmable):
+    def __init__(self, pages: Pages, layout: BlockLayout, floor_blocks: int) -> None:
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(use_replayssm=False))
+        self.pages, self.layout, self.floor_blocks = pages, layout, floor_blocks
+        self.back(floor_blocks)
+
+
+def runner(sequences: int, drafts: int, groups: int, blocks: int) -> SimpleNamespace:
+    """What vLLM's warm-up asks of the V2 model runner."""
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=128, dtype=torch.bfloat16)
+    return SimpleNamespace(
+        vllm_config=SimpleNamespace(is_mm_encoder_only=False, num_lookahead_tokens=drafts),
+        scheduler_config=SimpleNamespace(max_num_seqs=sequences, max_num_batched_tokens=2048),
+        kv_cache_config=SimpleNamespace(
+            num_blocks=blocks, kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups
+        ),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 64),
+        kv_connector=SimpleNamespace(set_disabled=lambda disabled: None),
+        model_state=None, adaptive_verification=None, rejection_sampler=None, kv_block_zeroer=None,
+        is_encoder_decoder=False, is_pooling_model=False, is_last_pp_rank=True,
+        num_speculative_steps=drafts, decode_query_len=1 + drafts, max_model_len=512,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sequences", "drafts", "groups", "highest"), [(64, 0, 1, 64), (64, 5, 1, 128), (64, 0, 3, 192), (8, 0, 1, 8)]
+)
+def test_blocks_that_warm_up_writes_are_backed_until_it_returns(
+    sequences: int, drafts: int, groups: int, highest: int, cuda: Callable[..., Pages], monkeypatch: pytest.MonkeyPatch,
+    driver: ctypes.CDLL,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    layout = BlockLayout((Run(0, MIB),), 1000, 2 * MIB)
+    worker = WarmWorker(cuda(layout.size), layout, floor_blocks=36)
+    worker.model_runner = runner(sequences, drafts, groups, layout.blocks)
+    assert worker.compile_or_warm_up_model() == "times"
+    assert worker.touched == highest
+    assert (worker.backed_blocks, driver.stub_in_use()) == (36, 36 * MIB)
+    worker.touched = 0
+    with pytest.raises(AssertionError, match="block 36 is touched, 36 are backed"):  # serving backs nothing by itself
+        worker.execute_model(step_that_writes(36))
+
+
+def step_that_writes(block: int) -> SchedulerOutput:
+    step = SchedulerOutput.make_empty()
+    step.scheduled_cached_reqs.new_block_ids = [([block],), None]
+    return step
+
+
+def test_warm_up_that_gives_every_sequence_a_state_without_a_step_finds_it_backed(
+    cuda: Callable[..., Pages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    backed: list[int] = []
+
+    class Autotuned(WarmWorker):
+        def _back_at_least(self, blocks: int) -> None:
+            super()._back_at_least(blocks)
+            backed.append(self.backed_blocks)
+
+    layout = BlockLayout((Run(0, MIB),), 50, 2 * MIB)
+    worker = Autotuned(cuda(layout.size), layout, floor_blocks=4)
+    worker.vllm_config.cache_config.use_replayssm = True
+    worker.vllm_config.scheduler_config = SimpleNamespace(max_num_seqs=64)
+    worker.model_runner = runner(2, 0, 1, layout.blocks)
+    worker.compile_or_warm_up_model()
+    assert set(backed) == {50}
+    assert worker.backed_blocks == 4
+
+
+def test_a_grow_that_runs_out_of_memory_waits_until_what_it_backed_is_zeroed(
+    cuda: Callable[..., Pages], driver: ctypes.CDLL
+) -> None:
+    layout = BlockLayout((Run(0, 2 * MIB), Run(16 * MIB, 2 * MIB)), 8, 2 * MIB)
+    worker = WarmWorker(cuda(layout.size), layout, floor_blocks=2)
+    driver.stub_hold(1)
+    driver.stub_set_limit(12 * MIB)
+    with pytest.raises(OutOfMemory):
+        worker.back(6)
+    assert (worker.backed_blocks, driver.stub_in_use(), driver.stub_queued()) == (2, 8 * MIB, 0)
