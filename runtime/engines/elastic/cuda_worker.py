@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from vllm.utils.mem_utils import memory_profiling
 from vllm.utils.torch_utils import current_stream
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -15,6 +16,19 @@ CONTEXT_BYTES = 768 << 20
 
 class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
     """vLLM's CUDA worker with its KV cache in CUDA pages."""
+
+    _peak_activation_bytes = 0
+
+    def determine_available_memory(self) -> int:
+        """Return the ceiling (bytes), and measure what a full step takes for a while.
+
+        vLLM runs one dummy step of `max_num_batched_tokens` here. It measures that step only if it is to find the size
+        of the KV cache. We measure it in the same way: `transient_peak_headroom` of `vllm.utils.mem_utils`.
+        """
+        with memory_profiling(self.init_snapshot) as profile:
+            ceiling = super().determine_available_memory()
+        self._peak_activation_bytes = profile.transient_peak_headroom
+        return ceiling
 
     def reserve(self, size: int) -> CudaPages:
         stream = current_stream().cuda_stream  # vLLM's: the first call moves this thread's work to a stream of its own
@@ -31,8 +45,11 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
         return device_uuid(torch.cuda.current_device())
 
     def fixed_bytes(self) -> int:
-        """PyTorch's allocator and a bound for the context: what neighbours do meanwhile does not come in."""
-        return int(torch.cuda.memory_reserved(self.device)) + CONTEXT_BYTES
+        """Return what PyTorch's allocator holds, the peak of a full step on top of it, and a bound for the context.
+
+        Weights, CUDA graphs and what warm-up left are in the first. Memory that other processes take does not count.
+        """
+        return int(torch.cuda.memory_reserved(self.device)) + self._peak_activation_bytes + CONTEXT_BYTES
 
 
 class _CudaArray:

@@ -2,12 +2,14 @@
 
 import ctypes
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.utils import mem_utils
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
@@ -16,7 +18,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
-from vllm.v1.worker import worker_base
+from vllm.v1.worker import gpu_worker, worker_base
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from runtime.engines.elastic.layout import BlockLayout, Run, layout_of
@@ -105,6 +107,67 @@ def test_a_resize_moves_one_range_in_all_or_one_for_each_layer() -> None:
     for name in ("LBNHC", "LBHNC"):
         assert [run.stride for run in layout(name).runs] == [page] * 3
         assert len(list(layout(name).spans(100, 1000))) == 3
+
+
+class Allocator:
+    """Stands in for torch.accelerator: PyTorch's allocator, with 100 MiB of weights."""
+
+    def __init__(self) -> None:
+        self.allocated = self.peak = self.reserved = 100 * MIB
+
+    def compute(self, peak_bytes: int, kept_bytes: int) -> None:
+        """A step that needs `peak_bytes` and leaves `kept_bytes` allocated; what it let go stays reserved."""
+        self.peak = max(self.peak, self.allocated + peak_bytes)
+        self.reserved = max(self.reserved, self.allocated + peak_bytes)
+        self.allocated += kept_bytes
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
+
+    def reset_peak_memory_stats(self, device: object) -> None:
+        self.peak = self.allocated
+
+    def memory_stats(self, device: object) -> dict[str, int]:
+        return {"allocated_bytes.all.peak": self.peak, "allocated_bytes.all.current": self.allocated}
+
+    def memory_reserved(self, device: object) -> int:
+        return self.reserved
+
+    def get_memory_info(self, device: object) -> tuple[int, int]:
+        return 800 * MIB - self.reserved, 1000 * MIB
+
+
+def test_what_an_engine_holds_counts_the_peak_of_a_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.engines.elastic.cuda_worker import CONTEXT_BYTES, ElasticCUDAWorker
+
+    class Profiled(ElasticCUDAWorker):  # type: ignore[misc]  # vLLM is not analysed
+        """The CUDA worker as vLLM's start leaves it before the profile run."""
+
+        def __init__(self) -> None:
+            self.vllm_config = SimpleNamespace(
+                cache_config=SimpleNamespace(kv_cache_memory_bytes=1),
+                additional_config={"troupe": {"ceiling_share": 0.5, "device_bytes": None}},
+            )
+            self.cache_config = self.vllm_config.cache_config
+            self.model_config = SimpleNamespace(multimodal_config=None)
+            self.parallel_config = SimpleNamespace()
+            self.device = torch.device("cpu")
+            self.init_snapshot = mem_utils.MemorySnapshot(device=self.device)
+            self.model_runner = SimpleNamespace(
+                profile_run=lambda randomize_inputs: allocator.compute(peak_bytes=300 * MIB, kept_bytes=20 * MIB)
+            )
+
+    allocator = Allocator()
+    monkeypatch.setattr(torch, "accelerator", allocator)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", allocator.get_memory_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", allocator.memory_reserved)
+    monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
+    worker = Profiled()
+    assert worker.determine_available_memory() == 500 * MIB
+    allocator.empty_cache()  # as vLLM does before it captures CUDA graphs
+    allocator.compute(peak_bytes=30 * MIB, kept_bytes=10 * MIB)
+    assert allocator.reserved == 150 * MIB
+    assert worker.fixed_bytes() == CONTEXT_BYTES + 150 * MIB + 280 * MIB
 
 
 class Warmable:
