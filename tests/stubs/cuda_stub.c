@@ -240,6 +240,7 @@ Result cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
     for (int i = 0; i < 16; i++) uuid[i] = (unsigned char)(16 * device + i);
     return device < 0 || device > 15 ? INVALID_DEVICE : SUCCESS;
 }
+Result cuDeviceGetUuid(unsigned char *uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
 
 Result cuGetErrorString(Result error, const char **text) { *text = "an error of the stand-in"; return SUCCESS; }
 Result cuGetErrorName(Result error, const char **text) { *text = "STUB"; return SUCCESS; }
