@@ -16,6 +16,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE = REPOSITORY / "configs" / "problems" / "sample.jsonl"
+LONG_S = 600
+"""Bounds waits for what takes seconds on an idle machine: only a hang takes so long."""
 
 
 class Command:
@@ -54,7 +56,7 @@ class Command:
         with self.start(*arguments) as process:
             watch = threading.Thread(target=self._watch, args=(process,))
             watch.start()
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=LONG_S)
             watch.join()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -75,16 +77,17 @@ class Command:
         """The engine processes among them, by the title that vLLM gives them."""
         return [process for process in self.processes() if "EngineCore" in "".join(process.cmdline())]
 
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 60) -> None:
-        """Wait for a condition; fail when it does not come."""
-        end = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < end, f"not within {seconds} s; processes: {self.processes()}"
-            time.sleep(0.05)
-
     def nothing_left(self) -> None:
-        """Fail unless every process of ours ends by itself at once."""
-        self.wait_until(lambda: not self.processes(), seconds=5)
+        """Wait until every process of ours has ended by itself."""
+        wait_until(lambda: not self.processes(), seconds=60)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = LONG_S) -> None:
+    """Wait for a condition; fail if it does not come within so many seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"the condition did not come within {seconds} s"
+        time.sleep(0.05)
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -97,6 +100,12 @@ def _lives(process: psutil.Process) -> bool:
 @pytest.fixture
 def troupe(tmp_path: Path) -> Command:
     return Command(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_troupe(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """The command in one folder for all tests of a module."""
+    return Command(tmp_path_factory.mktemp("shared"))
 
 
 def results(path: Path) -> dict[str, dict[str, Any]]:

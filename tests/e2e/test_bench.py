@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runtime.bench import results
-from tests.e2e.conftest import REPOSITORY, Command
+from tests.e2e.conftest import LONG_S, REPOSITORY, Command, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -53,10 +53,10 @@ def test_a_benchmark_that_is_interrupted_keeps_its_rows_and_leaves_nothing_runni
     out = tmp_path / "out"
     process = troupe.start("bench", "closed", "-p", "static", "--out", out)
     jobs = out / results.JOBS
-    troupe.wait_until(lambda: bool(troupe.engines()), seconds=60)
-    troupe.wait_until(lambda: jobs.exists() and jobs.stat().st_size > 10_000, seconds=90)
+    wait_until(lambda: process.poll() is not None or (jobs.exists() and jobs.stat().st_size > 10_000))
+    assert troupe.engines()
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LONG_S)
     assert process.returncode == 143, errors
     troupe.nothing_left()
     assert not (out / results.SUMMARY).exists()

@@ -28,6 +28,7 @@ from runtime.errors import EngineError, RequestQuarantined
 from runtime.events import EngineChanged, Event
 from scripts.measure_elastic import engine_process
 from scripts.tiny_model import write_chat_model
+from tests.e2e.conftest import LONG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
@@ -85,6 +86,12 @@ async def all_tokens(engine: EngineHandle, count: int) -> list[tuple[int, ...]]:
     return await asyncio.gather(*(tokens(engine, asked(number)) for number in range(count)))
 
 
+async def at_work(engine: EngineHandle) -> None:
+    """Wait until an engine runs requests."""
+    while not engine.stats().running:  # noqa: ASYNC110 (the engine has no event for it)
+        await asyncio.sleep(0.005)
+
+
 def kv_grant(engine: EngineHandle, kv_cache_bytes: int, seqs: int = 32, step_tokens: int = 2048) -> Grant:
     return Grant(engine.limits.share(kv_cache_bytes) + 1e-9, seqs, step_tokens)
 
@@ -105,7 +112,7 @@ async def test_output_is_the_same_token_for_token_under_random_grants(fleet: Fle
     floor = engine.limits.kv_floor_bytes
     calm = await all_tokens(engine, 150)
     rng = random.Random(0)
-    outcomes: list[Applied | Deferred | Rejected] = []
+    outcomes: list[tuple[float, Applied | Deferred | Rejected]] = []
 
     async def shake() -> None:
         while True:
@@ -113,18 +120,19 @@ async def test_output_is_the_same_token_for_token_under_random_grants(fleet: Fle
                 engine, rng.choice([floor, 2 * floor, 4 * floor, 32 * floor]), rng.choice([1, 8, 32]),
                 rng.choice([16, 256, engine.limits.step_tokens_ceiling]),
             )  # fmt: skip
-            outcomes.append(await engine.resize(grant, rng.choice([0, 0, 0.05])))
+            grace_s = rng.choice([0, 0, 0.05])
+            outcomes.append((grace_s, await engine.resize(grant, grace_s)))
             await asyncio.sleep(0.01)
 
     shaking = asyncio.create_task(shake())
-    shaken = await all_tokens(engine, 150)
+    while len(outcomes) <= 30:  # once, unless the machine is so busy that resizes take long
+        assert await all_tokens(engine, 150) == calm
+        assert not shaking.done(), shaking
     shaking.cancel()
-    assert shaken == calm
-    applied = [o for o in outcomes if isinstance(o, Applied)]
-    assert len(outcomes) > 30
-    assert not any(isinstance(o, Rejected) for o in outcomes)
-    assert sum(o.preempted for o in applied) > 0, "nothing gave way: the test shows nothing"
-    assert max(o.seconds for o in applied) < 1
+    assert not any(isinstance(outcome, Rejected) for _, outcome in outcomes)
+    assert all(isinstance(outcome, Applied) for grace_s, outcome in outcomes if grace_s == 0)
+    applied = [outcome for _, outcome in outcomes if isinstance(outcome, Applied)]
+    assert sum(outcome.preempted for outcome in applied) > 0, "nothing gave way: the test shows nothing"
 
 
 async def test_a_shrink_waits_for_its_grace_and_a_newer_one_wins(fleet: Fleet) -> None:
@@ -141,9 +149,9 @@ async def test_a_shrink_waits_for_its_grace_and_a_newer_one_wins(fleet: Fleet) -
     assert isinstance(await first.settled, Superseded)
     assert isinstance(second, Deferred)
     third = await second.settled
+    assert not work.done()  # it was not waited for
     assert isinstance(third, Applied)
     assert third.kv_cache_bytes <= 2 * floor
-    assert third.seconds < 5
     assert third.preempted == 0 or third.seconds > 0.15  # nobody before the grace was over
     await work
 
@@ -213,25 +221,25 @@ async def test_two_engines_trade_memory_and_nothing_is_lost(fleet: Fleet) -> Non
         return {"cached": Grant(share, 32, 2048), "plain": Grant(both - share, 32, 2048)}
 
     await fleet.sharing.resize(split(0.45))
-    work = asyncio.gather(all_tokens(cached, 60), all_tokens(plain, 60))
     rounds = 0
-    while not work.done():
-        outcomes = await fleet.sharing.resize(split(0.6 if rounds % 2 else 0.3), grace_s=0.02)
-        for outcome in outcomes.values():
-            assert not isinstance(outcome, Rejected)
-            if isinstance(outcome, Deferred):
-                assert isinstance(await outcome.settled, Applied | Superseded)
-        assert sum(fleet.sharing.ledger.held.values()) <= DEVICE
-        rounds += 1
-    assert rounds > 5
-    assert list(await work) == [calm, calm]
+    while rounds <= 5:  # once, unless the machine is so busy that resizes take long
+        work = asyncio.gather(all_tokens(cached, 60), all_tokens(plain, 60))
+        while not work.done():
+            outcomes = await fleet.sharing.resize(split(0.6 if rounds % 2 else 0.3), grace_s=0.02)
+            for outcome in outcomes.values():
+                assert not isinstance(outcome, Rejected)
+                if isinstance(outcome, Deferred):
+                    assert isinstance(await outcome.settled, Applied | Superseded)
+            assert sum(fleet.sharing.ledger.held.values()) <= DEVICE
+            rounds += 1
+        assert list(await work) == [calm, calm]
 
 
 async def test_a_hanging_engine_is_replaced_and_its_requests_are_served(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     calm = await all_tokens(engine, 20)
     work = asyncio.create_task(all_tokens(engine, 20))
-    await asyncio.sleep(0.05)
+    await at_work(engine)
     engine_process(fleet, "plain").suspend()
     assert await work == calm
 
@@ -251,7 +259,7 @@ async def test_nobody_waits_for_an_engine_that_died_meanwhile(fleet: Fleet, even
     for _ in range(2):  # the second time it has not had a request yet, and vLLM's client asks it something first
         engine.kill()
         reply, outcome = await asyncio.wait_for(
-            asyncio.gather(tokens(engine, asked(1)), engine.resize(grant)), timeout=60
+            asyncio.gather(tokens(engine, asked(1)), engine.resize(grant)), timeout=LONG_S
         )
         assert reply == calm
         assert isinstance(outcome, Rejected)
@@ -268,7 +276,7 @@ async def test_a_killed_engine_comes_back_and_every_request_is_answered_once_and
     before = len(events)
     grant = engine.stats().grant
     work = asyncio.gather(all_tokens(engine, 60), all_tokens(other, 60))
-    await asyncio.sleep(0.3)
+    await at_work(engine)
     engine_process(fleet, name).kill()
     assert list(await work) == [calm, calm]
     assert await tokens(engine, asked(1)) == calm[1]

@@ -23,7 +23,7 @@ def test_a_written_role_is_installed_and_solves_in_the_team(troupe: Command) -> 
     done = troupe.run("solve", "(12+7)*3-45", "--config", "package/team.yaml", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["answer"], result["confirmed"]) == ("12", True)
+    assert (result["id"], result["answer"], result["confirmed"]) == ("1", "12", True)
     opinions = [step for step in result["steps"] if step["role"] == "second-opinion"]
     assert [step["verdict"] for step in opinions] == ["accepted"] * 3
     assert result["usage"]["second-opinion"]["completion_tokens"] > 0

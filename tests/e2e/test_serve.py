@@ -4,8 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,21 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, Command
+from tests.e2e.conftest import LONG_S, REPOSITORY, Command, wait_until
 
 pytestmark = pytest.mark.e2e
 
 
 class Service:
-    """`troupe serve` on a free port; `line` waits for what it says."""
+    """`troupe serve` on a free port, started again when a test has ended it; `line` waits for what it says."""
 
     def __init__(self, command: Command) -> None:
-        self._command = command
+        self.command = command
         self.begin()
 
     def begin(self) -> None:
         """Start it, the first time or again, and wait until it is ready."""
-        self.process = self._command.start("serve", "--port", 0, "--json")
+        self.process = self.command.start("serve", "--port", 0, "--json")
         self.url = str(self.line("listening")["url"])
         self.line("ready")
 
@@ -44,23 +43,36 @@ class Service:
         self.process.wait()
 
     def jobs(self) -> dict[str, dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/jobs", params={"limit": 1000})
+        answer = httpx.get(f"{self.url}/jobs", params={"limit": 1000}, timeout=LONG_S)
         return {job["id"]: job for job in answer.json()["jobs"]}
+
+    def events(self) -> list[dict[str, Any]]:
+        """All that has happened so far: up to the end of a job that is submitted now."""
+        last = httpx.post(f"{self.url}/jobs", json={"problem": "1+1"}, timeout=LONG_S).json()["id"]
+        found: list[dict[str, Any]] = []
+        with httpx.stream("GET", f"{self.url}/events", params={"after": 0}, timeout=LONG_S) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    found.append(json.loads(line[6:]))
+                    if (found[-1]["job"], found[-1]["kind"]) == (last, "done"):
+                        return found
+        raise AssertionError("the stream of events ended")
+
+
+@pytest.fixture(scope="module")
+def running(shared_troupe: Command) -> Iterator[Service]:
+    served = Service(shared_troupe)
+    yield served
+    served.kill()
+    shared_troupe.nothing_left()
 
 
 @pytest.fixture
-def service(troupe: Command) -> Iterator[Service]:
-    served = Service(troupe)
-    yield served
-    served.kill()
-    troupe.nothing_left()
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def service(running: Service) -> Service:
+    """The module's service; jobs of the tests before are in its journal."""
+    if running.process.poll() is not None:
+        running.begin()
+    return running
 
 
 def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
@@ -147,54 +159,48 @@ def test_vllms_load_generator_is_served(service: Service, tmp_path: Path) -> Non
     assert result["median_ttft_ms"] > 0
 
 
-def test_kills_lose_no_job_and_double_none(service: Service, troupe: Command) -> None:
+def test_kills_lose_no_job_and_double_none(service: Service) -> None:
     """Of the runtime, and of an engine, with jobs on their way."""
+    before = set(service.jobs())
     accepted: list[str] = []
     for _ in range(2):
-        with httpx.Client(base_url=service.url, timeout=30) as client:
-            for number in range(40):
-                body = {"problem": f"({number}+7)*3-(45-5)", "expected": str((number + 7) * 3 - 40)}
-                accepted.append(client.post("/jobs", json=body).json()["id"])
-        until(lambda: sum(job["state"] == "running" for job in service.jobs().values()) > 3)
+        with httpx.Client(base_url=service.url, timeout=LONG_S) as client:
+            for number in range(500):
+                problem, expected = f"({number}+7)*3-(45-5)", str((number + 7) * 3 - 40)
+                accepted.append(client.post("/jobs", json={"problem": problem, "expected": expected}).json()["id"])
+                if number >= 40 and sum(job["state"] == "running" for job in service.jobs().values()) > 3:
+                    break
+            else:
+                pytest.fail("no jobs were on their way")
         service.kill()
         service.begin()
-    troupe.engines()[0].kill()
-    until(lambda: all(job["state"] == "done" for job in service.jobs().values()), 120)
+    service.command.engines()[0].kill()
+    wait_until(lambda: all(job["state"] == "done" for job in service.jobs().values()))
     jobs = service.jobs()
-    assert set(accepted) == set(jobs)
-    assert all(job["result"]["correct"] for job in jobs.values())
-    events = [json.loads(line[6:]) for line in _events(service)]
-    ends = [event["job"] for event in events if event["kind"] == "done"]
-    assert sorted(ends) == sorted(accepted)
+    assert set(accepted) == jobs.keys() - before
+    assert all(jobs[job]["result"]["correct"] for job in accepted)
+    events = service.events()
+    ends = [event["job"] for event in events if event["kind"] == "done" and event["job"] not in before]
+    assert sorted(ends[:-1]) == sorted(accepted)
 
 
-def _events(service: Service) -> list[str]:
-    """All that has happened so far."""
-    found: list[str] = []
-    with httpx.stream("GET", f"{service.url}/events", params={"after": 0}, timeout=3) as answer:
-        try:
-            found.extend(line for line in answer.iter_lines() if line.startswith("data: "))
-        except httpx.ReadTimeout:
-            return found
-    return found
-
-
-def test_sigterm_lets_what_runs_end_and_leaves_nothing(service: Service, troupe: Command) -> None:
-    with httpx.Client(base_url=service.url, timeout=30) as client:
-        for number in range(10):
-            client.post("/jobs", json={"problem": f"{number}+7"})
+def test_sigterm_lets_what_runs_end_and_leaves_nothing(service: Service) -> None:
+    troupe = service.command
+    with httpx.Client(base_url=service.url, timeout=LONG_S) as client:
+        accepted = [client.post("/jobs", json={"problem": f"{n}+7"}).json()["id"] for n in range(10)]
+        everything = list(service.jobs())
     service.process.send_signal(signal.SIGTERM)
     assert service.line("ending")["jobs_left"] == 0
-    assert service.process.wait(timeout=30) == 0
+    assert service.process.wait(timeout=LONG_S) == 0
     troupe.nothing_left()
-    listed = troupe.run("jobs", "list", "--json")  # the service is down
+    listed = troupe.run("jobs", "list", "--json", "--limit", 10)  # the service is down
     jobs = [json.loads(line) for line in listed.stdout.splitlines()]
-    assert [job["state"] for job in jobs] == ["done"] * 10
+    assert [(job["id"], job["state"]) for job in jobs] == [(job, "done") for job in accepted[::-1]]
     shown = troupe.run("jobs", "show", jobs[0]["id"][:12])
     assert "9+7" in shown.stdout
     out = Path(troupe.folder) / "jobs.jsonl"
     assert troupe.run("jobs", "export", out).returncode == 0
-    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [job["id"] for job in jobs[::-1]]
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == everything[::-1]
 
 
 def test_what_cannot_be_served_is_told(troupe: Command) -> None:

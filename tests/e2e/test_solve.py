@@ -1,15 +1,19 @@
 """The command with real vLLM engines and the shipped weights: right answers, kept results, nothing left behind."""
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import SAMPLE, Command, results
+from runtime.cli.main import main
+from tests.e2e.conftest import LONG_S, SAMPLE, Command, results, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +30,7 @@ def test_the_embedded_team_solves_the_sample_problems(troupe: Command) -> None:
         assert {step["role"] for step in result["steps"]} == {"planner", "solver", "critic"}
         assert all(set(step) == STEP_KEYS for step in result["steps"])
         assert all(used["prompt_tokens"] and used["completion_tokens"] for used in result["usage"].values())
-        assert 0 < result["elapsed_s"] < 60
+        assert 0 < result["elapsed_s"] < LONG_S
     assert "100.0% right" in done.stderr
     assert "vllm" not in (done.stdout + done.stderr).lower()  # its logging is in files
     assert list((troupe.folder / "home" / "runs").glob("*/engine-solver.log"))
@@ -46,20 +50,16 @@ def test_one_problem_prints_steps_verdicts_and_answer(troupe: Command) -> None:
     troupe.nothing_left()
 
 
-def test_one_problem_as_json_is_one_object(troupe: Command) -> None:
-    done = troupe.run("solve", "12-45*3", "--json", "--workflow", "vote", "--temperature", "1", "--seed", "3")
-    result = json.loads(done.stdout)
-    assert (result["answer"], result["id"], done.returncode) == ("-123", "1", 0)
-    assert sum(step["role"] == "solver" for step in result["steps"]) == 6
-
-
 def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
-    lines = ['{"id": "good", "problem": "1+2"}', "rubbish", '{"id": "big", "problem": "5000+1"}']
+    lines = ['{"id": "good", "problem": "12-45*3"}', "rubbish", '{"id": "big", "problem": "5000+1"}']
     (troupe.folder / "p.jsonl").write_text("\n".join(lines))
-    done = troupe.run("solve", "--file", "p.jsonl", "--json")
+    options = ("--json", "--workflow", "vote", "--temperature", 1, "--seed", 3)
+    done = troupe.run("solve", "--file", "p.jsonl", *options)
     *found, summary = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 1
-    assert {r["id"]: r.get("answer") for r in found} == {"good": "3", "line-2": None, "big": None}
+    assert {r["id"]: r.get("answer") for r in found} == {"good": "-123", "line-2": None, "big": None}
+    [good] = [r for r in found if r["id"] == "good"]
+    assert sum(step["role"] == "solver" for step in good["steps"]) == 6  # two steps, three votes each
     assert "line 2: not JSON" in done.stderr
     assert "operand 5000" in done.stderr
     assert summary["summary"]["failed"] == 2
@@ -81,40 +81,69 @@ def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
         (["slove", "1+2"], "slove"),
     ],
 )
-def test_bad_usage_is_told_before_any_engine_starts(arguments: list[str], told: str, troupe: Command) -> None:
-    done = troupe.run(*arguments)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (troupe.folder / "home").exists()
+def test_bad_usage_is_told_before_any_engine_starts(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TROUPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", ["troupe", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "home").exists()
 
 
-def held_out(folder: Path, count: int) -> Path:
-    path = folder / "p.jsonl"
+def started(troupe: Command, out: Path, *options: object, count: int = 200) -> subprocess.Popen[str]:
+    """Start a run over many problems; return once it has written two results more than there were."""
     lines = SAMPLE.with_name("held-out.jsonl").read_text().splitlines(keepends=True)[:count]
-    path.write_text("".join(lines))
-    return path
-
-
-def started(troupe: Command, out: Path, count: int = 200, concurrency: int = 1) -> subprocess.Popen[str]:
-    """A run over many problems that has written its first results."""
-    asked = held_out(troupe.folder, count)
-    process = troupe.start("solve", "--file", asked, "--out", out, "--concurrency", concurrency)
-    troupe.wait_until(lambda: out.exists() and out.read_text().count("\n") >= 2)
+    problems = troupe.folder / "p.jsonl"
+    problems.write_text("".join(lines))
+    before = len(out.read_text().splitlines()) if out.exists() else 0
+    process = troupe.start("solve", "--file", problems, "--out", out, *options)
+    wait_until(
+        lambda: process.poll() is not None or (out.exists() and out.read_text().count("\n") >= before + 2),
+    )
+    assert process.poll() is None, process.communicate()
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_keeps_what_is_done_and_resumes(number: int, code: int, troupe: Command) -> None:
+def ctrl_c(troupe: Command, process: subprocess.Popen[str]) -> None:
+    """Check that a terminal's Ctrl-C would reach no engine, and send it to the parent."""
+    group = [p for p in troupe.processes() if p.pid != process.pid and os.getpgid(p.pid) == process.pid]
+    assert not [p for p in group if "forkserver" in " ".join(p.cmdline()) or p in troupe.engines()]
+    process.send_signal(signal.SIGINT)
+
+
+def sigterm_twice(troupe: Command, process: subprocess.Popen[str]) -> None:
+    """Send SIGTERM, and again while the engines close."""
+    process.terminate()
+    assert process.stderr is not None
+    while "once more to end at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.terminate()
+
+
+def sigkill(troupe: Command, process: subprocess.Popen[str]) -> None:
+    process.kill()
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_resumes(troupe: Command) -> None:
+    """Interrupt one run three times, each time in a way that leaves less time to clean up."""
     out = troupe.folder / "r.jsonl"
-    with started(troupe, out) as process:
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    troupe.nothing_left()
-    kept = results(out)
-    assert 2 <= len(kept) < 200
+    kept: dict[str, Any] = {}
+    for interrupt, code in ((ctrl_c, 130), (sigterm_twice, 143), (sigkill, -signal.SIGKILL)):
+        with started(troupe, out, "--concurrency", 1, *(["--resume"] if kept else [])) as process:
+            interrupt(troupe, process)
+            _, err = process.communicate(timeout=LONG_S)
+        assert process.returncode == code, err
+        assert "Traceback" not in err
+        troupe.nothing_left()
+        before, kept = kept, results(out)
+        assert len(before) + 2 <= len(kept) < 200
+        assert before.items() <= kept.items()
     again = troupe.run("solve", "--file", troupe.folder / "p.jsonl", "--out", out)
     assert again.returncode == 2
     assert "--resume" in again.stderr
@@ -122,41 +151,13 @@ def test_an_interrupted_run_keeps_what_is_done_and_resumes(number: int, code: in
     assert f"{len(kept)} problems are done, {200 - len(kept)} to go" in resumed.stderr
     whole = results(out)
     assert len(whole) == len(out.read_text().splitlines()) == 200
-    assert all(whole[identity] == kept[identity] for identity in kept)
+    assert kept.items() <= whole.items()
 
 
-def test_a_second_ctrl_c_ends_it_at_once(troupe: Command) -> None:
-    with started(troupe, troupe.folder / "r.jsonl") as process:
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
-    assert process.returncode == 130
-    troupe.nothing_left()
-
-
-def test_the_terminals_ctrl_c_reaches_the_parent_alone(troupe: Command) -> None:
-    out = troupe.folder / "r.jsonl"
-    with started(troupe, out) as process:
-        group = [p for p in troupe.processes() if p.pid != process.pid and _group(p.pid) == process.pid]
-        assert not [p for p in group if "forkserver" in " ".join(p.cmdline()) or p in troupe.engines()]
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-    assert process.returncode == 130
-    troupe.nothing_left()
-
-
-def _group(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[2])
-
-
-@pytest.mark.parametrize("moment", ["starting", "solving"])
-def test_nothing_outlives_a_parent_that_was_killed(moment: str, troupe: Command) -> None:
-    if moment == "solving":
-        process = started(troupe, troupe.folder / "r.jsonl")
-    else:
-        process = troupe.start("solve", "1+2")
-        troupe.wait_until(lambda: len(troupe.processes()) > 1)
-        time.sleep(1)  # somewhere in the imports
+def test_nothing_outlives_a_parent_that_is_killed_while_it_starts(troupe: Command) -> None:
+    process = troupe.start("solve", "1+2")
+    wait_until(lambda: len(troupe.processes()) > 1)
+    time.sleep(1)  # somewhere in the imports
     process.kill()
     process.communicate()
     troupe.nothing_left()
@@ -164,12 +165,12 @@ def test_nothing_outlives_a_parent_that_was_killed(moment: str, troupe: Command)
 
 def test_killed_engines_come_back_and_every_problem_is_solved_once(troupe: Command) -> None:
     out = troupe.folder / "r.jsonl"
-    process = started(troupe, out, count=100, concurrency=4)
+    process = started(troupe, out, "--concurrency", 4, count=100)
     victims = troupe.engines()
     assert len(victims) == 3
     for victim in victims:
         victim.kill()
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=LONG_S)
     assert process.returncode == 0, err
     assert len(out.read_text().splitlines()) == 100
     found = results(out)

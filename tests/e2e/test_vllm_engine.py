@@ -133,7 +133,8 @@ async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_firs
     await engine.resize(replace(grant, max_active_seqs=1))
     try:
         first = asyncio.create_task(ask("runs", 5, 9, tokens=200))
-        await asyncio.sleep(0.1)
+        while not engine.stats().running:  # noqa: ASYNC110 (the engine has no event for it)
+            await asyncio.sleep(0.005)
         await asyncio.gather(first, ask("young", 5, 3), ask("old", 5, 1), ask("urgent", 1, 5))
     finally:
         await engine.resize(grant)

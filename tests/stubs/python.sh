@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Stand-in for Python in tests of scripts/*.sh. `-m venv` makes a tiny .venv around itself; `-m pip` installs nothing and
-# writes its arguments to $STUB_RECORD, fails with $STUB_SAYS when they contain $STUB_FAIL, and takes 30 s when they contain
-# $STUB_HANG, 1 s when they contain $STUB_PAUSE; other modules print their name. Anything else goes to the real Python, $STUB_PYTHON.
+# writes its arguments to $STUB_RECORD, fails and says $STUB_SAYS if they contain $STUB_FAIL, takes 600 s if they contain
+# $STUB_HANG and 1 s if they contain $STUB_PAUSE; other modules print their name. Anything else goes to the real Python,
+# $STUB_PYTHON.
 case "$1 $2" in
 "-m venv")
     mkdir -p "$3/bin"
@@ -14,7 +15,7 @@ case "$1 $2" in
     [[ "$*" != *--version* ]] || exit 0
     echo "$*" >>"$STUB_RECORD"
     if [[ -n ${STUB_HANG:-} && "$*" == *"$STUB_HANG"* ]]; then
-        sleep 30
+        sleep 600
     fi
     if [[ -n ${STUB_PAUSE:-} && "$*" == *"$STUB_PAUSE"* ]]; then
         sleep 1

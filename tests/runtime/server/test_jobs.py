@@ -160,7 +160,7 @@ async def test_readers_that_vanish_leave_nothing(start: Start) -> None:
 
 async def test_what_is_left_goes_on_with_the_next_start(tmp_path: Path) -> None:
     chosen = configured(tmp_path)
-    async with service(chosen, time_scale=5) as served:
+    async with service(chosen, time_scale=20) as served:
         job = (await served.client.post("/jobs", json={"problem": PROBLEM})).json()["id"]
         await events(served, f"/jobs/{job}/events", until="replied")
     async with service(chosen) as served:
