@@ -63,7 +63,7 @@ class Tree:
             text=True,
             start_new_session=True,
             # Tests that run in the background of a shell inherit a SIGINT that is ignored, and bash cannot trap that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no other threads here)
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (it takes no lock)
         )
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +81,7 @@ class Tree:
         return [call.split(" install ", 1)[1].rsplit("/", 1)[-1].split()[-1] for call in calls]
 
     def wait_for_pip(self, asked: str) -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not (self.record.exists() and asked in self.record.read_text()):
             assert time.monotonic() < until, f"pip was never asked for {asked}"
             time.sleep(0.02)
@@ -135,7 +135,9 @@ def test_a_moved_repository_is_set_up_again(tree: Tree) -> None:
 def test_tests_add_their_tools_and_launch_is_content_with_them(tree: Tree) -> None:
     result = tree.run("test.sh")
     assert tree.installed() == [*EVERYTHING, "constraints-test.txt"]
-    assert result.stdout.splitlines() == ["ran ruff check .", "ran ruff format --check .", "ran mypy", "ran pytest"]
+    *checks, tests = result.stdout.splitlines()
+    assert checks == ["ran ruff check .", "ran ruff format --check .", "ran mypy"]
+    assert tests.startswith("ran pytest -n 2 ")
     tree.launch()
     assert tree.installed() == []
 
@@ -277,14 +279,12 @@ def test_a_failure_shows_the_log_and_the_next_call_goes_on(tree: Tree) -> None:
 def test_interrupted_it_ends_pip_and_the_next_call_goes_on(tree: Tree, number: signal.Signals, code: int) -> None:
     process = tree.start("launch.sh", "roles", STUB_HANG="constraints-cpu.txt")
     tree.wait_for_pip("constraints-cpu.txt")
-    started = time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "the same command goes on from here" in err
     tree.installed()
-    assert tree.launch().returncode == 0  # at once: the lock is free, so pip is gone
-    assert time.monotonic() - started < 15
+    assert tree.launch().returncode == 0  # the lock is free, so pip is gone: it would hold the lock for 600 s
     assert tree.installed() == EVERYTHING
 
 
@@ -292,7 +292,7 @@ def test_a_list_that_changes_while_it_is_installed_is_installed_again(tree: Tree
     process = tree.start("launch.sh", "roles", STUB_PAUSE="constraints-cpu.txt")
     tree.wait_for_pip("constraints-cpu.txt")
     tree.write("scripts/constraints-cpu.txt", "thing==2.0\nother==1.0\n")
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     tree.installed()
     tree.launch()
     assert tree.installed() == EVERYTHING
@@ -307,7 +307,7 @@ def test_killed_the_next_call_waits_for_the_pip_left_behind_and_goes_on(tree: Tr
     assert second.stderr is not None
     assert "waiting for it" in second.stderr.readline()
     end_session(process.pid)
-    out, _ = second.communicate(timeout=20)
+    out, _ = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, "troupe roles\n")
     assert tree.installed() == ["torch==1.0+cpu", *EVERYTHING]
 
