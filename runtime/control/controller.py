@@ -180,21 +180,17 @@ class Controller:
                     await self.tick()
                     self._failure = None
                 except Exception as error:
-                    self._note_failure(error)
-                    await asyncio.sleep(self._every_s)  # a burst would not help, and would come again at once
+                    self.counts.faults += 1
+                    if repr(error) != self._failure:  # else it is in the log already
+                        self._failure = repr(error)
+                        logging.getLogger(__name__).exception("a tick of the controller failed")
+                    await asyncio.sleep(self._every_s)  # a burst would wake it again at once, and not help
             await asyncio.sleep(PAUSE_S)
             # What an engine needs no longer is noticed at the next tick, and is worth noticing where another waits.
             every_s = self._every_s / 2 if self._short else self._every_s
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(every_s - PAUSE_S, 0)):
                     await self._wake.wait()
-
-    def _note_failure(self, error: Exception) -> None:
-        """Count a failed tick, and log it with its traceback if the one before did not fail in the same way."""
-        self.counts.faults += 1
-        if repr(error) != self._failure:
-            self._failure = repr(error)
-            logging.getLogger(__name__).exception("a tick of the controller failed")
 
     async def tick(self) -> None:
         """Observe, decide, apply and publish once. Raises what engines or telemetry raise."""

@@ -140,7 +140,7 @@ class Allocator:
 def test_what_an_engine_holds_counts_the_peak_of_a_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.engines.elastic.cuda_worker import CONTEXT_BYTES, ElasticCUDAWorker
 
-    class Profiled(ElasticCUDAWorker):  # type: ignore[misc]  # vLLM is not analysed
+    class Profiled(ElasticCUDAWorker):
         """The CUDA worker as vLLM's start leaves it before the profile run."""
 
         def __init__(self) -> None:
