@@ -4,8 +4,8 @@ that seat's engine, for whatever agents others put on it."""
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +110,16 @@ def _sampling(body: SamplingBody, choice: int) -> dict[str, Any]:
 
 async def _answer(body: SamplingBody, form: "_Form", requests: list[GenerateRequest], backing: Backend) -> Response:
     """The replies to all requests, each a choice of the answer: at once, or as they come."""
-    replies = [backing.generate(body.model, request) for request in requests]
+    pieces = _together([backing.generate(body.model, request) for request in requests])
     if body.stream:
-        first = await _begun(replies)
-        return sse.response(_streamed(form, first, bool(body.stream_options and body.stream_options.include_usage)))
-    done = await asyncio.gather(*(_whole(reply) for reply in replies))
-    choices = [form.choice(index, reply) for index, reply in enumerate(done)]
-    return JSONResponse({**form.head(), "choices": choices, "usage": _usage(done)})
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return await sse.response(_streamed(form, pieces, len(requests), usage))
+    replies = [_Reply() for _ in requests]
+    async with aclosing(pieces):
+        async for index, chunk in pieces:
+            replies[index].add(chunk)
+    choices = [form.choice(index, reply) for index, reply in enumerate(replies)]
+    return JSONResponse({**form.head(), "choices": choices, "usage": _usage(replies)})
 
 
 @dataclass
@@ -128,8 +131,10 @@ class _Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish: str | None = None
+    begun: bool = False
 
     def add(self, chunk: Chunk) -> None:
+        self.begun = True
         self.text += chunk.text
         self.logprobs += chunk.logprobs
         self.prompt_tokens = chunk.prompt_tokens
@@ -137,80 +142,74 @@ class _Reply:
         self.finish = chunk.finish
 
 
-async def _whole(chunks: AsyncIterator[Chunk]) -> _Reply:
-    reply = _Reply()
-    async with aclosing(chunks):  # type: ignore[type-var]
-        async for chunk in chunks:
-            reply.add(chunk)
-    return reply
+async def _together(replies: list[AsyncIterator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Yield the chunks of all replies as they come, each with the index of its reply.
 
+    The first failure is raised. After it, or if this generator is closed early, the other replies are closed too, which
+    aborts their requests.
+    """
+    if len(replies) == 1:  # the usual case, without tasks in between
+        async with aclosing(replies[0]) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield 0, chunk
+        return
+    ready: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
 
-async def _begun(replies: list[AsyncIterator[Chunk]]) -> list[tuple[Chunk, AsyncIterator[Chunk]]]:
-    """Each reply's first chunk, and the rest: a request that is refused is refused before a stream is begun."""
+    async def pump(index: int, reply: AsyncIterator[Chunk]) -> None:
+        async with aclosing(reply) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                ready.put_nowait((index, chunk))
+
+    async def pump_all() -> None:
+        async with asyncio.TaskGroup() as group:
+            for index, reply in enumerate(replies):
+                group.create_task(pump(index, reply), name=f"choice {index}")
+
+    pumping = asyncio.create_task(pump_all(), name="choices")
+    pumping.add_done_callback(lambda _: ready.put_nowait(None))
     try:
-        first = await asyncio.gather(*(anext(reply) for reply in replies))
-    except BaseException:
-        for reply in replies:
-            await reply.aclose()  # type: ignore[attr-defined]
-        raise
-    return list(zip(first, replies, strict=True))
+        while (item := await ready.get()) is not None:
+            yield item
+        try:
+            pumping.result()
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+    finally:
+        pumping.cancel()
+        await asyncio.wait([pumping])
 
 
 async def _streamed(
-    form: "_Form", replies: list[tuple[Chunk, AsyncIterator[Chunk]]], usage: bool
-) -> AsyncIterator[dict[str, Any] | str]:
-    """The events of a stream, of all choices as they come."""
+    form: "_Form", pieces: AsyncGenerator[tuple[int, Chunk], None], count: int, usage: bool
+) -> AsyncGenerator[dict[str, Any] | str, None]:
+    """Yield the events of a stream of `count` choices.
+
+    Nothing is yielded before every choice has begun: a request that is refused is refused before a stream is begun.
+    """
     head = form.head(streaming=True)
-    totals = [_Reply() for _ in replies]
-    ready: asyncio.Queue[tuple[int, Chunk] | TroupeError | None] = asyncio.Queue(maxsize=64)
+    totals = [_Reply() for _ in range(count)]
 
-    async def pump(index: int, first: Chunk, rest: AsyncIterator[Chunk]) -> None:
-        async with aclosing(rest):  # type: ignore[type-var]
-            try:
-                await ready.put((index, first))
-                async for chunk in rest:
-                    await ready.put((index, chunk))
-            except TroupeError as error:
-                await ready.put(error)
-        await ready.put(None)
+    def event(index: int, chunk: Chunk) -> dict[str, Any]:
+        piece = _Reply()
+        piece.add(chunk)
+        first = not totals[index].begun
+        totals[index].add(chunk)
+        return {**head, "choices": [form.piece(index, piece, first)]}
 
-    async def one(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[tuple[int, Chunk] | TroupeError | None]:
-        """A single choice, the usual case, without a task and a queue in between."""
-        async with aclosing(rest):  # type: ignore[type-var]
-            try:
-                yield 0, first
-                async for chunk in rest:
-                    yield 0, chunk
-            except TroupeError as error:
-                yield error
-
-    async def all_of_them() -> AsyncIterator[tuple[int, Chunk] | TroupeError | None]:
-        tasks = [asyncio.create_task(pump(n, *reply), name=f"choice {n}") for n, reply in enumerate(replies)]
+    async with aclosing(pieces):
+        early = []
+        async for index, chunk in pieces:
+            early.append(event(index, chunk))
+            if all(total.begun for total in totals):
+                break
+        for one in early:
+            yield one
         try:
-            ended = 0
-            while ended < len(tasks):
-                item = await ready.get()
-                ended += item is None
-                yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    async with aclosing(one(*replies[0]) if len(replies) == 1 else all_of_them()) as items:  # type: ignore[type-var]
-        begun: set[int] = set()
-        async for item in items:
-            if isinstance(item, TroupeError):
-                yield error_body(item)
-                return
-            if item is None:
-                continue
-            index, chunk = item
-            piece = _Reply()
-            piece.add(chunk)
-            totals[index].add(chunk)
-            yield {**head, "choices": [form.piece(index, piece, index not in begun)]}
-            begun.add(index)
+            async for index, chunk in pieces:
+                yield event(index, chunk)
+        except TroupeError as error:
+            yield error_body(error)
+            return
     if usage:
         yield {**head, "choices": [], "usage": _usage(totals)}
     yield sse.DONE
@@ -314,27 +313,32 @@ async def _team(body: ChatRequest, backing: Backend) -> Response:
     form = _Chat(body)
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        return sse.response(_job_streamed(form, record.id, backing, usage))
+        return await sse.response(_job_streamed(form, record.id, backing, usage))
     reasoning: list[str] = []
-    async for event in _until_its_end(record.id, backing):
-        reasoning += _lines(event)
+    with _cancelled_if_left(record.id, backing):
+        async with aclosing(backing.jobs.feed.follow_job(record.id)) as events:  # type: ignore[type-var]
+            async for event in events:
+                reasoning += _lines(event)
     result = await _result(record.id, backing)
     message = {"role": "assistant", "reasoning": "".join(reasoning), "content": result["answer"]}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     return JSONResponse({**form.head(), "job": record.id, "choices": [choice], "usage": _job_usage(result)})
 
 
-async def _job_streamed(form: _Form, job: str, backing: Backend, usage: bool) -> AsyncIterator[dict[str, Any] | str]:
+async def _job_streamed(
+    form: _Form, job: str, backing: Backend, usage: bool
+) -> AsyncGenerator[dict[str, Any] | str, None]:
     head = {**form.head(streaming=True), "job": job}
 
     def piece(finish: str | None = None, **delta: str) -> dict[str, Any]:
         return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
 
-    yield piece(role="assistant", content="")
-    async with aclosing(_until_its_end(job, backing)) as events:  # type: ignore[type-var]
-        async for event in events:
-            for line in _lines(event):
-                yield piece(reasoning=line)
+    with _cancelled_if_left(job, backing):
+        yield piece(role="assistant", content="")
+        async with aclosing(backing.jobs.feed.follow_job(job)) as events:  # type: ignore[type-var]
+            async for event in events:
+                for line in _lines(event):
+                    yield piece(reasoning=line)
     try:
         result = await _result(job, backing)
     except TroupeError as error:
@@ -347,12 +351,11 @@ async def _job_streamed(form: _Form, job: str, backing: Backend, usage: bool) ->
     yield sse.DONE
 
 
-async def _until_its_end(job: str, backing: Backend) -> AsyncIterator[JobEvent]:
-    """A job's events; left before its end, it is cancelled."""
+@contextmanager
+def _cancelled_if_left(job: str, backing: Backend) -> Iterator[None]:
+    """Cancel a job if whoever waits for it leaves before its end."""
     try:
-        async with aclosing(backing.jobs.feed.follow_job(job)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
+        yield
     except (asyncio.CancelledError, GeneratorExit):
         backing.jobs.cancel_soon(job)
         raise

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
@@ -17,14 +19,24 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Proxies are not to hold events back."""
 
 
-def response(events: AsyncIterator[dict[str, Any] | str]) -> StreamingResponse:
-    """OpenAI's streams: an object an event, without ids."""
+async def response(events: AsyncGenerator[dict[str, Any] | str, None]) -> StreamingResponse:
+    """Return OpenAI's kind of stream: an object an event, without ids.
+
+    The first event is awaited here. So an error before it is raised, and answered with a status of its own, and the
+    generator has begun and cleans up, whenever the client goes away.
+    """
+    first = await anext(events)
 
     async def lines() -> AsyncIterator[str]:
+        yield _line(first)
         async for data in events:
-            yield f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+            yield _line(data)
 
-    return stream(lines())
+    return _Owning(lines(), events)
+
+
+def _line(data: dict[str, Any] | str) -> str:
+    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def event(data: Any, id: int | None = None, kind: str | None = None) -> str:
@@ -35,7 +47,19 @@ def event(data: Any, id: int | None = None, kind: str | None = None) -> str:
 
 def stream(events: AsyncIterator[str]) -> StreamingResponse:
     """A stream of events that are put together already."""
-    return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
+    return _Owning(events, events)
+
+
+class _Owning(StreamingResponse):
+    """A stream of `lines` that closes what they come from when it ends, or its reader goes away."""
+
+    def __init__(self, lines: AsyncIterator[str], source: AsyncIterator[Any]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=_HEADERS)
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._source):  # type: ignore[type-var]
+            await super().__call__(scope, receive, send)
 
 
 async def kept_alive(items: AsyncIterator[T]) -> AsyncIterator[T | None]:

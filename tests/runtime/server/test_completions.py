@@ -8,6 +8,9 @@ import httpx
 import openai
 import pytest
 
+from runtime.engines.base import GenerateRequest
+from runtime.engines.fake import FakeEngine
+from runtime.errors import RequestRefused
 from tests.runtime.server.conftest import PROBLEM, Served, Start
 
 
@@ -111,14 +114,14 @@ async def test_what_is_not_understood_is_refused_by_name(
     assert (error["param"] or "").partition(".")[0] == (field or "")
 
 
-async def left(served: Served, engine: str, **body: Any) -> None:
-    """Ask, and go away once an engine has the request, before the answer has come."""
+async def left(served: Served, engine: str, requests: int = 1, **body: Any) -> None:
+    """Ask, and go away once an engine has so many requests more, before the answer has come."""
     stats = served.backend.engines[engine].stats
     before = stats().requests
     async with httpx.AsyncClient(base_url=served.url, timeout=60) as leaving:
         asking = asyncio.create_task(leaving.post("/v1/chat/completions", json=body))
         async with asyncio.timeout(60):
-            while stats().requests == before:  # noqa: ASYNC110  the engine has no event for it
+            while stats().requests < before + requests:  # noqa: ASYNC110  the engine has no event for it
                 await asyncio.sleep(0.01)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -136,14 +139,57 @@ async def test_whoever_goes_away_cancels_its_job(start: Start) -> None:
                 break
 
 
-async def test_whoever_goes_away_frees_the_engine(start: Start) -> None:
-    served = await start(time_scale=50)
-    for stream in (True, False):
-        await left(served, "solver", model="solver", messages=said("word " * 50), stream=stream)
-    assert served.backend.engines["solver"].stats().requests == 2
+async def idle(served: Served) -> None:
+    """Wait until no request is in the solver's engine."""
     async with asyncio.timeout(60):
         while served.backend.engines["solver"].account.in_flight:  # noqa: ASYNC110  the engine has no event for it
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_whoever_goes_away_frees_the_engine(start: Start, n: int) -> None:
+    served = await start(time_scale=50)
+    for stream in (True, False):
+        await left(served, "solver", n, model="solver", messages=said("word " * 50), stream=stream, n=n)
+    assert served.backend.engines["solver"].stats().requests == 2 * n
+    await idle(served)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_refused_prompt_refuses_the_request_and_ends_its_siblings(
+    start: Start, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    served = await start(time_scale=1000)  # the siblings would write for minutes
+    engine = served.backend.engines["solver"]
+    assert isinstance(engine, FakeEngine)
+    script = engine._script
+
+    def refusing(request: GenerateRequest) -> str:
+        if request.prompt == "too long":
+            raise RequestRefused("engine solver refused the request: it is too long")
+        return script(request)
+
+    monkeypatch.setattr(engine, "_script", refusing)
+    body = {"model": "solver", "prompt": ["word " * 50, "too long", "word " * 50], "stream": stream}
+    answer = await served.client.post("/v1/completions", json=body)
+    assert (answer.status_code, "it is too long" in answer.text) == (400, True)
+    assert engine.stats().requests == 2
+    await idle(served)
+
+
+async def test_an_engine_that_dies_ends_a_stream_of_several_with_an_error(start: Start) -> None:
+    served = await start(time_scale=1)
+    body = {"model": "solver", "prompt": ["word " * 1000] * 2, "max_tokens": 1000, "stream": True}
+    async with served.client.stream("POST", "/v1/completions", json=body) as answer:
+        events: list[dict[str, Any]] = []
+        async for line in answer.aiter_lines():
+            if not events:
+                served.backend.engines["solver"].kill()
+            if line:
+                events.append(json.loads(line.removeprefix("data: ")))
+    assert events[0]["choices"][0]["text"] == "word"
+    assert events[-1]["error"]["code"] == 503
+    await idle(served)
 
 
 async def test_a_hundred_stream_at_once(start: Start) -> None:
