@@ -148,6 +148,22 @@ class _Bytes:
         }  # fmt: skip
 
 
+async def start(bench: Bench) -> dict[str, Any]:
+    """Start an engine whose warm-up writes more blocks than its floor holds; then compare NVML's account with its own.
+
+    After prompts that fill steps of `max_num_batched_tokens`, the device must hold no more than the engine says.
+    """
+    before = bench.held_bytes()
+    async with elastic.fleet({"one": bench.spec("7b", 0.4, max_model_len=512)}, bench.device_bytes) as running:
+        engine = running.engines["one"]
+        fixed, kv_cache = engine.limits.fixed_bytes, engine.stats().kv_cache_bytes
+        await asyncio.gather(*(elastic.stream(engine, elastic.long_prompt(n, 400)) for n in range(128)))
+        held = bench.held_bytes() - before
+    if held > fixed + kv_cache:
+        raise RuntimeError(f"the device holds {held} bytes for an engine that says {fixed} + {kv_cache}")
+    return {"nvml_mib": held // MIB, "fixed_mib": fixed // MIB, "kv_cache_mib": kv_cache // MIB}
+
+
 async def eager(bench: Bench) -> dict[str, Any]:
     """One engine without CUDA graphs: random grants, idle and loaded."""
     return await _grants(bench, enforce_eager=True)
@@ -217,6 +233,7 @@ def _all_but_a_little(grant: Grant | None) -> Grant:
 
 CHECKS: dict[str, tuple[Check, int]] = {
     "pages": (pages, 20),
+    "start": (start, 60),
     "eager": (eager, 60),
     "graphs": (graphs, 80),
     "memory": (memory, 50),

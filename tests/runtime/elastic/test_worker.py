@@ -264,7 +264,7 @@ def test_a_grow_that_runs_out_of_memory_waits_until_what_it_backed_is_zeroed(
     layout = BlockLayout((Run(0, 2 * MIB), Run(16 * MIB, 2 * MIB)), 8, 2 * MIB)
     worker = WarmWorker(cuda(layout.size), layout, floor_blocks=2)
     driver.stub_hold(1)
-    driver.stub_set_limit(12 * MIB)
+    driver.stub_set_limit(18 * MIB)  # enough for the first run of blocks
     with pytest.raises(OutOfMemory):
         worker.back(6)
     assert (worker.backed_blocks, driver.stub_in_use(), driver.stub_queued()) == (2, 8 * MIB, 0)
