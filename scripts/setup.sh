@@ -91,7 +91,7 @@ free_bytes() { # folder
 }
 
 needed_bytes() { # extra-or-"plain" folder: what a full install takes, less what the folder holds of it already
-    local -A gib=([cpu]=8 [plain]=14 [cuda]=20)
+    local -A gib=([cpu]=8 [plain]=12 [cuda]=20)
     local held
     held=$(du -sB1 "$2" 2>/dev/null | cut -f1) || held=0
     echo $((gib[$1] * GIB > ${held:-0} ? gib[$1] * GIB - ${held:-0} : 0))
