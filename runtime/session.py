@@ -19,7 +19,7 @@ from runtime.engines.base import Chunk, EngineHandle, EngineSpec, GenerateReques
 from runtime.engines.fleet import Fleet
 from runtime.engines.sharing import Sharing
 from runtime.events import Event, Listener, ignore
-from runtime.jobs.orchestrator import Orchestrator
+from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Team
 from runtime.telemetry.reading import Reading
 from runtime.telemetry.sampler import Sampler, best_source
@@ -164,10 +164,13 @@ class Crew:
         )
         self.orchestrator = self.orchestrate(team)
 
-    def orchestrate(self, team: Team) -> Orchestrator:
-        """Runs jobs of a team over these engines; what happens to them is told to forecast, controller and listener."""
+    def orchestrate(self, team: Team, stream_interval: int = STREAM_INTERVAL) -> Orchestrator:
+        """Return what runs jobs of a team over these engines; their events go to forecast, controller and listener.
+
+        `stream_interval` is how many tokens of a reply come together.
+        """
         self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
-        return Orchestrator(team, self.engines, self._hear, self._price)
+        return Orchestrator(team, self.engines, self._hear, self._price, stream_interval)
 
     def use_policy(self, choice: PolicyChoice) -> None:
         """Let another policy decide from now on. Raises ConfigError, PluginError, and then nothing has changed."""

@@ -94,6 +94,7 @@ def _differences(a: Summary, b: Summary) -> list[str]:
         "slo": (a.slo, b.slo),
         "machine": (dict(a.machine), dict(b.machine)),
         "repeats": (a.repeats, b.repeats),
+        "stream_interval, and with it what ITL means,": (a.stream_interval, b.stream_interval),
     }
     return [f"{name} differs: {one} and {other}" for name, (one, other) in pairs.items() if one != other]
 

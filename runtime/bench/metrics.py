@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from runtime.bench.results import CallRow, JobRow, Slo
 from runtime.control.controller import Counts
-from runtime.jobs.batch import percentile
 
 GIB = 1 << 30
 
@@ -45,7 +44,7 @@ def metrics(rows: Sequence[JobRow], seconds: float, slo: Slo, counts: Counts, pr
         found |= _spread(f"{name}_ms", [value * 1000 for value in values])
     if counts.reactions_s:
         times = sorted(seconds * 1000 for seconds in counts.reactions_s)
-        found |= {"reaction_p50_ms": percentile(times, 50), "reaction_p95_ms": percentile(times, 95)}
+        found |= {"reaction_p50_ms": _percentile(times, 50), "reaction_p95_ms": _percentile(times, 95)}
     return found
 
 
@@ -75,6 +74,14 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {
         f"mean_{name}": statistics.fmean(ordered),
-        f"median_{name}": percentile(ordered, 50),
-        **{f"p{p}_{name}": percentile(ordered, p) for p in (90, 95, 99)},
+        f"median_{name}": _percentile(ordered, 50),
+        **{f"p{p}_{name}": _percentile(ordered, p) for p in (90, 95, 99)},
     }
+
+
+def _percentile(ordered: list[float], percent: float) -> float:
+    """Interpolate between the two nearest values, as numpy.percentile does for `vllm bench serve`."""
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

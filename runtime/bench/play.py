@@ -1,7 +1,7 @@
 """Plays a drawn workload once: starts each job when it comes, and notes what became of it and of its calls."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, cycle, pairwise
 
@@ -80,7 +80,12 @@ class Player:
 
 
 def call_row(call: CallEnded, started_s: float) -> CallRow:
-    """The figures of one call, as vllm bench serve defines them."""
+    """Return the figures of one call.
+
+    They are those of `vllm bench serve` (calculate_metrics in vllm/benchmarks/serve.py, lib/endpoint_request_func.py):
+    TPOT is (E2EL - TTFT) / (tokens - 1), and ITL has one value for each message after the first, however many tokens
+    it carries.
+    """
     times = call.chunk_times_s or (call.asked_s,)
     tokens = sum(call.chunk_tokens)
     return CallRow(
@@ -89,13 +94,7 @@ def call_row(call: CallEnded, started_s: float) -> CallRow:
         ttft_s=times[0] - call.asked_s,
         e2el_s=times[-1] - call.asked_s,
         tpot_s=(times[-1] - times[0]) / (tokens - 1) if tokens > 1 else 0.0,
-        itl_s=tuple(_between_tokens(times, call.chunk_tokens)),
+        itl_s=tuple(round(later - earlier, 6) for earlier, later in pairwise(times)),
         prompt_tokens=call.prompt_tokens,
         completion_tokens=tokens,
     )
-
-
-def _between_tokens(times_s: Sequence[float], tokens: Sequence[int]) -> Iterator[float]:
-    for (earlier, later), together in zip(pairwise(times_s), tokens[1:], strict=False):
-        for _ in range(together):
-            yield round((later - earlier) / together, 6)

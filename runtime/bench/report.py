@@ -68,11 +68,18 @@ def _about(summary: Summary) -> str:
         "configuration": summary.config,
         "repeats": f"{summary.repeats}, in turns; the same jobs at the same times for every policy",
         "goodput": f"jobs that are right and meet: {slo}" if slo else "jobs that are right",
+        "calls": _calls(summary.stream_interval),
         "machine": ", ".join(f"{key} {value}" for key, value in summary.machine.items()),
         "started": f"{summary.started}, {summary.seconds:.0f} s",
     }
     shown = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries.items())
     return f"<dl>{shown}<dt>command</dt><dd><code>{escape(summary.command)}</code></dd></dl>"
+
+
+def _calls(stream_interval: int) -> str:
+    if stream_interval > 1:
+        return f"{stream_interval} tokens come together, and ITL is a mean over them; no stall within them shows"
+    return "every token is streamed; TTFT, TPOT, ITL and E2EL are as vllm bench serve defines them"
 
 
 def _table(summary: Summary, load: float) -> str:

@@ -46,7 +46,8 @@ class Slo:
 @dataclass(frozen=True)
 class CallRow:
     """One call of a job. Seconds: when it was asked, counted from the run's start; to its first token; to its last; the
-    mean between two tokens (0 for a single one); between each two tokens (those that come together share the time)."""
+    mean between two tokens (0 for a single one); between each two messages from the engine, of a token each unless the
+    summary's `stream_interval` says otherwise."""
 
     seat: str
     asked_s: float
@@ -124,7 +125,8 @@ class Point:
 class Summary:
     """`summary.json`. `limit` names the policy, if any, that had memory for everyone: no rival but what is possible.
 
-    `kind` is "engines" for real ones and "simulation" otherwise.
+    `kind` is "engines" for real ones and "simulation" otherwise. `stream_interval` is how many tokens of a reply came
+    together: results that do not say it have 64, each of which has an equal part of the time in `itl_s`.
     """
 
     kind: str
@@ -142,6 +144,7 @@ class Summary:
     points: tuple[Point, ...]
     runs: tuple[Run, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
+    stream_interval: int = 64
 
     def point(self, policy: str, load: float) -> Point:
         """The figures of one policy at one load. Raises KeyError."""

@@ -21,6 +21,8 @@ from runtime.events import Event
 from runtime.jobs.orchestrator import Orchestrator
 from runtime.session import Crew
 
+STREAM_INTERVAL = 1
+"""Every token is streamed, so that times between tokens are those of `vllm bench serve`."""
 SETTLE_S = 0.5
 """Between two runs: the engines take up what the next policy begins with."""
 LIMIT = "limit"

@@ -17,7 +17,7 @@ from runtime import run_folder
 from runtime.bench import results, workload
 from runtime.bench.output import Output, command, default_folder, machine
 from runtime.bench.results import Summary
-from runtime.bench.runner import LIMIT, SETTLE_S, Bench, Rival
+from runtime.bench.runner import LIMIT, SETTLE_S, STREAM_INTERVAL, Bench, Rival
 from runtime.bench.table import table
 from runtime.bench.workload import Source
 from runtime.cli import interrupt
@@ -200,7 +200,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
         owned.callback(guards.close)
         bench = Bench(
             session.crew,
-            {phase: session.crew.orchestrate(crew) for phase, crew in teams.items()},
+            {phase: session.crew.orchestrate(crew, STREAM_INTERVAL) for phase, crew in teams.items()},
             plan.source,
             guards.guard,
             ledger.budget_bytes,
@@ -237,6 +237,7 @@ def summarise(plan: Plan, kind: str, started: tuple[str, float], runs: list[resu
         repeats=plan.repeats,
         points=results.points(runs),
         runs=tuple(runs),
+        stream_interval=STREAM_INTERVAL,
     )
     results.write(plan.folder, summary)
     return summary

@@ -17,7 +17,7 @@ from runtime.bench import workload
 from runtime.bench.output import Output
 from runtime.bench.output import machine as output_machine
 from runtime.bench.results import Run
-from runtime.bench.runner import Bench
+from runtime.bench.runner import STREAM_INTERVAL, Bench
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
@@ -211,7 +211,9 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
     async with model.engines(simulated.model, scripts, simulated.budget_bytes) as (engines, sharing):
         guards = Guards(control, threads=False)
         crew = Crew(simulated.everyone, engines, sharing, control, guards, listener=hear, publish=publish)
-        orchestrators = {phase: crew.orchestrate(members) for phase, members in simulated.teams.items()}
+        orchestrators = {
+            phase: crew.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
+        }
         bench = Bench(
             crew,
             orchestrators,

@@ -53,6 +53,7 @@ class Orchestrator:
     """Works jobs with one team over the engines that its seats name; any number of jobs at once.
 
     `price` is what the whole device costs for an hour: a call costs its part of the device's memory for its time.
+    `stream_interval` is how many tokens of a reply come together; 1 streams every token, for who measures them.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Orchestrator:
         engines: Mapping[str, EngineHandle],
         listener: Listener = ignore,
         price: float | None = None,
+        stream_interval: int = STREAM_INTERVAL,
     ) -> None:
         self.team = team
         self._engines = engines
         self._price = price
+        self._stream_interval = stream_interval
         self._tell = listener
         self._requests = count()
 
@@ -219,7 +222,7 @@ class Orchestrator:
             schema=_plugged(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task)),
             priority=job.priority,
             since_s=run.since_s,
-            stream_interval=STREAM_INTERVAL,
+            stream_interval=self._stream_interval,
         )
 
 

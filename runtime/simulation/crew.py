@@ -29,7 +29,7 @@ async def modelled_crew(
     """The embedded team, whose engines reply as flawless ones would; `time_scale` 0 at once."""
     constants = load.read(model)
     scripts = dict.fromkeys(constants.engines, _reply)
-    async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale, stream_interval=1) as (engines, sharing):
+    async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale) as (engines, sharing):
         guards = Guards(config.control)
         try:
             crew = Crew(team, engines, sharing, config.control, guards, listener=listener, publish=publish)

@@ -58,7 +58,6 @@ async def engines(
     scripts: Mapping[str, Script],
     kv_cache_bytes: int,
     time_scale: float = 1,
-    stream_interval: int = 1 << 30,
 ) -> AsyncIterator[tuple[Mapping[str, EngineHandle], Sharing]]:
     """Modelled engines that are up and share so much KV cache equally, and what moves it between them."""
     processor, front = Processor(model.lanes), Processor(1)
@@ -86,7 +85,6 @@ async def engines(
                     grant=Grant(share, engine.max_num_seqs, 2048),
                     processor=processor,
                     front=front,
-                    stream_interval=stream_interval,
                 )
             )
             ledger.claim(name, running[name].limits.held_bytes(share))

@@ -1,9 +1,13 @@
 """Policies in turn over modelled engines: the same jobs for each, right figures, and what is slower is found slower."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -132,7 +136,7 @@ def test_a_calls_figures_come_from_its_chunks() -> None:
     row = call_row(CallEnded("j", "solver", "s", 10.0, (10.5, 10.6, 11.0), (1, 1, 4), 7), started_s=4.0)
     assert (row.asked_s, row.ttft_s, row.e2el_s, row.completion_tokens) == (6.0, 0.5, 1.0, 6)
     assert row.tpot_s == pytest.approx(0.1)
-    assert row.itl_s == pytest.approx((0.1, 0.1, 0.1, 0.1, 0.1))
+    assert row.itl_s == pytest.approx((0.1, 0.4))  # one for each message, of however many tokens
     nothing = call_row(CallEnded("j", "solver", "s", 10.0, (), (), 0), started_s=4.0)
     assert (nothing.ttft_s, nothing.tpot_s, nothing.itl_s) == (0, 0, ())
 
@@ -153,10 +157,66 @@ def test_metrics_have_the_units_and_definitions_of_vllms() -> None:
     assert (found["jobs"], found["failed"], found["preemptions"], found["resizes"]) == (3, 1, 4, 5)
     assert found["mean_ttft_ms"] == pytest.approx(1000 * 0.5 / 3)
     assert found["median_tpot_ms"] == pytest.approx(100)
-    assert found["median_itl_ms"] == pytest.approx(50)
+    assert found["median_itl_ms"] == pytest.approx(100)
     assert found["p99_itl_ms"] == pytest.approx(150)
-    assert found["p99_jct_s"] == 3
+    assert found["p99_jct_s"] == pytest.approx(2.98)
     assert found["cost_per_job"] == 1
+
+
+@pytest.mark.parametrize("values", [[1.0], [3.0, 1.0], [0.5, 9.0, 2.0, 4.0, 4.0, 1.0, 30.0]])
+def test_means_and_percentiles_are_numpys(values: list[float]) -> None:
+    rows = [job(jct_s=value) for value in values]
+    found = metrics(rows, 10, Slo(), Counts(), 0)
+    assert found["mean_jct_s"] == pytest.approx(np.mean(values))
+    assert found["median_jct_s"] == pytest.approx(np.median(values))
+    for percent in (90, 95, 99):
+        assert found[f"p{percent}_jct_s"] == pytest.approx(np.percentile(values, percent))
+
+
+COUNT = """
+import json, sys
+from vllm.benchmarks.serve import RequestFuncOutput, calculate_metrics
+outputs = [RequestFuncOutput(success=True, **call) for call in json.load(sys.stdin)]
+found, _ = calculate_metrics([], outputs, 10.0, None, [90, 95, 99], {})
+print(json.dumps(vars(found), default=float))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_calls_have_the_metrics_of_vllm_bench_serve(folder: Path) -> None:
+    """The calls of a run as vLLM's own `calculate_metrics` counts them, in a process that may import vLLM."""
+    calls = [call for row in results.read_jobs(folder) for call in row.calls][:500]
+    outputs = [
+        {
+            "latency": call.e2el_s,
+            "output_tokens": call.completion_tokens,
+            "ttft": call.ttft_s,
+            "itl": call.itl_s,
+            "prompt_len": call.prompt_tokens,
+            "start_time": call.asked_s,
+        }
+        for call in calls
+    ]
+    command = [sys.executable, "-c", COUNT]
+    counted = subprocess.run(command, input=json.dumps(outputs), capture_output=True, text=True, check=True)
+    theirs = json.loads(counted.stdout.splitlines()[-1])
+    ours = metrics([job(calls=tuple(calls))], 10, Slo(), Counts(), 0)
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        for figure in (f"mean_{name}_ms", f"median_{name}_ms"):
+            assert ours[figure] == pytest.approx(theirs[figure]), figure
+        for percent, value in theirs[f"percentiles_{name}_ms"]:
+            assert ours[f"p{percent}_{name}_ms"] == pytest.approx(value), (percent, name)
+    for figure in ("request_throughput", "output_throughput"):
+        assert ours[figure] == pytest.approx(theirs[figure])
+
+
+def test_every_token_is_streamed_and_the_results_say_so(folder: Path) -> None:
+    calls = [call for row in results.read_jobs(folder) for call in row.calls]
+    assert all(len(call.itl_s) == call.completion_tokens - 1 for call in calls)
+    assert any(len(set(call.itl_s)) > 2 for call in calls)
+    assert all(sum(call.itl_s) == pytest.approx(call.e2el_s - call.ttft_s, abs=1e-4) for call in calls)
+    assert results.read_summary(folder).stream_interval == 1
+    assert "every token is streamed" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
