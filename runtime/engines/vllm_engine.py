@@ -50,6 +50,9 @@ from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 CLOSE_S = 0.5
 """Seconds that an engine is given to end by itself; it holds nothing that being killed would lose."""
+STOP_TOKENS = 128
+"""Stop tokens, those of the model included, that a request may have if it has `min_tokens`. One more is fatal to the
+worker on a GPU: MAX_NUM_STOP_TOKEN_IDS in vllm/v1/worker/gpu/sample/logit_bias.py."""
 _configuring = threading.Lock()
 
 # vLLM knows "fork" and "spawn" only. The first is unsafe from a process with threads, the second imports everything
@@ -191,7 +194,9 @@ class VllmEngine(EngineHandle):
                 prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.given]}
             self._requests += 1
             rank = request.rank(asyncio.get_running_loop().time())
-            async for output in llm.generate(prompt, _sampling(request), request.request_id, priority=rank):
+            sampling = _sampling(request, llm.model_config.max_model_len)
+            _check_stops(sampling, llm)
+            async for output in llm.generate(prompt, sampling, request.request_id, priority=rank):
                 new = output.outputs[0]
                 if not prompt_tokens:
                     prompt_tokens = len(output.prompt_token_ids) - len(request.given)
@@ -343,20 +348,41 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
         return None
 
 
-def _sampling(request: GenerateRequest) -> SamplingParams:
+def _sampling(request: GenerateRequest, max_model_len: int) -> SamplingParams:
+    """Return a request in vLLM's words, with no count of tokens that its workers cannot hold in 32 bits."""
     schema = request.schema
+    further = dict(request.further)
+
+    def left(tokens: int) -> int:
+        """Return how many of so many tokens are still to be written; none is written beyond the model's length."""
+        return min(tokens, max_model_len) - len(request.given)
+
+    if "min_tokens" in further:
+        further["min_tokens"] = max(0, left(further["min_tokens"]))
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
-        max_tokens=None if request.max_tokens is None else request.max_tokens - len(request.given),
+        max_tokens=None if request.max_tokens is None else left(request.max_tokens),
         logprobs=request.logprobs,
         stop=list(request.stop) or None,
         seed=request.seed,
         structured_outputs=StructuredOutputsParams(json=dict(schema)) if schema else None,
         output_kind=RequestOutputKind.DELTA,
         stream_interval=request.stream_interval,
-        **request.further,
+        **further,
     )
+
+
+def _check_stops(sampling: SamplingParams, llm: AsyncLLM) -> None:
+    """Raise RequestRefused for more stop tokens beside `min_tokens` than workers take, with those that vLLM adds."""
+    if not sampling.min_tokens:
+        return
+    given = set(sampling.stop_token_ids)
+    own = SamplingParams()
+    own.update_from_generation_config(llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
+    most = STOP_TOKENS - len(own.all_stop_token_ids - given)
+    if len(given) > most:
+        raise RequestRefused(f"stop_token_ids: at most {most} different ones fit beside min_tokens; got {len(given)}")
 
 
 def _logprobs(token_ids: Sequence[int], found: Sequence[Mapping[int, Any]], top: int) -> tuple[TokenLogprob, ...]:

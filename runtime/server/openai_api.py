@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from agents.role import Message
 
@@ -108,6 +108,15 @@ class SamplingBody(Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @field_validator("seed")
+    @classmethod
+    def _seeds_of_all_choices(cls, seed: int | None, info: ValidationInfo) -> int | None:
+        """A choice's seed is that of the one before and one more; vLLM's workers hold it in 64 bits."""
+        most = 2**63 - info.data.get("n", 1)
+        if seed is not None and seed > most:
+            raise ValueError(f"has to be at most {most}, so that each of n choices has a seed of its own")
+        return seed
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -122,8 +122,16 @@ def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
     assert stopped.choices[0].finish_reason == "length"
     with pytest.raises(openai.BadRequestError, match="refused the request"):
         api.completions.create(model="critic", prompt=[1] * 100_000)
+    with pytest.raises(openai.BadRequestError, match="refused the request"):
+        api.completions.create(model="critic", prompt=[[5, 6, 7], [1] * 100_000], stream=True)
     with pytest.raises(openai.BadRequestError):
         api.completions.create(model="critic", prompt=[10**9])
+    fatal: Any = {"min_tokens": 2, "stop_token_ids": [*range(129)]}
+    with pytest.raises(openai.BadRequestError) as refused:
+        api.completions.create(model="critic", prompt="1", extra_body=fatal)
+    assert refused.value.param == "stop_token_ids"
+    whole = api.completions.create(model="critic", prompt="1", max_tokens=2**31)
+    assert whole.choices[0].finish_reason in ("stop", "length")
 
 
 GENERATOR = """

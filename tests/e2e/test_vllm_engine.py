@@ -17,7 +17,7 @@ from agents.role import CritiqueTask, Message, Step, read_json
 from runtime import config
 from runtime.engines.base import EngineSpec, EngineState, GenerateRequest
 from runtime.engines.fleet import Fleet
-from runtime.errors import EngineDead, EngineError
+from runtime.errors import EngineDead, EngineError, RequestRefused
 from runtime.events import EngineChanged, Event
 from scripts.tiny_model import write_chat_model
 
@@ -81,6 +81,24 @@ async def test_a_prompt_beyond_the_engines_length_is_refused_and_the_engine_goes
     with pytest.raises(EngineError, match="solver refused"):
         await text(fleet, "solver", request("1 " * 500))
     assert await text(fleet, "solver", request(STEP)) == oracle.reply(STEP)
+
+
+async def test_stop_tokens_that_are_fatal_to_a_gpus_worker_are_refused(fleet: Fleet) -> None:
+    many = {"stop_token_ids": list(range(129))}
+    await text(fleet, "chat", request("hello", max_tokens=3, further=many))
+    with pytest.raises(RequestRefused, match=r"^stop_token_ids: at most 12[78] .* min_tokens; got 129"):
+        await text(fleet, "chat", request("hello", max_tokens=3, further={**many, "min_tokens": 2}))
+
+
+@pytest.mark.parametrize("most", [2**31, 10**30])
+async def test_more_tokens_than_a_worker_can_count_are_as_many_as_there_is_room_for(fleet: Fleet, most: int) -> None:
+    assert await text(fleet, "solver", request(STEP, max_tokens=most)) == oracle.reply(STEP)
+
+
+async def test_what_an_engine_had_written_before_it_died_counts_to_min_tokens(fleet: Fleet) -> None:
+    resumed = request("hello", max_tokens=40, further={"min_tokens": 40}, given=(5, 6, 7))
+    chunks = [chunk async for chunk in fleet.engines["chat"].generate(resumed)]
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 37
 
 
 async def test_closing_a_stream_early_frees_its_place(fleet: Fleet) -> None:

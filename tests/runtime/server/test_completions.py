@@ -89,6 +89,11 @@ async def test_several_choices_and_prompts(start: Start) -> None:
         assert pieces == {0: "a b", 1: "c d e"}
 
 
+async def test_the_greatest_seeds_of_all_choices_are_taken(served: Served) -> None:
+    body = {"model": "solver", "messages": said("a b"), "seed": 2**63 - 3, "n": 3}
+    assert (await served.client.post("/v1/chat/completions", json=body)).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("change", "field", "says"),
     [
@@ -99,6 +104,8 @@ async def test_several_choices_and_prompts(start: Start) -> None:
         ({"model": "solver", "tools": [{"type": "function"}]}, "tools", "at most 0"),
         ({"model": "solver", "colour": "red"}, "colour", "not permitted"),
         ({"model": "solver", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
+        ({"model": "solver", "seed": 2**63 - 1, "n": 2}, "seed", f"at most {2**63 - 2}"),
+        ({"model": "solver", "seed": 2**63}, "seed", "less than"),
         ({"n": 2}, "n", "the team does not take it"),
         ({"messages": said("1000+1")}, None, "999"),
         ({"model": "solver", "response_format": {"type": "json_schema"}}, "response_format", "schema is missing"),
