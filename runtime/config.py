@@ -112,8 +112,9 @@ class Service(Section):
     Jobs are in `journal` (a file; by default under $TROUPE_HOME), `jobs_at_once` of them worked and at most
     `queue_max` waiting; those that ended are kept for `keep_days`, the newest `keep_jobs` of them. SIGTERM gives
     what runs `drain_s` seconds. `tokens` is the file that `troupe tokens` writes; without a token in it only
-    localhost is listened on, unless `open` says that everybody who reaches the port may do everything. Requests
-    have bodies of at most `body_max_bytes`, and come at most `requests_per_s` times a second from one client, over
+    localhost is listened on, unless `open` says that everybody who reaches the port may do everything. A service
+    that loses its last token while it runs lets nobody in, unless it is `open`. Requests have bodies of at most
+    `body_max_bytes`, and come at most `requests_per_s` times a second from one client (a token, or an address), over
     at most `connections_max` connections; `names` are further host names under which a service on localhost is
     asked.
     """

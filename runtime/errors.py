@@ -52,7 +52,7 @@ class ConfigError(TroupeError):
 
 
 class Forbidden(TroupeError):
-    """A token is missing or unknown, or `known` and may not do this."""
+    """A request may not do this: its token is missing or unknown, or, if `known`, no token is what it lacks."""
 
     def __init__(self, message: str, known: bool) -> None:
         super().__init__(message)
