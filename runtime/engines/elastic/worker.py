@@ -11,7 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from runtime.engines.elastic.layout import BlockLayout, layout_of
-from runtime.engines.elastic.pages import Pages
+from runtime.engines.elastic.pages import OutOfMemory, Pages
 
 
 class ElasticWorker:
@@ -119,7 +119,15 @@ class ElasticWorker:
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _back_at_least(self, blocks: int) -> None:
-        self.back(max(self.backed_blocks, min(blocks, self.layout.blocks)))
+        blocks = max(self.backed_blocks, min(blocks, self.layout.blocks))
+        try:
+            self.back(blocks)
+        except OutOfMemory as error:
+            needed = self.layout.backed_bytes(blocks)
+            raise OutOfMemory(
+                f"vLLM's warm-up writes {needed} bytes of the KV cache, and the device has no room for them: "
+                "lower max_num_seqs or set enforce_eager"
+            ) from error
 
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
         # vLLM asks here for the context in which it allocates; the CUDA worker for both of its model runners.
@@ -142,7 +150,7 @@ def _highest_block(step: SchedulerOutput) -> int:
     """Return the highest of the KV blocks that a step gives to its requests; 0, the null block, if it gives none."""
     given = [request.block_ids for request in step.scheduled_new_reqs]
     given += [block_ids for block_ids in step.scheduled_cached_reqs.new_block_ids if block_ids is not None]
-    return max((block for groups in given for group in groups for block in group), default=0)
+    return int(max((block for groups in given for group in groups for block in group), default=0))
 
 
 class _InPlaceOfZeros(TorchFunctionMode):  # type: ignore[misc]  # torch is not analysed: see pyproject.toml

@@ -178,5 +178,8 @@ def test_memory_that_is_still_being_zeroed_is_not_unmapped(
     driver.stub_hold(1)
     pages.back(0, 4 * MIB)
     assert driver.stub_queued() == 1
-    pages.close() if end == "close" else pages.release(0, 4 * MIB)
+    if end == "close":
+        pages.close()
+    else:
+        pages.release(0, 4 * MIB)
     assert driver.stub_queued() == 0

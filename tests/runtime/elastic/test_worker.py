@@ -258,6 +258,15 @@ def test_warm_up_that_gives_every_sequence_a_state_without_a_step_finds_it_backe
     assert worker.backed_blocks == 4
 
 
+def test_warm_up_that_does_not_fit_says_what_would(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
+    layout = BlockLayout((Run(0, MIB),), 1000, 2 * MIB)
+    worker = WarmWorker(cuda(layout.size), layout, floor_blocks=36)
+    worker.model_runner = runner(64, 0, 1, layout.blocks)
+    driver.stub_set_limit(40 * MIB)
+    with pytest.raises(OutOfMemory, match=r"69206016 bytes .* lower max_num_seqs or set enforce_eager"):
+        worker.compile_or_warm_up_model()
+
+
 def test_a_grow_that_runs_out_of_memory_waits_until_what_it_backed_is_zeroed(
     cuda: Callable[..., Pages], driver: ctypes.CDLL
 ) -> None:
