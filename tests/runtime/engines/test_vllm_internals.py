@@ -1,0 +1,339 @@
+"""What Troupe relies on inside vLLM, as data, and checks that the installed vLLM has it.
+
+Needs no GPU and starts no engine, so it also judges a release that Troupe does not run on yet: put that release before
+the installed one on the import path (PYTHONPATH) and run this file with an environment that has vLLM's CUDA build.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+import vllm.envs
+
+from runtime.engines import vllm_engine
+from runtime.engines.elastic import core, cpu_worker, cuda_worker, executor, pool, scheduler, worker
+
+ENGINES = Path(vllm_engine.__file__).parent
+X: Any = object()
+"""Stands for an argument."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments that our code passes."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def call(*positional: Any, **keywords: Any) -> Call:
+    return Call(positional, keywords)
+
+
+BLOCKS = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
+POOL = "vllm.v1.core.block_pool:BlockPool"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+WORKER = "vllm.v1.worker.gpu_worker:Worker"
+CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
+ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
+
+ENGINE_ARGUMENTS = (
+    "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
+    " structured_outputs_config distributed_executor_backend additional_config disable_log_stats scheduling_policy"
+)
+SAMPLING = "temperature top_p max_tokens logprobs stop seed structured_outputs output_kind stream_interval"
+
+CALLED = {
+    # The client's side.
+    "vllm.engine.arg_utils:AsyncEngineArgs": call(**dict.fromkeys(ENGINE_ARGUMENTS.split(), X)),
+    "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": call(X),
+    f"{ASYNC_LLM}.from_vllm_config": call(X, X, stat_loggers=X, disable_log_stats=X),
+    f"{ASYNC_LLM}.generate": call(X, X, X, X, priority=X),
+    f"{ASYNC_LLM}.shutdown": call(X, X),
+    f"{CLIENT}.call_utility_async": call(X, X, X, X, X, X),
+    "vllm.renderers.base:BaseRenderer.render_cmpl_async": call(X, X),
+    "vllm.renderers.base:BaseRenderer.render_chat_async": call(X, X, X),
+    "vllm.renderers.params:ChatParams": call(chat_template_kwargs=X),
+    "vllm.sampling_params:SamplingParams": call(**dict.fromkeys(SAMPLING.split(), X)),
+    "vllm.sampling_params:StructuredOutputsParams": call(json=X),
+    "vllm.v1.engine.exceptions:EngineDeadError": call(),
+    "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": call(X, X),
+    "vllm.platforms.interface:Platform.is_cuda": call(X),
+    "vllm.platforms.interface:Platform.is_cpu": call(X),
+    # The engine's side.
+    "vllm.v1.engine.core:EngineCore.is_scheduler_paused": call(X),
+    "vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor": call(X),
+    BLOCKS: call([]),
+    f"{BLOCKS}.popleft_n": call(X, X),
+    f"{BLOCKS}.remove": call(X, X),
+    f"{BLOCKS}.get_all_free_blocks": call(X),
+    f"{POOL}._maybe_evict_cached_block": call(X, X),
+    f"{POOL}._insert_block_hash": call(X, X, X, X),
+    f"{POOL}.free_blocks": call(X, X),
+    f"{POOL}.get_num_free_blocks": call(X),
+    f"{POOL}.reset_prefix_cache": call(X),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": call(X, X),
+    f"{SCHEDULER}._preempt_request": call(X, X, X),
+    "vllm.v1.core.kv_cache_utils:get_max_concurrency_for_kv_cache_config": call(X, X),
+    f"{WORKER}.determine_available_memory": call(X),
+    f"{WORKER}.initialize_from_config": call(X, X),
+    f"{WORKER}._maybe_get_memory_pool_context": call(X, X),
+    f"{CPU_WORKER}._should_warm_up_model": call(X),
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": call(X),
+}
+"""What our code calls, `self` included, with how it calls it."""
+
+OVERRIDDEN: dict[type, set[str]] = {
+    vllm_engine.LatestStats: {"__init__", "record", "log_engine_initialized"},
+    executor.InCoreExecutor: {"_init_executor"},
+    pool.CompactQueue: {"__init__", "popleft", "popleft_n", "remove", "prepend_n", "get_all_free_blocks"},
+    pool.ElasticBlockPool: {"__init__", "free_blocks", "_insert_block_hash", "get_usage", "reset_prefix_cache"},
+    scheduler.ElasticScheduler: {"__init__", "update_from_output"},
+    scheduler.ElasticAsyncScheduler: {"__init__", "update_from_output"},
+    cpu_worker.ElasticCPUWorker: {
+        "determine_available_memory",
+        "initialize_from_config",
+        "_maybe_get_memory_pool_context",
+    },
+    cuda_worker.ElasticCUDAWorker: {
+        "determine_available_memory",
+        "initialize_from_config",
+        "_maybe_get_memory_pool_context",
+    },
+}
+"""The methods of vLLM's that our subclasses replace, those that come from our mixins included."""
+
+CALLERS = [
+    (pool.CompactQueue, "popleft_n", "free_block_queue", "vllm.v1.core.block_pool"),
+    (pool.CompactQueue, "remove", "free_block_queue", "vllm.v1.core.block_pool"),
+    (pool.CompactQueue, "prepend_n", "free_block_queue", "vllm.v1.core.block_pool"),
+    (pool.CompactQueue, "append_n", "free_block_queue", "vllm.v1.core.block_pool"),
+    (pool.ElasticBlockPool, "__init__", "BlockPool", "vllm.v1.core.kv_cache_coordinator"),
+    (pool.ElasticBlockPool, "free_blocks", "pool", "vllm.v1.core.single_type_kv_cache_manager"),
+    (pool.ElasticBlockPool, "_insert_block_hash", "self", "vllm.v1.core.block_pool"),
+    (pool.ElasticBlockPool, "get_usage", "pool", "vllm.v1.core.kv_cache_manager"),
+    (pool.ElasticBlockPool, "reset_prefix_cache", "pool", "vllm.v1.core.kv_cache_coordinator"),
+    (scheduler.ElasticScheduler, "update_from_output", "scheduler", "vllm.v1.engine.core"),
+    (worker.ElasticWorker, "_maybe_get_memory_pool_context", "self", "vllm.v1.worker.gpu_worker"),
+    (vllm_engine.LatestStats, "record", "logger", "vllm.v1.metrics.loggers"),
+    (vllm_engine.LatestStats, "log_engine_initialized", "logger", "vllm.v1.metrics.loggers"),
+]
+"""Calls in vLLM that reach our subclasses: the class, the method, how the receiver's expression ends, the module."""
+
+READ = {
+    # The client's side.
+    ASYNC_LLM: "engine_core renderer output_processor output_handler",
+    CLIENT: "resources utility_results",
+    "vllm.v1.engine.core_client:BackgroundResources": "engine_manager",
+    "vllm.v1.engine.utils:CoreEngineProcManager": "processes",
+    "vllm.outputs:RequestOutput": "outputs prompt_token_ids",
+    "vllm.outputs:CompletionOutput": "text token_ids finish_reason logprobs",
+    "vllm.logprobs:Logprob": "logprob rank decoded_token",
+    "vllm.v1.metrics.stats:SchedulerStats": "num_running_reqs num_waiting_reqs kv_cache_usage",
+    "vllm.v1.metrics.stats:IterationStats": "num_preempted_reqs",
+    "vllm.sampling_params:RequestOutputKind": "DELTA",
+    # The configuration.
+    "vllm.config:VllmConfig": "additional_config cache_config model_config parallel_config scheduler_config"
+    " max_concurrent_batches",
+    "vllm.config:CacheConfig": "block_size kv_cache_layout kv_cache_memory_bytes",
+    "vllm.config:ModelConfig": "enforce_eager",
+    "vllm.config:ParallelConfig": "worker_cls",
+    "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens scheduler_cls"
+    " watermark",
+    # The engine's side.
+    "vllm.v1.engine.core:EngineCore": "scheduler model_executor",
+    "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker vllm_config",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
+    WORKER: "cache_config device model_runner vllm_config",
+    CPU_WORKER: "cache_config device model_runner vllm_config",
+    SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
+    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool watermark_blocks",
+    POOL: "blocks free_block_queue num_gpu_blocks",
+    BLOCKS: "num_free_blocks",
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt",
+    "vllm.v1.request:Request": "request_id",
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_tensors",
+    "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
+}
+"""Attributes of instances that our code reads or sets."""
+
+LOOKED_UP = {
+    # Names that we replace, and the functions that must look them up by just these names.
+    "vllm.v1.engine.utils:CoreEngineProcManager.__init__": "get_mp_context Process",
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__": "BlockPool",
+    "vllm.v1.worker.utils:allocate_kv_cache": "torch zeros",
+    # How our methods are reached, and our limits are read.
+    "vllm.v1.engine.core:EngineCoreProc._handle_client_request": "getattr _invoke_utility_method",
+    "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method": "Future add_done_callback",
+    "vllm.v1.engine.core:EngineCore.step": "update_from_output",
+    "vllm.v1.engine.core:EngineCore.step_with_batch_queue": "update_from_output",
+    f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context initialize_kv_cache",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors": "allocate_kv_cache",
+    "vllm.v1.worker.gpu.attn_utils:init_kv_cache": "allocate_kv_cache",
+    f"{SCHEDULER}.schedule": "max_num_active_reqs max_num_scheduled_tokens",
+    f"{SCHEDULER}._preempt_request": "waiting prepend_request",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": "watermark_blocks",
+    f"{POOL}.get_new_blocks": "popleft_n _maybe_evict_cached_block",
+    f"{POOL}.touch": "remove",
+    f"{POOL}.free_blocks": "prepend_n append_n",
+}
+"""Functions of vLLM's and the names (globals, attributes, methods) that they must use for ours to take part."""
+
+VARIABLES = "VLLM_CONFIGURE_LOGGING VLLM_KV_CACHE_LAYOUT VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH"
+ADDED = ("troupe_limits", "troupe_resize", "troupe_settled")
+"""What `core.install` adds to EngineCore."""
+
+
+def look_up(place: str) -> Any:
+    """The object at "module:Qualified.name"."""
+    module, _, name = place.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part) if isinstance(found, type) else getattr(found, part)
+    return found.__func__ if isinstance(found, classmethod | staticmethod) else found
+
+
+def imports() -> Iterator[str]:
+    """What our sources import of vLLM, as "module:name" or "module"."""
+    for path in sorted(ENGINES.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+                yield from (f"{node.module}:{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "vllm")
+
+
+@cache
+def syntax(thing: Any) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+
+
+def attributes(cls: type) -> set[str]:
+    """Names that instances have: of the class, annotated, or assigned to `self` in one of its methods."""
+    found = set(dir(cls))
+    for one in cls.__mro__:
+        found |= set(inspect.get_annotations(one))
+        if one.__module__.startswith("vllm"):
+            found |= {
+                node.attr
+                for node in ast.walk(syntax(one))
+                if isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+            }
+    return found
+
+
+def names_used(code: CodeType) -> set[str]:
+    """Globals, attributes and methods that a function uses, the functions inside it included."""
+    inner = (names_used(one) for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def base_method(cls: type, name: str) -> Any:
+    """The method of vLLM's that the class replaces; None if vLLM has none of that name."""
+    theirs = (one for one in cls.__mro__ if one.__module__.startswith("vllm"))
+    return next((one.__dict__[name] for one in theirs if name in one.__dict__), None)
+
+
+def replaced(cls: type) -> set[str]:
+    """The methods of vLLM's that a class of ours replaces."""
+    first = next(index for index, one in enumerate(cls.__mro__) if one.__module__.startswith("vllm"))
+    ours = {name for one in cls.__mro__[:first] for name, value in vars(one).items() if inspect.isfunction(value)}
+    return {name for name in ours if inspect.isfunction(base_method(cls, name))}
+
+
+def calls_in(module: str, method: str, receiver: str) -> Iterator[ast.Call]:
+    """The calls `<...receiver>.method(...)` in a module, or `receiver(...)` for __init__."""
+    for node in ast.walk(syntax(importlib.import_module(module))):
+        if not isinstance(node, ast.Call):
+            continue
+        match node.func:
+            case ast.Name(id=name) if method == "__init__" and name == receiver:
+                yield node
+            case ast.Attribute(value=value, attr=name) if name == method and ast.unparse(value).endswith(receiver):
+                yield node
+
+
+@pytest.mark.parametrize("place", sorted(set(imports())))
+def test_what_we_import_exists(place: str) -> None:
+    look_up(place) if ":" in place else importlib.import_module(place)
+
+
+@pytest.mark.parametrize("place", CALLED)
+def test_what_we_call_accepts_what_we_pass(place: str) -> None:
+    passed = CALLED[place]
+    inspect.signature(look_up(place)).bind(*passed.positional, **passed.keywords)
+
+
+@pytest.mark.parametrize("cls", OVERRIDDEN, ids=lambda cls: cls.__name__)
+def test_what_we_override_exists_and_all_of_it_is_listed(cls: type) -> None:
+    assert replaced(cls) == OVERRIDDEN[cls]
+    assert not getattr(cls, "__abstractmethods__", ()), "vLLM wants a method that our class lacks"
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"), [(cls, name) for cls, names in OVERRIDDEN.items() for name in sorted(names)]
+)
+def test_what_we_override_takes_as_many_arguments_as_vllms(cls: type, method: str) -> None:
+    if method == "__init__":
+        return  # each class is made by its own caller: see CALLERS
+    theirs = [
+        one
+        for one in inspect.signature(base_method(cls, method)).parameters.values()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    positional = [X for one in theirs if one.kind is not one.KEYWORD_ONLY]
+    keywords = {one.name: X for one in theirs if one.kind is one.KEYWORD_ONLY}
+    inspect.signature(getattr(cls, method)).bind(*positional, **keywords)
+    required = [X for one in theirs if one.default is one.empty and one.kind is not one.KEYWORD_ONLY]
+    inspect.signature(getattr(cls, method)).bind(*required)
+
+
+@pytest.mark.parametrize(("cls", "method", "receiver", "module"), CALLERS)
+def test_what_we_override_accepts_what_vllm_passes(cls: type, method: str, receiver: str, module: str) -> None:
+    found = list(calls_in(module, method, receiver))
+    assert found, f"{module} no longer calls {receiver}.{method}"
+    for one in found:
+        assert not any(isinstance(argument, ast.Starred) for argument in one.args)
+        keywords = {str(keyword.arg): X for keyword in one.keywords}
+        inspect.signature(getattr(cls, method)).bind(X, *(X for _ in one.args), **keywords)
+
+
+@pytest.mark.parametrize("place", READ)
+def test_the_attributes_that_we_use_exist(place: str) -> None:
+    assert set(READ[place].split()) - attributes(look_up(place)) == set()
+
+
+@pytest.mark.parametrize("place", LOOKED_UP)
+def test_vllm_looks_up_the_names_that_we_replace(place: str) -> None:
+    assert set(LOOKED_UP[place].split()) - names_used(inspect.unwrap(look_up(place)).__code__) == set()
+
+
+def test_the_environment_variables_that_we_set_are_read() -> None:
+    assert set(VARIABLES.split()) - set(vllm.envs.environment_variables) == set()
+
+
+def test_the_methods_that_we_add_to_the_engine_core_are_new() -> None:
+    engine_core = look_up("vllm.v1.engine.core:EngineCore")
+    before = {name: getattr(engine_core, name, None) for name in ADDED}
+    core.install()
+    assert {name for name in vars(engine_core) if name.startswith("troupe_")} == set(ADDED)
+    assert all(one is None or one.__module__ == core.__name__ for one in before.values())
+
+
+def test_the_workers_keep_vllms_allocation_of_the_cache() -> None:
+    ours = cpu_worker.ElasticCPUWorker, cuda_worker.ElasticCUDAWorker
+    stock = look_up(f"{WORKER}.initialize_from_config")
+    assert [base_method(cls, "initialize_from_config") for cls in ours] == [stock, stock]
