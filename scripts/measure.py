@@ -2,6 +2,7 @@
 
     python scripts/measure.py start          from the command to the first answer, and to all sample answers
     python scripts/measure.py overhead       problems through the team, and the same prompts straight to vLLM
+    python scripts/measure.py streaming      problems with every token streamed, and with 64 together
     python scripts/measure.py orchestrator   role calls a second over the fake engine, and memory
     python scripts/measure.py team           what collaboration buys: solver alone, unchecked team, whole team
     python scripts/measure.py problems       write configs/problems/held-out.jsonl again
@@ -39,7 +40,7 @@ from runtime.engines.supervised import SupervisedEngine  # noqa: E402
 from runtime.jobs import problems  # noqa: E402
 from runtime.jobs.batch import summarise, work_all  # noqa: E402
 from runtime.jobs.job import Job, JobResult  # noqa: E402
-from runtime.jobs.orchestrator import Orchestrator, Run  # noqa: E402
+from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator, Run  # noqa: E402
 from runtime.jobs.recorded import Recorded  # noqa: E402
 from runtime.jobs.team import Team, assemble  # noqa: E402
 
@@ -136,6 +137,29 @@ async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
         "team_s": spread(through),
         "straight_s": spread(straight),
         "ratio": spread([a / b for a, b in zip(through, straight, strict=True)]),
+    }
+
+
+async def measure_streaming(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for the problems if every token is streamed, as in a benchmark, and if 64 come together, in turns."""
+    team = assemble(config.load("embedded"))
+    jobs = [job(p) for p in problems.read(HELD_OUT)[: options.problems]]
+    seconds: dict[int, list[float]] = {1: [], STREAM_INTERVAL: []}
+    async with fleet() as engines:
+        for repeat in range(options.repeats + 1):
+            for interval in seconds if repeat % 2 else reversed(seconds):
+                started = time.monotonic()
+                orchestrator = Orchestrator(team, engines, stream_interval=interval)
+                await work_all(orchestrator, jobs, options.concurrency, lambda result: None)
+                if repeat:  # the first of each warms up
+                    seconds[interval].append(time.monotonic() - started)
+            progress(f"streaming {repeat}/{options.repeats}")
+    return {
+        "problems": len(jobs),
+        "concurrency": options.concurrency,
+        "every_token_s": spread(seconds[1]),
+        f"{STREAM_INTERVAL}_together_s": spread(seconds[STREAM_INTERVAL]),
+        "ratio": spread([a / b for a, b in zip(*seconds.values(), strict=True)]),
     }
 
 
@@ -274,6 +298,7 @@ def progress(text: str) -> None:
 MEASURES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "start": measure_start,
     "overhead": measure_overhead,
+    "streaming": measure_streaming,
     "orchestrator": measure_orchestrator,
     "team": measure_team,
     "problems": write_problems,
@@ -284,12 +309,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--problems", type=int, help="of the held-out ones (default: 200 for overhead, 500 for team)")
+    parser.add_argument("--problems", type=int, help="of the held-out ones (default: 500 for team, else 200)")
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
     options = parser.parse_args()
-    options.problems = options.problems or {"overhead": 200}.get(options.what, 500)
+    options.problems = options.problems or {"overhead": 200, "streaming": 200}.get(options.what, 500)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     found = MEASURES[options.what](options)
     record = asyncio.run(found) if asyncio.iscoroutine(found) else found
