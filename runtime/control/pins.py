@@ -18,6 +18,8 @@ class Pinned:
 
     def rest(self, snapshot: Snapshot) -> Snapshot:
         """Return what is left for policies: the engines without a pin in force, and their budget."""
+        if not self.in_force:
+            return snapshot
         held = sum(
             snapshot.engines[name].limits.held_bytes(grant.gpu_memory_utilization)
             for name, grant in self.in_force.items()
@@ -32,6 +34,8 @@ def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
     A pin of an engine that is not in the snapshot is left out. The budget, an engine's floor and what it holds besides
     its KV cache can all change while a pin is held, so that a pin that fitted may not fit now, and may fit again later.
     """
+    if not pins:
+        return Pinned({}, {})
     spare = snapshot.budget_bytes - sum(
         view.limits.fixed_bytes + view.limits.kv_floor_bytes for view in snapshot.engines.values()
     )

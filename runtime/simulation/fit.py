@@ -95,7 +95,8 @@ async def _record(
     team: Team, engines: Mapping[str, EngineHandle], jobs: Sequence[Job]
 ) -> Mapping[str, list[GenerateRequest]]:
     recording = {name: Recording(engine) for name, engine in engines.items()}
-    await work_all(Orchestrator(team, recording), jobs, 16, lambda result: None)
+    orchestrator = Orchestrator(team, recording, stream_interval=1)  # as in a benchmark, which the model predicts
+    await work_all(orchestrator, jobs, 16, lambda result: None)
     return {name: engine.requests for name, engine in recording.items()}
 
 
