@@ -155,7 +155,7 @@ class Controller:
     @property
     def unfit_pins(self) -> Mapping[str, str]:
         """Return why pins are not in force, by engine: they do not fit the budget or the engine as it is now."""
-        return self._unfit
+        return {name: why for name, why in self._unfit.items() if name in self._pinned}
 
     @property
     def policy(self) -> str:

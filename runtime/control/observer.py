@@ -144,7 +144,8 @@ class Observer:
         if self._reading is None:
             return DeviceView()
         reading = self._reading()
-        ours = [device for device in reading.devices if device.uuid in self._uuids]
+        # The host is one device, and is also that of a GPU without memory of its own.
+        ours = [device for device in reading.devices if reading.kind == "host" or device.uuid in self._uuids]
         if len(ours) != 1:
             return DeviceView(kind=reading.kind, fault=reading.fault or self._mismatch(reading))
         device = ours[0]

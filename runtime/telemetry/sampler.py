@@ -66,5 +66,5 @@ def best_source(on_gpu: bool) -> Source:
     try:
         gpus = nvml.devices()
     except (nvml.NoDriver, nvml.DriverFault):
-        return HostSource()
+        return NvmlSource()  # which says so, and asks again
     return NvmlSource() if any(gpu.total_bytes for gpu in gpus) else HostSource()

@@ -226,6 +226,18 @@ async def test_a_foreign_process_shrinks_the_budget_before_memory_runs_out() -> 
 
 
 @simulated
+async def test_the_hosts_memory_counts_for_engines_on_a_gpu_without_its_own() -> None:
+    async with rig() as at:
+        for engine in at.engines.values():
+            engine._limits = replace(engine.limits, device_uuid="11111111-1111-1111-1111-111111111111")
+        at.reading = Reading("host", (DeviceReading("host", 1000 * MIB, 1000 * MIB),))
+        await asyncio.sleep(0.15)
+        device = at.records[-1].snapshot.device
+        assert (device.fault, device.used_bytes) == (None, 1000 * MIB)
+        assert at.share("a") + at.share("b") < 0.8
+
+
+@simulated
 async def test_a_lost_gpu_leaves_the_budget_and_is_in_the_record() -> None:
     async with rig() as at:
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))
@@ -389,6 +401,11 @@ async def test_a_foreign_process_that_leaves_no_room_for_a_pin_stalls_nothing() 
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
         await asyncio.sleep(0.5)
         assert (at.share("a"), at.controller.unfit_pins) == (0.6, {})
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1080 * MIB),))
+        await asyncio.sleep(0.15)
+        at.controller.pause()
+        at.controller.unpin("a")
+        assert at.controller.unfit_pins == {}
 
 
 @simulated

@@ -102,6 +102,16 @@ def test_engines_on_the_host_are_read_from_the_host_whatever_gpus_there_are(monk
     assert isinstance(sampling.best_source(on_gpu=False), HostSource)
 
 
+def test_engines_on_a_gpu_whose_driver_does_not_answer_are_not_judged_by_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> tuple[nvml.Device, ...]:
+        raise nvml.DriverFault("Driver Not Loaded")
+
+    monkeypatch.setattr(nvml, "devices", fails)
+    assert isinstance(sampling.best_source(on_gpu=True), NvmlSource)
+
+
 def test_a_gpu_without_memory_of_its_own_is_read_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "devices", lambda: (nvml.Device("NVIDIA GB10", None, None, "580.65.06"),))
     assert isinstance(sampling.best_source(on_gpu=True), HostSource)
