@@ -198,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     record: dict[str, Any] = {"moves": {}, "still": {}}
     for roles in ROLES:
-        asyncio.run(measure(roles, options.repeats * min(40, 10_000 // roles), record))
+        asyncio.run(measure(roles, options.repeats * max(1, min(10, 2_000 // roles)), record))
     for policies in record.values():
         for figures in policies.values():
             for part in ("whole", *PARTS):
