@@ -176,7 +176,8 @@ async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked
         llm = supervised._engine._ready()  # around the seam: that is the point
         chat = [{"role": m.role, "content": m.content} for m in asked.request.messages]
         _, (prompt,) = await llm.renderer.render_chat_async([chat], vllm_engine._CHAT)
-        async for _ in llm.generate(prompt, vllm_engine._sampling(asked.request), f"straight-{next(numbers)}"):
+        sampling = vllm_engine._sampling(asked.request, llm.model_config.max_model_len)
+        async for _ in llm.generate(prompt, sampling, f"straight-{next(numbers)}"):
             pass
         await send_all(asked.then)
 

@@ -74,7 +74,6 @@ PRIORITY = 5
 COUNTS_THE_REPLY = frozenset(
     {
         "frequency_penalty",
-        "min_tokens",
         "presence_penalty",
         "repetition_detection",
         "structured_outputs",

@@ -257,7 +257,7 @@ async def test_a_suspect_that_is_cancelled_holds_nobody_up(engine: SupervisedEng
     assert {text(chunks) for chunks in await asyncio.gather(*(reply(engine) for _ in range(5)))} == {WORDS}
 
 
-@pytest.mark.parametrize("further", [{"min_tokens": 4}, {"presence_penalty": 0.5}])
+@pytest.mark.parametrize("further", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
 async def test_a_reply_whose_tokens_are_counted_is_written_again(
     engine: SupervisedEngine, made: Made, further: dict[str, Any]
 ) -> None:

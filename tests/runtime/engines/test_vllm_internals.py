@@ -62,8 +62,10 @@ CALLED = {
     f"{CLIENT}.call_utility_async": call(X, X, X, X, X, X),
     "vllm.renderers.base:BaseRenderer.render_cmpl_async": call(X, X),
     "vllm.renderers.base:BaseRenderer.render_chat_async": call(X, X, X),
+    "vllm.renderers.base:BaseRenderer.get_eos_token_id": call(X),
     "vllm.renderers.params:ChatParams": call(chat_template_kwargs=X),
     "vllm.sampling_params:SamplingParams": call(**dict.fromkeys(SAMPLING.split(), X)),
+    "vllm.sampling_params:SamplingParams.update_from_generation_config": call(X, X, X),
     "vllm.sampling_params:StructuredOutputsParams": call(json=X),
     "vllm.v1.engine.exceptions:EngineDeadError": call(),
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": call(X, X),
@@ -87,11 +89,24 @@ CALLED = {
     f"{WORKER}.determine_available_memory": call(X),
     f"{WORKER}.initialize_from_config": call(X, X),
     f"{WORKER}._maybe_get_memory_pool_context": call(X, X),
+    f"{WORKER}.get_supported_kv_cache_layouts": call(X),
+    f"{WORKER}.compile_or_warm_up_model": call(X),
+    f"{WORKER}.execute_model": call(X, X),
+    "vllm.utils.mem_utils:memory_profiling": call(X),
+    "vllm.utils.torch_utils:current_stream": call(),
     f"{CPU_WORKER}._should_warm_up_model": call(X),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": call(X),
 }
 """What our code calls, `self` included, with how it calls it."""
 
+ELASTIC_WORKER = {
+    "determine_available_memory",
+    "get_supported_kv_cache_layouts",
+    "initialize_from_config",
+    "compile_or_warm_up_model",
+    "execute_model",
+    "_maybe_get_memory_pool_context",
+}
 OVERRIDDEN: dict[type, set[str]] = {
     vllm_engine.LatestStats: {"__init__", "record", "log_engine_initialized"},
     executor.InCoreExecutor: {"_init_executor"},
@@ -99,16 +114,8 @@ OVERRIDDEN: dict[type, set[str]] = {
     pool.ElasticBlockPool: {"__init__", "free_blocks", "_insert_block_hash", "get_usage", "reset_prefix_cache"},
     scheduler.ElasticScheduler: {"__init__", "update_from_output"},
     scheduler.ElasticAsyncScheduler: {"__init__", "update_from_output"},
-    cpu_worker.ElasticCPUWorker: {
-        "determine_available_memory",
-        "initialize_from_config",
-        "_maybe_get_memory_pool_context",
-    },
-    cuda_worker.ElasticCUDAWorker: {
-        "determine_available_memory",
-        "initialize_from_config",
-        "_maybe_get_memory_pool_context",
-    },
+    cpu_worker.ElasticCPUWorker: ELASTIC_WORKER,
+    cuda_worker.ElasticCUDAWorker: ELASTIC_WORKER,
 }
 """The methods of vLLM's that our subclasses replace, those that come from our mixins included."""
 
@@ -131,7 +138,9 @@ CALLERS = [
 
 READ = {
     # The client's side.
-    ASYNC_LLM: "engine_core renderer output_processor output_handler",
+    ASYNC_LLM: "engine_core input_processor model_config output_handler output_processor renderer",
+    "vllm.v1.engine.input_processor:InputProcessor": "generation_config_fields",
+    "vllm.sampling_params:SamplingParams": "all_stop_token_ids min_tokens stop_token_ids",
     CLIENT: "resources utility_results",
     "vllm.v1.engine.core_client:BackgroundResources": "engine_manager",
     "vllm.v1.engine.utils:CoreEngineProcManager": "processes",
@@ -144,8 +153,8 @@ READ = {
     # The configuration.
     "vllm.config:VllmConfig": "additional_config cache_config model_config parallel_config scheduler_config"
     " max_concurrent_batches",
-    "vllm.config:CacheConfig": "block_size kv_cache_layout kv_cache_memory_bytes",
-    "vllm.config:ModelConfig": "enforce_eager",
+    "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
+    "vllm.config:ModelConfig": "enforce_eager max_model_len",
     "vllm.config:ParallelConfig": "worker_cls",
     "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens scheduler_cls"
     " watermark",
@@ -153,8 +162,8 @@ READ = {
     "vllm.v1.engine.core:EngineCore": "scheduler model_executor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker vllm_config",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
-    WORKER: "cache_config device model_runner vllm_config",
-    CPU_WORKER: "cache_config device model_runner vllm_config",
+    WORKER: "cache_config device init_snapshot model_runner vllm_config",
+    CPU_WORKER: "cache_config device init_snapshot model_runner vllm_config",
     SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
     " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool watermark_blocks",
@@ -162,6 +171,11 @@ READ = {
     BLOCKS: "num_free_blocks",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt",
     "vllm.v1.request:Request": "request_id",
+    "vllm.v1.kv_cache_layout:KVCacheLayout": "is_block_outermost is_block_compact",
+    "vllm.v1.core.sched.output:SchedulerOutput": "scheduled_new_reqs scheduled_cached_reqs",
+    "vllm.v1.core.sched.output:NewRequestData": "block_ids",
+    "vllm.v1.core.sched.output:CachedRequestData": "new_block_ids",
+    "vllm.utils.mem_utils:MemoryProfilingResult": "transient_peak_headroom",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_tensors",
     "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
 }
@@ -180,6 +194,8 @@ LOOKED_UP = {
     f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context initialize_kv_cache",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors": "allocate_kv_cache",
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": "allocate_kv_cache",
+    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": "get_supported_kv_cache_layouts compile_or_warm_up_model",
+    f"{WORKER}.compile_or_warm_up_model": "execute_model",
     f"{SCHEDULER}.schedule": "max_num_active_reqs max_num_scheduled_tokens",
     f"{SCHEDULER}._preempt_request": "waiting prepend_request",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": "watermark_blocks",
@@ -222,7 +238,7 @@ def attributes(cls: type) -> set[str]:
     """Names that instances have: of the class, annotated, or assigned to `self` in one of its methods."""
     found = set(dir(cls))
     for one in cls.__mro__:
-        found |= set(inspect.get_annotations(one))
+        found |= {*vars(one), *inspect.get_annotations(one)}  # `dir` of an enumeration leaves properties out
         if one.__module__.startswith("vllm"):
             found |= {
                 node.attr
