@@ -94,7 +94,9 @@ def test_constraints_are_exact(kind: str) -> None:
 def test_every_requirement_is_pinned_within_its_bounds(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(line for e in (extra, "test") for line in project["optional-dependencies"][e])]
-    pinned = pins(extra) | pins("test")
+    pinned = (
+        {"torch": pins("cuda")["torch"]} | pins(extra) | pins("test")
+    )  # the list for the CPU leaves torch to setup.sh
     for requirement in map(Requirement, asked):
         [pin] = pinned[canonicalize_name(requirement.name)].specifier
         assert requirement.specifier.contains(pin.version), f"{requirement}: pinned at {pin.version}"
@@ -104,3 +106,12 @@ def test_the_test_tools_contradict_no_pin() -> None:
     test, cuda = pins("test"), pins("cuda")
     assert not test.keys() & pins("cpu").keys()
     assert all(str(cuda.get(name, line)) == str(line) for name, line in test.items())
+
+
+def test_the_list_for_the_cpu_keeps_what_the_plain_torch_requires() -> None:
+    """setup.sh installs that list last, so a version that differs would replace one that torch's requirements fix."""
+    cpu, cuda = pins("cpu"), pins("cuda")
+    assert "torch" not in cpu
+    required = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy", "triton"}
+    required |= {"typing-extensions", *(name for name in cpu if name.startswith(("cuda-", "nvidia-cu")))}
+    assert {str(cpu[name]) for name in required} == {str(cuda[name]) for name in required}

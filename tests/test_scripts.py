@@ -251,20 +251,6 @@ def test_the_fallback_needs_more_disk(tree: Tree) -> None:
     assert tree.launch(PATH=path).returncode == 0
 
 
-def test_the_list_for_the_cpu_keeps_what_the_plain_torch_requires() -> None:
-    """It is installed last, so a version that differs would replace the one that torch's own requirements fix."""
-    cpu, cuda = (
-        dict(
-            line.split(" ")[0].split("==") for line in (ROOT / "scripts" / name).read_text().split("\n") if "==" in line
-        )
-        for name in ("constraints-cpu.txt", "constraints-cuda.txt")
-    )
-    assert "torch" not in cpu
-    required = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy", "triton"}
-    required |= {"typing-extensions", *(name for name in cpu if name.startswith(("cuda-", "nvidia-cu")))}
-    assert {name: cpu[name] for name in required} == {name: cuda[name] for name in required}
-
-
 def test_a_failure_shows_the_log_and_the_next_call_goes_on(tree: Tree) -> None:
     result = tree.launch(STUB_FAIL="constraints-cpu.txt")
     assert (result.returncode, result.stdout) == (1, "")

@@ -300,11 +300,9 @@ def test_what_we_override_exists_and_all_of_it_is_listed(cls: type) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "method"), [(cls, name) for cls, names in OVERRIDDEN.items() for name in sorted(names)]
+    ("cls", "method"), [(cls, name) for cls, names in OVERRIDDEN.items() for name in sorted(names - {"__init__"})]
 )
 def test_what_we_override_takes_as_many_arguments_as_vllms(cls: type, method: str) -> None:
-    if method == "__init__":
-        return  # each class is made by its own caller: see CALLERS
     theirs = [
         one
         for one in inspect.signature(base_method(cls, method)).parameters.values()
