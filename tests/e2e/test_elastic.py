@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from agents.role import Message
+from runtime.engines import sharing
 from runtime.engines.base import (
     Applied,
     Deferred,
@@ -62,8 +63,10 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
     )
     specs = {"cached": spec, "plain": spec.model_copy(update={"vllm": {"enable_prefix_caching": False}})}
     patience = Patience(hang_s=15, restarts=100)
-    async with Fleet(specs, folder / "logs", events.append, DEVICE, patience) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "ANSWER_S", 60)  # on a busy machine an engine is slow, and not silent
+        async with Fleet(specs, folder / "logs", events.append, DEVICE, patience) as running:
+            yield running
 
 
 def asked(number: int, **changes: Any) -> GenerateRequest:
