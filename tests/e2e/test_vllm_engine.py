@@ -95,12 +95,6 @@ async def test_more_tokens_than_a_worker_can_count_are_as_many_as_there_is_room_
     assert await text(fleet, "solver", request(STEP, max_tokens=most)) == oracle.reply(STEP)
 
 
-async def test_what_an_engine_had_written_before_it_died_counts_to_min_tokens(fleet: Fleet) -> None:
-    resumed = request("hello", max_tokens=40, further={"min_tokens": 40}, given=(5, 6, 7))
-    chunks = [chunk async for chunk in fleet.engines["chat"].generate(resumed)]
-    assert sum(len(chunk.token_ids) for chunk in chunks) == 37
-
-
 async def test_closing_a_stream_early_frees_its_place(fleet: Fleet) -> None:
     engine = fleet.engines["chat"]
     stream = engine.generate(request("hello", max_tokens=1500, temperature=1.0))
