@@ -167,9 +167,9 @@ class Grant:
 class EngineLimits:
     """What an engine that is up has found of itself, and how far grants can go. Memory in bytes.
 
-    `fixed_bytes` is what it holds besides its KV cache. Below `kv_floor_bytes` the KV cache could not hold one
-    sequence of the model's full length, and the engine could not finish its work. Memory is handed out to sequences in
-    blocks of `block_tokens` tokens, `block_bytes` each.
+    `fixed_bytes` is what it holds besides its KV cache, or will take while it computes a step. Below `kv_floor_bytes`
+    the KV cache could not hold one sequence of the model's full length, and the engine could not finish its work.
+    Memory is handed out to sequences in blocks of `block_tokens` tokens, `block_bytes` each.
 
     `device_uuid` is that of the GPU or MIG instance that the engine's process runs on, as CUDA reports it there: in
     lower case, without a prefix. It is empty on the host.
