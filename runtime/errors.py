@@ -9,7 +9,7 @@ TroupeError
 ├── EngineError      an engine could not start, died, or refused a request
 │   ├── EngineDead   the engine's process is gone
 │   └── RequestRefused    an engine cannot take a request: a prompt beyond its length, say
-│       └── RequestQuarantined    an engine crashed under this request, which is not sent again
+│       └── RequestQuarantined    a request is the likeliest cause of its engine's end, and is not sent again
 ├── JournalError     the store of jobs cannot be read or written
 ├── NotFound         there is no job, model or engine of that name
 └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
@@ -88,7 +88,7 @@ class RequestRefused(EngineError):
 
 
 class RequestQuarantined(RequestRefused):
-    """An engine crashed under this request and no other. The request is not sent again."""
+    """The engine ended, and this request is the likeliest cause. It is not sent again."""
 
 
 class JournalError(TroupeError):

@@ -182,8 +182,8 @@ class Bus:
             _check_size(payload)
             message = read_submission(payload)
             record, new = await self._jobs.submit(message.submission)
-        except TroupeError as error:
-            refused = Refused(correlation_id=correlation_of(payload), error=str(error))
+        except Exception as error:  # noqa: BLE001  the sender is told, and a defect is logged
+            refused = Refused(correlation_id=correlation_of(payload), error=_reason(error))
             await client.publish(self._topics.rejected, to_json(refused), qos=1)
             return
         accepted = Accepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
@@ -194,8 +194,8 @@ class Bus:
         try:
             _check_size(payload)
             await self._obey(read_command(payload))
-        except TroupeError as error:
-            wrong = str(error)
+        except Exception as error:  # noqa: BLE001  as above
+            wrong = _reason(error)
         answer = Obeyed(correlation_id=correlation_of(payload), error=wrong)
         await client.publish(self._topics.control_result, to_json(answer), qos=1)
 
@@ -297,6 +297,14 @@ def _first(errors: BaseException) -> BaseException:
     while isinstance(errors, BaseExceptionGroup):
         errors = errors.exceptions[0]
     return errors
+
+
+def _reason(error: Exception) -> str:
+    """What a sender is told of an error. A defect of ours is logged too."""
+    if isinstance(error, TroupeError):
+        return str(error)
+    logging.getLogger(__name__).error("a message", exc_info=error)
+    return f"an internal error: {error!r}"
 
 
 def _check_cancelled() -> None:

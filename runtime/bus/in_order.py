@@ -24,7 +24,7 @@ class InOrder(Generic[T]):
         task.add_done_callback(self._report)
 
     async def room(self, most: int) -> None:
-        """Wait until fewer than `most` items are under way."""
+        """Wait until the item `most` places from the end has ended, if there are so many."""
         if len(self._under_way) >= most:
             await asyncio.wait([self._under_way[len(self._under_way) - most][1]])
 

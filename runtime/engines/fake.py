@@ -90,7 +90,7 @@ class _Sequence:
 
 
 class FakeEngine(EngineHandle):
-    """Answers `script(request)`, a blank-separated word a token. `kill` ends it from then on, as a crash would.
+    """Answers `script(request)`, a blank-separated word a token. `kill` ends it from outside, `crash` from inside.
 
     Tokens are sent on at the first, at the last, and at every `stream_interval`-th between them, or as many as the
     request says where that is more.
@@ -370,6 +370,8 @@ class FakeEngine(EngineHandle):
         )
 
     async def close(self) -> None:
+        if self._state is EngineState.READY:
+            self._die(Death.CRASHED)  # as vLLM tells those that still wait for a token
         self._state = EngineState.CLOSED
         self._settle(None)
         if self._stepping:

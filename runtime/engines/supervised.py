@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from itertools import count
 
 from runtime.engines.account import Account
 from runtime.engines.base import (
@@ -84,23 +83,25 @@ class SupervisedEngine(EngineHandle):
         """Stream the reply of one engine after another, until one has finished it."""
         if not request.resumable and request.seed is None and request.temperature:
             request = replace(request, seed=secrets.randbits(31))  # written again, it is the same only with a seed
-        with self._quarantine.request() as call:
-            for attempt in count():
-                async with self._quarantine.turn(call):
-                    engine = await self._running()
-                    self._quarantine.sent(call)
-                    try:
-                        async with aclosing(self._rest(engine, request, attempt, call)) as chunks:  # type: ignore[type-var]
-                            async for chunk in chunks:
-                                self._quarantine.streamed(call, chunk)
-                                yield chunk
-                        return
-                    except EngineDead as error:
-                        self._found_dead(engine, error.death)
-                        if call.poison:
-                            raise RequestQuarantined(
-                                f"engine {self.name} {call.poison} under this request alone, so it is not sent again"
-                            ) from error
+        call, attempt = Call(), 0
+        while True:
+            async with self._quarantine.turn(call):
+                engine = await self._running()
+                if self._quarantine.must_wait(call):
+                    continue
+                self._quarantine.sent(call)
+                try:
+                    async with aclosing(self._rest(engine, request, attempt, call)) as chunks:  # type: ignore[type-var]
+                        async for chunk in chunks:
+                            self._quarantine.streamed(call, chunk)
+                            yield chunk
+                    return
+                except EngineDead as error:
+                    attempt += 1
+                    self._found_dead(engine, error.death)
+                    if call.poison:
+                        why = f"engine {self.name} {call.poison}; this request is the likeliest cause"
+                        raise RequestQuarantined(f"{why}, and is not sent again") from error
 
     def _rest(self, engine: EngineHandle, request: GenerateRequest, attempt: int, call: Call) -> AsyncIterator[Chunk]:
         """The rest of a reply of which some may have been streamed by an engine that died."""
@@ -130,8 +131,8 @@ class SupervisedEngine(EngineHandle):
                     yield replace(chunk, text=text[known_characters:], token_ids=tuple(written[len(known) :]))
 
     def _found_dead(self, engine: EngineHandle, death: Death) -> None:
-        """Judge the requests that a dead engine had, once, and see to the engine now."""
-        if engine is self._engine and engine is not self._judged:
+        """Judge the requests that a dead engine had, once, and see to the engine now. Closing it is nobody's fault."""
+        if self._failure is None and engine is self._engine and engine is not self._judged:
             self._judged = engine
             self._quarantine.died(death)
             self._see_to()
@@ -218,7 +219,7 @@ class SupervisedEngine(EngineHandle):
 
     @property
     def limits(self) -> EngineLimits:
-        """Those of the engine that runs, or of the one before while it is started again."""
+        """Return the limits of the running engine; during a restart, those of the engine before it."""
         return self._limits or self._engine.limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
@@ -238,7 +239,7 @@ class SupervisedEngine(EngineHandle):
     def stats(self) -> EngineStats:
         stats = self._engine.stats()
         state = EngineState.FAILED if self._failure is not None else stats.state
-        return replace(stats, state=state, waiting=stats.waiting + self._held)
+        return replace(stats, state=state, waiting=stats.waiting + self._held + self._quarantine.waiting)
 
     async def pulse(self) -> None:
         await self._engine.pulse()

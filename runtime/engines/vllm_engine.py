@@ -54,6 +54,7 @@ STOP_TOKENS = 128
 """Stop tokens, those of the model included, that a request may have if it has `min_tokens`. One more is fatal to the
 worker on a GPU: MAX_NUM_STOP_TOKEN_IDS in vllm/v1/worker/gpu/sample/logit_bias.py."""
 _configuring = threading.Lock()
+_GONE = (EngineState.DEAD, EngineState.CLOSED)
 
 # vLLM knows "fork" and "spawn" only. The first is unsafe from a process with threads, the second imports everything
 # again for every engine; engines come from our forkserver instead.
@@ -104,10 +105,10 @@ class VllmEngine(EngineHandle):
         except Exception as error:  # vLLM's start-up raises of every kind; all of them mean that this engine is not up
             self._state = EngineState.DEAD
             raise EngineError(f"engine {self.name} did not start: {_reason(error)} (log: {self.log})") from error
-        self._state = EngineState.READY
         for process in self._processes():
             asyncio.get_running_loop().add_reader(process.sentinel, self._died)
         await self._begin()
+        self._state = EngineState.READY
 
     async def _begin(self) -> None:
         """Take up the share that the engine begins with; vLLM has started it with its floor."""
@@ -134,8 +135,8 @@ class VllmEngine(EngineHandle):
             raise self._dead() from error
 
     def _dead(self) -> EngineDead:
-        """The engine is gone: note it, unless it was closed."""
-        if self._state is EngineState.READY:
+        """Note that the engine is gone, unless it was closed."""
+        if self._state is not EngineState.CLOSED:
             self._state = EngineState.DEAD
         return EngineDead(f"engine {self.name} {self._death()} (log: {self.log})", self._death())
 
@@ -227,7 +228,7 @@ class VllmEngine(EngineHandle):
         return prompt
 
     def _ready(self) -> AsyncLLM:
-        if self._llm is None or self._state is not EngineState.READY:
+        if self._llm is None or self._state in _GONE:
             raise EngineDead(f"engine {self.name} is {self._state} (log: {self.log})", self._death())
         return self._llm
 
@@ -238,7 +239,7 @@ class VllmEngine(EngineHandle):
         return self._limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
-        if self._state is not EngineState.READY or self._limits is None:
+        if self._limits is None or self._state in _GONE:
             return Rejected(grant, f"engine {self.name} is {self._state}")
         if complaint := self._limits.complaint(grant):
             return Rejected(grant, f"engine {self.name}: {complaint}")

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
+from pydantic import ValidationError
+
+from agents.role import explain
 from runtime.errors import JournalError
 from runtime.jobs.job import TRANSITIONS, JobState
 from runtime.jobs.recorded import Recorded
@@ -214,7 +217,7 @@ class Transaction:
         self._event(id, time.time(), "anew", {})
 
     def begin_cursor(self, name: str) -> None:
-        """Let a reader that is new begin with the next event."""
+        """Start a new reader's cursor at the latest event; an existing cursor stays."""
         self._sql.execute(
             "INSERT OR IGNORE INTO cursors (name, event) SELECT ?, coalesce(max(id), 0) FROM events", (name,)
         )
@@ -247,6 +250,7 @@ class Transaction:
         self._sql.execute("SAVEPOINT write")
         try:
             yield
+            self._sql.execute("RELEASE write")
         except BaseException:
             del self.events[known:]
             self._last_event = last_event
@@ -254,7 +258,6 @@ class Transaction:
                 self._sql.execute("ROLLBACK TO write")
                 self._sql.execute("RELEASE write")
             raise
-        self._sql.execute("RELEASE write")
 
     def _event(self, job: str, at: float, kind: str, data: dict[str, Any]) -> None:
         inserted = self._sql.execute(
@@ -463,6 +466,8 @@ def _told(path: Path) -> Iterator[None]:
         text = str(error)
         remedy = "; free some space" if "full" in text else ""
         raise JournalError(f"{path}: {text}{remedy}") from error
+    except (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError):
+        raise  # a defect of whoever asked, not of the file
     except sqlite3.DatabaseError as error:
         raise JournalError(
             f"{path} is damaged ({error}). Nothing was changed. Move it aside, and save what it holds with"
@@ -498,7 +503,7 @@ def _jobs(sql: Connection, where: str, arguments: Sequence[Any], order: str = "n
             number,
             id,
             JobState(state),
-            Submission.model_validate_json(submission),
+            _submission(id, submission),
             submitted,
             started,
             ended,
@@ -507,6 +512,14 @@ def _jobs(sql: Connection, where: str, arguments: Sequence[Any], order: str = "n
         )
         for number, id, state, submission, submitted, started, ended, attempts, result in rows
     ]
+
+
+def _submission(id: str, text: str) -> Submission:
+    """Read what was submitted as a job. Raises ValueError naming the job and the field."""
+    try:
+        return Submission.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"job {id}: {explain(error)}") from None
 
 
 def job(sql: Connection, id: str) -> JobRecord | None:

@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 from runtime.errors import Busy, InputError, JournalError
 from runtime.events import Event, JobBegunAnew, RoleReplied
 from runtime.jobs import journal as store
-from runtime.jobs.feed import Feed
+from runtime.jobs.feed import ENDS, Feed
 from runtime.jobs.job import JobResult, JobState, entry_as_json
 from runtime.jobs.journal import Begun, JobEvent, JobRecord, Journal, Transaction
 from runtime.jobs.orchestrator import Orchestrator
@@ -74,8 +74,14 @@ class JobService:
 
     async def __aenter__(self) -> Self:
         await self.journal.__aenter__()
-        for record in await self.journal.write(Transaction.take_up):
-            self._enqueue(record)
+        try:
+            for record in await self.journal.write(Transaction.take_up):
+                self._enqueue(record)
+        except BaseException as error:
+            await self.journal.__aexit__(None, None, None)
+            if isinstance(error, ValueError):
+                raise JournalError(f"{self.journal.path}: a job in it cannot be read: {error}") from error
+            raise
         self._housekeeping = asyncio.create_task(self._keep_house(), name="journal housekeeping")
         return self
 
@@ -186,9 +192,10 @@ class JobService:
     def _committed(self, events: Sequence[JobEvent]) -> None:
         """Told by the journal of what is on the disk. Jobs that have ended, by whoever's doing, are let go."""
         for event in events:
+            if event.kind in ENDS:
+                self._forget(event.job)
             if event.kind in (JobState.CANCELLED, JobState.EXPIRED):
                 self._waiting.discard(event.job)
-                self._forget(event.job)
                 if task := self._running.get(event.job):
                     task.cancel()
         self.feed.publish(events)
@@ -236,7 +243,6 @@ class JobService:
             again = await self._write_surely(lambda transaction: transaction.move(id, JobState.QUEUED, why=why))
             await asyncio.sleep(min(0.5 * 2**failures, BACKOFF_MAX_S))
             return record if again else None
-        self._forget(id)
         state = JobState.DONE if result.error is None else JobState.FAILED
         await self._write_surely(
             lambda transaction: transaction.move(id, state, result.as_json(), why=result.error or "")

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from agents.role import Message
+from runtime.engines import quarantine
 from runtime.engines.base import Chunk, EngineState, GenerateRequest, Grant
 from runtime.engines.fake import FakeEngine, ServiceTime
 from runtime.engines.supervised import Patience, SupervisedEngine
-from runtime.errors import EngineError, RequestQuarantined
+from runtime.errors import EngineDead, EngineError, RequestQuarantined
 
 pytestmark = pytest.mark.virtual_time
 
@@ -187,7 +188,7 @@ async def test_a_crash_loop_ends_in_a_clear_state_and_error(engine: SupervisedEn
 
 
 async def test_a_request_that_was_alone_in_a_crash_is_not_sent_again(engine: SupervisedEngine, made: Made) -> None:
-    with pytest.raises(RequestQuarantined, match="engine e crashed under this request alone, so it is not sent again"):
+    with pytest.raises(RequestQuarantined, match="engine e crashed; this request is the likeliest cause"):
         await reply(engine, POISON)
     assert text(await reply(engine)) == WORDS
     assert len(made.requests) == len(made.engines) == 2
@@ -208,7 +209,7 @@ async def test_a_request_under_which_three_engines_were_killed_is_not_sent_again
     engine: SupervisedEngine, made: Made
 ) -> None:
     """As by the kernel's OOM killer: it ends what needs too much memory by SIGKILL."""
-    with pytest.raises(RequestQuarantined, match="was killed under this request"):
+    with pytest.raises(RequestQuarantined, match="engine e was killed; this request is the likeliest cause"):
         await reply(engine, replace(POISON, messages=(Message("user", "kill"),)))
     assert len(made.requests) == 3
 
@@ -244,6 +245,69 @@ async def test_a_request_that_breaks_engines_late_in_its_reply_is_found_too(
         await poison()
     assert {text(chunks) for chunks in await asyncio.gather(*beside)} == {WORDS}
     assert len(made.engines) <= 4
+
+
+async def test_one_that_waits_beside_a_late_breaker_is_served(engine: SupervisedEngine, made: Made) -> None:
+    """It is the only one without a token, and still not the only one in the engine."""
+    breaker = engine.generate(REQUEST)
+    await anext(breaker)
+    beside = asyncio.create_task(reply(engine))
+    while len(made.requests) < 2:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    made.engines[-1].crash()
+    assert text(await beside) == WORDS
+    assert text([chunk async for chunk in breaker]) == WORDS.removeprefix(WORDS.split()[0])
+
+
+async def test_an_engine_that_was_killed_casts_no_suspicion_for_a_later_crash(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    innocent = asyncio.create_task(reply(engine))
+    while not made.requests:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    engine.kill()
+    beside = [asyncio.create_task(reply(engine)) for _ in range(3)]
+    poison = asyncio.create_task(reply(engine, POISON))
+    assert {text(chunks) for chunks in await asyncio.gather(innocent, *beside)} == {WORDS}
+    with pytest.raises(RequestQuarantined):
+        await poison
+
+
+async def test_a_reader_that_stops_reading_holds_up_the_line_for_a_while_only(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    stalled, other = engine.generate(REQUEST), engine.generate(REQUEST)
+    for _ in range(2):
+        await anext(stalled)
+        await anext(other)
+        made.engines[-1].crash()
+    await anext(stalled)  # it breaks engines late, as far as is known, and has its turn to its end
+    await other.aclose()  # type: ignore[attr-defined]
+    async with asyncio.timeout(quarantine.TURN_S + 1):
+        assert text(await reply(engine)) == WORDS
+    await stalled.aclose()  # type: ignore[attr-defined]
+
+
+async def test_requests_in_the_line_count_as_waiting(engine: SupervisedEngine, made: Made) -> None:
+    asked = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    while len(made.requests) < 10:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    made.engines[-1].crash()
+    while engine.stats().state is not EngineState.READY or len(made.engines) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert engine.stats().running + engine.stats().waiting == 10
+    await asyncio.gather(*asked)
+
+
+async def test_closing_an_engine_is_no_requests_fault(made: Made) -> None:
+    supervised = SupervisedEngine("e", made.make, patience=QUICK)
+    await supervised.start()
+    asked = asyncio.create_task(reply(supervised))
+    while not made.requests:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    await supervised.close()
+    with pytest.raises(EngineDead, match="e is closed"):
+        await asked
 
 
 async def test_a_suspect_that_is_cancelled_holds_nobody_up(engine: SupervisedEngine, made: Made) -> None:

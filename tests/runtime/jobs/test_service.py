@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import pytest
 
 from agents.workflow import Unusable
 from runtime.engines.base import EngineHandle, GenerateRequest
+from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.supervised import SupervisedEngine
 from runtime.errors import Busy, EngineError, InputError, JournalError
 from runtime.jobs import journal as store
 from runtime.jobs.job import JobState, Usage
@@ -370,6 +372,21 @@ async def test_a_cancelled_submission_keeps_its_place_in_the_count_until_it_is_w
             await jobs.submit(PROBLEM)
 
 
+async def test_a_job_under_way_when_the_service_stops_is_worked_by_the_next(tmp_path: Path) -> None:
+    """The engines end first: that they do is no fault of a request that was alone in one."""
+    handles = await engines()
+    slow = FakeEngine("planner", lambda request: "word " * 1000, times=ServiceTime(step_s=0.01), time_scale=1)
+    handles["planner"] = planner = SupervisedEngine("planner", lambda grant: slow)
+    await planner.start()
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        await until(lambda: slow.stats().running > 0)
+        await planner.close()
+        await until(lambda: planner.account.in_flight == 0)
+    async with service(tmp_path) as jobs:
+        assert (await ended(jobs, record.id)).state is JobState.DONE
+
+
 async def test_a_journal_fault_keeps_the_queue_and_delays_its_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,7 +417,7 @@ async def test_a_job_whose_record_cannot_be_read_fails_and_the_others_are_worked
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with JobService(tmp_path / "jobs.db", team := embedded_team()) as jobs:
-        broken, _ = await jobs.submit(PROBLEM)
+        broken, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 60}))
         whole, _ = await jobs.submit(PROBLEM)
         begin = Transaction.begin
 
@@ -415,6 +432,22 @@ async def test_a_job_whose_record_cannot_be_read_fails_and_the_others_are_worked
         assert (await ended(jobs, broken.id)).state is JobState.FAILED
         events = await jobs.journal.read(partial(store.events, job=broken.id))
         assert events[-1].data["why"] == "an internal error: KeyError('kind')"
+        assert not jobs._deadlines
+
+
+async def test_a_journal_with_a_job_that_cannot_be_read_is_refused_and_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    async with JobService(path, embedded_team()) as jobs:
+        await jobs.submit(PROBLEM)
+    with closing(sqlite3.connect(path)) as sql, sql:
+        sql.execute("UPDATE jobs SET submission = '{}'")
+    with pytest.raises(JournalError, match=r"jobs\.db: a job in it cannot be read: .*problem"):
+        async with JobService(path, embedded_team()):
+            pass
+    with closing(sqlite3.connect(path)) as sql, sql:
+        sql.execute("DELETE FROM jobs")
+    async with JobService(path, embedded_team()) as jobs:  # the file is free
+        await jobs.submit(PROBLEM)
 
 
 async def test_a_deadline_that_meets_a_journal_fault_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
