@@ -114,7 +114,7 @@ class Tokens:
 
 
 class Unguarded(StrEnum):
-    """When everybody may do everything because there is no token."""
+    """Whether a service without tokens admits everybody."""
 
     ALWAYS = "always"
     UNTIL_A_TOKEN = "until there was a token"

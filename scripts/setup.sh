@@ -218,12 +218,14 @@ install_torch() { # root
     if [[ ! -e $venv/.plain-torch ]]; then
         step "$log" "installing PyTorch's CPU build" install_cpu_torch "$venv" "$torch+cpu" || return 1
         [[ -e $venv/.plain-torch ]] || return 0
-        say "pip found no $torch+cpu, not on $PYTORCH_CPU_INDEX either"
+        say "pip found no $torch+cpu, neither on its own index nor on $PYTORCH_CPU_INDEX"
         say "  $torch is installed instead: it runs on the CPU, too, but brings CUDA's libraries, 2.7 GB to download"
         say "  for the smaller build: make that index reachable, remove $venv, and call this again"
     fi
     require_disk "$1" "$(free_bytes "$1")" "$(needed_bytes plain "$venv")" || return 1
-    step "$log" "installing $torch and CUDA's libraries" pip_install "$venv" -c "$pins" "$torch"
+    step "$log" "installing $torch and CUDA's libraries, 2.7 GB" pip_install "$venv" -c "$pins" "$torch" && return
+    rm -f -- "$venv/.plain-torch" # perhaps nothing could be reached at all: the next call looks for the CPU build again
+    return 1
 }
 
 install_run() { # root extra

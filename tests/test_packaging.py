@@ -115,3 +115,10 @@ def test_the_list_for_the_cpu_keeps_what_the_plain_torch_requires() -> None:
     required = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy", "triton"}
     required |= {"typing-extensions", *(name for name in cpu if name.startswith(("cuda-", "nvidia-cu")))}
     assert {str(cpu[name]) for name in required} == {str(cuda[name]) for name in required}
+
+
+def test_releases_of_fastapi_that_read_a_form_as_json_are_left_out() -> None:
+    """0.132 is the first with `strict_content_type`, on which the refusal of cross-site forms rests too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [bound] = [one.specifier for one in map(Requirement, project["dependencies"]) if one.name == "fastapi"]
+    assert not bound.contains("0.131.0")

@@ -229,6 +229,14 @@ def test_a_fallback_made_afresh_looks_for_the_cpu_build_again(tree: Tree) -> Non
     assert tree.installed() == EVERYTHING
 
 
+def test_a_fallback_that_fails_looks_for_the_cpu_build_again(tree: Tree) -> None:
+    """With no network at all, pip says that there is no such build, too."""
+    assert tree.launch(STUB_FAIL="torch==1.0", STUB_SAYS=NO_CPU_TORCH["STUB_SAYS"]).returncode == 1
+    tree.installed()
+    assert tree.launch().returncode == 0
+    assert tree.installed() == EVERYTHING
+
+
 def test_a_cpu_build_that_fails_to_install_is_not_replaced_by_the_plain_torch(tree: Tree) -> None:
     result = tree.launch(STUB_FAIL="torch==1.0+cpu", STUB_SAYS="ERROR: No space left on device")
     assert result.returncode == 1

@@ -49,8 +49,9 @@ def remove(name: str, config: str) -> None:
     tokens.remove(name)
     if not tokens.all:
         click.echo(
-            "That was the last token. A service that runs lets nobody in until there is another one, unless it is told"
-            " `open: true`.",
+            "That was the last token. A service that listens beyond localhost refuses every request until you add one;"
+            " on localhost, a service that has seen a token refuses until then, or until it is restarted. With `open:"
+            " true` a service admits everybody.",
             err=True,
         )
 

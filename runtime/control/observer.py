@@ -55,6 +55,7 @@ class Observer:
         self._reading = reading
         self._seen: dict[str, _Seen] = {}
         self._uuids: set[str] = set()
+        self._reachable_bytes: int | None = None
 
     def observe(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
         """The engines that can be granted anything now. Bytes: what they may hold together at most, and what they do.
@@ -78,7 +79,9 @@ class Observer:
         device = self._device(held_bytes)
         if device.total_bytes and device.fault is None:
             free = device.total_bytes - device.used_bytes - int(HEADROOM * device.total_bytes)
-            budget_bytes = min(budget_bytes, held_bytes + free)
+            self._reachable_bytes = held_bytes + free
+        if self._reachable_bytes is not None:  # also while telemetry is silent: what others took, they may still have
+            budget_bytes = min(budget_bytes, self._reachable_bytes)
         return Snapshot(now_s, budget_bytes, views, device)
 
     def in_flight(self) -> dict[str, int]:

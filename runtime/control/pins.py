@@ -50,9 +50,11 @@ def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
             continue
         more = limits.kv_cache_bytes(grant.gpu_memory_utilization) - limits.kv_floor_bytes
         if more > max(spare, 0):
+            floor = limits.share(limits.kv_floor_bytes)
+            most = max(_below(limits.share(limits.kv_floor_bytes + max(spare, 0))), floor)
             unfit[name] = (
                 f"gpu_memory_utilization {grant.gpu_memory_utilization:g} would leave the other engines less than their"
-                f" floors and pins; at most {_below(limits.share(limits.kv_floor_bytes + max(spare, 0)))} fits"
+                f" floors and pins; at most {most} fits"
             )
             continue
         in_force[name] = grant

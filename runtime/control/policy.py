@@ -133,7 +133,7 @@ def decision(snapshot: Snapshot, sizes: Sizes, word: Callable[[int], str]) -> De
 def unchanged(snapshot: Snapshot, reason: str) -> Decision:
     """Return the decision that leaves every grant as it is.
 
-    If the engines together hold more than the budget, which was cut then, cut them as `fit` does.
+    If a cut of the budget leaves less than the engines hold, shrink them with `fit`.
     """
     sizes = [float(view.kv_cache_bytes) for view in snapshot.views]
     if sum(sizes) > snapshot.movable_bytes:

@@ -102,7 +102,7 @@ class Sharing:
         return outcomes
 
     def _note_restarts(self) -> None:
-        """Tell the ledger of engines that were started again and need a larger share than they had."""
+        """Raise the claims of ready engines to what their grants say: one may restart with a higher floor."""
         for name, engine in self._engines.items():
             if engine.stats().state is EngineState.READY and name not in self._late:
                 self.ledger.record(name, max(self._held(name), self._bytes(name, self._now(name))))

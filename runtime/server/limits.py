@@ -16,8 +16,7 @@ from runtime.server.errors import Refused, error_body
 CLIENTS = 10_000
 """Clients whose rate is remembered; the one that has been silent longest is forgotten first.
 
-A client gains by being forgotten only if 10,000 others ask before its next request is due: together they may ask more
-often than that anyway.
+Forgetting a client resets its limit, and takes requests from 10,000 other clients.
 """
 
 
@@ -69,7 +68,7 @@ class Limits:
             return Refused(f"this service answers under the names {', '.join(self._hosts)}; not as {host[:100]!r}", 400)
         if scope["method"] not in SAFE and not _of_this_site(headers):
             return Refused(
-                "a page of another site must not change anything here; ask from this service's own page", 403
+                "the request comes from a page of another site; only this service's own page may change anything", 403
             )
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._body_bytes:

@@ -22,8 +22,8 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 async def response(events: AsyncGenerator[dict[str, Any] | str, None]) -> StreamingResponse:
     """Return OpenAI's kind of stream: an object an event, without ids.
 
-    The first event is awaited here. So an error before it is raised, and answered with a status of its own, and the
-    generator has begun and cleans up, whenever the client goes away.
+    Awaits the first event, so that an earlier error gets its own HTTP status, and the generator's cleanup runs if the
+    client disconnects.
     """
     first = await anext(events)
 

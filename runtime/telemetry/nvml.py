@@ -24,6 +24,15 @@ class NoDriver(Exception):
     """This machine has no NVIDIA driver: its library is not there."""
 
 
+GONE = (
+    pynvml.NVMLError_GpuIsLost,
+    pynvml.NVMLError_Uninitialized,
+    pynvml.NVMLError_DriverNotLoaded,
+    pynvml.NVMLError_Unknown,
+)
+"""Errors after which nothing more is to be had of a device."""
+
+
 class DriverFault(Exception):
     """The driver is there and does not answer; the message is the driver's own."""
 
@@ -152,9 +161,9 @@ def _reading(handle: Any) -> DeviceReading:
     uuid = _supported(pynvml.nvmlDeviceGetUUID, handle)
     name = _text(pynvml.nvmlDeviceGetName(handle))
     memory = _supported(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    rates = _supported(pynvml.nvmlDeviceGetUtilizationRates, handle)
-    milliwatts = _supported(pynvml.nvmlDeviceGetPowerUsage, handle)
-    celsius = _supported(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
+    rates = _optional(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    milliwatts = _optional(pynvml.nvmlDeviceGetPowerUsage, handle)
+    celsius = _optional(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
     return DeviceReading(
         name=name,
         total_bytes=int(memory.total) if memory else 0,
@@ -168,15 +177,28 @@ def _reading(handle: Any) -> DeviceReading:
 
 
 def _processes(handle: Any) -> Mapping[int, int] | None:
-    running = _supported(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    running = _optional(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
     if running is None:
         return None
     return {process.pid: int(process.usedGpuMemory) for process in running if process.usedGpuMemory is not None}
 
 
 def _supported(ask: Callable[..., T], *arguments: Any) -> T | None:
-    """What the driver says; None for what the device does not support."""
+    """Return what the driver says, None if the device or an older driver does not support it. Raises NVMLError."""
     try:
         return ask(*arguments)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):  # the device, or an older driver
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
+        return None
+
+
+def _optional(ask: Callable[..., T], *arguments: Any) -> T | None:
+    """Return what the driver says, None if it does not say it, for whatever reason: it is a MIG instance, or secret.
+
+    Raises NVMLError if the device, or the driver, is gone.
+    """
+    try:
+        return _supported(ask, *arguments)
+    except GONE:
+        raise
+    except pynvml.NVMLError:
         return None

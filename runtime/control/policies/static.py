@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from agents.role import Value
-from runtime.control.policy import Decision, Policy, bound, decision, fit, unchanged
+from runtime.control.policy import Decision, Policy, bound, decision, fit
 from runtime.control.snapshot import Snapshot
 
 
@@ -23,7 +23,8 @@ class Static(Policy):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         if self.options.shares == "configured":
-            return unchanged(snapshot, "as it began")
+            engines = snapshot.engines
+            return Decision({name: view.grant for name, view in engines.items()}, dict.fromkeys(engines, "as it began"))
         given = self.options.shares if isinstance(self.options.shares, Mapping) else {}
         weights = [max(given.get(view.name, 1.0), 0.0) for view in snapshot.views]
         whole = sum(weights) or 1.0

@@ -5,8 +5,8 @@ cuMemSetAccess to back; cuMemUnmap and cuMemRelease to release. A granule is a p
 any of them can go.
 
 An address that is not backed faults. kvcached maps one shared page there instead. We do not: growing would have to
-unmap that page first, and so wait for the steps in flight; and a write that goes astray would end in wrong tokens
-instead of in a crash, after which every request is served again.
+unmap that page first, and so wait for the steps in flight. On a shared page a stray write would silently corrupt
+tokens; a fault crashes the engine, and the supervisor sends its requests again.
 """
 
 from collections.abc import Callable

@@ -62,7 +62,7 @@ class ElasticWorker:
         return ""
 
     def fixed_bytes(self) -> int:
-        """Return the bytes of it that this engine holds besides the KV cache, or will take while it computes a step."""
+        """Return the device bytes that this engine holds, or needs during a step, besides its KV cache."""
         raise NotImplementedError
 
     def tensor(self, nbytes: int) -> torch.Tensor:
@@ -98,18 +98,18 @@ class ElasticWorker:
             raise RuntimeError("vLLM did not allocate its KV cache in the way that elastic engines know")
 
     def compile_or_warm_up_model(self) -> Any:
-        """Run vLLM's warm-up with every block backed that it writes, then give back all above the floor.
+        """Run vLLM's warm-up with every block backed that it writes. These blocks are the engine's floor from then on.
 
-        vLLM caps its warm-up by the blocks that the cache has, not by those that are backed. Raises OutOfMemory if the
-        device cannot hold the blocks.
+        vLLM caps its warm-up by the blocks that the cache has, not by those that are backed. An engine that is started
+        again warms up within its grant, which is never below its floor. Raises OutOfMemory if the device cannot hold
+        the blocks.
         """
         if self.vllm_config.cache_config.use_replayssm:  # its autotuner gives each sequence a block without a step
             self._back_at_least(1 + int(self.vllm_config.scheduler_config.max_num_seqs))
         self._warming_up = True
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         self._warming_up = False
-        self.pages.fence()
-        self.back(self.floor_blocks)
+        self.floor_blocks = self.backed_blocks
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:

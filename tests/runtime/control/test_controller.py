@@ -238,6 +238,26 @@ async def test_the_hosts_memory_counts_for_engines_on_a_gpu_without_its_own() ->
 
 
 @simulated
+async def test_while_telemetry_is_silent_the_budget_stays_cut() -> None:
+    """What another process took, it may still have."""
+    async with rig() as at:
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
+        await asyncio.sleep(0.5)
+        cut = at.records[-1].snapshot.budget_bytes
+        assert cut < 800 * MIB
+        for silent in (
+            Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),)),
+            Reading("gpu", (), "driver not loaded"),
+        ):
+            at.reading = silent
+            await asyncio.sleep(0.5)
+            assert at.records[-1].snapshot.budget_bytes == cut
+        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 100 * MIB),))
+        await asyncio.sleep(0.5)
+        assert at.records[-1].snapshot.budget_bytes == 800 * MIB
+
+
+@simulated
 async def test_a_lost_gpu_leaves_the_budget_and_is_in_the_record() -> None:
     async with rig() as at:
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))

@@ -62,7 +62,7 @@ def test_unchanged_gives_way_only_where_the_budget_was_cut() -> None:
     assert unchanged(seen, "so").grants == {n: v.grant for n, v in seen.engines.items()}
     cut = snapshot(view("a", 190), view("b", 110), movable_mib=160)
     assert sizes(unchanged(cut, "so"), cut) == {"a": 100, "b": 60}
-    assert decide("static", cut, shares="configured") == {"a": 100, "b": 60}
+    assert decide("static", cut, shares="configured") == {"a": 190, "b": 110}  # it gives nothing away, ever
 
 
 @pytest.mark.parametrize("name", ALL)

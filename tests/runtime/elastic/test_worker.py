@@ -215,7 +215,7 @@ def runner(sequences: int, drafts: int, groups: int, blocks: int) -> SimpleNames
 @pytest.mark.parametrize(
     ("sequences", "drafts", "groups", "highest"), [(64, 0, 1, 64), (64, 5, 1, 128), (64, 0, 3, 192), (8, 0, 1, 8)]
 )
-def test_blocks_that_warm_up_writes_are_backed_until_it_returns(
+def test_blocks_that_warm_up_writes_are_backed_and_belong_to_the_floor(
     sequences: int, drafts: int, groups: int, highest: int, cuda: Callable[..., Pages], monkeypatch: pytest.MonkeyPatch,
     driver: ctypes.CDLL,
 ) -> None:  # fmt: skip
@@ -225,10 +225,12 @@ def test_blocks_that_warm_up_writes_are_backed_until_it_returns(
     worker.model_runner = runner(sequences, drafts, groups, layout.blocks)
     assert worker.compile_or_warm_up_model() == "times"
     assert worker.touched == highest
-    assert (worker.backed_blocks, driver.stub_in_use()) == (36, 36 * MIB)
+    floor = max(36, highest + 1)
+    assert (worker.floor_blocks, worker.backed_blocks) == (floor, floor)
+    assert driver.stub_in_use() == layout.backed_bytes(floor)
     worker.touched = 0
-    with pytest.raises(AssertionError, match="block 36 is touched, 36 are backed"):  # serving backs nothing by itself
-        worker.execute_model(step_that_writes(36))
+    with pytest.raises(AssertionError, match=f"block {floor} is touched, {floor} are backed"):  # serving backs nothing
+        worker.execute_model(step_that_writes(floor))
 
 
 def step_that_writes(block: int) -> SchedulerOutput:
@@ -255,7 +257,7 @@ def test_warm_up_that_gives_every_sequence_a_state_without_a_step_finds_it_backe
     worker.model_runner = runner(2, 0, 1, layout.blocks)
     worker.compile_or_warm_up_model()
     assert set(backed) == {50}
-    assert worker.backed_blocks == 4
+    assert worker.floor_blocks == 50
 
 
 def test_warm_up_that_does_not_fit_says_what_would(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:

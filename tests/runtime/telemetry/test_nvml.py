@@ -224,8 +224,8 @@ async def main():
     engines = {}
     for number, uuid in enumerate(sys.argv[1:]):
         engine = FakeEngine(str(number), str, memory=FakeMemory(device=10 << 30), grant=Grant(0.5, 64, 2048))
-        engine._limits = replace(engine.limits, device_uuid=uuid)
         await engine.start()
+        engine._limits = replace(engine.limits, device_uuid=uuid)
         engines[str(number)] = engine
     with NvmlSource() as source:
         seen = Observer(engines, Forecast(), reading=source.read).observe(1.0, 20 << 30, 10 << 30)
