@@ -7,11 +7,13 @@ kernel then kills the engines (PR_SET_PDEATHSIG, set in each child as it is fork
 """
 
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver, popen_forkserver, process
+from multiprocessing import connection, forkserver, popen_forkserver, process, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,8 @@ from types import ModuleType
 PRELOAD = "runtime.engines.preload"
 LOG_VARIABLE, PARENT_VARIABLE = "TROUPE_FORKSERVER_LOG", "TROUPE_FORKSERVER_PARENT"
 _main_lock = threading.Lock()
+_BASE_MAX_BYTES = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""The longest folder for temporary files in which multiprocessing can bind the forkserver's Unix socket."""
 
 
 def start(log: Path, threads: int) -> None:
@@ -31,8 +35,30 @@ def start(log: Path, threads: int) -> None:
     os.environ.update({LOG_VARIABLE: str(log), PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)})
     # An engine that is killed leaves semaphores, which Python's own tracker removes; it need not tell the user so.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    _shorten_socket_path()
     forkserver.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()
+
+
+def _shorten_socket_path() -> None:
+    """Let multiprocessing bind its socket under /tmp if TMPDIR is too long for one."""
+    settings = process.current_process()._config  # type: ignore[attr-defined]  # where util.get_temp_dir looks first
+    if "tempdir" not in settings and len(os.fsencode(tempfile.gettempdir())) > _BASE_MAX_BYTES:
+        folder = settings["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+        util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
+
+
+class _Popen(popen_forkserver.Popen):
+    """Reads the exit code in one thread at a time. It can be read once only, and vLLM watches its processes in a thread
+    of its own: whoever comes second would take it for 255."""
+
+    _reading = threading.Lock()
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        if flag != os.WNOHANG and self.returncode is None:
+            connection.wait([self.sentinel])
+        with self._reading:
+            return super().poll(os.WNOHANG)
 
 
 class EngineProcess(ForkServerProcess):
@@ -41,7 +67,7 @@ class EngineProcess(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:  # noqa: N802 (multiprocessing's name)
         with _no_main():
-            return popen_forkserver.Popen(process_obj)
+            return _Popen(process_obj)
 
     def run(self) -> None:
         """In the new process: let go of the pipe by which the forkserver knows that the parent lives.

@@ -62,7 +62,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
         enforce_eager=True,
     )
     specs = {"cached": spec, "plain": spec.model_copy(update={"vllm": {"enable_prefix_caching": False}})}
-    patience = Patience(hang_s=15, restarts=100)
+    patience = Patience(hang_s=15, restarts=100, backoff_s=(0,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "ANSWER_S", 60)  # on a busy machine an engine is slow, and not silent
         async with Fleet(specs, folder / "logs", events.append, DEVICE, patience) as running:
