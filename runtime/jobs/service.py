@@ -243,6 +243,7 @@ class JobService:
             again = await self._write_surely(lambda transaction: transaction.move(id, JobState.QUEUED, why=why))
             await asyncio.sleep(min(0.5 * 2**failures, BACKOFF_MAX_S))
             return record if again else None
+        self._forget(id)  # its result counts, also if it is written only after the deadline
         state = JobState.DONE if result.error is None else JobState.FAILED
         await self._write_surely(
             lambda transaction: transaction.move(id, state, result.as_json(), why=result.error or "")
