@@ -450,6 +450,28 @@ async def test_a_journal_with_a_job_that_cannot_be_read_is_refused_and_let_go(tm
         await jobs.submit(PROBLEM)
 
 
+async def test_a_deadline_ends_with_the_work_and_not_with_the_writing_of_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    move, failures, full = Transaction.move, 0, True
+
+    def faulty(transaction: Transaction, id: str, state: JobState, *more: Any, **named: Any) -> bool:
+        nonlocal failures
+        if state is JobState.DONE and full:
+            failures += 1
+            raise sqlite3.OperationalError("database or disk is full")
+        return move(transaction, id, state, *more, **named)
+
+    monkeypatch.setattr(Transaction, "move", faulty)
+    async with service(tmp_path) as jobs:
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 600}))
+        await until(lambda: failures > 0)
+        assert not jobs._deadlines
+        full = False
+        assert (await ended(jobs, record.id)).state is JobState.DONE
+
+
 async def test_a_deadline_that_meets_a_journal_fault_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
     move, failures = Transaction.move, 3
