@@ -279,3 +279,16 @@ def test_a_grow_that_runs_out_of_memory_waits_until_what_it_backed_is_zeroed(
     with pytest.raises(OutOfMemory):
         worker.back(6)
     assert (worker.backed_blocks, driver.stub_in_use(), driver.stub_queued()) == (2, 8 * MIB, 0)
+
+
+def test_pages_are_zeroed_and_fenced_on_the_stream_that_vllm_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.engines.elastic import cuda_worker
+
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cuda_worker, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(cuda_worker, "CudaPages", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    worker = object.__new__(cuda_worker.ElasticCUDAWorker)
+    worker.vllm_config = SimpleNamespace(additional_config={"troupe": {"granule_bytes": 4 * MIB}})
+    worker.reserve(10 * MIB)
+    assert made == [(10 * MIB, 0, 4 * MIB, 7)]
