@@ -142,7 +142,7 @@ class Gate:
         return token.name if token else None
 
     def check(self, secret: str | None, scope: Scope) -> None:
-        """Raise Forbidden unless whoever sends this secret may do this."""
+        """Raise Forbidden unless the holder of this secret has this scope."""
         self._reload()
         if self._fault is not None:
             raise Forbidden(

@@ -300,7 +300,7 @@ def _first(errors: BaseException) -> BaseException:
 
 
 def _reason(error: Exception) -> str:
-    """What a sender is told of an error. A defect of ours is logged too."""
+    """Return what to tell the sender of a message about an error. Log a defect of ours."""
     if isinstance(error, TroupeError):
         return str(error)
     logging.getLogger(__name__).error("a message", exc_info=error)

@@ -92,8 +92,7 @@ class _Sequence:
 class FakeEngine(EngineHandle):
     """Answers `script(request)`, a blank-separated word a token. `kill` ends it from outside, `crash` from inside.
 
-    Tokens are sent on at the first, at the last, and at every `stream_interval`-th between them, or as many as the
-    request says where that is more.
+    Tokens are sent on at the first, at the last, and at every `stream_interval`-th of the request between them.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class FakeEngine(EngineHandle):
         grant: Grant | None = None,
         processor: Processor | None = None,
         front: Processor | None = None,
-        stream_interval: int = 1,
     ) -> None:
         self.name = name
         self.account = Account()
@@ -129,7 +127,6 @@ class FakeEngine(EngineHandle):
         self.grant = grant or Grant(1.0, max_num_seqs, 2048)
         self._processor = processor or Processor(lanes=1e9)
         self._front = front or Processor(lanes=1e9)
-        self._stream_interval = stream_interval
         self._state = EngineState.STARTING
         self._started = False
         self._death = Death.CRASHED
@@ -234,8 +231,7 @@ class FakeEngine(EngineHandle):
         sequence.computed = True
         sequence.written += 1
         ended = sequence.written >= len(sequence.pieces)
-        interval = max(self._stream_interval, sequence.request.stream_interval)
-        if ended or sequence.sent == 0 or sequence.written - sequence.sent >= interval:
+        if ended or sequence.sent == 0 or sequence.written - sequence.sent >= sequence.request.stream_interval:
             sequence.chunks.put_nowait(self._chunk(sequence, sequence.written))
         if ended:
             self._let_go(sequence)
