@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Literal, TypeVar
 
-from agents.examine import described, form_faults
+from agents.check_role import described, form_faults
 from agents.names import nearest
 from agents.role import Role, Value
 from agents.workflow import Workflow

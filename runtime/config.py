@@ -22,7 +22,7 @@ from pydantic import (
 
 from agents.names import nearest
 from agents.role import Sampling
-from runtime.engines.base import EngineSpec
+from runtime.engines.spec import EngineSpec
 from runtime.errors import ConfigError
 
 DEFAULT = "embedded"

@@ -6,9 +6,10 @@ Listeners are called at once, in the event loop, in the order of registration; t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from agents.workflow import Entry
-from runtime.engines.base import EngineState
-from runtime.jobs.recorded import Recorded
+from agents.role import Reply
+from agents.workflow import Entry, Unusable
+from runtime.engines.handle import EngineState
+from runtime.engines.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class RoleReplied:
     added to the transcript. Those taken again, in a job that is resumed, are not told again."""
 
     job: str
-    recorded: Recorded
+    number: int
+    seat: str
+    reply: Reply | Unusable
+    usage: Usage
     entries: tuple[Entry, ...]
 
 

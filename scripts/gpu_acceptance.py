@@ -25,13 +25,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.engines.base import Applied, EngineSpec, Grant  # noqa: E402  (the repository, installed or not)
-from runtime.telemetry import nvml  # noqa: E402
-from runtime.telemetry.nvml import NvmlSource  # noqa: E402
-from runtime.telemetry.reading import DeviceReading  # noqa: E402
-from scripts import measure_elastic as elastic  # noqa: E402
-from scripts.measure import progress, spread  # noqa: E402
-from scripts.tiny_model import write_chat_model, write_shape  # noqa: E402
+from runtime.engines.grant import Applied, Grant
+from runtime.engines.spec import EngineSpec
+from runtime.telemetry import nvml
+from runtime.telemetry.nvml import NvmlSource
+from runtime.telemetry.reading import DeviceReading
+from scripts import measure_elastic as elastic
+from scripts.measure import progress, spread
+from scripts.tiny_model import write_chat_model, write_shape
 
 MIB, GIB = 1 << 20, 1 << 30
 RECORDS = ROOT / "tests" / "records"

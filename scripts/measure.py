@@ -30,19 +30,20 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agents.arithmetic import oracle, sampling  # noqa: E402  (the repository, installed or not)
-from agents.workflow import RoleCall, Workflow  # noqa: E402
-from runtime import config, run_folder  # noqa: E402
-from runtime.engines.base import EngineHandle, GenerateRequest  # noqa: E402
-from runtime.engines.fake import FakeEngine  # noqa: E402
-from runtime.engines.fleet import Fleet  # noqa: E402
-from runtime.engines.supervised import SupervisedEngine  # noqa: E402
-from runtime.jobs import problems  # noqa: E402
-from runtime.jobs.batch import summarise, work_all  # noqa: E402
-from runtime.jobs.job import Job, JobResult  # noqa: E402
-from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator, Run  # noqa: E402
-from runtime.jobs.recorded import Recorded  # noqa: E402
-from runtime.jobs.team import Team, assemble  # noqa: E402
+from agents.arithmetic import oracle, sampling
+from agents.workflow import RoleCall, Workflow
+from runtime import config, logs, run_folder
+from runtime.engines.fake import FakeEngine
+from runtime.engines.fleet import Fleet
+from runtime.engines.handle import EngineHandle
+from runtime.engines.request import GenerateRequest
+from runtime.engines.supervised import SupervisedEngine
+from runtime.jobs import problems
+from runtime.jobs.batch import summarise, work_all
+from runtime.jobs.job import Job, JobResult
+from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator, Run
+from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.team import Team, assemble
 
 SAMPLE = ROOT / "configs" / "problems" / "sample.jsonl"
 HELD_OUT = ROOT / "configs" / "problems" / "held-out.jsonl"
@@ -87,13 +88,13 @@ class Recorder(Orchestrator):
         self._asked: dict[tuple[str, int], Asked] = {}
         self._cause: dict[tuple[str, int], Asked] = {}
 
-    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: Recorded) -> list[RoleCall]:
+    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
         due = super()._take(job, workflow, call, recorded)
         for next_call in due:
             self._cause[job.id, next_call.number] = self._asked[job.id, call.number]
         return due
 
-    async def _ask(self, run: Run, call: RoleCall) -> Recorded:
+    async def _ask(self, run: Run, call: RoleCall) -> ReplyRecord:
         seat, job = self.team.seats[call.seat], run.job.id
         asked = self._asked[job, call.number] = Asked(self._request(run, seat, call), seat.engine)
         cause = self._cause.get((job, call.number))
@@ -276,7 +277,7 @@ def write_problems(options: argparse.Namespace) -> dict[str, Any]:
 async def fleet() -> AsyncIterator[dict[str, EngineHandle]]:
     """The embedded engines, logging to a run folder."""
     folder = run_folder.create()
-    run_folder.log_to(folder)
+    logs.log_to(folder)
     embedded = config.load("embedded")
     async with Fleet(embedded.engines, folder, device_bytes=embedded.device.memory_bytes) as started:
         yield started.engines

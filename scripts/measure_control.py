@@ -30,18 +30,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agents.role import Message  # noqa: E402  (the repository, installed or not)
-from runtime.control import catalogue  # noqa: E402
-from runtime.control.controller import Controller  # noqa: E402
-from runtime.control.decision_log import DecisionLog  # noqa: E402
-from runtime.control.forecast import Forecast  # noqa: E402
-from runtime.control.guard import Guard  # noqa: E402
-from runtime.control.observer import Observer, Terms  # noqa: E402
-from runtime.engines.base import EngineState, EngineStats, GenerateRequest, Grant  # noqa: E402
-from runtime.engines.fake import FakeEngine, FakeMemory  # noqa: E402
-from runtime.engines.ledger import Ledger  # noqa: E402
-from runtime.engines.sharing import Sharing  # noqa: E402
-from runtime.status import Status  # noqa: E402
+from agents.role import Message
+from runtime.api.monitor import Monitor
+from runtime.control import catalogue
+from runtime.control.contained_policy import ContainedPolicy
+from runtime.control.controller import Controller
+from runtime.control.decision_log import DecisionLog
+from runtime.control.forecast import Forecast
+from runtime.control.snapshotter import Snapshotter, Terms
+from runtime.engines.fake import FakeEngine, FakeMemory
+from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineState, EngineStats
+from runtime.engines.ledger import Ledger
+from runtime.engines.request import GenerateRequest
+from runtime.engines.sharing import Sharing
 
 ROLES = (3, 10, 100, 1_000, 10_000)
 MIB = 1 << 20
@@ -58,12 +60,12 @@ class Still(FakeEngine):
         super().__init__(name, lambda request: "", memory=MEMORY, grant=grant(EACH_BYTES))
         self._active = min(running, in_flight)
         for _ in range(in_flight):
-            open_requests.enter_context(self.account.request(REQUEST))
+            open_requests.enter_context(self.usage.request(REQUEST.rank(0)))
 
     def stats(self) -> EngineStats:
         size = self.limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
         usage = self._active * self.limits.block_bytes / size  # two blocks are the floor
-        waiting = self.account.in_flight - self._active
+        waiting = self.usage.in_flight - self._active
         return EngineStats(EngineState.READY, self.grant, size, self._active, waiting, usage, 0, 0, 0, 0)
 
 
@@ -85,8 +87,8 @@ class Rig:
             ledger.claim(name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
         self.sharing = Sharing(self.engines, ledger)
         terms = {name: Terms(minimum_share=1 / roles) for name in self.engines}
-        self.observer = Observer(self.engines, Forecast(), terms)
-        self.status = Status(dict)
+        self.observer = Snapshotter(self.engines, Forecast(), terms)
+        self.status = Monitor(dict)
         folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
         self.log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
         self.parts: dict[str, float] = defaultdict(float)
@@ -100,12 +102,12 @@ class Rig:
         self.observer.observe(clock(), 0, 0)
         for engine in self.engines.values():
             many = self.rng.randint(1, 10**9)  # rates sink from here on, all alike, and stay above every policy's cap
-            engine.account.arrived += many
-            engine.account.finished += many
+            engine.usage.arrived += many
+            engine.usage.finished += many
 
     def controller(self, policy: str) -> Controller:
         """A controller that is asked to tick, each part of it timed."""
-        guard = Guard(policy, catalogue.make(policy))
+        guard = ContainedPolicy(policy, catalogue.make(policy))
         controller = Controller(
             self.engines, self.sharing, self.observer, guard, log=self.log, publish=self.status.record
         )

@@ -31,22 +31,16 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agents.role import Message  # noqa: E402  (the repository, installed or not)
-from runtime import run_folder  # noqa: E402
-from runtime.engines import temporary  # noqa: E402
-from runtime.engines.base import (  # noqa: E402
-    Applied,
-    Deferred,
-    EngineHandle,
-    EngineSpec,
-    EngineState,
-    GenerateRequest,
-    Grant,
-    Rejected,
-)
-from runtime.engines.fleet import Fleet, prepare_process  # noqa: E402
-from scripts.measure import progress, spread  # noqa: E402
-from scripts.tiny_model import write_chat_model  # noqa: E402
+from agents.role import Message
+from runtime import logs, run_folder
+from runtime.engines import temp_folder
+from runtime.engines.fleet import Fleet, prepare_process
+from runtime.engines.grant import Applied, Deferred, Grant, Rejected
+from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.request import GenerateRequest
+from runtime.engines.spec import EngineSpec
+from scripts.measure import progress, spread
+from scripts.tiny_model import write_chat_model
 
 MIB, GIB = 1 << 20, 1 << 30
 WORDS = ["hello", "world", "plan", "solve", "critique", "answer", "check", "step"]
@@ -188,9 +182,9 @@ async def elastic_and_stock(chosen: EngineSpec, device_bytes: int | None) -> Asy
     """An elastic engine, one of vLLM's own worker and scheduler with a KV cache as large, and another such: what those
     two differ by is noise."""
     folder = run_folder.create()
-    run_folder.log_to(folder)
+    logs.log_to(folder)
     async with AsyncExitStack() as stack:
-        place = stack.enter_context(temporary.folder())
+        place = stack.enter_context(temp_folder.folder())
         prepare_process({"elastic": chosen, "stock": chosen}, folder, place)
         from runtime.engines import vllm_engine  # once the process is prepared
 
@@ -387,7 +381,7 @@ def spec(shape: Mapping[str, Any] | None = None, **changes: Any) -> EngineSpec:
 @asynccontextmanager
 async def fleet(specs: Mapping[str, EngineSpec], device_bytes: int | None = 2 * GIB) -> AsyncIterator[Fleet]:
     folder = run_folder.create()
-    run_folder.log_to(folder)
+    logs.log_to(folder)
     async with Fleet(specs, folder, device_bytes=device_bytes) as running:
         yield running
 

@@ -36,14 +36,14 @@ import uvloop
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import config  # noqa: E402
-from runtime.bus.messages import Topics  # noqa: E402
-from runtime.config import Config, Mqtt  # noqa: E402
-from runtime.jobs.team import assemble  # noqa: E402
-from runtime.server.serve import serving  # noqa: E402
-from runtime.simulation.crew import modelled_crew  # noqa: E402
-from scripts.measure import progress, spread  # noqa: E402
-from scripts.mosquitto import Mosquitto, free_port  # noqa: E402
+from runtime import config
+from runtime.api.mqtt.messages import Topics
+from runtime.api.serve import serving
+from runtime.config import Config, Mqtt
+from runtime.jobs.team import assemble
+from runtime.simulation.assembly import start_modelled_team
+from scripts.measure import progress, spread
+from scripts.mosquitto import Mosquitto, free_port
 
 PROBLEM = "(12+7)*3-(45-5)"
 TOPICS = Topics("main")
@@ -61,7 +61,7 @@ async def serve_modelled(folder: Path, workflow: str, mqtt_port: int | None, tim
     """A service over modelled engines, in a process of its own: says where it listens, and runs until it is ended."""
     chosen = configured(folder, workflow, Mqtt(port=mqtt_port) if mqtt_port else None)
     team = assemble(chosen)
-    opening = partial(modelled_crew, chosen, team, time_scale=time_scale)
+    opening = partial(start_modelled_team, chosen, team, time_scale=time_scale)
     async with serving(chosen, team, opening, partial(print, flush=True)):
         await asyncio.Event().wait()
 

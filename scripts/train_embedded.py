@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agents.arithmetic import oracle, sampling, scratchpad, wording  # noqa: E402  (the repository, installed or not)
-from agents.arithmetic.expressions import APPLY, NUMBER_NAMES, OPERAND_MAX, STEP_NAMES  # noqa: E402
+from agents.arithmetic import oracle, sampling, scratchpad, wording
+from agents.arithmetic.expressions import APPLY, NUMBER_NAMES, OPERAND_MAX, STEP_NAMES
 
 PAD, BOS, EOS, REPLY = "<pad>", "<s>", "</s>", "<reply>"
 BUCKET_TOKENS = 16

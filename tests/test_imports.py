@@ -1,55 +1,55 @@
-"""Imports point one way, and each foreign library has its own module (design.md, style.md)."""
+"""Imports point down the layers, packages and modules form no cycle, and each foreign library has its own module."""
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from graphlib import CycleError
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = ("agents", "runtime")
+from scripts import import_graph
+from scripts.import_graph import ROOT, imported, module_name, package_of
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "agents": ("agents",),
+    "agents": (),
     "runtime.errors": (),
-    "runtime.run_folder": ("runtime.config", "runtime.errors"),
-    "runtime.access": ("agents", "runtime.errors"),
-    "runtime.config": ("agents", "runtime.errors", "runtime.engines.base"),
-    "runtime.events": ("agents", "runtime.engines.base", "runtime.jobs.recorded"),
-    "runtime.engines": ("agents", "runtime.errors", "runtime.events", "runtime.engines"),
-    "runtime.daemon": (),
-    "runtime.telemetry": ("runtime.daemon", "runtime.errors", "runtime.events", "runtime.telemetry"),
+    "runtime.daemon_thread": (),
+    "runtime.logs": (),
+    "runtime.engines": ("agents", "runtime.errors"),
+    "runtime.telemetry": ("runtime.daemon_thread",),
+    "runtime.config": ("agents", "runtime.engines.spec", "runtime.errors"),
+    "runtime.events": ("agents", "runtime.engines.handle", "runtime.engines.usage"),
+    "runtime.doctor": ("runtime.telemetry",),
+    "runtime.paths": ("runtime.config",),
+    "runtime.run_folder": ("runtime.errors", "runtime.paths"),
     "runtime.control": (
         "agents",
+        "runtime.config",
+        "runtime.daemon_thread",
+        "runtime.engines",
         "runtime.errors",
         "runtime.events",
-        "runtime.engines",
         "runtime.telemetry",
-        "runtime.control",
     ),
-    "runtime.jobs": (
-        "agents",
-        "runtime.errors",
-        "runtime.config",
-        "runtime.events",
-        "runtime.engines",
-        "runtime.telemetry",
-        "runtime.jobs",
-    ),
-    "runtime.doctor": ("runtime.telemetry",),
-    "runtime.session": (
+    "runtime.jobs": ("agents", "runtime.config", "runtime.engines", "runtime.errors", "runtime.events"),
+    "runtime.assembly": (
         "runtime.config",
         "runtime.control",
-        "runtime.daemon",
         "runtime.engines",
         "runtime.events",
         "runtime.jobs",
         "runtime.telemetry",
+    ),
+    "runtime.bench": (
+        "runtime.assembly",
+        "runtime.config",
+        "runtime.control",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.jobs",
     ),
     "runtime.simulation": (
         "agents",
+        "runtime.assembly",
         "runtime.bench.workload",
         "runtime.config",
         "runtime.control",
@@ -57,52 +57,22 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.errors",
         "runtime.events",
         "runtime.jobs",
-        "runtime.session",
-        "runtime.simulation",
     ),
-    "runtime.bench": (
-        "runtime.bench",
+    "runtime.api": (
+        "agents",
+        "runtime.assembly",
         "runtime.config",
         "runtime.control",
+        "runtime.engines",
         "runtime.errors",
         "runtime.events",
         "runtime.jobs",
-        "runtime.session",
+        "runtime.paths",
     ),
-    "runtime.commands": ("agents", "runtime.config", "runtime.engines.base", "runtime.errors", "runtime.session"),
-    "runtime.status": ("runtime.control", "runtime.engines.base", "runtime.events"),
-    "runtime.bus": (
-        "agents",
-        "runtime.bus",
-        "runtime.commands",
-        "runtime.config",
-        "runtime.control.snapshot",
-        "runtime.engines.base",
-        "runtime.errors",
-        "runtime.jobs",
-        "runtime.session",
-        "runtime.status",
-    ),
-    "runtime.server": (
-        "agents",
-        "runtime.access",
-        "runtime.bus",
-        "runtime.commands",
-        "runtime.config",
-        "runtime.control",
-        "runtime.engines.base",
-        "runtime.errors",
-        "runtime.events",
-        "runtime.jobs",
-        "runtime.run_folder",
-        "runtime.server",
-        "runtime.session",
-        "runtime.status",
-    ),
-    "runtime.cli": EVERYTHING,
-    "scripts": EVERYTHING,
+    "runtime.cli": import_graph.OURS,
+    "scripts": (*import_graph.OURS, "scripts"),
 }
-"""What each part may import of ours, from the bottom up. A new part is entered here with the part that it adds."""
+"""What each package may import of ours beside itself, from the bottom up. A new package is entered with its code."""
 
 MODEL_MAKERS = ("scripts/train_embedded.py", "scripts/tiny_model.py")
 ON_THE_GPU = "scripts/gpu_acceptance.py"
@@ -111,7 +81,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "vllm": (
         ON_THE_GPU,
         "runtime/engines/vllm_engine.py",  # the client's side
-        "runtime/engines/preload.py",  # these run where the engines are made
+        "runtime/engines/forkserver_preload.py",  # these run where the engines are made
         "runtime/engines/elastic/",
     ),
     "torch": ("runtime/engines/", ON_THE_GPU, *MODEL_MAKERS),
@@ -121,50 +91,30 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pynvml": ("runtime/telemetry/nvml.py",),
     "yaml": ("runtime/config.py",),
     "matplotlib": ("runtime/bench/plots.py",),
-    "aiomqtt": ("runtime/bus/client.py", "scripts/measure_service.py"),
-    "amqtt": ("runtime/bus/embedded.py",),
-    "fastapi": ("runtime/server/",),
-    "uvicorn": ("runtime/server/serve.py",),
-    "prometheus_client": ("runtime/server/metrics.py",),
+    "aiomqtt": ("runtime/api/mqtt/client.py", "scripts/measure_service.py"),
+    "amqtt": ("runtime/api/mqtt/embedded_broker.py",),
+    "fastapi": ("runtime/api/http/", "runtime/api/serve.py"),
+    "uvicorn": ("runtime/api/serve.py",),
+    "prometheus_client": ("runtime/api/http/metrics.py",),
     "sqlite3": ("runtime/jobs/journal.py",),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""
 
-SOURCES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for part in ("agents", "runtime", "scripts")
-    for path in (ROOT / part).rglob("*.py")
-)
-
-
-def imported(source: str) -> Iterator[str]:
-    """Full names of what a module imports, wherever in it; `from a import b` gives a.b, b being a module or not."""
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import():
-                yield from (alias.name for alias in node.names)
-            case ast.ImportFrom():
-                above = "." * node.level + (node.module or "")
-                yield from (f"{above}.{alias.name}" for alias in node.names)
+SOURCES = import_graph.sources("agents", "runtime", "scripts")
 
 
 def within(name: str, part: str) -> bool:
     return f"{name}.".startswith(f"{part}.")
 
 
-def part_of(path: str) -> str:
-    """The entry of MAY_IMPORT that a file belongs to."""
-    name = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    return next((part for part in MAY_IMPORT if within(name, part)), name)
-
-
 def offences(path: str, source: str) -> list[str]:
-    """What a file imports and should not."""
-    allowed = MAY_IMPORT.get(part_of(path), ())
+    """Return the names that a file imports and must not."""
+    package = package_of(module_name(path))
+    allowed = (package, *MAY_IMPORT.get(package, ()))
     found = []
     for name in imported(source):
         library = name.partition(".")[0]
-        ours = library in EVERYTHING and not any(within(name, part) for part in allowed)
+        ours = library in import_graph.OURS and not any(within(name, part) for part in allowed)
         foreign = library in OWNERS and not any(
             path == o or (o[-1] == "/" and path.startswith(o)) for o in OWNERS[library]
         )
@@ -175,8 +125,31 @@ def offences(path: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES)
 def test_imports_of(path: str) -> None:
-    assert path.endswith("runtime/__init__.py") or part_of(path) in MAY_IMPORT, f"enter {path} in MAY_IMPORT"
-    assert offences(path, (ROOT / path).read_text()) == []
+    assert path == "runtime/__init__.py" or package_of(module_name(path)) in MAY_IMPORT, f"enter {path} in MAY_IMPORT"
+    assert offences(path, SOURCES[path]) == []
+
+
+def test_what_packages_may_import_lies_below_them() -> None:
+    order = list(MAY_IMPORT)
+    for package, names in MAY_IMPORT.items():
+        if package not in ("runtime.cli", "scripts"):
+            assert all(order.index(package_of(name)) < order.index(package) for name in names), package
+
+
+def test_packages_and_modules_form_no_cycle() -> None:
+    files = import_graph.sources(*import_graph.OURS)
+    import_graph.layers(import_graph.package_graph(files))
+    import_graph.layers(import_graph.module_graph(files))
+
+
+def test_a_cycle_is_found() -> None:
+    files = {"runtime/a/x.py": "from runtime.b.y import Y", "runtime/b/y.py": "import runtime.a.x"}
+    with pytest.raises(CycleError):
+        import_graph.layers(import_graph.package_graph(files))
+
+
+def test_the_graph_in_the_readme_is_the_code_s() -> None:
+    assert import_graph.drawn() in (ROOT / "runtime/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -184,10 +157,10 @@ def test_imports_of(path: str) -> None:
     [
         ("agents/role.py", "from runtime.errors import ConfigError", ["runtime.errors.ConfigError"]),
         ("agents/role.py", "def f():\n    import yaml", ["yaml"]),
-        ("runtime/engines/base.py", "from runtime import jobs, errors", ["runtime.jobs"]),
-        ("runtime/engines/base.py", "import vllm.config", ["vllm.config"]),
+        ("runtime/engines/handle.py", "from runtime import jobs, errors", ["runtime.jobs"]),
+        ("runtime/engines/handle.py", "import vllm.config", ["vllm.config"]),
         ("runtime/engines/elastic/pages.py", "import torch, vllm", []),
-        ("runtime/events.py", "from runtime.engines import base, fake", ["runtime.engines.fake"]),
+        ("runtime/events.py", "from runtime.engines import handle, fake", ["runtime.engines.fake"]),
         ("runtime/jobs/job.py", "from runtime.cli import main\nfrom . import batch", ["runtime.cli.main", "..batch"]),
         ("runtime/telemetry/host.py", "from pynvml import nvmlInit", ["pynvml.nvmlInit"]),
         ("runtime/cli/solve.py", "from runtime.jobs import job\nimport torch", ["torch"]),

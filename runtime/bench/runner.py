@@ -7,19 +7,19 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from runtime.assembly import RunningTeam
 from runtime.bench.metrics import GIB, metrics
 from runtime.bench.play import Played, Player
 from runtime.bench.results import JobRow, Moment, Run
 from runtime.bench.workload import Source
 from runtime.config import PolicyChoice
+from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import Counts
 from runtime.control.decision_log import Record
-from runtime.control.guard import Guard
 from runtime.control.snapshot import EngineMoment
 from runtime.errors import TroupeError
 from runtime.events import Event
 from runtime.jobs.orchestrator import Orchestrator
-from runtime.session import Crew
 
 STREAM_INTERVAL = 1
 """Every token is streamed, so that times between tokens are those of `vllm bench serve`."""
@@ -40,13 +40,16 @@ class Rival:
 
 @dataclass
 class Bench:
-    """One benchmark over a crew whose controller is entered. `take_job` and `take_moment` get rows as they come;
-    `progress` gets the name of a run that begins and the seconds that jobs will go on coming in it."""
+    """One benchmark over a running team whose controller is entered.
 
-    crew: Crew
+    `take_job` and `take_moment` are called with each row as it comes. `progress` is called when a run begins, with its
+    name and the seconds for which jobs will arrive in it.
+    """
+
+    running_team: RunningTeam
     orchestrators: Mapping[str, Orchestrator]
     source: Source
-    guard: Callable[[PolicyChoice], Guard]
+    contain: Callable[[PolicyChoice], ContainedPolicy]
     budget_bytes: int
     take_job: Callable[[JobRow], None] = lambda row: None
     take_moment: Callable[[Moment], None] = lambda moment: None
@@ -57,21 +60,21 @@ class Bench:
 
     async def run(self, rivals: list[Rival], loads: Iterable[float], repeats: int, warm_up: bool = True) -> list[Run]:
         """All of it. The first play of all warms the engines up, and counts for nothing."""
-        guards = {rival.name: self.guard(rival.choice) for rival in rivals}
+        policies = {rival.name: self.contain(rival.choice) for rival in rivals}
         loads = list(loads)
         if warm_up:
-            await self._one(rivals[0], guards[rivals[0].name], min(loads), -1, 0)
+            await self._one(rivals[0], policies[rivals[0].name], min(loads), -1, 0)
         runs = []
         for repeat in range(repeats):
             for load in loads:
                 turn = repeat % len(rivals)
                 for order, rival in enumerate(rivals[turn:] + rivals[:turn]):
-                    runs.append(await self._one(rival, guards[rival.name], load, repeat, order))
+                    runs.append(await self._one(rival, policies[rival.name], load, repeat, order))
         return sorted(runs, key=lambda run: (run.load, [r.name for r in rivals].index(run.policy), run.repeat))
 
-    async def _one(self, rival: Rival, guard: Guard, load: float, repeat: int, order: int) -> Run:
+    async def _one(self, rival: Rival, guard: ContainedPolicy, load: float, repeat: int, order: int) -> Run:
         self.progress(f"{rival.name}, load {load:g}, repeat {repeat + 1}" if repeat >= 0 else "warming up")
-        controller, clock = self.crew.controller, asyncio.get_running_loop().time
+        controller, clock = self.running_team.controller, asyncio.get_running_loop().time
         controller.use(guard, rival.budget_bytes or self.budget_bytes)
         await asyncio.sleep(SETTLE_S)
         rows: list[JobRow] = []
@@ -109,7 +112,7 @@ class Bench:
             self.take_moment(replace(moment(record, *self._now), at_s=record.snapshot.now_s - self._started_s))
 
     def _preemptions(self) -> int:
-        return sum(engine.stats().preemptions for engine in self.crew.engines.values())
+        return sum(engine.stats().preemptions for engine in self.running_team.engines.values())
 
 
 def moment(record: Record, policy: str, load: float, repeat: int) -> Moment:

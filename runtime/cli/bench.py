@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runtime import config as configuration
-from runtime import run_folder
+from runtime import logs, run_folder
+from runtime.assembly import start_team
 from runtime.bench import results, workload
 from runtime.bench.output import Output, command, default_folder, machine
 from runtime.bench.results import Summary
@@ -23,12 +24,11 @@ from runtime.bench.workload import Source
 from runtime.cli import interrupt
 from runtime.config import Config, PolicyChoice
 from runtime.control import catalogue
+from runtime.control.contained_policy import ContainedPolicies
 from runtime.control.decision_log import Record
 from runtime.errors import ConfigError, InputError
 from runtime.events import EngineChanged, Event
-from runtime.jobs import team
-from runtime.jobs.team import Team
-from runtime.session import Guards, Session
+from runtime.jobs.team import Team, assemble
 
 POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill"
 
@@ -156,14 +156,14 @@ def parse_loads(text: str | None, source: Source) -> tuple[float, ...]:
 def phase_teams(config: Config, source: Source) -> dict[str, Team]:
     """The team of every phase: the configuration's with what the phase says of its workflow. Raises ConfigError."""
     if source.trace:
-        return {"trace": team.assemble(config)}
+        return {"trace": assemble(config)}
     teams = {}
     for phase in source.workload.phases:
         name = phase.workflow.get("name", config.workflow.name)
         base = dict(config.workflow.options) if name == config.workflow.name else {}
         changed = type(config.workflow).model_validate({**base, **phase.workflow, "name": name})
         try:
-            teams[phase.name] = team.assemble(config.model_copy(update={"workflow": changed}))
+            teams[phase.name] = assemble(config.model_copy(update={"workflow": changed}))
         except ConfigError as error:
             raise ConfigError(f"workload {source.name}: phases.{phase.name}.workflow: {error}") from None
         for problem in source.problems:
@@ -173,42 +173,40 @@ def phase_teams(config: Config, source: Source) -> dict[str, Team]:
 
 async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     folder = run_folder.create()
-    run_folder.log_to(folder)
+    logs.log_to(folder)
     config = plan.config
-    everyone = team.assemble(config)
-    running: list[Bench] = []
+    everyone = assemble(config)
+    benches: list[Bench] = []
 
     def hear(event: Event) -> None:
-        if isinstance(event, EngineChanged) and not running:
+        if isinstance(event, EngineChanged) and not benches:
             bar.describe(f"{event.engine} {event.state}")
-        for bench in running:
+        for bench in benches:
             bench.hear(event)
 
     def publish(record: Record) -> None:
-        for bench in running:
+        for bench in benches:
             bench.publish(record)
 
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     async with AsyncExitStack() as owned:
         output = owned.enter_context(Output(plan.folder))
         bar = await owned.enter_async_context(Bar(plan))
-        session = Session(config, everyone, folder, hear, publish)
-        await owned.enter_async_context(session)
-        ledger = session.fleet.sharing.ledger
-        device_bytes = min(engine.limits.device_bytes for engine in session.fleet.engines.values())
-        guards = Guards(config.control)
-        owned.callback(guards.close)
+        running = await owned.enter_async_context(start_team(config, everyone, folder, hear, publish))
+        ledger = running.sharing.ledger
+        device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
+        policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         bench = Bench(
-            session.crew,
-            {phase: session.crew.orchestrate(crew, STREAM_INTERVAL) for phase, crew in teams.items()},
+            running,
+            {phase: running.orchestrate(team, STREAM_INTERVAL) for phase, team in teams.items()},
             plan.source,
-            guards.guard,
+            policies.contain,
             ledger.budget_bytes,
             output.job,
             output.moment,
             bar.next,
         )
-        running.append(bench)
+        benches.append(bench)
         runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats)
         bar.describe("closing the engines")
     return summarise(plan, "engines", started, runs)

@@ -5,8 +5,8 @@ import json
 import click
 
 from runtime import config as configuration
+from runtime.control.contained_policy import ContainedPolicies
 from runtime.jobs import team as teams
-from runtime.session import Guards
 
 
 @click.group()
@@ -20,7 +20,7 @@ def check(file: str) -> None:
     """Hold FILE (or the name of a shipped configuration) against everything it names, without starting an engine."""
     found = configuration.load(file)
     team = teams.assemble(found)
-    Guards(found.control, threads=False)
+    ContainedPolicies(found.control.policy, found.control.shadow, threads=False)
     click.echo(f"{found.source}: OK ({len(found.engines)} engines; {', '.join(team.seats)}; {found.workflow.name})")
 
 

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from runtime import run_folder
+from runtime import paths
 from runtime.config import SHIPPED
 from runtime.doctor import Finding, Severity, examine, observe
 
@@ -28,7 +28,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
 
     Exit code 0 when Troupe can run here, 2 when a fault must be mended first.
     """
-    findings = examine(observe(run_folder.root(), SHIPPED / "models"))
+    findings = examine(observe(paths.runs(), SHIPPED / "models"))
     if as_json:
         _print_json(findings)
     else:

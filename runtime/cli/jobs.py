@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime import config as configuration
-from runtime import run_folder
+from runtime import paths
 from runtime.errors import InputError
 from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
@@ -111,7 +111,7 @@ def export(out: Path, config: str, state: str | None) -> None:
 
 
 def _path(config: str) -> Path:
-    path = run_folder.journal(configuration.load(config).service)
+    path = paths.journal(configuration.load(config).service)
     if not path.exists():
         raise InputError(f"there is no journal at {path}: no service of this configuration has run yet")
     return path

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from runtime.config import PolicyChoice
 from runtime.control import catalogue, decision_log
-from runtime.control.guard import Guard
+from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.replay import Replay
 
 
@@ -23,7 +23,7 @@ from runtime.control.replay import Replay
 def replay(log: Path, policy: str, show: int, as_json: bool) -> None:
     """Run another policy over LOG, the decisions.jsonl of a run's folder, and print where it would have differed."""
     choice = PolicyChoice(name=policy)
-    replayed = Replay(Guard(choice.name, catalogue.make(choice.name, place="--policy")))
+    replayed = Replay(ContainedPolicy(choice.name, catalogue.make(choice.name, place="--policy")))
     differences = asyncio.run(replayed.over(decision_log.read(log)))
     totals = {
         "records": replayed.records,

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from agents import scaffold
-from agents.examine import examine
+from agents.check_role import check_role
 from agents.registry import BrokenPlugin, Registered, UnknownName, find, registered, unreadable
 from agents.role import TASKS, Role
-from agents.template_role import SpecError, from_mapping
+from agents.yaml_role import SpecError, from_mapping
 from runtime.config import read_yaml
 from runtime.errors import ConfigError, InputError
 
@@ -139,9 +139,9 @@ def _faults(what: str) -> list[str]:
     """What is wrong with the role that `what` leads to. Raises ConfigError when it leads nowhere."""
     try:
         if Path(what).suffix in (".yaml", ".yml"):
-            return examine(from_mapping(read_yaml(Path(what)), what))
+            return check_role(from_mapping(read_yaml(Path(what)), what))
         entry = _given(what) if ":" in what else find("role", what)
-        return examine(entry.load_role()())
+        return check_role(entry.load_role()())
     except UnknownName as error:
         raise ConfigError(f"{error}; or give module:Class, or a YAML file") from None
     except BrokenPlugin as error:

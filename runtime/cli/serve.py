@@ -8,15 +8,14 @@ from rich.console import Console
 from rich.status import Status as Spinner
 
 from runtime import config as configuration
-from runtime import run_folder
+from runtime import logs, run_folder
+from runtime.assembly import start_team
 from runtime.cli import interrupt
 from runtime.config import Config, Mqtt
-from runtime.engines.base import EngineState
+from runtime.engines.handle import EngineState
 from runtime.errors import ConfigError
 from runtime.events import EngineChanged, Event
-from runtime.jobs import team
-from runtime.jobs.team import Team
-from runtime.session import open_crew
+from runtime.jobs.team import Team, assemble
 
 
 @click.command()
@@ -35,9 +34,9 @@ def serve(config: str, host: str | None, port: int | None, mqtt: str | None, as_
     SIGTERM and Ctrl-C let what runs come to its end; jobs that are left go on with the next start.
     """
     chosen = _chosen(configuration.load(config), host, port, mqtt)
-    crew = team.assemble(chosen)
+    team = assemble(chosen)
     stop = interrupt.Stop()
-    interrupt.run(_serve(chosen, crew, mqtt == "embedded", stop, as_json), stop)
+    interrupt.run(_serve(chosen, team, mqtt == "embedded", stop, as_json), stop)
 
 
 def _chosen(config: Config, host: str | None, port: int | None, mqtt: str | None) -> Config:
@@ -53,12 +52,12 @@ def _chosen(config: Config, host: str | None, port: int | None, mqtt: str | None
     return config
 
 
-async def _serve(config: Config, crew: Team, embedded: bool, stop: interrupt.Stop, as_json: bool) -> None:
-    from runtime.server.serve import drain, serving
+async def _serve(config: Config, team: Team, embedded: bool, stop: interrupt.Stop, as_json: bool) -> None:
+    from runtime.api.serve import drain, serving
 
     screen = Console(stderr=True, highlight=False)
     folder = run_folder.create()
-    run_folder.log_to(folder)
+    logs.log_to(folder)
     spinner = Spinner("starting", console=screen)
     states: dict[str, EngineState] = {}
 
@@ -83,8 +82,8 @@ async def _serve(config: Config, crew: Team, embedded: bool, stop: interrupt.Sto
         say("broker", what, what=what)
 
     try:
-        open_engines = partial(open_crew, config, crew, folder)
-        async with serving(config, crew, open_engines, announce, show, embedded, tell) as backend:
+        open_engines = partial(start_team, config, team, folder)
+        async with serving(config, team, open_engines, announce, show, embedded, tell) as backend:
             spinner.stop()
             say("ready", "ready")
             stop.ready = True

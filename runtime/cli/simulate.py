@@ -12,7 +12,8 @@ from rich.table import Table
 
 from agents.arithmetic import oracle
 from runtime import config as configuration
-from runtime import run_folder
+from runtime import logs, run_folder
+from runtime.assembly import RunningTeam, start_team
 from runtime.bench import workload
 from runtime.bench.output import Output
 from runtime.bench.output import machine as output_machine
@@ -21,15 +22,15 @@ from runtime.bench.runner import STREAM_INTERVAL, Bench
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
+from runtime.control.contained_policy import ContainedPolicies
 from runtime.control.decision_log import Record
-from runtime.engines.base import GenerateRequest
 from runtime.engines.fake import Script
+from runtime.engines.request import GenerateRequest
 from runtime.errors import ConfigError
 from runtime.events import Event
-from runtime.jobs import problems, team
+from runtime.jobs import problems
 from runtime.jobs.job import Job
-from runtime.jobs.team import Team
-from runtime.session import Crew, Guards, Session
+from runtime.jobs.team import Team, assemble
 from runtime.simulation import agents as paper_agents
 from runtime.simulation import fit as fitting
 from runtime.simulation import load as model
@@ -108,7 +109,7 @@ def load(
     budget_bytes = chosen.device.kv_cache_memory_bytes
     if budget_bytes is None:
         raise ConfigError(f"{chosen.source}: device.kv_cache_memory_bytes: missing; a simulation needs it")
-    simulated = Simulated(team.assemble(chosen), teams, model.read(constants), _oracle, budget_bytes)
+    simulated = Simulated(assemble(chosen), teams, model.read(constants), _oracle, budget_bytes)
     _run(plan, simulated, as_json)
 
 
@@ -177,56 +178,56 @@ def fit(config: str, count: int, out: Path | None) -> None:
 
 async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Seen]]:
     folder = run_folder.create()
-    run_folder.log_to(folder)
-    crew = team.assemble(config)
+    logs.log_to(folder)
+    team = assemble(config)
     quiet = config.model_copy(update={"control": Control(policy=PolicyChoice(name="static"))})
 
     def progress(text: str) -> None:
         click.echo(f"\r\033[K{text}", nl=False, err=True)
 
     progress("starting the engines")
-    async with Session(quiet, crew, folder) as session:
-        found = await fitting.fit(crew, session.crew.engines, jobs, progress)
+    async with start_team(quiet, team, folder) as running:
+        found = await fitting.fit(team, running.engines, jobs, progress)
     click.echo("\r\033[K", nl=False, err=True)
     return found
 
 
 async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Run]:
     control = plan.config.control
-    running: list[Bench] = []
+    benches: list[Bench] = []
     left = iter(range(plan.runs - 1, 0, -1))
 
     def progress(name: str) -> None:
         click.echo(f"\r\033[K{name} ({next(left)} to go)", nl=False, err=True)
 
     def hear(event: Event) -> None:
-        for bench in running:
+        for bench in benches:
             bench.hear(event)
 
     def publish(record: Record) -> None:
-        for bench in running:
+        for bench in benches:
             bench.publish(record)
 
     scripts = dict.fromkeys(simulated.model.engines, simulated.script)
     async with model.engines(simulated.model, scripts, simulated.budget_bytes) as (engines, sharing):
-        guards = Guards(control, threads=False)
-        crew = Crew(simulated.everyone, engines, sharing, control, guards, listener=hear, publish=publish)
+        policies = ContainedPolicies(control.policy, control.shadow, threads=False)
+        running = RunningTeam(simulated.everyone, engines, sharing, control, policies, listener=hear, publish=publish)
         orchestrators = {
-            phase: crew.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
+            phase: running.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
         }
         bench = Bench(
-            crew,
+            running,
             orchestrators,
             plan.source,
-            guards.guard,
+            policies.contain,
             simulated.budget_bytes,
             output.job,
             output.moment,
             progress,
         )
-        running.append(bench)
+        benches.append(bench)
         device_bytes = min(engine.limits.device_bytes for engine in engines.values())
-        async with crew.controller:
+        async with running.controller:
             runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
     click.echo("\r\033[K", nl=False, err=True)
     return runs

@@ -17,19 +17,19 @@ from rich.spinner import Spinner
 
 from agents.workflow import Entry
 from runtime import config as configuration
-from runtime import run_folder
+from runtime import logs, run_folder
+from runtime.assembly import start_team
 from runtime.cli import interrupt
 from runtime.cli.watch import table
 from runtime.config import Config
-from runtime.engines.base import EngineHandle, EngineState
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.errors import InputError, PluginError, TroupeError
 from runtime.events import EngineChanged, Event, RoleReplied
-from runtime.jobs import problems, team
+from runtime.jobs import problems
 from runtime.jobs.batch import Summary, summarise, work_all
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.problems import Problem
-from runtime.jobs.team import Team
-from runtime.session import Session
+from runtime.jobs.team import Team, assemble
 
 
 @click.command()
@@ -73,28 +73,28 @@ def solve(
         raise click.UsageError("--out goes with --file")
     chosen = configuration.load(config)
     chosen = chosen.with_workflow(workflow) if workflow else chosen
-    crew = team.assemble(chosen)
+    team = assemble(chosen)
 
     def job(p: Problem) -> Job:
         return Job(p.id, p.problem, p.expected, temperature, seed)
 
     if problem is not None:
-        crew.check(problem)
-        code = interrupt.run(_solve_one(chosen, crew, job(Problem("1", problem)), watch, as_json))
+        team.check(problem)
+        code = interrupt.run(_solve_one(chosen, team, job(Problem("1", problem)), watch, as_json))
     else:
         assert file is not None
-        code = _solve_file(chosen, crew, problems.read(file), job, concurrency, out, resume, watch, as_json)
+        code = _solve_file(chosen, team, problems.read(file), job, concurrency, out, resume, watch, as_json)
     raise SystemExit(code)
 
 
-async def _solve_one(config: Config, crew: Team, job: Job, watch: bool, as_json: bool) -> int:
+async def _solve_one(config: Config, team: Team, job: Job, watch: bool, as_json: bool) -> int:
     screen = Console(stderr=True, highlight=False)
     lines = Console(quiet=True) if as_json else _lines(screen)
     folder = run_folder.create()
-    run_folder.log_to(folder)
+    logs.log_to(folder)
     status = Spinner("dots")
     engines: dict[str, EngineHandle] = {}
-    with _live(screen, status, engines, crew, watch):
+    with _live(screen, status, engines, team, watch):
 
         def show(event: Event) -> None:
             if isinstance(event, EngineChanged):
@@ -105,11 +105,11 @@ async def _solve_one(config: Config, crew: Team, job: Job, watch: bool, as_json:
                     lines.print(_entry(entry), soft_wrap=True)
 
         waiting: dict[str, EngineState] = {}
-        async with Session(config, crew, folder, show) as session:
-            engines.update(session.fleet.engines)
-            result = await session.crew.orchestrator.run(job)
+        async with start_team(config, team, folder, show) as running:
+            engines.update(running.engines)
+            result = await running.orchestrator.run(job)
             if watch:
-                screen.print(table(engines, crew))
+                screen.print(table(engines, team))
             status.update(text="closing the engines")
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
@@ -123,7 +123,7 @@ async def _solve_one(config: Config, crew: Team, job: Job, watch: bool, as_json:
 
 def _solve_file(
     config: Config,
-    crew: Team,
+    team: Team,
     asked: list[Problem],
     job: Callable[[Problem], Job],
     concurrency: int,
@@ -133,17 +133,17 @@ def _solve_file(
     as_json: bool,
 ) -> int:
     kept = _kept(out, resume, asked)
-    faulty = [_check(crew, p) for p in asked]
+    faulty = [_check(team, p) for p in asked]
     results = [JobResult(p.id, p.problem, None, expected=p.expected, error=p.fault) for p in faulty if p.fault]
     due = [p for p in faulty if p.fault is None and p.id not in kept]
     if kept:
         click.echo(f"{len(kept)} problems are done, {len(due)} to go", err=True)
     total = len(kept) + len(results) + len(due)
-    with _Report(out, list(kept.values()), as_json, total, crew, watch) as report:
+    with _Report(out, list(kept.values()), as_json, total, team, watch) as report:
         for result in results:
             report.take(result)
         if due:
-            interrupt.run(_work(config, crew, [job(p) for p in due], concurrency, report))
+            interrupt.run(_work(config, team, [job(p) for p in due], concurrency, report))
     report.summary()
     return 1 if any(result.error for result in report.results) else 0
 
@@ -170,23 +170,23 @@ def _kept(out: Path | None, resume: bool, asked: list[Problem]) -> dict[str, Job
     }
 
 
-def _check(crew: Team, problem: Problem) -> Problem:
+def _check(team: Team, problem: Problem) -> Problem:
     """The problem with its fault, if the team could not work it."""
     if problem.fault is not None:
         return problem
     try:
-        crew.check(problem.problem)
+        team.check(problem.problem)
     except (InputError, PluginError) as error:
         return replace(problem, fault=str(error))
     return problem
 
 
-async def _work(config: Config, crew: Team, jobs: list[Job], concurrency: int, report: "_Report") -> None:
+async def _work(config: Config, team: Team, jobs: list[Job], concurrency: int, report: "_Report") -> None:
     folder = run_folder.create()
-    run_folder.log_to(folder)
-    async with Session(config, crew, folder, report.show) as session:
-        report.engines.update(session.fleet.engines)
-        await work_all(session.crew.orchestrator, jobs, concurrency, report.take)
+    logs.log_to(folder)
+    async with start_team(config, team, folder, report.show) as running:
+        report.engines.update(running.engines)
+        await work_all(running.orchestrator, jobs, concurrency, report.take)
         report.engines_at_the_end()
 
 
@@ -194,7 +194,7 @@ class _Report:
     """Results to the file or the screen as they come, and the bar above which they appear."""
 
     def __init__(
-        self, out: Path | None, kept: list[JobResult], as_json: bool, total: int, crew: Team, watch: bool
+        self, out: Path | None, kept: list[JobResult], as_json: bool, total: int, team: Team, watch: bool
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self.results = list(kept)
@@ -212,8 +212,8 @@ class _Report:
             TextColumn("{task.fields[accuracy]}"),
             TimeRemainingColumn(),
         )
-        self._crew, self._watch = crew, watch
-        self._live = _live(self._screen, self._bar, self.engines, crew, watch)
+        self._team, self._watch = team, watch
+        self._live = _live(self._screen, self._bar, self.engines, team, watch)
         for result in kept:
             self._count(result)
         self._task = self._bar.add_task("starting", total=total, completed=len(kept), rate="", accuracy="")
@@ -235,7 +235,7 @@ class _Report:
     def engines_at_the_end(self) -> None:
         """The engines once more for those who watched, above what follows."""
         if self._watch:
-            self._screen.print(table(self.engines, self._crew))
+            self._screen.print(table(self.engines, self._team))
 
     def take(self, result: JobResult) -> None:
         """One result: kept, written, shown."""
@@ -280,12 +280,12 @@ class _Report:
 
 
 def _live(
-    screen: Console, progress: RenderableType, engines: Mapping[str, EngineHandle], crew: Team, watch: bool
+    screen: Console, progress: RenderableType, engines: Mapping[str, EngineHandle], team: Team, watch: bool
 ) -> Live:
     """The lower edge of the screen: progress, and below it the engines for those who watch."""
 
     def shown() -> RenderableType:
-        return Group(progress, table(engines, crew)) if watch and engines else progress
+        return Group(progress, table(engines, team)) if watch and engines else progress
 
     return Live(get_renderable=shown, console=screen, transient=True, refresh_per_second=10)
 

@@ -3,8 +3,8 @@
 import click
 
 from runtime import config as configuration
-from runtime import run_folder
-from runtime.access import Scope, Tokens
+from runtime import paths
+from runtime.api.auth import Scope, Tokens
 
 _config = click.option(
     "--config", "-c", default=configuration.DEFAULT, show_default=True, help="Whose tokens: a file, or a shipped name."
@@ -57,4 +57,4 @@ def remove(name: str, config: str) -> None:
 
 
 def _tokens(config: str) -> Tokens:
-    return Tokens(run_folder.tokens(configuration.load(config).service))
+    return Tokens(paths.tokens(configuration.load(config).service))

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime import config as configuration
-from runtime.bus.messages import reference
+from runtime.api.mqtt.messages import reference
 
 
 @click.command()

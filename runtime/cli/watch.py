@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from runtime.engines.base import EngineHandle, EngineStats
+from runtime.engines.handle import EngineHandle, EngineStats
 from runtime.jobs.team import Team
 
 MIB = 1 << 20

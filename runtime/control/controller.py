@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from runtime.control import pins
+from runtime.control.contained_policy import ContainedPolicy, Judged
 from runtime.control.decision_log import DecisionLog, Outcome, Record
-from runtime.control.guard import Guard, Judged
-from runtime.control.observer import Observer
 from runtime.control.policy import Decision
 from runtime.control.snapshot import Snapshot
-from runtime.engines.base import Applied, Deferred, EngineHandle, Grant, ResizeOutcome
+from runtime.control.snapshotter import Snapshotter
+from runtime.engines.grant import Applied, Deferred, Grant, ResizeOutcome
+from runtime.engines.handle import EngineHandle
 from runtime.engines.sharing import GRACE_S, Sharing
 from runtime.errors import InputError, NotFound, TroupeError
 from runtime.events import Event, JobAdvanced
@@ -54,12 +55,12 @@ class Controller:
         self,
         engines: Mapping[str, EngineHandle],
         sharing: Sharing,
-        observer: Observer,
-        guard: Guard,
+        observer: Snapshotter,
+        guard: ContainedPolicy,
         *,
         every_s: float = EVERY_S,
         grace_s: float = GRACE_S,
-        shadow: Guard | None = None,
+        shadow: ContainedPolicy | None = None,
         log: DecisionLog | None = None,
         publish: Callable[[Record], None] = lambda record: None,
     ) -> None:
@@ -162,7 +163,7 @@ class Controller:
         """The name of the policy that decides."""
         return self._guard.name
 
-    def use(self, guard: Guard, budget_bytes: int | None = None) -> None:
+    def use(self, guard: ContainedPolicy, budget_bytes: int | None = None) -> None:
         """Let another policy decide from now on; within another budget, where one is given."""
         self._guard = guard
         self._budget_bytes = budget_bytes or self._budget_bytes

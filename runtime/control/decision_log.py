@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from runtime.control.policy import Decision
 from runtime.control.snapshot import Snapshot
-from runtime.engines.base import Applied, Deferred, Rejected, ResizeOutcome
+from runtime.engines.grant import Applied, Deferred, Rejected, ResizeOutcome
 from runtime.errors import InputError, TroupeError
 
 ROTATE_BYTES = 64 << 20

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from runtime.control.snapshot import Snapshot
-from runtime.engines.base import Grant
+from runtime.engines.grant import Grant
 
 
 @dataclass(frozen=True)

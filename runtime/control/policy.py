@@ -16,7 +16,7 @@ from pydantic import PlainSerializer
 
 from agents.role import Value
 from runtime.control.snapshot import Snapshot
-from runtime.engines.base import Grant
+from runtime.engines.grant import Grant
 
 Sizes = list[float]
 """Bytes of KV cache of every engine, in the snapshot's order."""

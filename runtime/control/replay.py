@@ -6,8 +6,8 @@ What it would have led to is not in a log: every snapshot is what came of the po
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.decision_log import Record
-from runtime.control.guard import Guard
 from runtime.control.policy import Decision
 
 
@@ -29,7 +29,7 @@ class Difference:
 class Replay:
     """Goes over records; counts are of all that were gone over."""
 
-    guard: Guard
+    guard: ContainedPolicy
     least: float = 0.01
     """Differences of less than this part of a grant are none."""
     records: int = 0

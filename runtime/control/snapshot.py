@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from runtime.engines.base import EngineLimits, Grant
+from runtime.engines.grant import EngineLimits, Grant
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,13 @@ outgrows its blocks where none is free preempts the one admitted last, which is 
 import asyncio
 import zlib
 from bisect import insort
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from runtime.engines.account import Account
-from runtime.engines.base import (
-    Applied,
-    Chunk,
-    Deferred,
-    EngineHandle,
-    EngineLimits,
-    EngineState,
-    EngineStats,
-    GenerateRequest,
-    Grant,
-    Rejected,
-    ResizeOutcome,
-    Superseded,
-)
+from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError
 
 Script = Callable[[GenerateRequest], str]
@@ -108,7 +97,7 @@ class FakeEngine(EngineHandle):
         front: Processor | None = None,
     ) -> None:
         self.name = name
-        self.account = Account()
+        self.usage = UsageMeter()
         self._script = script
         self._times = times or ServiceTime()
         self._time_scale = time_scale
@@ -139,7 +128,7 @@ class FakeEngine(EngineHandle):
 
     async def start(self) -> None:
         self._state, self._started = EngineState.READY, True
-        self.account.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
+        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
 
     def kill(self) -> None:
         self._die(Death.KILLED)
@@ -156,9 +145,9 @@ class FakeEngine(EngineHandle):
     async def pulse(self) -> None:
         self._check()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self._check()
-        with self.account.request(request):
+        with self.usage.request(request.rank(asyncio.get_running_loop().time())):
             sequence = self._sequence(request)
             self._check()  # the script may have killed it
             self._requests += 1
@@ -319,7 +308,7 @@ class FakeEngine(EngineHandle):
             await self._between_steps.wait()  # as calls of a real one are answered between two of its steps
         self._settle(None)
         before, self.grant = self.grant, grant
-        self.account.hold(self._limits.held_bytes(grant.gpu_memory_utilization))
+        self.usage.hold(self._limits.held_bytes(grant.gpu_memory_utilization))
         held = self._in_use - self._kv_cache_bytes
         if held > 0 and grace_s > 0:
             loop = asyncio.get_running_loop()

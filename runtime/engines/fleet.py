@@ -5,20 +5,24 @@ import gc
 import importlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Self
 
-from runtime.engines import forkserver, reports, temporary
-from runtime.engines.base import EngineHandle, EngineSpec, EngineState, Grant
+from runtime.engines import forkserver, startup_reports, temp_folder
+from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
+from runtime.engines.spec import EngineSpec
 from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import EngineError
-from runtime.events import EngineChanged, Listener, ignore
+
+OnState = Callable[[str, EngineState, float], None]
+"""Called with an engine's name, the state that it has entered, and the seconds since its fleet began to start."""
 
 
 class Fleet:
@@ -36,7 +40,7 @@ class Fleet:
         self,
         specs: Mapping[str, EngineSpec],
         run_folder: Path,
-        listener: Listener = ignore,
+        on_state: OnState = lambda name, state, seconds: None,
         device_bytes: int | None = None,
         patience: Patience | None = None,
         kv_cache_bytes: int | None = None,
@@ -47,21 +51,21 @@ class Fleet:
         self._kv_cache_bytes = kv_cache_bytes
         self._patience = patience
         self._run_folder = run_folder
-        self._tell = listener
+        self._on_state = on_state
         self._started_s = time.monotonic()
         self._owned = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self._started_s = time.monotonic()
         async with AsyncExitStack() as owned:
-            folder = owned.enter_context(temporary.folder())
+            folder = owned.enter_context(temp_folder.folder())
             prepare_process(self._specs, self._run_folder, folder)
             for name in self._specs:
                 self._changed(name, EngineState.STARTING)
             # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
             module = await asyncio.to_thread(_import_vllm_engine)
             owned.callback(gc.unfreeze)  # the interpreter's end wants to find what was frozen with the import
-            owned.enter_context(reports.listening(folder, self._changed))
+            owned.enter_context(startup_reports.listening(folder, self._changed))
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
                 self.engines[name] = self._supervised(name, spec, module, folder)
@@ -118,7 +122,7 @@ class Fleet:
             self._changed(name, EngineState.CLOSED)
 
     def _changed(self, name: str, state: EngineState) -> None:
-        self._tell(EngineChanged(name, state, time.monotonic() - self._started_s))
+        self._on_state(name, state, time.monotonic() - self._started_s)
 
 
 def _import_vllm_engine() -> ModuleType:
@@ -143,4 +147,4 @@ def prepare_process(specs: Mapping[str, EngineSpec], run_folder: Path, temporary
     os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
     threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
     forkserver.start(run_folder / "engines.log", threads)
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process; see run_folder.log_to
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process; see logs.log_to

@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import ModuleType
 
-PRELOAD = "runtime.engines.preload"
+PRELOAD = "runtime.engines.forkserver_preload"
 LOG_VARIABLE, PARENT_VARIABLE = "TROUPE_FORKSERVER_LOG", "TROUPE_FORKSERVER_PARENT"
 _main_lock = threading.Lock()
 _BASE_MAX_BYTES = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")

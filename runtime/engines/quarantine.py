@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from runtime.engines.base import Chunk
+from runtime.engines.request import Chunk
 from runtime.errors import Death
 
 KILLS = 3

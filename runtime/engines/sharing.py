@@ -9,16 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from runtime.engines.base import (
-    Applied,
-    Deferred,
-    EngineHandle,
-    EngineState,
-    Grant,
-    Rejected,
-    ResizeOutcome,
-    Superseded,
-)
+from runtime.engines.grant import Applied, Deferred, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger
 
 GRACE_S = 0.5

@@ -8,23 +8,15 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
-from runtime.engines.account import Account
-from runtime.engines.base import (
-    Chunk,
-    EngineHandle,
-    EngineLimits,
-    EngineState,
-    EngineStats,
-    GenerateRequest,
-    Grant,
-    Rejected,
-    ResizeOutcome,
-)
+from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats
 from runtime.engines.quarantine import Call, Quarantine
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError, RequestQuarantined
 
 Make = Callable[[Grant | None], EngineHandle]
@@ -51,7 +43,7 @@ class SupervisedEngine(EngineHandle):
         self, name: str, make: Make, tell: Tell = lambda state: None, patience: Patience | None = None
     ) -> None:
         self.name = name
-        self.account = Account()
+        self.usage = UsageMeter()
         self._make = make
         self._tell = tell
         self._patience = patience or Patience()
@@ -73,13 +65,13 @@ class SupervisedEngine(EngineHandle):
         self._tell(EngineState.READY)
         self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        with self.account.request(request):
-            async with aclosing(self._serve(request)) as chunks:  # type: ignore[type-var]
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        with self.usage.request(request.rank(asyncio.get_running_loop().time())):
+            async with aclosing(self._serve(request)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
-    async def _serve(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def _serve(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the reply of one engine after another, until one has finished it."""
         if not request.resumable and request.seed is None and request.temperature:
             request = replace(request, seed=secrets.randbits(31))  # written again, it is the same only with a seed
@@ -91,7 +83,7 @@ class SupervisedEngine(EngineHandle):
                     continue
                 self._quarantine.sent(call)
                 try:
-                    async with aclosing(self._rest(engine, request, attempt, call)) as chunks:  # type: ignore[type-var]
+                    async with aclosing(self._rest(engine, request, attempt, call)) as chunks:
                         async for chunk in chunks:
                             self._quarantine.streamed(call, chunk)
                             yield chunk
@@ -103,7 +95,9 @@ class SupervisedEngine(EngineHandle):
                         why = f"engine {self.name} {call.poison}; this request is the likeliest cause"
                         raise RequestQuarantined(f"{why}, and is not sent again") from error
 
-    def _rest(self, engine: EngineHandle, request: GenerateRequest, attempt: int, call: Call) -> AsyncIterator[Chunk]:
+    def _rest(
+        self, engine: EngineHandle, request: GenerateRequest, attempt: int, call: Call
+    ) -> AsyncGenerator[Chunk, None]:
         """The rest of a reply of which some may have been streamed by an engine that died."""
         if attempt:  # vLLM's traces of the request before are those of another
             request = replace(request, request_id=f"{request.request_id}~{attempt}")
@@ -113,12 +107,14 @@ class SupervisedEngine(EngineHandle):
             return engine.generate(replace(request, given=tuple(call.tokens)))
         return self._written_again(engine, request, call)
 
-    async def _written_again(self, engine: EngineHandle, request: GenerateRequest, call: Call) -> AsyncIterator[Chunk]:
+    async def _written_again(
+        self, engine: EngineHandle, request: GenerateRequest, call: Call
+    ) -> AsyncGenerator[Chunk, None]:
         """Let the engine write the reply from its beginning; stream what comes after the tokens that were streamed."""
         known, known_characters = list(call.tokens), call.characters
         written: list[int] = []
         text = ""
-        async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
+        async with aclosing(engine.generate(request)) as chunks:
             async for chunk in chunks:
                 if len(written) > len(known):
                     yield chunk
@@ -234,7 +230,7 @@ class SupervisedEngine(EngineHandle):
         stats = self._engine.stats()
         if stats.state is EngineState.READY and stats.grant is not None:
             self._limits = self._engine.limits
-            self.account.hold(self._limits.held_bytes(stats.grant.gpu_memory_utilization))
+            self.usage.hold(self._limits.held_bytes(stats.grant.gpu_memory_utilization))
 
     def stats(self) -> EngineStats:
         stats = self._engine.stats()

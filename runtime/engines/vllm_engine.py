@@ -8,7 +8,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,11 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from runtime.engines import forkserver
-from runtime.engines.account import Account
-from runtime.engines.base import (
-    Applied,
-    Chunk,
-    Deferred,
-    EngineHandle,
-    EngineLimits,
-    EngineSpec,
-    EngineState,
-    EngineStats,
-    GenerateRequest,
-    Grant,
-    Rejected,
-    ResizeOutcome,
-    Superseded,
-    TokenLogprob,
-)
+from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.request import Chunk, GenerateRequest, TokenLogprob
+from runtime.engines.spec import EngineSpec
+from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
@@ -80,7 +68,7 @@ class VllmEngine(EngineHandle):
         self.name = name
         self.spec = spec
         self.log = log
-        self.account = Account()
+        self.usage = UsageMeter()
         self._temporary = temporary
         self._device_bytes = device_bytes
         self._limits: EngineLimits | None = None
@@ -186,7 +174,7 @@ class VllmEngine(EngineHandle):
         config.scheduler_config.scheduler_cls = f"runtime.engines.elastic.scheduler.{scheduler}"
         return config
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         llm = self._ready()
         prompt_tokens = 0
         try:

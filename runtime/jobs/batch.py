@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from runtime.jobs.job import Job, JobResult, Usage
+from runtime.engines.usage import Usage
+from runtime.jobs.job import Job, JobResult
 from runtime.jobs.orchestrator import Orchestrator
 
 

@@ -6,7 +6,8 @@ from enum import StrEnum
 from typing import Any, Self
 
 from agents.workflow import Entry
-from runtime.engines.base import PRIORITY
+from runtime.engines.request import PRIORITY
+from runtime.engines.usage import Usage
 
 
 class JobState(StrEnum):
@@ -49,29 +50,6 @@ class Job:
     seed: int | None = 0
     max_tokens: int | None = None
     priority: int = PRIORITY
-
-
-@dataclass
-class Usage:
-    """What one seat used in a job, summed over calls: tokens, seconds between asking and the last token, and its part
-    of the engine: of its memory (bytes times seconds) and of its time. `cost` where the configuration has a price."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-    byte_seconds: float = 0.0
-    engine_seconds: float = 0.0
-    cost: float | None = None
-
-    def add(self, other: "Usage") -> None:
-        """Count another's use to this one."""
-        self.prompt_tokens += other.prompt_tokens
-        self.completion_tokens += other.completion_tokens
-        self.seconds += other.seconds
-        self.byte_seconds += other.byte_seconds
-        self.engine_seconds += other.engine_seconds
-        if other.cost is not None:
-            self.cost = (self.cost or 0.0) + other.cost
 
 
 @dataclass(frozen=True)

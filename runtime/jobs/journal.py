@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from agents.role import explain
 from runtime.errors import JournalError
 from runtime.jobs.job import TRANSITIONS, JobState
-from runtime.jobs.recorded import Recorded
+from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.submission import Submission
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class JobEvent:
     """One line of what happened, in the order of `id`. `kind` is a state's name, or "replied", or "anew".
 
     `data` of a job that is new has the beginning of its `problem`, of one that is done its `answer`, of other ends
-    `why`, and of a reply what Recorded has, with the `entries` that it added to the transcript.
+    `why`, and of a reply what ReplyRecord has, with the `entries` that it added to the transcript.
     """
 
     id: int
@@ -117,7 +117,7 @@ class Begun:
     """A job that work begins on: the replies that it resumes from, and the seconds that were worked on it before."""
 
     record: JobRecord
-    past: Sequence[Recorded] = ()
+    past: Sequence[ReplyRecord] = ()
     worked_s: float = 0.0
 
 
@@ -208,7 +208,7 @@ class Transaction:
         if self._last_event is not None:
             self._note(events(self._sql, self._last_event, limit=1_000_000))
 
-    def replied(self, id: str, recorded: Recorded, entries: list[dict[str, Any]]) -> None:
+    def replied(self, id: str, recorded: ReplyRecord, entries: list[dict[str, Any]]) -> None:
         """Keep a reply: what the job resumes from."""
         self._event(id, time.time(), "replied", {**recorded.as_json(), "entries": entries})
 
@@ -580,14 +580,14 @@ def events(sql: Connection, after: int = 0, job: str | None = None, limit: int =
     return [JobEvent(id, of, at, kind, json.loads(data)) for id, of, at, kind, data in rows]
 
 
-def past(events: Sequence[JobEvent]) -> list[Recorded]:
+def past(events: Sequence[JobEvent]) -> list[ReplyRecord]:
     """The replies that a job resumes from, in the order in which they were taken, from all its events."""
-    taken: list[Recorded] = []
+    taken: list[ReplyRecord] = []
     for event in events:
         if event.kind == "anew":
             taken.clear()
         elif event.kind == "replied":
-            taken.append(Recorded.from_json(event.data))
+            taken.append(ReplyRecord.from_json(event.data))
     return taken
 
 

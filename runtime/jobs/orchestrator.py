@@ -15,11 +15,13 @@ from typing import ParamSpec, TypeVar
 
 from agents.role import Message, ReplyUnusable, Role, Task, TaskRefused
 from agents.workflow import RoleCall, Unusable, Workflow
-from runtime.engines.base import EngineHandle, GenerateRequest
+from runtime.engines.handle import EngineHandle
+from runtime.engines.request import GenerateRequest
+from runtime.engines.usage import Usage
 from runtime.errors import BudgetSpent, EngineError, InputError, PluginError, RequestRefused
 from runtime.events import CallEnded, JobAdvanced, JobBegunAnew, JobEnded, Listener, RoleReplied, ignore
-from runtime.jobs.job import Job, JobResult, Usage
-from runtime.jobs.recorded import Recorded
+from runtime.jobs.job import Job, JobResult
+from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.team import Seat, Team
 
 STREAM_INTERVAL = 64
@@ -71,7 +73,7 @@ class Orchestrator:
         self._tell = listener
         self._requests = count()
 
-    async def run(self, job: Job, past: Sequence[Recorded] = ()) -> JobResult:
+    async def run(self, job: Job, past: Sequence[ReplyRecord] = ()) -> JobResult:
         """Work one job to its end, going on after the replies that it got before. Cancelling it aborts its open
         requests."""
         clock = asyncio.get_running_loop().time
@@ -105,7 +107,7 @@ class Orchestrator:
         self._tell(JobEnded(job.id, result.answer, result.error, result.elapsed_s))
         return result
 
-    def _begin(self, run: Run, past: Sequence[Recorded]) -> tuple[Workflow, list[RoleCall]]:
+    def _begin(self, run: Run, past: Sequence[ReplyRecord]) -> tuple[Workflow, list[RoleCall]]:
         """The workflow after the replies that the job has, and the calls that are due. From its beginning where they do
         not fit: it is another workflow now, or one that does not do the same twice."""
         for recorded in past:
@@ -125,7 +127,7 @@ class Orchestrator:
         """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
         job = run.job
         self._advanced(job, workflow, "", due)
-        open_calls: dict[asyncio.Task[Recorded], RoleCall] = {}
+        open_calls: dict[asyncio.Task[ReplyRecord], RoleCall] = {}
         try:
             while workflow.outcome is None:
                 if len(due) == 1 and not open_calls:  # the usual case, without a task of its own
@@ -150,10 +152,11 @@ class Orchestrator:
             if open_calls:
                 await asyncio.wait(open_calls)
 
-    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: Recorded) -> list[RoleCall]:
+    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
         known = len(workflow.transcript)
         due = _plugged("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))
-        self._tell(RoleReplied(job.id, recorded, tuple(replace(entry) for entry in workflow.transcript[known:])))
+        entries = tuple(replace(entry) for entry in workflow.transcript[known:])
+        self._tell(RoleReplied(job.id, recorded.number, recorded.seat, recorded.reply, recorded.used, entries))
         self._advanced(job, workflow, call.seat, due)
         return due
 
@@ -161,7 +164,7 @@ class Orchestrator:
         ahead = _plugged("the workflow's ahead()", workflow.ahead)
         self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead))
 
-    async def _ask(self, run: Run, call: RoleCall) -> Recorded:
+    async def _ask(self, run: Run, call: RoleCall) -> ReplyRecord:
         """One request: the role's messages to its engine, the text that comes back to the role."""
         run.check_budget()
         seat = _plugged(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
@@ -175,21 +178,21 @@ class Orchestrator:
             reply = _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
         except ReplyUnusable as error:
             cut = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
-            return Recorded(call.number, seat.name, Unusable(f"{error}{cut}"), used)
-        return Recorded(call.number, seat.name, reply, used)
+            return ReplyRecord(call.number, seat.name, Unusable(f"{error}{cut}"), used)
+        return ReplyRecord(call.number, seat.name, reply, used)
 
     async def _generate(self, job: Job, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
         """The whole reply and why it ended; what it took is added to `usage`, whatever happens."""
         clock = asyncio.get_running_loop().time
         engine = self._engines[seat.engine]
-        asked_s, spent = clock(), engine.account.spent()
+        asked_s, spent = clock(), engine.usage.charged()
         pieces: list[str] = []
         times_s: list[float] = []
         tokens: list[int] = []
         prompt_tokens = 0
         finish: str | None = None
         try:
-            async with aclosing(engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async with aclosing(engine.generate(request)) as chunks:
                 async for chunk in chunks:
                     prompt_tokens = chunk.prompt_tokens
                     pieces.append(chunk.text)
@@ -197,7 +200,7 @@ class Orchestrator:
                     tokens.append(len(chunk.token_ids))
                     finish = chunk.finish
         finally:
-            spent = engine.account.spent() - spent
+            spent = engine.usage.charged() - spent
             price = self._price
             cost = None if price is None else price / 3600 * spent.byte_seconds / engine.limits.device_bytes
             seconds = clock() - asked_s

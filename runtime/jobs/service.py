@@ -20,11 +20,11 @@ from typing import Self, TypeVar
 from runtime.errors import Busy, InputError, JournalError
 from runtime.events import Event, JobBegunAnew, RoleReplied
 from runtime.jobs import journal as store
-from runtime.jobs.feed import ENDS, Feed
+from runtime.jobs.event_stream import ENDS, EventStream
 from runtime.jobs.job import JobResult, JobState, entry_as_json
 from runtime.jobs.journal import Begun, JobEvent, JobRecord, Journal, Transaction
 from runtime.jobs.orchestrator import Orchestrator
-from runtime.jobs.recorded import Recorded
+from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.submission import Submission
 from runtime.jobs.team import Team
 
@@ -53,11 +53,11 @@ class JobService:
     """An async context manager over the journal of jobs. Jobs are accepted from the moment it is entered, and worked
     from `use` on. Leaving it stops what is under way; the next start goes on with that."""
 
-    feed: Feed
+    feed: EventStream
 
     def __init__(self, path: Path, team: Team, keeping: Keeping | None = None) -> None:
         self.journal = Journal(path, self._committed)
-        self.feed = Feed(self.journal)
+        self.feed = EventStream(self.journal)
         self.draining = False
         self._team = team
         self._keeping = keeping or Keeping()
@@ -155,7 +155,9 @@ class JobService:
         """A listener of the orchestrator: replies go to the journal as they come."""
         match event:
             case RoleReplied() if event.job in self._running:
-                self.journal.post(partial(_keep, event.job, event.recorded, [entry_as_json(e) for e in event.entries]))
+                self.journal.post(
+                    partial(_keep, event.job, ReplyRecord.of(event), [entry_as_json(e) for e in event.entries])
+                )
             case JobBegunAnew() if event.job in self._running:
                 self.journal.post(lambda transaction: transaction.anew(event.job))
 
@@ -300,7 +302,7 @@ class JobService:
             await asyncio.sleep(FOREIGN_EVERY_S)
 
 
-def _keep(id: str, recorded: Recorded, entries: list[dict[str, object]], transaction: Transaction) -> None:
+def _keep(id: str, recorded: ReplyRecord, entries: list[dict[str, object]], transaction: Transaction) -> None:
     transaction.replied(id, recorded, entries)
 
 

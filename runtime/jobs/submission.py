@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError
 
 from agents.role import Value, explain
-from runtime.engines.base import PRIORITY
+from runtime.engines.request import PRIORITY
 from runtime.errors import InputError
 from runtime.jobs.job import Job
 from runtime.jobs.team import PROBLEM_MAX_CHARACTERS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from agents import registry, template_role
+from agents import registry, yaml_role
 from agents.role import Role, Sampling, Task, TaskRefused, Value, explain
 from agents.workflow import Workflow
 from runtime.config import Config, Member, is_role_file, read_yaml
@@ -120,8 +120,8 @@ def _role(config: Config, seat: str, member: Member) -> Role:
     if is_role_file(member.role):
         path = Path(member.role)
         try:
-            return template_role.from_mapping(read_yaml(path), str(path))
-        except (ConfigError, template_role.SpecError) as error:
+            return yaml_role.from_mapping(read_yaml(path), str(path))
+        except (ConfigError, yaml_role.SpecError) as error:
             raise ConfigError(f"{place}: {error}") from None
     try:
         return registry.find_role(member.role)()

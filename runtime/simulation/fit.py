@@ -6,13 +6,15 @@ The calls are those that the team makes, recorded from jobs; each engine answers
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 
-from runtime.engines.account import Account
-from runtime.engines.base import Chunk, EngineHandle, EngineLimits, EngineStats, GenerateRequest, Grant, ResizeOutcome
+from runtime.engines.grant import EngineLimits, Grant, ResizeOutcome
+from runtime.engines.handle import EngineHandle, EngineStats
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.usage import UsageMeter
 from runtime.jobs.batch import work_all
 from runtime.jobs.job import Job
 from runtime.jobs.orchestrator import Orchestrator
@@ -39,11 +41,11 @@ class Recording(EngineHandle):
 
     def __init__(self, engine: EngineHandle) -> None:
         self.name = engine.name
-        self.account: Account = engine.account
+        self.usage: UsageMeter = engine.usage
         self.requests: list[GenerateRequest] = []
         self._engine = engine
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
         return self._engine.generate(request)
 
@@ -111,7 +113,7 @@ async def _measure(engine: EngineHandle, requests: Sequence[GenerateRequest], se
         nonlocal tokens
         for request in due:
             again = replace(request, request_id=f"fit-{sequences}-{next(numbers)}-{id(due)}")
-            async with aclosing(engine.generate(again)) as chunks:  # type: ignore[type-var]
+            async with aclosing(engine.generate(again)) as chunks:
                 async for chunk in chunks:
                     tokens += len(chunk.token_ids)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from runtime.config import Control, Section, read_yaml
-from runtime.engines.base import EngineHandle, Grant
 from runtime.engines.fake import FakeEngine, FakeMemory, Processor, Script, ServiceTime
+from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineHandle
 from runtime.engines.ledger import Ledger
 from runtime.engines.sharing import Sharing
 from runtime.errors import ConfigError

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
-from runtime.daemon import DaemonExecutor
+from runtime.daemon_thread import DaemonExecutor
 from runtime.telemetry import nvml
 from runtime.telemetry.host import HostSource
 from runtime.telemetry.nvml import NvmlSource

@@ -12,18 +12,11 @@ import pytest_asyncio
 
 from agents.role import Message
 from runtime.engines import sharing
-from runtime.engines.base import (
-    Applied,
-    Deferred,
-    EngineHandle,
-    EngineSpec,
-    EngineState,
-    GenerateRequest,
-    Grant,
-    Rejected,
-    Superseded,
-)
 from runtime.engines.fleet import Fleet
+from runtime.engines.grant import Applied, Deferred, Grant, Rejected, Superseded
+from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.request import GenerateRequest
+from runtime.engines.spec import EngineSpec
 from runtime.engines.supervised import Patience
 from runtime.errors import EngineError, RequestQuarantined
 from runtime.events import EngineChanged, Event
@@ -65,7 +58,9 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
     patience = Patience(hang_s=15, restarts=100, backoff_s=(0,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "ANSWER_S", 60)  # on a busy machine an engine is slow, and not silent
-        async with Fleet(specs, folder / "logs", events.append, DEVICE, patience) as running:
+        async with Fleet(
+            specs, folder / "logs", lambda *change: events.append(EngineChanged(*change)), DEVICE, patience
+        ) as running:
             yield running
 
 
@@ -189,7 +184,7 @@ async def test_usage_follows_the_live_capacity(fleet: Fleet) -> None:
     for _ in range(5):
         await anext(stream)
     assert engine.stats().kv_cache_usage < narrow / 4
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
 
 
 async def test_at_its_floor_an_engine_still_serves_its_longest_request(fleet: Fleet) -> None:

@@ -15,8 +15,10 @@ from agents.arithmetic import oracle, sampling, scratchpad
 from agents.critic import Critic
 from agents.role import CritiqueTask, Message, Step, read_json
 from runtime import config
-from runtime.engines.base import EngineSpec, EngineState, GenerateRequest
 from runtime.engines.fleet import Fleet
+from runtime.engines.handle import EngineState
+from runtime.engines.request import GenerateRequest
+from runtime.engines.spec import EngineSpec
 from runtime.errors import EngineDead, EngineError, RequestRefused
 from runtime.events import EngineChanged, Event
 from scripts.tiny_model import write_chat_model
@@ -38,7 +40,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
     chat = EngineSpec(model=str(write_chat_model(folder / "chat")), max_model_len=10_000, dtype="float32",
                       enforce_eager=True, kv_cache_memory_bytes=ByteSize(64 << 20))  # fmt: skip
     specs = {"solver": config.load("embedded").engines["solver"], "chat": chat}
-    async with Fleet(specs, folder / "logs", events.append, 2 << 30) as running:
+    async with Fleet(specs, folder / "logs", lambda *change: events.append(EngineChanged(*change)), 2 << 30) as running:
         yield running
 
 
@@ -100,7 +102,7 @@ async def test_closing_a_stream_early_frees_its_place(fleet: Fleet) -> None:
     stream = engine.generate(request("hello", max_tokens=1500, temperature=1.0))
     await anext(stream)
     assert engine.stats().running == 1
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     await text(fleet, "chat", request("hello", max_tokens=2))
     assert engine.stats().running == 0
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from agents.arithmetic import oracle
 from runtime import config
-from runtime.engines.base import EngineHandle, GenerateRequest
 from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.handle import EngineHandle
+from runtime.engines.request import GenerateRequest
 from runtime.jobs.team import Team, assemble
 
 Slip = Callable[[str, random.Random], str]

@@ -8,9 +8,9 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from runtime.engines import reports
-from runtime.engines.base import EngineState
+from runtime.engines import startup_reports
 from runtime.engines.elastic import core
+from runtime.engines.handle import EngineState
 
 
 class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
@@ -33,7 +33,7 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
                 # seconds for all who wait, and no reply where there is none.
                 torch.compiler.set_stance("force_eager")
         os.environ["TMPDIR"] = tempfile.tempdir = told["temporary"]
-        reports.send(Path(told["temporary"]), told["name"], EngineState.LOADING)
+        startup_reports.send(Path(told["temporary"]), told["name"], EngineState.LOADING)
         core.install()
         super()._init_executor()
-        reports.send(Path(told["temporary"]), told["name"], EngineState.LOADED)
+        startup_reports.send(Path(told["temporary"]), told["name"], EngineState.LOADED)

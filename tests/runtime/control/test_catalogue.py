@@ -7,8 +7,8 @@ import pytest
 
 from runtime.config import Control, PolicyChoice
 from runtime.control import catalogue
+from runtime.control.contained_policy import ContainedPolicies
 from runtime.errors import ConfigError, PluginError
-from runtime.session import Guards
 from tests.plugins import lay_out
 from tests.runtime.control.views import sizes, snapshot, view
 
@@ -82,15 +82,15 @@ def test_a_broken_one_is_named(name: str, says: str) -> None:
 def test_a_configuration_s_policies_are_made_before_any_engine() -> None:
     choice = PolicyChoice(name="nothing")
     with pytest.raises(ConfigError, match=r"control\.shadow\.name: no policy is named 'nothing'"):
-        Guards(Control(shadow=choice), threads=False)
+        ContainedPolicies(Control().policy, choice, threads=False)
 
 
 async def test_a_third_partys_policy_is_given_up_on_and_ours_need_no_thread() -> None:
     seen = snapshot(view("a"), view("b"))
-    guards = Guards(Control())
+    policies = ContainedPolicies(Control().policy)
     threads = threading.active_count()
-    assert (await guards.policy.decide(seen)).fault is None
+    assert (await policies.policy.decide(seen)).fault is None
     assert threading.active_count() == threads
-    endless = guards.guard(PolicyChoice(name="endless"))
+    endless = policies.contain(PolicyChoice(name="endless"))
     assert (await endless.decide(seen)).fault == "policy endless took more than 0.5 s"
-    guards.close()
+    policies.__exit__()

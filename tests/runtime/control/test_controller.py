@@ -11,16 +11,18 @@ import pytest
 
 from agents.role import Message, Value
 from runtime.control import catalogue
+from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import BURST, Controller
 from runtime.control.decision_log import Record
 from runtime.control.forecast import Forecast
-from runtime.control.guard import Guard
-from runtime.control.observer import Observer, Terms
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
-from runtime.engines.base import EngineHandle, EngineState, GenerateRequest, Grant, ResizeOutcome
+from runtime.control.snapshotter import Snapshotter, Terms
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
+from runtime.engines.grant import Grant, ResizeOutcome
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger
+from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import InputError, TroupeError
@@ -101,9 +103,9 @@ async def rig(
     rig.controller = Controller(
         rig.handles,
         rig.sharing,
-        Observer(rig.handles, rig.forecast, {"b": Terms(priority=2)}, lambda: rig.reading),
-        Guard("chosen", chosen),
-        shadow=Guard(shadow, catalogue.make(shadow)) if shadow else None,
+        Snapshotter(rig.handles, rig.forecast, {"b": Terms(priority=2)}, lambda: rig.reading),
+        ContainedPolicy("chosen", chosen),
+        shadow=ContainedPolicy(shadow, catalogue.make(shadow)) if shadow else None,
         publish=rig.records.append,
         **options,
     )
@@ -280,7 +282,7 @@ async def test_a_policy_that_raises_leaves_the_last_grants_and_is_named() -> Non
         await asyncio.sleep(0.5)
         assert at.share("b") == 0.3
         at.controller.unpin("b")
-        at.controller.use(Guard("waterfill", catalogue.make("waterfill")))
+        at.controller.use(ContainedPolicy("waterfill", catalogue.make("waterfill")))
         work = asyncio.create_task(at.keep_busy("a"))
         await asyncio.sleep(0.5)
         assert at.share("a") > 0.6
@@ -339,7 +341,7 @@ async def test_pause_pin_and_another_policy_while_it_runs() -> None:
         at.controller.resume()
         await asyncio.sleep(0.5)
         assert at.share("b") < 0.15
-        at.controller.use(Guard("static", catalogue.make("static")))
+        at.controller.use(ContainedPolicy("static", catalogue.make("static")))
         await asyncio.sleep(1)
         assert (at.share("a"), at.share("b")) == (0.4, 0.4)
         assert at.controller.policy == at.records[-1].policy == "static"

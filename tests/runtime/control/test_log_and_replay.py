@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from runtime.control import catalogue, decision_log
+from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.decision_log import DecisionLog, Outcome, Record
-from runtime.control.guard import Guard
 from runtime.control.policy import Decision, Reasons
 from runtime.control.replay import Replay
-from runtime.engines.base import Applied, Grant, Rejected
+from runtime.engines.grant import Applied, Grant, Rejected
 from runtime.errors import InputError, TroupeError
 from tests.runtime.control.views import snapshot, view
 
@@ -84,10 +84,10 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 async def test_the_same_policy_never_differs_and_another_does(tmp_path: Path) -> None:
     records = [record(), record(busy=0), Record("static", "tick", snapshot(view("a")), None, fault="it raised")]
-    same = Replay(Guard("static", catalogue.make("static")))
+    same = Replay(ContainedPolicy("static", catalogue.make("static")))
     assert await same.over(records) == []
     assert (same.records, same.differing, same.without_a_decision) == (3, 0, 1)
-    other = Replay(Guard("round_robin", catalogue.make("round_robin")))
+    other = Replay(ContainedPolicy("round_robin", catalogue.make("round_robin")))
     differences = await other.over(records)
     assert [(d.record, d.engine) for d in differences] == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
     assert other.differing == 2

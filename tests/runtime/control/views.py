@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from runtime.control.snapshot import EngineView, Snapshot
-from runtime.engines.base import EngineLimits, Grant
+from runtime.engines.grant import EngineLimits, Grant
 
 MIB = 1 << 20
 LIMITS = EngineLimits(

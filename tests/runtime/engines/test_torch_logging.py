@@ -9,9 +9,9 @@ import logging
 import sys
 from pathlib import Path
 
-from runtime import run_folder
+from runtime import logs
 
-run_folder.log_to(Path(sys.argv[1]))
+logs.log_to(Path(sys.argv[1]))
 from runtime.engines import torch_logging
 
 torch_logging.propagate()

@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample import logit_bias
 
 from runtime.engines import vllm_engine
-from runtime.engines.base import GenerateRequest
+from runtime.engines.request import GenerateRequest
 from runtime.errors import RequestRefused
 
 LENGTH = 512

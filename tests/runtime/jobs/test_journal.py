@@ -12,19 +12,20 @@ import pytest
 
 from agents.role import Plan, Solution, Step, Verdict
 from agents.workflow import Unusable
+from runtime.engines.usage import Usage
 from runtime.errors import JournalError
 from runtime.jobs import journal as store
-from runtime.jobs.job import TRANSITIONS, JobState, Usage
+from runtime.jobs.job import TRANSITIONS, JobState
 from runtime.jobs.journal import Begun, JobEvent, Journal, Transaction
-from runtime.jobs.recorded import Recorded
+from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.submission import Submission
 
 ASKED = Submission(problem="1+1", idempotency_key="k", priority=3, expected="2")
 REPLIES = (
-    Recorded(1, "planner", Plan(steps=(Step(name="A", instruction="1+1"),), answer_step="A"), Usage(5, 6, 0.5)),
-    Recorded(2, "solver", Unusable("not a number"), Usage(1, 1)),
-    Recorded(3, "solver", Solution(result="2", work="|"), Usage(1, 1)),
-    Recorded(4, "critic", Verdict(accepted=True, reason="so"), Usage(1, 1, cost=0.5)),
+    ReplyRecord(1, "planner", Plan(steps=(Step(name="A", instruction="1+1"),), answer_step="A"), Usage(5, 6, 0.5)),
+    ReplyRecord(2, "solver", Unusable("not a number"), Usage(1, 1)),
+    ReplyRecord(3, "solver", Solution(result="2", work="|"), Usage(1, 1)),
+    ReplyRecord(4, "critic", Verdict(accepted=True, reason="so"), Usage(1, 1, cost=0.5)),
 )
 
 

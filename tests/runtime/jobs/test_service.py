@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 
 from agents.workflow import Unusable
-from runtime.engines.base import EngineHandle, GenerateRequest
 from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.handle import EngineHandle
+from runtime.engines.request import GenerateRequest
 from runtime.engines.supervised import SupervisedEngine
+from runtime.engines.usage import Usage
 from runtime.errors import Busy, EngineError, InputError, JournalError
 from runtime.jobs import journal as store
-from runtime.jobs.job import JobState, Usage
+from runtime.jobs.job import JobState
 from runtime.jobs.journal import JobRecord, Transaction
 from runtime.jobs.orchestrator import Orchestrator
-from runtime.jobs.recorded import Recorded
+from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.service import JobService, Keeping
 from runtime.jobs.submission import Submission
 from tests.runtime.fakes import embedded_team, engines
@@ -382,7 +384,7 @@ async def test_a_job_under_way_when_the_service_stops_is_worked_by_the_next(tmp_
         record, _ = await jobs.submit(PROBLEM)
         await until(lambda: slow.stats().running > 0)
         await planner.close()
-        await until(lambda: planner.account.in_flight == 0)
+        await until(lambda: planner.usage.in_flight == 0)
     async with service(tmp_path) as jobs:
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
@@ -515,7 +517,7 @@ async def test_a_time_budget_counts_the_work_before_a_restart(tmp_path: Path, mo
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"time_s": 60}))
         await jobs.journal.write(lambda t: t.begin(record.id))
-        reply = Recorded(1, "planner", Unusable("no plan"), Usage())
+        reply = ReplyRecord(1, "planner", Unusable("no plan"), Usage())
         now = time.time
         monkeypatch.setattr("runtime.jobs.journal.time.time", lambda: now() + 59.9)
         await jobs.journal.write(lambda t: t.replied(record.id, reply, []))
@@ -528,7 +530,7 @@ KILLED = """
 import asyncio, sys
 from pathlib import Path
 from runtime.jobs.orchestrator import Orchestrator
-from runtime.jobs.recorded import Recorded
+from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.service import JobService
 from runtime.jobs.submission import Submission
 from tests.runtime.fakes import embedded_team, engines

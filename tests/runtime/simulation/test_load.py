@@ -3,7 +3,7 @@
 import asyncio
 
 from agents.role import Message
-from runtime.engines.base import GenerateRequest
+from runtime.engines.request import GenerateRequest
 from runtime.simulation import load, virtual_time
 from runtime.simulation.load import EngineModel, Model
 

@@ -215,7 +215,7 @@ OBSERVE = """
 import asyncio, json, sys
 from dataclasses import asdict, replace
 from runtime.control.forecast import Forecast
-from runtime.control.observer import Observer
+from runtime.control.snapshotter import Observer
 from runtime.engines.base import Grant
 from runtime.engines.fake import FakeEngine, FakeMemory
 from runtime.telemetry.nvml import NvmlSource

@@ -1,0 +1,271 @@
+"""A role without code: a prompt template and a reply schema, from a mapping such as a YAML file holds.
+
+    name: proof-reader
+    task: critique                      # plan, solve, critique or answer
+    system: You are a careful reader.   # optional, taken as it is
+    prompt: |
+      Step: {step}
+      Its result: {result}
+      Reply in JSON: {{"accepted": true or false, "reason": "..."}}
+    reply:
+      type: object
+      properties: {accepted: {type: boolean}, reason: {type: string}}
+      required: [accepted]
+    sampling: {temperature: 0.2}        # optional
+
+Owns the placeholders of each kind of task and what its reply has to hold. Refuses, when the mapping is read, whatever
+could only fail later: an unknown placeholder, a schema whose replies would not make a plan, result, verdict or answer.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any, ClassVar, Literal
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, best_match
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from agents.names import nearest
+from agents.role import (
+    TASKS,
+    Answer,
+    AnswerTask,
+    CritiqueTask,
+    Message,
+    Plan,
+    PlanTask,
+    Reply,
+    ReplyUnusable,
+    Role,
+    Sampling,
+    Solution,
+    SolveTask,
+    Step,
+    Task,
+    Value,
+    Verdict,
+    explain,
+    read_json,
+)
+from agents.solver import results_so_far
+
+
+class SpecError(ValueError):
+    """A mapping is no role; a line for each fault, with the place, the key and what would be right."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a kind of task offers to a prompt, and what its reply has to hold: JSON schemas by property."""
+
+    placeholders: tuple[str, ...]
+    essential: str
+    required: Mapping[str, Mapping[str, Any]]
+    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_TEXT = {"type": "string"}
+_KINDS: Mapping[str, _Kind] = {
+    "plan": _Kind(("problem",), "problem", {"steps": {"type": "array", "items": _TEXT}}),
+    "solve": _Kind(("problem", "step", "results", "feedback"), "step", {"result": _TEXT}, {"work": _TEXT}),
+    "critique": _Kind(
+        ("problem", "step", "result", "results"), "result", {"accepted": {"type": "boolean"}}, {"reason": _TEXT}
+    ),
+    "answer": _Kind(("problem", "steps", "results"), "problem", {"answer": _TEXT}),
+}
+
+
+_BRACES = "a brace that belongs to the text is written twice, {{ and }}"
+
+
+class TemplateSpec(Value):
+    """A role as written: see the module for an example."""
+
+    name: str = Field(min_length=1)
+    task: Literal["plan", "solve", "critique", "answer"]
+    system: str | None = Field(default=None, min_length=1)
+    prompt: str = Field(min_length=1)
+    reply: dict[str, Any]
+    sampling: Sampling = Sampling()
+
+    @field_validator("system", "prompt", "reply")
+    @classmethod
+    def _fits(cls, value: Any, info: ValidationInfo) -> Any:
+        checks: Mapping[str | None, Callable[[Any, _Kind], Iterator[str]]] = {
+            "system": _system_faults,
+            "prompt": _prompt_faults,
+            "reply": _reply_faults,
+        }
+        kind = _KINDS.get(info.data.get("task", ""))
+        if kind and (faults := list(checks[info.field_name](value, kind))):
+            raise ValueError("; ".join(faults))
+        return value
+
+
+class YamlRole(Role):
+    """A role that a TemplateSpec describes; `role_class` makes one."""
+
+    spec: ClassVar[TemplateSpec]
+
+    def messages(self, task: Task) -> list[Message]:
+        system = [Message("system", self.spec.system)] if self.spec.system else []
+        return [*system, Message("user", self.spec.prompt.format_map(_filled(task)))]
+
+    def schema(self, task: Task) -> dict[str, Any]:
+        return self.spec.reply
+
+    def parse(self, text: str, task: Task) -> Reply:
+        form = read_json(text)
+        fault = best_match(Draft202012Validator(self.spec.reply).iter_errors(form))
+        if fault is not None:
+            raise ReplyUnusable(f"{fault.json_path.replace('$', 'the reply', 1)}: {fault.message}")
+        try:
+            return _read(form, task)
+        except ValidationError as error:
+            raise ReplyUnusable(explain(error)) from None
+
+
+def from_mapping(mapping: object, place: str) -> YamlRole:
+    """The role in a mapping read from `place`, such as a file. Raises SpecError."""
+    return role_class(parse_spec(mapping, place))()
+
+
+def parse_spec(mapping: object, place: str) -> TemplateSpec:
+    """The specification in a mapping read from `place`, such as a file. Raises SpecError with every fault."""
+    keys = ", ".join(TemplateSpec.model_fields)
+    if not isinstance(mapping, dict):
+        raise SpecError(f"{place}: a role is a mapping with the keys {keys}, not a {type(mapping).__name__}")
+    try:
+        return TemplateSpec.model_validate(mapping)
+    except ValidationError as error:
+        raise SpecError("\n".join(f"{place}: {_complaint(e)}" for e in error.errors())) from None
+
+
+def role_class(given: TemplateSpec) -> type[YamlRole]:
+    """The class of the role that a specification describes; made without arguments, like any role."""
+
+    class Described(YamlRole):
+        __doc__ = f"The {given.task} role {given.name!r}, from a template."
+        spec = given
+        takes = (TASKS[given.task],)
+        sampling = given.sampling
+
+    return Described
+
+
+def _filled(task: Task) -> dict[str, str]:
+    """What stands for each placeholder of the task; results and steps a line each."""
+    match task:
+        case PlanTask():
+            return {"problem": task.problem}
+        case SolveTask():
+            results = "\n".join(results_so_far(task.results))
+            step = task.step.instruction
+            return {"problem": task.problem, "step": step, "results": results, "feedback": task.feedback}
+        case CritiqueTask():
+            results = "\n".join(results_so_far(task.results))
+            step = task.step.instruction
+            return {"problem": task.problem, "step": step, "result": task.result, "results": results}
+        case AnswerTask():
+            steps = "\n".join(f"Step {step.name}: {step.instruction}" for step in task.steps)
+            results = "\n".join(results_so_far(task.results, task.steps))
+            return {"problem": task.problem, "steps": steps, "results": results}
+
+
+def _read(form: Mapping[str, Any], task: Task) -> Reply:
+    """The typed reply in a form that its schema has passed. Raises ValidationError, for an empty text."""
+    match task:
+        case PlanTask():
+            names = [str(number) for number in range(1, len(form["steps"]) + 1)]
+            steps = zip(names, form["steps"], strict=True)
+            return Plan(
+                steps=tuple(Step(name=n, instruction=text, needs=tuple(names[: int(n) - 1])) for n, text in steps)
+            )
+        case SolveTask():
+            return Solution(result=form["result"], work=form.get("work", ""))
+        case CritiqueTask():
+            return Verdict(accepted=form["accepted"], reason=form.get("reason", ""))
+        case AnswerTask():
+            return Answer(answer=form["answer"])
+
+
+def _system_faults(text: str | None, kind: _Kind) -> Iterator[str]:
+    for name in re.findall(rf"(?<!\{{)\{{({'|'.join(kind.placeholders)})\}}", text or ""):
+        yield f"{{{name}}} is not filled in here; write it in prompt"
+
+
+def _prompt_faults(text: str, kind: _Kind) -> Iterator[str]:
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        yield f"{error}; {_BRACES}"
+        return
+    found = [(name, style or conversion) for _, name, style, conversion in parts if name is not None]
+    for name, style in found:
+        if name in kind.placeholders:
+            if style:
+                yield f"{{{name}}} takes no format or conversion; write {{{name}}}"
+        elif name.isidentifier():
+            yield f"{{{name}}} is no placeholder of this task; {nearest(name, kind.placeholders)}"
+        else:
+            yield f"{{{name}}} is no placeholder; known: {', '.join(kind.placeholders)}; {_BRACES}"
+    if kind.essential not in [name for name, _ in found]:
+        yield f"{{{kind.essential}}} is missing, without which the model does not see what to work on"
+
+
+def _reply_faults(schema: dict[str, Any], kind: _Kind) -> Iterator[str]:
+    if fault := _schema_fault(schema):
+        yield fault
+        return
+    properties = schema.get("properties", {})
+    for name, needed in {**kind.required, **kind.optional}.items():
+        if name in properties and not _is(properties[name], needed):
+            yield f"properties.{name} has to be {json.dumps(needed)}, with limits of its own where wanted"
+    for name, needed in kind.required.items():
+        if name not in properties:
+            yield f"properties.{name} is missing: {json.dumps(needed)}"
+        if name not in schema.get("required", ()):
+            yield f"required has to name {name}"
+
+
+def _schema_fault(schema: dict[str, Any]) -> str | None:
+    """What keeps a reply schema from being one at all: no JSON, no valid schema, not of an object, not in one piece."""
+    try:
+        text = json.dumps(schema)
+        if json.loads(text) != schema:
+            return "it holds what JSON does not: in YAML, quote words such as yes, no, on and dates"
+        Draft202012Validator.check_schema(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    except SchemaError as error:
+        return f"no valid JSON schema: {error.message} at {error.json_path.replace('$', 'reply', 1)}"
+    except (TypeError, ValueError) as error:
+        return f"no JSON: {error}"
+    if schema.get("type") != "object":
+        return "type has to be object"
+    if '"$ref": "' in text or '"$dynamicRef": "' in text:
+        return "$ref is not followed here: write the schema in one piece"
+    return None
+
+
+def _is(schema: object, needed: Mapping[str, Any]) -> bool:
+    if not isinstance(schema, dict) or schema.get("type") != needed["type"]:
+        return False
+    return "items" not in needed or _is(schema.get("items"), needed["items"])
+
+
+def _complaint(error: ErrorDetails) -> str:
+    """One fault: the key, what is wrong with it, and what would be right."""
+    key = ".".join(map(str, error["loc"]))
+    match error["type"]:
+        case "extra_forbidden":
+            known = Sampling.model_fields if len(error["loc"]) > 1 else TemplateSpec.model_fields
+            return f"{key}: no such key; {nearest(str(error['loc'][-1]), known)}"
+        case "missing":
+            return f"{key}: is missing"
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}"
+        case _:
+            return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

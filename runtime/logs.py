@@ -1,0 +1,16 @@
+"""The logging of a command: to a file in its run folder, and not to the user's screen."""
+
+import logging
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+LOG_BYTES = 64 << 20
+"""At this size troupe.log is renamed to troupe.log.1, replacing the previous troupe.log.1."""
+
+
+def log_to(folder: Path) -> None:
+    """Send this process's logs, vLLM's included, to `troupe.log` in the folder."""
+    handler = RotatingFileHandler(folder / "troupe.log", maxBytes=LOG_BYTES, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)

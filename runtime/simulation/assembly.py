@@ -1,0 +1,51 @@
+"""A team over modelled engines in real time: a service without vLLM, to try clients on and to measure all but the
+engines."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from agents.arithmetic import oracle
+from runtime.assembly import Publish, RunningTeam
+from runtime.config import SHIPPED, Config
+from runtime.control.contained_policy import ContainedPolicies
+from runtime.engines.handle import EngineState
+from runtime.engines.request import GenerateRequest
+from runtime.events import EngineChanged, Listener, ignore
+from runtime.jobs.team import Team
+from runtime.simulation import load
+
+KV_CACHE_BYTES = 64 << 20
+MODEL = SHIPPED / "simulation" / "embedded.yaml"
+
+
+@asynccontextmanager
+async def start_modelled_team(
+    config: Config,
+    team: Team,
+    listener: Listener = ignore,
+    publish: Publish = lambda record: None,
+    time_scale: float = 1,
+    model: Path = MODEL,
+) -> AsyncIterator[RunningTeam]:
+    """The embedded team, whose engines reply as flawless ones would; `time_scale` 0 at once."""
+    constants = load.read(model)
+    scripts = dict.fromkeys(constants.engines, _reply)
+    async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale) as (engines, sharing):
+        with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
+            running = RunningTeam(team, engines, sharing, config.control, policies, listener=listener, publish=publish)
+            for name in engines:
+                listener(EngineChanged(name, EngineState.READY, 0.0))
+            async with running.controller:
+                yield running
+
+
+def _reply(request: GenerateRequest) -> str:
+    """The oracle's reply to a role's chat; to anything else its own words."""
+    if request.prompt is not None:
+        return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt))
+    said = request.messages[-1].content
+    try:
+        return oracle.reply(said)
+    except (ValueError, LookupError, SyntaxError, AssertionError):
+        return said

@@ -1,0 +1,224 @@
+"""Roles from a mapping: each kind of task works, and every fault is told with its place, key and remedy."""
+
+import json
+import textwrap
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from agents import yaml_role
+from agents.check_role import check_role
+from agents.role import (
+    TASKS,
+    Answer,
+    AnswerTask,
+    CritiqueTask,
+    Message,
+    Plan,
+    PlanTask,
+    ReplyUnusable,
+    Sampling,
+    Solution,
+    SolveTask,
+    Step,
+    Verdict,
+)
+from agents.yaml_role import SpecError, TemplateSpec, from_mapping, parse_spec
+
+TEXT = {"type": "string"}
+STEP = Step(name="2", instruction="Add 20 and 65.", needs=("1",))
+
+
+def reply(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def spec(task: str, **changes: Any) -> dict[str, Any]:
+    """A faultless role for each kind of task."""
+    prompts = {
+        "plan": "Split {problem}",
+        "solve": "{problem}\n{results}\nDo: {step}\n{feedback}",
+        "critique": "{problem}\n{results}\n{step} gave {result}",
+        "answer": "{problem}\n{steps}\n{results}",
+    }
+    replies = {
+        "plan": reply(steps={"type": "array", "items": TEXT}),
+        "solve": reply(result=TEXT, work=TEXT),
+        "critique": reply(accepted={"type": "boolean"}, reason=TEXT),
+        "answer": reply(answer=TEXT),
+    }
+    return {"name": "mine", "task": task, "prompt": prompts[task], "reply": replies[task], **changes}
+
+
+def faults(mapping: object) -> str:
+    with pytest.raises(SpecError) as raised:
+        parse_spec(mapping, "mine.yaml")
+    assert all(line.startswith("mine.yaml: ") for line in str(raised.value).splitlines())
+    return str(raised.value)
+
+
+def test_the_kinds_of_task_are_those_of_the_contract() -> None:
+    assert set(get_args(TemplateSpec.model_fields["task"].annotation)) == TASKS.keys()
+
+
+def test_the_module_s_example_is_a_role() -> None:
+    lines = [line for line in (yaml_role.__doc__ or "").splitlines() if line.startswith("    ")]
+    role = from_mapping(yaml.safe_load(textwrap.dedent("\n".join(lines))), "example")
+    assert role.takes == (CritiqueTask,)
+    assert role.sampling == Sampling(temperature=0.2)
+    assert check_role(role) == []
+    assert role.messages(CritiqueTask("p", STEP, "85"))[1].content.endswith(
+        '{"accepted": true or false, "reason": "..."}\n'
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_role_of_every_kind_keeps_the_contract(task: str) -> None:
+    role = from_mapping(spec(task), "mine.yaml")
+    assert role.takes == (TASKS[task],)
+    assert check_role(role) == []
+    assert type(role)().spec.name == "mine"
+
+
+def test_two_templates_do_not_share_anything() -> None:
+    plan, answer = from_mapping(spec("plan"), "a"), from_mapping(spec("answer", sampling={"max_tokens": 7}), "b")
+    assert plan.takes == (PlanTask,)
+    assert answer.takes == (AnswerTask,)
+    assert plan.sampling == Sampling()
+    assert answer.sampling.max_tokens == 7
+
+
+def test_the_prompt_is_filled_and_the_system_message_taken_as_it_is() -> None:
+    role = from_mapping(spec("solve", system='Reply {"result": ...}'), "mine.yaml")
+    task = SolveTask("How long?", STEP, {"1": "20"}, "off by one")
+    assert role.messages(task) == [
+        Message("system", 'Reply {"result": ...}'),
+        Message("user", "How long?\nResult of step 1: 20\nDo: Add 20 and 65.\noff by one"),
+    ]
+    end = AnswerTask("How long?", (STEP,), {"2": "85"})
+    assert from_mapping(spec("answer"), "mine.yaml").messages(end) == [
+        Message("user", "How long?\nStep 2: Add 20 and 65.\nResult of step 2 (Add 20 and 65.): 85")
+    ]
+    judged = CritiqueTask("How long?", STEP, "85", {"1": "20"})
+    assert from_mapping(spec("critique"), "mine.yaml").messages(judged) == [
+        Message("user", "How long?\nResult of step 1: 20\nAdd 20 and 65. gave 85")
+    ]
+
+
+def test_what_a_problem_holds_is_not_read_as_a_template() -> None:
+    problem = "{step} {0} {problem.__class__} }{"
+    assert from_mapping(spec("plan"), "mine.yaml").messages(PlanTask(problem)) == [Message("user", f"Split {problem}")]
+
+
+def test_replies_become_typed() -> None:
+    def parse(task: Any, form: dict[str, Any]) -> Any:
+        kind = next(name for name, known in TASKS.items() if isinstance(task, known))
+        return from_mapping(spec(kind), "mine.yaml").parse(json.dumps(form), task)
+
+    assert parse(PlanTask("p"), {"steps": ["one", "two", "three"]}) == Plan(
+        steps=(
+            Step(name="1", instruction="one"),
+            Step(name="2", instruction="two", needs=("1",)),
+            Step(name="3", instruction="three", needs=("1", "2")),
+        )
+    )
+    assert parse(SolveTask("p", STEP), {"result": "85", "work": "20+65"}) == Solution(result="85", work="20+65")
+    assert parse(CritiqueTask("p", STEP, "85"), {"accepted": False, "reason": "no"}) == Verdict(
+        accepted=False, reason="no"
+    )
+    assert parse(AnswerTask("p"), {"answer": "85"}) == Answer(answer="85")
+
+
+def test_optional_properties_may_be_missing_and_others_are_ignored() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"accepted": {"type": "boolean"}, "check": TEXT},
+        "required": ["accepted"],
+    }
+    role = from_mapping(spec("critique", reply=schema), "mine.yaml")
+    assert role.parse('{"check": "65+20", "accepted": true}', CritiqueTask("p", STEP, "85")) == Verdict(accepted=True)
+    assert role.schema(CritiqueTask("p", STEP, "85")) == schema
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "not JSON"),
+        ("}{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "the reply: \\[\\] is not of type 'object'"),
+        ('{"result": 85, "work": ""}', "the reply.result: 85 is not of type 'string'"),
+        ('{"work": ""}', "'result' is a required property"),
+        ('{"result": "", "work": ""}', "result: string should have at least 1 character"),
+    ],
+)
+def test_a_reply_that_does_not_fit_is_unusable(text: str, why: str) -> None:
+    with pytest.raises(ReplyUnusable, match=why):
+        from_mapping(spec("solve"), "mine.yaml").parse(text, SolveTask("p", STEP))
+
+
+def test_an_empty_plan_is_unusable() -> None:
+    for text in ('{"steps": []}', '{"steps": [""]}'):
+        with pytest.raises(ReplyUnusable, match=r"steps|instruction"):
+            from_mapping(spec("plan"), "mine.yaml").parse(text, PlanTask("p"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"promt": "x"}, "promt: no such key; did you mean prompt? known: name, task, system, prompt, reply, sampling"),
+        ({"task": "solv"}, "task: input should be 'plan', 'solve', 'critique' or 'answer', not 'solv'"),
+        ({"name": ""}, "name: string should have at least 1 character, not ''"),
+        ({"prompt": 3}, "prompt: input should be a valid string, not 3"),
+        (
+            {"prompt": "{stp} {step}"},
+            "prompt: {stp} is no placeholder of this task; did you mean step? known: problem, step",
+        ),
+        ({"prompt": "{problem}"}, "prompt: {step} is missing"),
+        ({"prompt": "{step.name}"}, "prompt: {step.name} is no placeholder; known: problem, step, results, feedback"),
+        ({"prompt": "{step[0]}"}, "prompt: {step[0]} is no placeholder"),
+        ({"prompt": "{} {step}"}, "prompt: {} is no placeholder"),
+        ({"prompt": "{step!r}"}, "prompt: {step} takes no format or conversion; write {step}"),
+        ({"prompt": "{step:>{results}}"}, "prompt: {step} takes no format or conversion"),
+        ({"prompt": '{step} {"a": 1}'}, "a brace that belongs to the text is written twice, {{ and }}"),
+        ({"prompt": "{step} }"}, "prompt: Single '}' encountered in format string; a brace that belongs to the text"),
+        ({"prompt": "{step"}, "prompt: expected '}' before end of string; a brace that belongs to the text"),
+        ({"system": "See {problem}"}, "system: {problem} is not filled in here; write it in prompt"),
+        ({"reply": []}, "reply: input should be a valid dictionary, not []"),
+        ({"reply": {"type": "objekt"}}, "reply: no valid JSON schema: 'objekt' is not valid"),
+        ({"reply": {"type": "string"}}, "reply: type has to be object"),
+        ({"reply": {"type": "object"}}, 'reply: properties.result is missing: {"type": "string"}'),
+        ({"reply": reply(result={"type": "integer"})}, 'reply: properties.result has to be {"type": "string"}'),
+        ({"reply": reply(result=True)}, 'reply: properties.result has to be {"type": "string"}'),
+        ({"reply": reply(result=TEXT, work={"type": "array"})}, 'reply: properties.work has to be {"type": "string"}'),
+        ({"reply": {"type": "object", "properties": {"result": TEXT}}}, "reply: required has to name result"),
+        (
+            {"reply": reply(result={"type": "string", "pattern": "("})},
+            "'(' is not a 'regex' at reply.properties.result",
+        ),
+        ({"reply": {**reply(result=TEXT), "allOf": [{"$ref": "http://elsewhere/x"}]}}, "$ref is not followed here"),
+        ({"reply": reply(result=TEXT, no={False: 1})}, "it holds what JSON does not: in YAML, quote words"),
+        ({"reply": reply(result={"type": "string", "default": {1, 2}})}, "reply: no JSON: Object of type set"),
+        ({"sampling": {"temprature": 1}}, "sampling.temprature: no such key; did you mean temperature"),
+        ({"sampling": {"top_p": 3}}, "sampling.top_p: input should be less than or equal to 1, not 3"),
+    ],
+)
+def test_a_fault_is_told_with_its_key_and_what_would_be_right(changes: dict[str, Any], told: str) -> None:
+    assert told in faults({**spec("solve"), **changes})
+
+
+def test_a_plan_s_steps_are_texts() -> None:
+    needed = 'reply: properties.steps has to be {"type": "array", "items": {"type": "string"}}'
+    for steps in ({"type": "array"}, {"type": "array", "items": {"type": "object"}}, {"type": "array", "items": True}):
+        assert needed in faults(spec("plan", reply=reply(steps=steps)))
+
+
+def test_all_faults_are_told_at_once() -> None:
+    told = faults({"task": "plan", "prompt": "{step}", "reply": {"type": "array"}, "extra": 1})
+    assert [line.split(": ")[1] for line in told.splitlines()] == ["name", "prompt", "reply", "extra"]
+
+
+@pytest.mark.parametrize("mapping", [None, [], "plan", 3])
+def test_something_else_than_a_mapping_is_told(mapping: object) -> None:
+    assert "a role is a mapping with the keys name, task, system, prompt, reply, sampling" in faults(mapping)

@@ -1,0 +1,121 @@
+"""The live page in a real browser, over a real port."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from runtime.api.auth import Scope, Tokens
+from runtime.jobs.submission import Submission
+from tests.programs import CHROMIUM, needs
+from tests.runtime.api.http.conftest import PROBLEM, Start, configured, service
+
+expect.set_options(timeout=60_000)  # milliseconds; the default of 5 s is short on a busy machine
+pytestmark = needs(CHROMIUM, "Chromium")
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        await browser.close()
+
+
+async def opened(browser: Browser, url: str, **options: object) -> tuple[Page, list[str]]:
+    """The page, and what its console complains of."""
+    context = await browser.new_context(**options)  # type: ignore[arg-type]
+    page = await context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    await page.goto(url)
+    return page, complaints
+
+
+async def test_a_problem_is_submitted_and_seen_on_its_way(start: Start, browser: Browser, tmp_path: Path) -> None:
+    served = await start(time_scale=1)
+    for _ in range(60):  # enough of them that memory has to move
+        await served.backend.jobs.submit(Submission(problem=PROBLEM))
+    for scheme, size in (("light", (1280, 900)), ("dark", (390, 844))):
+        page, complaints = await opened(
+            browser, served.url, color_scheme=scheme, viewport={"width": size[0], "height": size[1]}
+        )
+        await expect(page.locator("#state")).to_contain_text("policy waterfill")
+        await expect(page.locator("#engines tr")).to_have_count(3)
+        # by keyboard alone
+        await page.keyboard.press("Tab")
+        await page.keyboard.type(PROBLEM)
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#submitted")).to_contain_text("accepted as")
+        job = page.locator("#jobs > li").first
+        await expect(job).to_contain_text(f"{PROBLEM} → 17")
+        await expect(job).to_contain_text("9 steps")
+        await job.locator("summary").focus()
+        await page.keyboard.press("Enter")
+        await expect(job).to_contain_text("solver: 12+7 → 19")
+        await expect(page.locator("#decisions > li").first).to_contain_text("waterfill")
+        assert await page.locator("#shares canvas").count() == 1
+        width = await page.evaluate("document.documentElement.scrollWidth")
+        assert width <= size[0]  # nothing sticks out on a phone
+        await page.wait_for_timeout(1200)
+        await page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+        assert complaints == []
+
+
+async def test_an_engine_is_pinned_and_unpinned(start: Start, browser: Browser) -> None:
+    served = await start()
+    page, complaints = await opened(browser, served.url)
+    await page.get_by_role("button", name="pin solver", exact=True).click()
+    await expect(page.get_by_role("button", name="unpin solver")).to_be_visible()
+    assert [*served.backend.running.controller.pinned] == ["solver"]
+    await page.get_by_role("button", name="unpin solver").click()
+    await expect(page.get_by_role("button", name="pin solver", exact=True)).to_be_visible()
+    assert not served.backend.running.controller.pinned
+    assert complaints == []
+
+
+async def test_what_is_wrong_is_said(start: Start, browser: Browser) -> None:
+    served = await start()
+    page, _ = await opened(browser, served.url)
+    await page.get_by_label("Problem", exact=True).fill("1000+1")
+    await page.get_by_role("button", name="Solve", exact=True).click()
+    await expect(page.locator("#submitted")).to_contain_text("999")
+
+
+async def test_what_a_problem_says_is_text_and_nothing_else(start: Start, browser: Browser) -> None:
+    served = await start()
+    page, _ = await opened(browser, served.url)
+    await expect(page.locator("#state")).to_contain_text("ready")
+    evil = "<img src=x onerror=document.title='owned'>"
+    asked = Submission(problem=evil)  # no door would take it: the embedded team cannot work it
+    await served.backend.jobs.journal.write(lambda transaction: transaction.accept("evil", asked))
+    await expect(page.locator("#jobs > li").first).to_contain_text(evil)
+    await page.get_by_label("Problem", exact=True).fill(evil)
+    await page.get_by_role("button", name="Solve", exact=True).click()
+    await expect(page.locator("#submitted")).not_to_be_empty()
+    assert await page.title() == "Troupe"
+
+
+async def test_it_comes_back_after_the_service_was_away(browser: Browser, tmp_path: Path) -> None:
+    chosen = configured(tmp_path)
+    async with service(chosen) as served:
+        port = int(served.url.rsplit(":", 1)[1])
+        page, _ = await opened(browser, served.url)
+        await expect(page.locator("#state")).to_contain_text("ready")
+    await expect(page.locator("#state")).to_contain_text("not connected")
+    again = chosen.model_copy(update={"service": chosen.service.model_copy(update={"port": port})})
+    async with service(again) as served:
+        await expect(page.locator("#state")).to_contain_text("ready")
+        await served.client.post("/jobs", json={"problem": PROBLEM})
+        await expect(page.locator("#jobs > li").first).to_contain_text("→ 17")
+
+
+async def test_a_token_is_asked_for(start: Start, browser: Browser, tmp_path: Path) -> None:
+    served = await start()
+    secret = Tokens(tmp_path / "tokens.json").add("me", (Scope.READ,))
+    page, _ = await opened(browser, served.url)
+    await page.get_by_label("Token", exact=True).fill(secret)
+    await page.get_by_role("button", name="Use it").click()
+    await expect(page.locator("#state")).to_contain_text("ready")

@@ -1,0 +1,198 @@
+"""The fake engine keeps the seam's promises, so that what is tested over it holds for a real one."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from agents.role import Message
+from runtime.engines.fake import FakeEngine, FakeMemory, Processor, ServiceTime
+from runtime.engines.grant import Applied, Deferred, Grant, Rejected, Superseded
+from runtime.engines.handle import EngineState
+from runtime.engines.request import GenerateRequest
+from runtime.errors import EngineDead, EngineError
+
+pytestmark = pytest.mark.virtual_time
+
+REQUEST = GenerateRequest("r", (Message("user", "one two three"),), 0.0, 1.0, 16)
+
+
+def now_s() -> float:
+    """Return the virtual seconds since the test began."""
+    return asyncio.get_running_loop().time()
+
+
+async def test_it_streams_a_word_a_token_and_counts_them() -> None:
+    async with FakeEngine("f", lambda request: "four five six", time_scale=0.01) as engine:
+        chunks = [chunk async for chunk in engine.generate(REQUEST)]
+        assert "".join(chunk.text for chunk in chunks) == "four five six"
+        assert [chunk.finish for chunk in chunks] == [None, None, "stop"]
+        assert [chunk.time_s for chunk in chunks] == sorted(chunk.time_s for chunk in chunks)
+        stats = engine.stats()
+        assert (stats.requests, stats.prompt_tokens, stats.completion_tokens) == (1, 3, 3)
+    assert engine.stats().state is EngineState.CLOSED
+
+
+async def test_it_stops_at_max_tokens() -> None:
+    async with FakeEngine("f", lambda request: " ".join("abcdefghijklmnopqrstuvwxyz")) as engine:
+        chunks = [chunk async for chunk in engine.generate(REQUEST)]
+        assert len("".join(chunk.text for chunk in chunks).split()) == 16
+        assert chunks[-1].finish == "length"
+
+
+async def test_no_more_than_max_num_seqs_run() -> None:
+    times = ServiceTime(step_s=0.01, token_s=0, prefill_s=0)
+    async with FakeEngine("f", lambda request: "one", max_num_seqs=2, times=times, time_scale=1) as engine:
+
+        async def ask() -> None:
+            async for _ in engine.generate(REQUEST):
+                pass
+
+        asked = [asyncio.create_task(ask()) for _ in range(5)]
+        await asyncio.sleep(0.005)
+        assert (engine.stats().running, engine.stats().waiting) == (2, 3)
+        await asyncio.gather(*asked)
+        assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+
+
+async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_first() -> None:
+    times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
+    served: list[str] = []
+    async with FakeEngine("f", lambda request: "one", max_num_seqs=1, times=times, time_scale=1) as engine:
+
+        async def ask(name: str, priority: int, since_s: float) -> None:
+            async for _ in engine.generate(replace(REQUEST, request_id=name, priority=priority, since_s=since_s)):
+                pass
+            served.append(name)
+
+        runs = asyncio.create_task(ask("runs", 5, 9))
+        await asyncio.sleep(0.001)
+        await asyncio.gather(runs, ask("young", 5, 3), ask("old", 5, 1), ask("urgent", 1, 5), ask("as old", 5, 1))
+    assert served == ["runs", "urgent", "old", "as old", "young"]
+
+
+async def test_its_time_follows_the_model() -> None:
+    times = ServiceTime(step_s=0.02, token_s=0, prefill_s=0.01)
+    async with FakeEngine("f", lambda request: "a b c", times=times, time_scale=1) as engine:
+        async for _ in engine.generate(REQUEST):
+            pass
+        assert now_s() == pytest.approx(3 * 0.01 + 3 * 0.02)
+
+
+async def test_a_failed_engine_ends_streams_and_refuses_more() -> None:
+    async with FakeEngine("f", lambda request: "a b c", time_scale=1) as engine:
+        stream = engine.generate(REQUEST)
+        await anext(stream)
+        engine.kill()
+        with pytest.raises(EngineDead):
+            await anext(stream)
+        with pytest.raises(EngineDead):
+            await anext(engine.generate(REQUEST))
+    assert engine.stats().running == 0
+
+
+async def test_an_engine_that_was_not_started_refuses() -> None:
+    with pytest.raises(EngineError, match="starting"):
+        await anext(FakeEngine("f", lambda request: "a").generate(REQUEST))
+
+
+MEMORY = FakeMemory(device=1000, fixed=100, floor=50, token=1, block_tokens=19)
+"""A request of 3 prompt tokens and up to 15 written takes one block, 19 of it."""
+
+
+async def run_many(engine: FakeEngine, count: int) -> tuple[list[asyncio.Task[None]], list[int]]:
+    """Ask many times at once; the tasks, and how many ran at a time as each ended."""
+    running: list[int] = []
+
+    async def ask() -> None:
+        running.extend([engine.stats().running async for _ in engine.generate(REQUEST)])
+
+    tasks = [asyncio.create_task(ask()) for _ in range(count)]
+    await asyncio.sleep(0)
+    return tasks, running
+
+
+async def test_memory_and_concurrency_bound_what_runs_and_move_live() -> None:
+    times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
+    async with FakeEngine("f", lambda request: "one two", times=times, time_scale=1, memory=MEMORY) as engine:
+        assert isinstance(await engine.resize(Grant(0.15, 64, 2048)), Applied)  # 50 for the KV cache: two requests
+        tasks, running = await run_many(engine, 10)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert max(running) == 2
+        assert isinstance(await engine.resize(Grant(0.5, 3, 2048)), Applied)
+        await asyncio.gather(*tasks)
+        assert max(running) == 3
+        assert engine.stats().kv_cache_usage == 0
+
+
+async def test_a_shrink_is_deferred_while_its_memory_is_in_use_then_forced() -> None:
+    times = ServiceTime(step_s=0.1, token_s=0, prefill_s=0)
+    async with FakeEngine(
+        "f", lambda request: "a b c d e f g h i j", times=times, time_scale=1, memory=MEMORY
+    ) as engine:
+        tasks, _ = await run_many(engine, 8)
+        await asyncio.sleep(0.01)
+        first = await engine.resize(Grant(0.2, 64, 2048), grace_s=60)
+        second = await engine.resize(Grant(0.15, 64, 2048), grace_s=0.01)
+        assert isinstance(first, Deferred)
+        assert isinstance(second, Deferred)
+        assert (first.held_bytes, second.held_bytes) == (8 * 19 - 100, 8 * 19 - 50)
+        assert isinstance(await first.settled, Superseded)
+        forced = await second.settled
+        assert isinstance(forced, Applied)
+        assert forced.preempted == 6
+        assert engine.stats().preemptions == 6
+        assert isinstance(await engine.resize(Grant(0.3, 64, 2048)), Applied)
+        await asyncio.sleep(0.11)  # a step later all run again
+        third = await engine.resize(Grant(0.16, 64, 2048), grace_s=60)
+        assert isinstance(third, Deferred)
+        await asyncio.gather(*tasks)
+        assert isinstance(await third.settled, Applied)
+
+
+async def test_it_rejects_what_real_engines_reject() -> None:
+    engine = FakeEngine("f", lambda request: "one", memory=MEMORY)
+    assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
+    await engine.start()
+    assert isinstance(await engine.resize(Grant(0.1, 64, 2048)), Rejected)
+    engine.kill()
+    assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
+
+
+async def test_a_sequence_that_outgrows_the_memory_preempts_the_last_one_and_is_not_lost() -> None:
+    times = ServiceTime(step_s=0.001, token_s=0, prefill_s=0)
+    memory = FakeMemory(device=1000, fixed=100, floor=10, token=1)
+    grant = Grant(0.12, 64, 2048)  # 20 for the KV cache: three prompts, but not three replies
+    words = " ".join("abcdefgh")
+    async with FakeEngine("f", lambda r: words, times=times, time_scale=1, memory=memory, grant=grant) as engine:
+
+        async def ask() -> str:
+            return "".join([chunk.text async for chunk in engine.generate(REQUEST)])
+
+        assert await asyncio.gather(*(ask() for _ in range(5))) == [words] * 5
+        assert engine.stats().preemptions > 0
+        assert engine.usage.in_flight == 0
+
+
+async def test_engines_on_one_processor_slow_each_other() -> None:
+    processor = Processor(lanes=1)
+    times = ServiceTime(step_s=0.02, token_s=0, prefill_s=0)
+    engines = [FakeEngine("f", lambda r: "a b", times=times, time_scale=1, processor=processor) for _ in range(2)]
+
+    async def ask(engine: FakeEngine) -> None:
+        async for _ in engine.generate(REQUEST):
+            pass
+
+    async with engines[0], engines[1]:
+        await asyncio.gather(*map(ask, engines))
+        assert now_s() >= 2 * 0.02 * 1.5
+
+
+async def test_calls_go_through_the_process_in_front_one_after_another() -> None:
+    times = ServiceTime(step_s=0.001, token_s=0, prefill_s=0, call_s=0.02)
+    front = Processor(lanes=1)
+    engines = [FakeEngine("f", lambda r: "a", times=times, time_scale=1, front=front) for _ in range(2)]
+    async with engines[0], engines[1]:
+        tasks = [task for engine in engines for task in (await run_many(engine, 2))[0]]
+        await asyncio.gather(*tasks)
+        assert now_s() >= 4 * 0.02

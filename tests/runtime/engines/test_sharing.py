@@ -1,0 +1,433 @@
+"""Memory that moves between engines: within the budget at every instant, whatever fails on the way."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from runtime.engines import sharing
+from runtime.engines.fake import FakeEngine, FakeMemory
+from runtime.engines.grant import Applied, Deferred, Grant, Rejected, ResizeOutcome, Superseded
+from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.ledger import Ledger, OverBudget
+from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.simulation.virtual_time import VirtualLoop
+
+pytestmark = pytest.mark.virtual_time
+
+MIB = 1 << 20
+DEVICE = 1000 * MIB
+MEMORY = FakeMemory(device=DEVICE, fixed=100 * MIB, floor=50 * MIB)
+FLOOR = 0.15
+T = TypeVar("T")
+
+
+class Device:
+    """The physical memory: what it held at most, at any instant."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.most = 0
+
+    def hold(self, engine: str, nbytes: int) -> None:
+        self.held[engine] = nbytes
+        self.most = max(self.most, sum(self.held.values()))
+
+
+class Physical(FakeEngine):
+    """A fake engine that takes its memory from a device, and fails as it is told to."""
+
+    def __init__(self, name: str, device: Device, grant: Grant) -> None:
+        super().__init__(name, lambda request: "x", memory=MEMORY, grant=grant)
+        self.device = device
+        self.fault: str | None = None
+        self.holding: list[Deferred] = []
+        self.speaks = asyncio.Event()
+        device.hold(name, int(grant.gpu_memory_utilization * DEVICE))
+
+    async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
+        more = int(grant.gpu_memory_utilization * DEVICE) - self.device.held[self.name]
+        await asyncio.sleep(0)
+        if self.fault == "silent":
+            await self.speaks.wait()
+        if self.fault == "out of memory" and more > 0:
+            return Rejected(grant, "the GPU is out of memory")
+        if self.fault == "dead":
+            return Rejected(grant, "it died")
+        self.let_go(Superseded)
+        if self.fault == "busy" and more < 0:
+            self.grant = grant
+            loop = asyncio.get_running_loop()
+            held = -more // 2  # half of it is free and goes at once
+            self.device.hold(self.name, int(grant.gpu_memory_utilization * DEVICE) + held)
+            self.holding.append(Deferred(grant, held, grace_s, loop.create_future()))
+            return self.holding[-1]
+        outcome = await super().resize(grant)
+        self.device.hold(self.name, int(grant.gpu_memory_utilization * DEVICE))
+        return outcome
+
+    def let_go(self, how: type) -> None:
+        """End what was deferred: applied, superseded, or by dying."""
+        while self.holding:
+            deferred = self.holding.pop()
+            if how is not Superseded:
+                self.device.hold(self.name, int(deferred.grant.gpu_memory_utilization * DEVICE))
+            outcomes: dict[type, Applied | Rejected | Superseded] = {
+                Applied: Applied(deferred.grant, 0, 0, 0, 0, 0),
+                Rejected: Rejected(deferred.grant, "it died"),
+                Superseded: Superseded(deferred.grant),
+            }
+            deferred.settled.set_result(outcomes[how])
+
+
+def grant(share: float) -> Grant:
+    return Grant(share, 64, 2048)
+
+
+class Three:
+    """Three engines with 0.3, 0.4 and 0.3 of a device that is full."""
+
+    def __init__(self, budget: int = DEVICE) -> None:
+        self.device = Device()
+        self.engines = {
+            name: Physical(name, self.device, grant(share)) for name, share in (("a", 0.3), ("b", 0.4), ("c", 0.3))
+        }
+        self.ledger = Ledger(budget)
+        for name, held in self.device.held.items():
+            self.ledger.claim(name, held)
+        self.sharing = Sharing(self.engines, self.ledger)
+
+    async def start(self) -> "Three":
+        for engine in self.engines.values():
+            await engine.start()
+        return self
+
+
+@pytest.fixture
+async def three() -> Three:
+    return await Three().start()
+
+
+def shares(three: Three) -> dict[str, float]:
+    return {name: round(held / DEVICE, 3) for name, held in three.device.held.items()}
+
+
+async def test_memory_moves_from_donors_to_recipients(three: Three) -> None:
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert all(isinstance(outcome, Applied) for outcome in outcomes.values())
+    assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
+    assert three.ledger.held == three.device.held
+    assert three.device.most == DEVICE
+
+
+@pytest.mark.parametrize(
+    ("grants", "told"),
+    [
+        ({"a": 0.1}, "floor of 0.15"),
+        ({"a": -1.0}, "floor"),
+        ({"a": float("nan")}, "floor"),
+        ({"a": float("inf")}, "floor"),
+        ({"a": 1.5}, "ceiling of 1"),
+        ({"d": 0.3}, "there is no engine 'd'"),
+        ({"a": 0.5}, "the budget is"),
+        ({"b": 0.2, "a": 0.6}, "the budget is"),
+    ],
+)
+async def test_what_cannot_be_is_rejected_and_changes_nothing(
+    three: Three, grants: dict[str, float], told: str
+) -> None:
+    outcomes = await three.sharing.resize({name: grant(share) for name, share in grants.items()})
+    reasons = [outcome.reason for outcome in outcomes.values() if isinstance(outcome, Rejected)]
+    assert len(reasons) == len(grants)
+    assert any(told in reason for reason in reasons)
+    assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
+
+
+@pytest.mark.parametrize(("seqs", "tokens"), [(0, 2048), (65, 2048), (-1, 2048), (64, 0), (64, 4096)])
+async def test_concurrency_has_bounds_too(three: Three, seqs: int, tokens: int) -> None:
+    outcome = (await three.sharing.resize({"a": Grant(0.3, seqs, tokens)}))["a"]
+    assert isinstance(outcome, Rejected)
+    assert "is not within" in outcome.reason
+
+
+async def test_one_rejected_grant_holds_back_the_whole_decision(three: Three) -> None:
+    outcomes = await three.sharing.resize({"a": grant(0.01), "b": grant(0.2)})
+    assert isinstance(outcomes["b"], Rejected)
+    assert "another grant" in outcomes["b"].reason
+    assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
+
+
+async def test_a_recipient_grows_by_what_was_released_and_by_the_rest_later(three: Three) -> None:
+    three.engines["b"].fault = "busy"
+    outcomes = await three.sharing.resize({"a": grant(0.6), "b": grant(0.2), "c": grant(0.2)})
+    assert isinstance(outcomes["c"], Applied)
+    waiting, donor = outcomes["a"], outcomes["b"]
+    assert isinstance(waiting, Deferred)
+    assert isinstance(donor, Deferred)
+    assert shares(three) == {"a": 0.5, "b": 0.3, "c": 0.2}  # half of it was free and has moved
+    three.engines["b"].let_go(Applied)
+    assert (await waiting.settled).grant == grant(0.6)
+    assert shares(three) == {"a": 0.6, "b": 0.2, "c": 0.2}
+    assert three.device.most == DEVICE
+
+
+async def test_a_newer_grant_supersedes_one_that_waits_and_the_older_is_told(three: Three) -> None:
+    three.engines["b"].fault = "busy"
+    first = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    second = await three.sharing.resize({"a": grant(0.2)})
+    assert isinstance(second["a"], Applied)
+    assert isinstance(first["a"], Deferred)
+    assert isinstance(await first["a"].settled, Superseded)
+    three.engines["b"].let_go(Applied)
+    await asyncio.sleep(0.01)
+    assert shares(three) == {"a": 0.2, "b": 0.2, "c": 0.3}
+    assert three.ledger.held == three.device.held
+
+
+async def test_what_a_donor_is_about_to_give_can_be_granted_already(three: Three) -> None:
+    three.engines["b"].fault = "busy"
+    await three.sharing.resize({"b": grant(0.2)})
+    waiting = (await three.sharing.resize({"a": grant(0.5)}))["a"]
+    assert isinstance(waiting, Deferred)
+    three.engines["b"].let_go(Applied)
+    assert isinstance(await waiting.settled, Applied)
+    assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
+
+
+async def test_when_a_recipient_fails_its_donors_get_back_what_they_gave(three: Three) -> None:
+    three.engines["a"].fault = "out of memory"
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert isinstance(outcomes["a"], Rejected)
+    assert isinstance(outcomes["b"], Rejected)
+    assert "rolled back" in outcomes["b"].reason
+    assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
+    assert three.ledger.held == three.device.held
+
+
+async def test_recipients_grow_side_by_side(three: Three) -> None:
+    three.engines["a"].fault = "silent"
+    resize = asyncio.create_task(three.sharing.resize({"a": grant(0.4), "b": grant(0.2), "c": grant(0.4)}))
+    await asyncio.wait([resize], timeout=0.05)
+    assert shares(three) == {"a": 0.3, "b": 0.2, "c": 0.4}
+    three.engines["a"].speaks.set()
+    assert all(isinstance(outcome, Applied) for outcome in (await resize).values())
+
+
+async def test_where_one_recipient_fails_the_other_keeps_its_part_and_the_rest_goes_back(three: Three) -> None:
+    three.engines["a"].fault = "out of memory"
+    outcomes = await three.sharing.resize({"a": grant(0.4), "b": grant(0.2), "c": grant(0.4)})
+    assert {name: type(outcome) for name, outcome in outcomes.items()} == {"a": Rejected, "b": Rejected, "c": Applied}
+    assert shares(three) == {"a": 0.3, "b": 0.3, "c": 0.4}
+    assert three.ledger.held == three.device.held
+    assert three.device.most <= DEVICE
+
+
+async def test_a_recipient_is_told_when_its_donor_gives_nothing(three: Three) -> None:
+    three.engines["b"].fault = "dead"
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert isinstance(outcomes["b"], Rejected)
+    assert isinstance(outcomes["a"], Rejected)
+    assert "does not go round" in outcomes["a"].reason
+    assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
+
+
+async def test_a_cut_budget_is_met_by_shrinking_only(three: Three) -> None:
+    three.ledger.budget_bytes = DEVICE // 2
+    assert isinstance((await three.sharing.resize({"a": grant(0.35)}))["a"], Rejected)
+    assert isinstance((await three.sharing.resize({"a": grant(0.2)}))["a"], Applied)
+
+
+@pytest.mark.parametrize("after", [None, "dead", "busy"])
+async def test_an_engine_that_does_not_answer_is_left_alone_and_the_others_go_on(
+    three: Three, monkeypatch: pytest.MonkeyPatch, after: str | None
+) -> None:
+    monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
+    silent = three.engines["b"]
+    silent.fault = "silent"
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert isinstance(outcomes["b"], Rejected)
+    assert "has not answered for 0.01 s" in outcomes["b"].reason
+    assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
+    assert list(three.sharing.silent) == ["b"]
+    again = await three.sharing.resize({"b": grant(0.3)})
+    assert "has not answered its last grant yet" in getattr(again["b"], "reason", "")
+    others = await three.sharing.resize({"a": grant(0.4), "c": grant(0.2)})
+    assert all(isinstance(outcome, Applied) for outcome in others.values())
+    silent.fault = after
+    silent.speaks.set()
+    await asyncio.sleep(0.01)
+    assert not three.sharing.silent
+    assert three.ledger.held == three.device.held
+    assert shares(three)["b"] == {None: 0.2, "dead": 0.4, "busy": 0.3}[after]
+
+
+async def test_a_recipient_that_does_not_answer_keeps_its_claim(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
+    three.engines["a"].fault = "silent"
+    outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
+    assert isinstance(outcomes["a"], Rejected)
+    assert three.ledger.held["a"] == DEVICE // 2
+    beyond = await three.sharing.resize({"b": grant(0.4)})
+    assert "the budget is" in getattr(beyond["b"], "reason", "")
+    three.engines["a"].fault = None
+    three.engines["a"].speaks.set()
+    await asyncio.sleep(0.01)
+    assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
+    assert three.device.most == DEVICE
+    await three.sharing.close()
+
+
+class Restarting:
+    """A supervised engine `a` and a plain one `b`, each with half of a device; `a` was killed and is being started."""
+
+    def __init__(self) -> None:
+        self.device = Device()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.share = 0.5
+        supervised = SupervisedEngine("a", self._make, patience=Patience(pulse_every_s=0.01, backoff_s=(0,)))
+        self.engines: dict[str, EngineHandle] = {"a": supervised, "b": Physical("b", self.device, grant(0.5))}
+        self.sharing = Sharing(self.engines, Ledger(DEVICE))
+
+    def _make(self, had: Grant | None) -> EngineHandle:
+        may_start, share = self.may_start, self.share
+
+        class Slow(Physical):
+            async def start(self) -> None:
+                await may_start.wait()
+                await super().start()
+
+        return Slow("a", self.device, grant(share))
+
+    async def start(self) -> None:
+        for name, engine in self.engines.items():
+            await engine.start()
+            self.sharing.ledger.claim(name, DEVICE // 2)
+        self.may_start.clear()
+        self.engines["a"].kill()
+        await self.until(EngineState.STARTING)
+
+    async def until(self, state: EngineState) -> None:
+        async with asyncio.timeout(20):
+            while self.engines["a"].stats().state is not state:  # noqa: ASYNC110  nothing tells
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def restarting() -> AsyncIterator[Restarting]:
+    found = Restarting()
+    await found.start()
+    yield found
+    await found.engines["a"].close()
+
+
+async def test_memory_moves_between_the_others_while_an_engine_restarts(restarting: Restarting) -> None:
+    sharing = restarting.sharing
+    assert restarting.engines["a"].limits.device_bytes == DEVICE  # those that it had
+    shrunk = await sharing.resize({"b": grant(0.3)})
+    assert isinstance(shrunk["b"], Applied)
+    assert "the budget is" in getattr((await sharing.resize({"b": grant(0.6)}))["b"], "reason", "")
+    assert isinstance((await sharing.resize({"b": grant(0.5)}))["b"], Applied)
+    assert "engine a is starting" in getattr((await sharing.resize({"a": grant(0.4)}))["a"], "reason", "")
+    restarting.may_start.set()
+    await restarting.until(EngineState.READY)
+    assert isinstance((await sharing.resize({"a": grant(0.4)}))["a"], Applied)
+
+
+async def test_an_engine_that_comes_back_with_more_is_in_the_ledger(restarting: Restarting) -> None:
+    restarting.engines["a"].kill()
+    restarting.share = 0.55
+    await restarting.engines["a"].close()
+    back = restarting._make(None)
+    restarting.engines["a"] = back
+    restarting.may_start.set()
+    await back.start()
+    await restarting.sharing.resize({"b": grant(0.4)})
+    assert restarting.sharing.ledger.held == {"a": int(0.55 * DEVICE), "b": int(0.4 * DEVICE)}
+
+
+def test_a_claim_beyond_the_budget_changes_nothing() -> None:
+    ledger = Ledger(100)
+    ledger.claim("a", 60)
+    with pytest.raises(OverBudget, match="40 of the budget"):
+        ledger.claim("b", 41)
+    ledger.claim("b", 40)
+    assert ledger.free == 0
+
+
+class Trading(RuleBasedStateMachine):
+    """Decisions, faults and late releases in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patience, sharing.ANSWER_S = sharing.ANSWER_S, 0.005
+        self.loop = VirtualLoop()
+        self.three = self.wait(Three().start())
+        self.deferred: list[Deferred] = []
+
+    def wait(self, what: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(what)
+
+    @rule(shares=st.dictionaries(st.sampled_from("abc"), st.integers(10, 105).map(lambda n: n / 100), min_size=1))
+    def decide(self, shares: dict[str, float]) -> None:
+        before = dict(self.three.device.held)
+        outcomes = self.wait(self.three.sharing.resize({name: grant(share) for name, share in shares.items()}))
+        assert set(outcomes) == set(shares)
+        if all(isinstance(o, Rejected) for o in outcomes.values()) and not self.deferred:
+            after = self.three.device.held
+            assert all(after[n] == before[n] for n in after)
+        for name, outcome in outcomes.items():
+            if isinstance(outcome, Deferred):
+                self.deferred.append(outcome)
+            elif isinstance(outcome, Applied):
+                assert self.three.device.held[name] == int(outcome.grant.gpu_memory_utilization * DEVICE)
+
+    @rule(engine=st.sampled_from("abc"), fault=st.sampled_from([None, "out of memory", "dead", "busy", "silent"]))
+    def fail(self, engine: str, fault: str | None) -> None:
+        self.three.engines[engine].fault = fault
+        if fault == "silent":
+            self.three.engines[engine].speaks.clear()
+        else:
+            self.speak(self.three.engines[engine])
+
+    def speak(self, engine: Physical) -> None:
+        engine.speaks.set()
+        self.wait(asyncio.sleep(0.001))
+
+    @rule(engine=st.sampled_from("abc"), how=st.sampled_from([Applied, Rejected]))
+    def let_go(self, engine: str, how: type) -> None:
+        self.three.engines[engine].let_go(how)
+        self.wait(asyncio.sleep(0.001))
+
+    @precondition(lambda self: self.three.sharing._moving.locked() is False)
+    @invariant()
+    def the_ledger_is_true(self) -> None:
+        device, ledger = self.three.device, self.three.ledger
+        assert device.most <= DEVICE
+        assert sum(ledger.held.values()) <= ledger.budget_bytes
+        for name, held in device.held.items():
+            if self.three.engines[name].holding or name in self.three.sharing.silent:
+                assert ledger.held[name] >= held
+            else:
+                assert abs(ledger.held[name] - held) <= 1, name
+
+    def teardown(self) -> None:
+        for engine in self.three.engines.values():
+            engine.fault = None
+            self.speak(engine)
+            engine.let_go(Applied)
+        self.wait(asyncio.sleep(0.001))
+        assert not self.three.sharing.silent
+        assert all(deferred.settled.done() for deferred in self.deferred), "someone waits for ever"
+        self.wait(self.three.sharing.close())
+        self.loop.close()
+        sharing.ANSWER_S = self.patience
+
+
+TestTrading = Trading.TestCase
+TestTrading.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)

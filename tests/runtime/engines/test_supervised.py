@@ -1,0 +1,364 @@
+"""An engine that dies comes back, and its callers notice no more than a pause."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from agents.role import Message
+from runtime.engines import quarantine
+from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineState
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.errors import EngineDead, EngineError, RequestQuarantined
+
+pytestmark = pytest.mark.virtual_time
+
+WORDS = "one two three four five six seven eight"
+REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
+POISON = replace(REQUEST, messages=(Message("user", "poison"),))
+QUICK = Patience(hang_s=0.2, pulse_every_s=0.02, backoff_s=(0, 0.01), restarts=4, within_s=60)
+
+
+class Hanging(FakeEngine):
+    """Hangs when told to: no token, no pulse."""
+
+    hangs = False
+    fails_to_start = False
+
+    async def start(self) -> None:
+        if self.fails_to_start:
+            raise EngineError("no memory left")
+        await super().start()
+
+    async def pulse(self) -> None:
+        while self.hangs:
+            await asyncio.sleep(0.01)
+            self._check()
+        await super().pulse()
+
+    async def _spend(self, seconds: float) -> None:
+        while self.hangs:
+            await asyncio.sleep(0.01)
+            self._check()
+        await super()._spend(seconds)
+
+
+@dataclass
+class Made:
+    """Every engine that the supervisor had made, the grants they began with, and the states it told."""
+
+    engines: list[Hanging] = field(default_factory=list)
+    grants: list[Grant | None] = field(default_factory=list)
+    states: list[EngineState] = field(default_factory=list)
+    requests: list[GenerateRequest] = field(default_factory=list)
+    fail_to_start: int = 0
+    drift: bool = False
+
+    def make(self, grant: Grant | None) -> Hanging:
+        number = len(self.engines)
+
+        def script(request: GenerateRequest) -> str:
+            self.requests.append(request)
+            match request.messages[0].content:
+                case "poison":
+                    self.engines[-1].crash()
+                case "kill":
+                    self.engines[-1].kill()
+            return WORDS.replace("two", "zwei") if self.drift and number else WORDS
+
+        engine = Hanging("e", script, times=ServiceTime(step_s=0.01, token_s=0), time_scale=1, grant=grant)
+        engine.fails_to_start = 0 < number <= self.fail_to_start
+        self.engines.append(engine)
+        self.grants.append(grant)
+        return engine
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made()
+
+
+@pytest.fixture
+async def engine(made: Made) -> AsyncIterator[SupervisedEngine]:
+    async with SupervisedEngine("e", made.make, made.states.append, QUICK) as supervised:
+        yield supervised
+
+
+async def reply(engine: SupervisedEngine, request: GenerateRequest = REQUEST) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def text(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+@pytest.mark.parametrize("after", range(9))
+@pytest.mark.parametrize("how", [{}, {"schema": {"type": "object"}}, {"schema": {}, "temperature": 1.0}])
+async def test_a_reply_goes_on_where_the_dead_engine_left_it(
+    engine: SupervisedEngine, made: Made, after: int, how: dict[str, Any]
+) -> None:
+    chunks = []
+    async for chunk in engine.generate(replace(REQUEST, **how)):
+        chunks.append(chunk)
+        if len(chunks) == after:
+            made.engines[0].kill()
+    assert text(chunks) == WORDS
+    undisturbed = await reply(engine)  # after a restart, where there was one
+    assert [t for chunk in chunks for t in chunk.token_ids] == [t for chunk in undisturbed for t in chunk.token_ids]
+    assert chunks[-1].finish == "stop"
+    assert len(made.engines) == (1 if after == 0 else 2)
+
+
+async def test_without_a_schema_it_goes_on_from_the_tokens_and_with_one_is_written_again_from_its_seed(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    for schema in (None, {"type": "object"}):
+        made.requests.clear()
+        seen = 0
+        async for _ in engine.generate(replace(REQUEST, schema=schema, temperature=1.0)):
+            seen += 1
+            if seen == 3:
+                engine.kill()
+        first, second = made.requests
+        assert len(second.given) == (3 if schema is None else 0)
+        assert first.seed == second.seed
+        assert (first.seed is None) == (schema is None)
+        assert first.request_id != second.request_id
+
+
+async def test_a_reply_that_cannot_be_gone_on_with_is_an_error_not_a_mixture(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    made.drift = True
+    seen: list[Chunk] = []
+
+    async def disturbed() -> None:
+        async for chunk in engine.generate(replace(REQUEST, schema={})):
+            seen.append(chunk)
+            if len(seen) == 3:
+                engine.kill()
+
+    with pytest.raises(EngineError, match="does not go on from before"):
+        await disturbed()
+    assert text(seen) == "one two three"
+
+
+async def test_a_dead_engine_is_started_again_before_anyone_asks_and_keeps_its_grant(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    grant = Grant(0.5, 7, 100)
+    await engine.resize(grant)
+    engine.kill()
+    await asyncio.sleep(0.2)
+    assert made.grants == [None, grant]
+    assert engine.stats().grant == grant
+    assert made.states == [EngineState.READY, EngineState.DEAD, EngineState.STARTING, EngineState.READY]
+
+
+async def test_requests_that_come_while_it_restarts_are_held(engine: SupervisedEngine, made: Made) -> None:
+    made.fail_to_start = 2
+    engine.kill()
+    replies = await asyncio.gather(*(reply(engine) for _ in range(20)))
+    assert {text(chunks) for chunks in replies} == {WORDS}
+    assert len(made.engines) == 4
+
+
+async def test_a_hanging_engine_is_killed_and_its_requests_served_again(engine: SupervisedEngine, made: Made) -> None:
+    asked = asyncio.create_task(reply(engine))
+    await asyncio.sleep(0.03)
+    made.engines[0].hangs = True
+    assert text(await asked) == WORDS
+    assert made.engines[0].stats().state is EngineState.CLOSED
+
+
+async def test_a_crash_loop_ends_in_a_clear_state_and_error(engine: SupervisedEngine, made: Made) -> None:
+    made.fail_to_start = 100
+    engine.kill()
+    with pytest.raises(EngineError, match=r"e keeps failing: 4 restarts within 60 s; no memory left"):
+        await reply(engine)
+    assert engine.stats().state is EngineState.FAILED
+    assert made.states[-1] is EngineState.FAILED
+    with pytest.raises(EngineError, match="keeps failing"):
+        await reply(engine)
+    outcome = await engine.resize(Grant(0.5, 7, 100))
+    assert "keeps failing" in getattr(outcome, "reason", "")
+
+
+async def test_a_request_that_was_alone_in_a_crash_is_not_sent_again(engine: SupervisedEngine, made: Made) -> None:
+    with pytest.raises(RequestQuarantined, match="engine e crashed; this request is the likeliest cause"):
+        await reply(engine, POISON)
+    assert text(await reply(engine)) == WORDS
+    assert len(made.requests) == len(made.engines) == 2
+
+
+async def test_a_request_that_was_alone_when_its_engine_was_killed_is_sent_again(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    chunks = []
+    async for chunk in engine.generate(REQUEST):
+        chunks.append(chunk)
+        if len(made.engines) < 4:
+            engine.kill()
+    assert text(chunks) == WORDS
+
+
+async def test_a_request_under_which_three_engines_were_killed_is_not_sent_again(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    """As by the kernel's OOM killer: it ends what needs too much memory by SIGKILL."""
+    with pytest.raises(RequestQuarantined, match="engine e was killed; this request is the likeliest cause"):
+        await reply(engine, replace(POISON, messages=(Message("user", "kill"),)))
+    assert len(made.requests) == 3
+
+
+@pytest.mark.parametrize("poisons", [1, 2])
+async def test_poison_requests_are_found_and_those_beside_them_served(
+    engine: SupervisedEngine, made: Made, poisons: int
+) -> None:
+    """One crash for all of them together, and one for each: fewer than make an engine fail."""
+    streaming = asyncio.create_task(reply(engine))
+    while not made.requests:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    waiting = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    poison = [asyncio.create_task(reply(engine, POISON)) for _ in range(poisons)]
+    late = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    outcomes = await asyncio.gather(*poison, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [RequestQuarantined] * poisons
+    assert {text(chunks) for chunks in await asyncio.gather(streaming, *waiting, *late)} == {WORDS}
+    assert len(made.engines) <= 2 + poisons
+    assert engine.stats().state is EngineState.READY
+
+
+async def test_a_request_that_breaks_engines_late_in_its_reply_is_found_too(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    async def poison() -> None:
+        async for chunk in engine.generate(REQUEST):
+            if chunk.text != WORDS.split()[0]:
+                made.engines[-1].crash()
+
+    beside = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    with pytest.raises(RequestQuarantined):
+        await poison()
+    assert {text(chunks) for chunks in await asyncio.gather(*beside)} == {WORDS}
+    assert len(made.engines) <= 4
+
+
+async def test_one_that_waits_beside_a_late_breaker_is_served(engine: SupervisedEngine, made: Made) -> None:
+    """It is the only one without a token, and still not the only one in the engine."""
+    breaker = engine.generate(REQUEST)
+    await anext(breaker)
+    beside = asyncio.create_task(reply(engine))
+    while len(made.requests) < 2:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    made.engines[-1].crash()
+    assert text(await beside) == WORDS
+    assert text([chunk async for chunk in breaker]) == WORDS.removeprefix(WORDS.split()[0])
+
+
+async def test_an_engine_that_was_killed_casts_no_suspicion_for_a_later_crash(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    innocent = asyncio.create_task(reply(engine))
+    while not made.requests:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    engine.kill()
+    beside = [asyncio.create_task(reply(engine)) for _ in range(3)]
+    poison = asyncio.create_task(reply(engine, POISON))
+    assert {text(chunks) for chunks in await asyncio.gather(innocent, *beside)} == {WORDS}
+    with pytest.raises(RequestQuarantined):
+        await poison
+
+
+async def test_a_reader_that_stops_reading_holds_up_the_line_for_a_while_only(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    stalled, other = engine.generate(REQUEST), engine.generate(REQUEST)
+    for _ in range(2):
+        await anext(stalled)
+        await anext(other)
+        made.engines[-1].crash()
+    await anext(stalled)  # it breaks engines late, as far as is known, and has its turn to its end
+    await other.aclose()
+    async with asyncio.timeout(quarantine.TURN_S + 1):
+        assert text(await reply(engine)) == WORDS
+    await stalled.aclose()
+
+
+async def test_requests_in_the_line_count_as_waiting(engine: SupervisedEngine, made: Made) -> None:
+    asked = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    while len(made.requests) < 10:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    made.engines[-1].crash()
+    while engine.stats().state is not EngineState.READY or len(made.engines) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert engine.stats().running + engine.stats().waiting == 10
+    await asyncio.gather(*asked)
+
+
+async def test_closing_an_engine_is_no_requests_fault(made: Made) -> None:
+    supervised = SupervisedEngine("e", made.make, patience=QUICK)
+    await supervised.start()
+    asked = asyncio.create_task(reply(supervised))
+    while not made.requests:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0)
+    await supervised.close()
+    with pytest.raises(EngineDead, match="e is closed"):
+        await asked
+
+
+async def test_a_suspect_that_is_cancelled_holds_nobody_up(engine: SupervisedEngine, made: Made) -> None:
+    asked = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    await asyncio.sleep(0)
+    made.engines[0].crash()
+    await asyncio.sleep(0)
+    for task in asked[:4]:
+        task.cancel()
+    assert text(await asked[4]) == WORDS
+    assert {text(chunks) for chunks in await asyncio.gather(*(reply(engine) for _ in range(5)))} == {WORDS}
+
+
+@pytest.mark.parametrize("further", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
+async def test_a_reply_whose_tokens_are_counted_is_written_again(
+    engine: SupervisedEngine, made: Made, further: dict[str, Any]
+) -> None:
+    """Put behind the prompt, they would not count."""
+    chunks = []
+    async for chunk in engine.generate(replace(REQUEST, further=further)):
+        chunks.append(chunk)
+        if len(chunks) == 3:
+            engine.kill()
+    assert text(chunks) == WORDS
+    assert [request.given for request in made.requests] == [(), ()]
+
+
+async def test_many_requests_in_flight_all_end_right(engine: SupervisedEngine, made: Made) -> None:
+    asked = [asyncio.create_task(reply(engine)) for _ in range(50)]
+    for _ in range(2):
+        await asyncio.sleep(0.04)
+        engine.kill()
+    assert {text(chunks) for chunks in await asyncio.gather(*asked)} == {WORDS}
+
+
+async def test_a_failed_first_start_is_the_callers(made: Made) -> None:
+    supervised = SupervisedEngine("e", made.make)
+    made.engines[0].fails_to_start = True
+    with pytest.raises(EngineError, match="no memory left"):
+        await supervised.start()
+    await supervised.close()
+
+
+async def test_closing_ends_those_who_wait(made: Made) -> None:
+    supervised = SupervisedEngine("e", made.make, patience=replace(QUICK, backoff_s=(60,)))
+    await supervised.start()
+    supervised.kill()
+    waiting = asyncio.create_task(reply(supervised))
+    await asyncio.sleep(0.05)
+    await supervised.close()
+    with pytest.raises(EngineError, match="e is closed"):
+        await waiting

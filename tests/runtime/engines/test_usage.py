@@ -1,0 +1,96 @@
+"""What requests are charged adds up to what the engine held, whoever came when."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.engines.request import GenerateRequest
+from runtime.engines.usage import UsageMeter
+from runtime.simulation import virtual_time
+
+
+def request(since_s: float | None = None) -> GenerateRequest:
+    return GenerateRequest("r", (), temperature=0, top_p=1, max_tokens=1, since_s=since_s)
+
+
+async def call(meter: UsageMeter, begins_s: float, seconds: float, since_s: float | None = None) -> tuple[float, float]:
+    await asyncio.sleep(begins_s)
+    before = meter.charged()
+    with meter.request(request(since_s).rank(asyncio.get_running_loop().time())):
+        await asyncio.sleep(seconds)
+    spent = meter.charged() - before
+    return spent.byte_seconds, spent.engine_seconds
+
+
+def test_two_requests_share_what_they_hold_at_the_same_time() -> None:
+    async def work() -> list[tuple[float, float]]:
+        meter = UsageMeter()
+        meter.hold(100)
+        found = list(await asyncio.gather(call(meter, 1, 4), call(meter, 3, 4)))
+        assert (meter.arrived, meter.finished, meter.in_flight) == (2, 2, 0)
+        assert meter.idle.byte_seconds == pytest.approx(100)  # the first second
+        return found
+
+    # alone for 2 s, together for 2 s, alone for 2 s
+    first, second = virtual_time.run(work())
+    assert first == pytest.approx((300, 3))
+    assert second == pytest.approx((300, 3))
+
+
+def test_the_oldest_that_waits_came_after_those_that_run() -> None:
+    async def work() -> None:
+        meter = UsageMeter()
+        calls = [asyncio.create_task(call(meter, begins, 10)) for begins in (1, 2, 5)]
+        await asyncio.sleep(6)
+        assert [meter.waiting_since_s(running) for running in (0, 1, 2, 3)] == [1, 2, 5, None]
+        await asyncio.sleep(6)
+        assert meter.waiting_since_s(0) == 5
+        await asyncio.gather(*calls)
+
+    virtual_time.run(work())
+
+
+def test_those_of_an_older_job_run_before_those_that_came_before_them() -> None:
+    async def work() -> None:
+        meter = UsageMeter()
+        calls = [asyncio.create_task(call(meter, *times)) for times in ((5, 10, 5), (6, 10, 6), (8, 10, 1))]
+        await asyncio.sleep(9)
+        assert [meter.waiting_since_s(running) for running in (0, 1, 2, 3)] == [5, 5, 6, None]
+        await asyncio.gather(*calls)
+
+    virtual_time.run(work())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    calls=st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 10)), min_size=1, max_size=12),
+    sizes=st.lists(st.integers(0, 1000), max_size=5),
+)
+def test_all_that_was_held_is_charged_or_idle(calls: list[tuple[float, float]], sizes: list[int]) -> None:
+    async def work() -> None:
+        meter = UsageMeter()
+        meter.hold(500)
+        held = 0.0
+        clock = asyncio.get_running_loop().time
+
+        async def resize() -> None:
+            nonlocal held
+            now_bytes, since_s = 500, clock()
+            for size in sizes:
+                await asyncio.sleep(3)
+                held += now_bytes * (clock() - since_s)
+                now_bytes, since_s = size, clock()
+                meter.hold(size)
+            await asyncio.sleep(40 - clock())
+            held += now_bytes * (clock() - since_s)
+
+        resizing = asyncio.create_task(resize())
+        charged = await asyncio.gather(*(call(meter, begins, seconds) for begins, seconds in calls))
+        await resizing
+        meter.charged()
+        assert sum(spent for spent, _ in charged) + meter.idle.byte_seconds == pytest.approx(held)
+        assert sum(seconds for _, seconds in charged) + meter.idle.engine_seconds == pytest.approx(40)
+
+    virtual_time.run(work())

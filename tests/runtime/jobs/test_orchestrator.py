@@ -1,0 +1,294 @@
+"""Jobs over the shipped fake engine: what comes out, what failures cost, what may run beside what."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+
+import pytest
+
+from agents.arithmetic import oracle
+from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner
+from agents.role import Message, PlanTask, Reply, Task, Value
+from agents.workflow import RoleCall, Unusable, Workflow
+from runtime.engines.fake import FakeEngine
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.errors import TroupeError
+from runtime.events import CallEnded, Event, JobAdvanced, JobEnded, RoleReplied
+from runtime.jobs.batch import summarise, work_all
+from runtime.jobs.job import Job, JobResult
+from runtime.jobs.orchestrator import Orchestrator
+from tests.runtime.fakes import embedded_team, engines, slip_in_the_units
+
+pytestmark = pytest.mark.virtual_time
+
+PROBLEM = "(12+7)*3-(45-5)"
+
+
+async def test_a_job_is_answered_with_its_steps_and_usage() -> None:
+    events: list[Event] = []
+    result = await Orchestrator(embedded_team(), await engines(), events.append).run(Job("j", PROBLEM, expected="17"))
+    assert (result.answer, result.confirmed, result.correct, result.error) == ("17", True, True, None)
+    assert [(e.seat, e.output) for e in result.steps if e.seat != "critic"] == [
+        ("planner", "A=12+7; B=A*3; C=45-5; D=B-C"),
+        ("solver", "19"),
+        ("solver", "40"),
+        ("solver", "57"),
+        ("solver", "17"),
+    ]
+    assert {seat: usage.completion_tokens > 0 for seat, usage in result.usage.items()} == dict.fromkeys(
+        ("planner", "solver", "critic"), True
+    )
+    assert sum(isinstance(event, RoleReplied) for event in events) == len(result.steps) == 9
+    assert isinstance(events[-1], JobEnded)
+
+
+@pytest.mark.parametrize("workflow", ["deliberate", "vote", "solo"])
+async def test_what_a_workflow_says_is_ahead_is_what_comes(workflow: str) -> None:
+    events: list[Event] = []
+    team = embedded_team(workflow)
+    await Orchestrator(team, await engines(), events.append).run(Job("j", "12+7" if workflow == "solo" else PROBLEM))
+    advanced = [event for event in events if isinstance(event, JobAdvanced)]
+    known = 0
+    for place, event in enumerate(advanced):
+        if event.ahead is None:
+            continue
+        later: Counter[str] = Counter()
+        for after in advanced[place + 1 :]:
+            later.update(after.due)
+        # nobody slips: the same critic of a vote sees one distinct result a step
+        assert +Counter(event.ahead) == +later, (place, event)
+        known += 1
+    assert known > 0
+    assert sum(sum(event.due.values()) for event in advanced) == sum(isinstance(e, CallEnded) for e in events)
+
+
+async def test_every_call_is_told_with_its_times_and_charged() -> None:
+    events: list[Event] = []
+    handles = await engines(time_scale=1)
+    result = await Orchestrator(embedded_team(), handles, events.append, price=3600.0).run(Job("j", PROBLEM))
+    calls = [event for event in events if isinstance(event, CallEnded)]
+    for call in calls:
+        assert call.asked_s <= call.chunk_times_s[0]
+        assert list(call.chunk_times_s) == sorted(call.chunk_times_s)
+        assert sum(call.chunk_tokens) > 0
+    for seat, used in result.usage.items():
+        assert used.completion_tokens == sum(sum(call.chunk_tokens) for call in calls if call.seat == seat)
+        assert 0 < used.engine_seconds <= used.seconds + 1e-6
+        # each fake engine holds the whole device: at 3,600 an hour that is 1 a second
+        assert used.cost == pytest.approx(used.engine_seconds)
+        assert used.byte_seconds == pytest.approx(used.engine_seconds * handles[seat].limits.device_bytes)
+    assert result.as_json()["usage"]["solver"]["cost"] > 0
+
+
+async def test_every_call_says_when_its_job_began_and_how_urgent_it_is() -> None:
+    asked: list[GenerateRequest] = []
+
+    class Asked(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+            asked.append(request)
+            async for chunk in super().generate(request):
+                yield chunk
+
+    handles = {
+        name: Asked(name, lambda r: oracle.reply(r.messages[-1].content), time_scale=1)
+        for name in ("planner", "solver", "critic")
+    }
+    for handle in handles.values():
+        await handle.start()
+    await asyncio.sleep(1)
+    began_s = asyncio.get_running_loop().time()
+    await Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM, priority=3))
+    assert asyncio.get_running_loop().time() > began_s
+    assert {request.since_s for request in asked} == {began_s}
+    assert {request.priority for request in asked} == {3}
+
+
+async def test_without_a_price_nothing_costs() -> None:
+    result = await Orchestrator(embedded_team(), await engines()).run(Job("j", PROBLEM))
+    assert {used.cost for used in result.usage.values()} == {None}
+
+
+async def test_of_several_plans_the_most_common_is_followed() -> None:
+    handles = await engines()
+    team = embedded_team()
+    team = replace(team, options=team.options.model_copy(update={"plans": 5}))
+    result = await Orchestrator(team, handles).run(Job("j", PROBLEM, expected="17"))
+    assert result.correct
+    assert handles["planner"].stats().requests == 5
+
+
+async def test_steps_that_do_not_wait_for_each_other_run_at_once() -> None:
+    handles = await engines(time_scale=1)
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, handles["solver"].stats().running)
+            await asyncio.sleep(0.001)
+
+    watcher = asyncio.create_task(watch())
+    await Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM))
+    watcher.cancel()
+    assert most == 2
+
+
+@pytest.mark.parametrize("workflow", ["deliberate", "vote"])
+async def test_a_team_mends_the_solvers_slips(workflow: str) -> None:
+    orchestrator = Orchestrator(embedded_team(workflow), await engines(slip_in_the_units(0.3)))
+    results = [await orchestrator.run(Job(str(n), f"{n}+7*3-2", str(n + 19), temperature=1.0)) for n in range(200)]
+    right = sum(bool(result.correct) for result in results)
+    assert right >= 180  # three steps; 0.3 ** 3 of them find no right result in three tries
+    assert any(entry.verdict == "rejected" for result in results for entry in result.steps)
+
+
+async def test_without_critics_the_slips_stay() -> None:
+    team = embedded_team()
+    unchecked = replace(team, options=team.options.model_copy(update={"critics": ()}))
+    orchestrator = Orchestrator(unchecked, await engines(slip_in_the_units(0.3)))
+    results = [await orchestrator.run(Job(str(n), f"{n}+7*3-2", str(n + 19), temperature=1.0)) for n in range(50)]
+    assert sum(bool(result.correct) for result in results) < 40
+
+
+async def test_a_solver_that_is_always_wrong_ends_unconfirmed_after_bounded_rounds() -> None:
+    result = await Orchestrator(embedded_team(), await engines(slip_in_the_units(1.0))).run(Job("j", "12+7"))
+    assert (result.answer, result.confirmed, result.rounds) == ("10", False, 3)
+
+
+async def test_the_same_seed_gives_the_same_result_whatever_runs_beside_it() -> None:
+    orchestrator = Orchestrator(embedded_team(), await engines(slip_in_the_units(0.5)))
+    job = Job("j", PROBLEM, temperature=1.0, seed=7)
+    alone = await orchestrator.run(job)
+    crowd = await asyncio.gather(*(orchestrator.run(Job(str(n), PROBLEM, temperature=1.0, seed=n)) for n in range(20)))
+    assert [e.output for e in crowd[7].steps] == [e.output for e in alone.steps]
+    assert len({str([e.output for e in result.steps]) for result in crowd}) > 1
+
+
+@pytest.mark.parametrize("problem", ["", "5 apples?", "1000+1"])
+async def test_a_refused_problem_costs_no_other_its_result(problem: str) -> None:
+    results: list[JobResult] = []
+    jobs = [Job("good", "1+2", "3"), Job("bad", problem), Job("fine", "2+3", "5")]
+    await work_all(Orchestrator(embedded_team(), await engines()), jobs, 2, results.append)
+    assert {result.id: result.error is None for result in results} == {"good": True, "bad": False, "fine": True}
+
+
+async def test_a_result_that_cannot_be_taken_ends_the_work() -> None:
+    def full(result: JobResult) -> None:
+        raise TroupeError("no space")
+
+    jobs = [Job(str(n), "1+2") for n in range(100)]
+    handles = await engines()
+    with pytest.raises(TroupeError, match="no space"):
+        await work_all(Orchestrator(embedded_team(), handles), jobs, 4, full)
+    assert handles["planner"].stats().requests < 100
+
+
+async def test_a_role_that_raises_fails_the_job_and_no_other() -> None:
+    class Broken(ArithmeticCritic):
+        def messages(self, task: Task) -> list[Message]:
+            raise KeyError("a defect")
+
+    team = embedded_team()
+    seats = {**team.seats, "critic": replace(team.seats["critic"], role=Broken())}
+    result = await Orchestrator(replace(team, seats=seats), await engines()).run(Job("j", "1+2"))
+    assert "the role at critic: messages() raised KeyError('a defect')" in str(result.error)
+
+
+class Mute(Workflow):
+    """Asks for nothing and has no outcome."""
+
+    @classmethod
+    def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
+        return {}
+
+    def begin(self) -> list[RoleCall]:
+        return []
+
+    def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+        return []
+
+
+class Stranger(Mute):
+    """Calls on somebody who is not there."""
+
+    def begin(self) -> list[RoleCall]:
+        return [RoleCall(1, "stranger", PlanTask(self.problem))]
+
+
+class Unmade(Mute):
+    """Cannot be made."""
+
+    def __init__(self, problem: str, options: Value) -> None:
+        raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize(
+    ("workflow", "told"), [(Mute, "asks for nothing"), (Stranger, "'stranger'"), (Unmade, "a defect")]
+)
+async def test_a_workflow_that_misbehaves_fails_the_job_and_no_other(workflow: type[Workflow], told: str) -> None:
+    team = replace(embedded_team(), workflow=workflow)
+    result = await Orchestrator(team, await engines()).run(Job("j", "1+2"))
+    assert result.answer is None
+    assert told in str(result.error)
+
+
+async def test_no_two_tries_share_a_seed() -> None:
+    seeds: list[int | None] = []
+
+    class Unreadable(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+            seeds.append(request.seed)
+            yield Chunk(
+                "rubbish" if len(seeds) < 3 else oracle.reply(request.messages[-1].content), (1,), 0.0, 1, "stop"
+            )
+
+    handles = await engines()
+    handles["solver"] = Unreadable("solver", lambda request: "")
+    result = await Orchestrator(embedded_team("vote"), handles).run(Job("j", "1+2", temperature=1.0))
+    assert result.answer == "3"
+    assert len(set(seeds)) == len(seeds) == 5
+
+
+async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:
+    handles = await engines()
+    critic = handles["critic"]
+    assert isinstance(critic, FakeEngine)
+    critic.kill()
+    result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
+    assert result.answer is None
+    assert "critic is dead" in str(result.error)
+
+
+async def test_cancelling_a_job_frees_its_places_in_the_engines() -> None:
+    handles = await engines(time_scale=50)
+    job = asyncio.create_task(Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM)))
+    await asyncio.sleep(0.01)
+    assert handles["planner"].stats().running == 1
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert all(handle.stats().running == handle.stats().waiting == 0 for handle in handles.values())
+
+
+async def test_an_unusable_reply_that_was_cut_off_says_so() -> None:
+    class Cut(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+            yield Chunk("A=1+", (1,), 0.0, 1, "length")
+
+    handles = await engines()
+    handles["planner"] = Cut("planner", lambda request: "")
+    result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
+    assert "planner's reply could not be read 3 times" in str(result.error)
+    assert f"cut off at {ArithmeticPlanner.sampling.max_tokens} tokens" in str(result.error)
+
+
+async def test_a_summary_counts_what_was_right_and_what_it_took() -> None:
+    results: list[JobResult] = []
+    jobs = [Job("a", "1+2", "3"), Job("b", "1+2", "4"), Job("c", "x", "4"), Job("d", "1+2")]
+    await work_all(Orchestrator(embedded_team(), await engines(time_scale=1)), jobs, 4, results.append)
+    summary = summarise(results)
+    assert (summary.problems, summary.failed) == (4, 1)
+    assert summary.accuracy == pytest.approx(1 / 3)
+    assert summary.usage["planner"].completion_tokens == 3 * 4
+    assert 0 < summary.job_time_p50_s <= summary.job_time_p99_s

@@ -1,0 +1,80 @@
+"""Files of problems and results: each wrong line is told by its number, a cut last line loses nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from agents.workflow import Entry
+from runtime.engines.usage import Usage
+from runtime.errors import InputError
+from runtime.jobs import problems
+from runtime.jobs.job import JobResult
+
+LINES = [
+    ('{"id": "a", "problem": "1+2", "answer": 3}', None),
+    ('{"problem": "1+2"}', None),
+    ("{", "line 3: not JSON"),
+    ("[1]", "line 4: not an object"),
+    ('{"id": "b"}', 'line 5: "problem" is missing'),
+    ('{"id": "c", "problem": 5}', 'line 6: "problem" is not text'),
+    ('{"id": [1], "problem": "1"}', 'line 7: "id"'),
+    ('{"id": "d", "problem": "1", "answer": true}', 'line 8: "answer"'),
+    ('{"id": "e", "problem": "1", "anwser": 1}', "line 9: unknown key 'anwser'"),
+    ('{"id": "a", "problem": "2+2"}', "line 10: id 'a' was used in line 1"),
+    ('{"id": "f", "problem": "1", "answer": null}', None),
+    ("[" * 100_000, "line 12: not JSON"),
+    ('{"id": "g", "problem": "1", "answer": ' + "9" * 5000 + "}", "line 13: not JSON"),
+    ('{"id": "h", "problem": "\\ud800"}', "line 14: not text"),
+    ('{"id": "line-3", "problem": "1"}', None),
+    ('{"id": 17, "problem": "1"}', None),
+    ('{"problem": "1"}', None),
+]
+
+
+def test_every_line_is_read_or_told_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(line for line, _ in LINES) + "\n\n")
+    read = problems.read(path)
+    assert len(read) == len(LINES)
+    for problem, (line, fault) in zip(read, LINES, strict=True):
+        assert (problem.fault is None) == (fault is None), line
+        assert fault is None or fault in str(problem.fault)
+    assert [(p.id, p.expected) for p in read if not p.fault] == [
+        *(("a", "3"), ("2", None), ("f", None), ("line-3", None), ("17", None), ("line-17", None))
+    ]
+    assert len({p.id for p in read}) == len(read)
+
+
+def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xff\xfe\n{"problem": "1+2"}\n')
+    bad, good = problems.read(path)
+    assert "line 1: not" in str(bad.fault)
+    assert good.fault is None
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_problems_is_told(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match="no problems"):
+        problems.read(path)
+    with pytest.raises(InputError, match="No such file"):
+        problems.read(tmp_path / "nowhere")
+
+
+def test_results_are_read_back_without_a_line_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    result = JobResult("a", "1+2", "3", True, 1, [Entry("solver", "1+2", "3")], {"solver": Usage(1, 2, 0.5)}, 1.5, "3")
+    line = problems.line(result)
+    path.write_text(f"{line}\n{line}\n{line[:20]}")
+    assert list(problems.done(path)) == [result, result]
+    assert list(problems.done(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize("content", ["{\n{}\n", '{"id": 1}\n', "1\n", "[]\n"])
+def test_another_kind_of_file_is_no_file_of_results(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match="file of results"):
+        list(problems.done(path))
