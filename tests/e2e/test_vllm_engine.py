@@ -64,7 +64,9 @@ async def test_start_up_was_reported_and_logs_are_in_files(fleet: Fleet, events:
 async def test_tokens_stream_with_their_times(fleet: Fleet) -> None:
     chunks = [chunk async for chunk in fleet.engines["solver"].generate(request(STEP))]
     assert "".join(chunk.text for chunk in chunks).strip() == oracle.reply(STEP)
-    assert len(chunks) == len(oracle.reply(STEP).split()) + 1  # and the end token
+    tokens = sum(len(chunk.token_ids) for chunk in chunks)  # on a busy machine vLLM joins tokens in one chunk
+    assert tokens == len(oracle.reply(STEP).split()) + 1  # and the end token
+    assert len(chunks) > 1
     assert [chunk.time_s for chunk in chunks] == sorted(chunk.time_s for chunk in chunks)
     assert chunks[-1].finish == "stop"
     assert chunks[0].prompt_tokens == len(STEP.split()) + 2  # start and reply tokens
