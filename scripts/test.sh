@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, then checks style and types and runs the tests; with arguments, pytest alone with those
-# (paths from the repository's root).
+# Sets up the test tools, checks style and types, and runs the tests. With arguments it runs pytest alone with them, from
+# the repository's root.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=scripts/setup.sh
@@ -9,7 +9,7 @@ source "$root/scripts/setup.sh"
 set_up "$root" run test || exit 1
 set_up_programs "$root" || exit 1
 python=$root/.venv/bin/python
-export HF_HUB_OFFLINE=1 # a test that wants the network is wrong
+export HF_HUB_OFFLINE=1 # no test may need the network
 cd -- "$root"
 if (($#)); then
     exec "$python" -m pytest "$@"
@@ -17,5 +17,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# Two at a time, file by file and in order: engines start in the first files, and tests of a file share them.
+# Two processes, one file at a time and in order: the tests of a file share their engines.
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder
