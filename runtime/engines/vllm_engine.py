@@ -28,6 +28,15 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from runtime.engines import forkserver
+from runtime.engines.elastic.reports import (
+    ResizeApplied,
+    ResizeDeferred,
+    ResizeRefused,
+    ResizeReport,
+    ResizeSuperseded,
+    parse_limits,
+    parse_report,
+)
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
 from runtime.engines.request import Chunk, GenerateRequest, TokenLogprob
@@ -100,7 +109,7 @@ class VllmEngine(EngineHandle):
 
     async def _begin(self) -> None:
         """Take up the share that the engine begins with; vLLM has started it with its floor."""
-        limits = self._limits = EngineLimits(**await self._call("troupe_limits"))
+        limits = self._limits = parse_limits(await self._call("troupe_limits"))
         if self._device_bytes is not None:
             limits = self._limits = replace(limits, device_bytes=self._device_bytes)
         floor = limits.share(limits.kv_floor_bytes)
@@ -115,10 +124,10 @@ class VllmEngine(EngineHandle):
             await self.close()
             raise EngineError(f"engine {self.name} did not start: {outcome.reason} (log: {self.log})")
 
-    async def _call(self, method: str, *arguments: object) -> dict[str, Any]:
+    async def _call(self, method: str, *arguments: object) -> Any:
         """Call a method of the engine core, between two of its steps. Raises EngineDead."""
         try:
-            return await self._ready().engine_core.call_utility_async(method, *arguments)  # type: ignore[no-any-return]
+            return await self._ready().engine_core.call_utility_async(method, *arguments)
         except EngineDeadError as error:
             raise self._dead() from error
 
@@ -235,32 +244,37 @@ class VllmEngine(EngineHandle):
         arguments = (share, grant.max_active_seqs, grant.max_step_tokens, grace_s)
         async with self._resizing:  # two calls that belong together where the shrink is deferred
             try:
-                report = await self._call("troupe_resize", *arguments)
-                if report["state"] == "refused":
-                    return Rejected(grant, f"engine {self.name}: {report['reason']}")
+                report = parse_report(await self._call("troupe_resize", *arguments))
+                if isinstance(report, ResizeRefused):
+                    return Rejected(grant, f"engine {self.name}: {report.reason}")
                 self._grant = grant
-                if report["state"] == "deferred":
-                    self._kv_cache_bytes = report["kv_cache_bytes"]
+                if isinstance(report, ResizeDeferred):
+                    self._kv_cache_bytes = report.kv_cache_bytes
                     settled = asyncio.ensure_future(self._settle(grant))
                     await asyncio.sleep(0)  # it is on its way before another resize can be
-                    return Deferred(grant, report["held_bytes"], grace_s, settled)
+                    return Deferred(grant, report.held_bytes, grace_s, settled)
             except EngineDead as error:
                 return Rejected(grant, str(error))
         return self._applied(grant, report)
 
     async def _settle(self, grant: Grant) -> Applied | Rejected | Superseded:
         try:
-            report = await self._call("troupe_settled")
+            report = parse_report(await self._call("troupe_settled"))
         except EngineDead as error:
             return Rejected(grant, str(error))
-        return Superseded(grant) if report["state"] == "superseded" else self._applied(grant, report)
+        return Superseded(grant) if isinstance(report, ResizeSuperseded) else self._applied(grant, report)
 
-    def _applied(self, grant: Grant, report: dict[str, Any]) -> Applied:
-        self._kv_cache_bytes = report["kv_cache_bytes"]
-        figures = {
-            key: report[key] for key in ("kv_cache_bytes", "moved_bytes", "seconds", "stall_seconds", "preempted")
-        }
-        return Applied(grant, **figures)
+    def _applied(self, grant: Grant, report: ResizeReport) -> Applied:
+        assert isinstance(report, ResizeApplied), report
+        self._kv_cache_bytes = report.kv_cache_bytes
+        return Applied(
+            grant,
+            report.kv_cache_bytes,
+            report.moved_bytes,
+            report.seconds,
+            report.stall_seconds,
+            report.preempted,
+        )
 
     def stats(self) -> EngineStats:
         latest = self._latest.scheduler

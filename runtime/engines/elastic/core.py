@@ -1,147 +1,188 @@
-"""Resizing an engine between two of its steps: what vLLM's engine core is taught, and calls on request.
+"""Resizes an engine between two of its steps, in the process of the engine core.
 
-Methods of EngineCore can be called from the client (`call_utility_async`); they run between steps. What they return
-is plain data.
+vLLM's client calls the methods that `install` adds to EngineCore with `call_utility_async`. The engine core runs them
+between two steps. It sends their results as plain data: see `reports`.
+
+README.md lists what happens during a resize, in order.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from vllm.v1.engine.core import EngineCore
 
 from runtime.engines.elastic.pages import OutOfMemory
+from runtime.engines.elastic.reports import (
+    ResizeApplied,
+    ResizeDeferred,
+    ResizeRefused,
+    ResizeReport,
+    ResizeSuperseded,
+)
 from runtime.engines.elastic.scheduler import ElasticScheduling
 from runtime.engines.elastic.worker import ElasticWorker
+from runtime.engines.grant import EngineLimits
 
-Report = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
 class _Shrink:
-    """A shrink that waits for blocks to be let go; `ends_s` on time.perf_counter's clock."""
+    """A shrink to `capacity` blocks that is under way, and its figures so far.
 
-    blocks: int
+    Times on the clock of time.perf_counter. `deadline_s` is the end of the grace period: from then on, requests that
+    hold draining blocks are preempted.
+    """
+
+    capacity: int
+    kv_cache_bytes: int
     started_s: float
-    ends_s: float
-    report: Report
-    finished: Future[Report] = field(default_factory=Future)
+    deadline_s: float
+    stall_seconds: float
+    moved_bytes: int = 0
+    preempted: int = 0
+    finished: Future[ResizeReport] = field(default_factory=Future)
 
 
 class Resizer:
-    """One engine's scheduler and worker, and the shrink that is under way.
+    """Resizes one engine: its scheduler's limits, and the memory behind its worker's KV cache.
 
-    Memory is given back in a thread: nobody uses it any more, and steps go on meanwhile.
+    A thread of its own releases memory, so that steps run meanwhile. No step can touch that memory any more.
     """
 
     def __init__(self, scheduler: ElasticScheduling, worker: ElasticWorker) -> None:
         self._scheduler = scheduler
         self._worker = worker
         self._shrink: _Shrink | None = None
-        self._last: Future[Report] = Future()
-        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
-        self._released: Future[Any] | None = None
+        self._last_deferred: Future[ResizeReport] = Future()
+        self._release_thread = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._last_release: Future[Any] | None = None
 
-    def limits(self) -> Report:
-        """What the engine holds and how far it can go; memory in bytes."""
+    def limits(self) -> EngineLimits:
+        """Return what the engine holds besides its KV cache, and the bounds of its grants."""
         worker, config = self._worker, self._scheduler.scheduler_config
-        return {
-            "device_bytes": worker.device_bytes(),
-            "device_uuid": worker.device_uuid(),
-            "fixed_bytes": worker.fixed_bytes(),
-            "kv_floor_bytes": worker.layout.backed_bytes(worker.floor_blocks),
-            "kv_ceiling_bytes": worker.layout.backed_bytes(worker.layout.blocks),
-            "seqs_ceiling": self._scheduler.max_num_running_reqs,
-            "step_tokens_floor": 1 if config.enable_chunked_prefill else self._scheduler.max_model_len,
-            "step_tokens_ceiling": config.max_num_batched_tokens,
-            "block_bytes": sum(run.stride for run in worker.layout.runs),
-            "block_tokens": self._scheduler.vllm_config.cache_config.block_size,
-        }
+        return EngineLimits(
+            device_bytes=worker.device_bytes(),
+            device_uuid=worker.device_uuid(),
+            fixed_bytes=worker.fixed_bytes(),
+            kv_floor_bytes=worker.layout.backed_bytes(worker.floor_blocks),
+            kv_ceiling_bytes=worker.layout.backed_bytes(worker.layout.blocks),
+            seqs_ceiling=self._scheduler.max_num_running_reqs,
+            step_tokens_floor=1 if config.enable_chunked_prefill else self._scheduler.max_model_len,
+            step_tokens_ceiling=config.max_num_batched_tokens,
+            block_bytes=sum(run.stride for run in worker.layout.runs),
+            block_tokens=self._scheduler.vllm_config.cache_config.block_size,
+        )
 
-    def resize(
-        self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float
-    ) -> Report | Future[Report]:
-        """Move to the most blocks that `kv_cache_bytes` back. The report's "state" is applied, deferred or refused.
+    def resize(self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Future[ResizeReport]:
+        """Resize the KV cache to the most blocks that `kv_cache_bytes` can back, and set both scheduler limits.
 
-        Its "seconds" are until all is done, its "stall_seconds" what the engine's steps had to wait.
+        Return a future of ResizeApplied, ResizeDeferred or ResizeRefused. It is deferred if requests hold blocks above
+        the new capacity and `grace_s` seconds are granted to them; `settled` then returns how the resize ended.
+
+        Waits for the previous release, and raises its error if it failed.
         """
-        started = time.perf_counter()
-        if self._released:
-            self._released.result()
-        blocks = self._worker.layout.capacity(kv_cache_bytes)
-        if blocks < self._worker.floor_blocks:
-            return {"state": "refused", "reason": f"{kv_cache_bytes} bytes are below the floor"}
-        report: Report = {"state": "applied", "kv_cache_bytes": self._worker.layout.backed_bytes(blocks)}
-        report |= {"moved_bytes": 0, "preempted": 0, "stall_seconds": 0.0}
-        if blocks > self._worker.backed_blocks:
-            try:
-                report["moved_bytes"] = self._worker.back(blocks)
-            except OutOfMemory as error:
-                return {"state": "refused", "reason": str(error)}
-        self._supersede()
-        self._scheduler.set_limits(blocks, active_seqs, step_tokens)
-        if blocks < self._worker.backed_blocks:
-            report["stall_seconds"] = time.perf_counter() - started
-            self._shrink = shrink = _Shrink(blocks, started, started + grace_s, report)
-            self._scheduler.after_step = self._go_on
-            self._go_on()
-            if self._shrink is not None:
-                self._last = shrink.finished
-                free_from = max(self._scheduler.pool.draining) + 1
-                return self._give_back(self._release_what_is_free, free_from, shrink)
-            return shrink.finished
-        report["seconds"] = report["stall_seconds"] = time.perf_counter() - started
-        return report
+        started_s = time.perf_counter()
+        if self._last_release is not None:
+            self._last_release.result()
+        capacity = self._worker.layout.capacity(kv_cache_bytes)
+        if capacity < self._worker.floor_blocks:
+            floor_bytes = self._worker.layout.backed_bytes(self._worker.floor_blocks)
+            return _completed(ResizeRefused(f"{kv_cache_bytes} bytes are below the floor of {floor_bytes} bytes"))
+        try:
+            moved_bytes = self._worker.back(max(capacity, self._worker.backed_blocks))
+        except OutOfMemory as error:
+            return _completed(ResizeRefused(str(error)))
+        self._supersede_shrink()
+        self._scheduler.set_limits(capacity, active_seqs, step_tokens)
+        if capacity < self._worker.backed_blocks:
+            return self._start_shrink(capacity, started_s, grace_s)
+        held_bytes = self._worker.layout.backed_bytes(capacity)
+        seconds = time.perf_counter() - started_s
+        return _completed(ResizeApplied(held_bytes, moved_bytes, seconds, stall_seconds=seconds, preempted=0))
 
-    def settled(self) -> Future[Report]:
-        """How the shrink that was last deferred ended: its report, or {"state": "superseded"}."""
-        return self._last
+    def settled(self) -> Future[ResizeReport]:
+        """Return a future of how the last deferred shrink ends: ResizeApplied or ResizeSuperseded."""
+        return self._last_deferred
 
-    def _supersede(self) -> None:
+    def _supersede_shrink(self) -> None:
         shrink, self._shrink = self._shrink, None
         self._scheduler.after_step = None
-        if shrink:
-            shrink.finished.set_result({"state": "superseded"})
+        if shrink is not None:
+            shrink.finished.set_result(ResizeSuperseded())
 
-    def _go_on(self) -> None:
-        """Give the memory back once nobody uses it; after the grace, see to it that nobody does."""
+    def _start_shrink(self, capacity: int, started_s: float, grace_s: float) -> Future[ResizeReport]:
+        """Release the blocks above `capacity`, now if they are free, otherwise once they are."""
+        kv_cache_bytes = self._worker.layout.backed_bytes(capacity)
+        stall_seconds = time.perf_counter() - started_s
+        shrink = _Shrink(capacity, kv_cache_bytes, started_s, started_s + grace_s, stall_seconds)
+        self._shrink = shrink
+        self._scheduler.after_step = self._continue_shrink
+        self._continue_shrink()
+        if self._shrink is None:
+            return shrink.finished
+        self._last_deferred = shrink.finished
+        unused_from = max(self._scheduler.pool.draining) + 1
+        return self._release(self._release_unused, shrink, unused_from)
+
+    def _continue_shrink(self) -> None:
+        """Release the memory if no request holds it any more; preempt those that do if the grace period is over.
+
+        The scheduler calls this after every step while a shrink is under way.
+        """
         shrink = self._shrink
         if shrink is None:
             return
-        begun = time.perf_counter()
-        if self._scheduler.pool.draining and begun >= shrink.ends_s:
-            shrink.report["preempted"] += self._scheduler.preempt_drainers()
-        shrink.report["stall_seconds"] += time.perf_counter() - begun
-        if not self._scheduler.pool.draining:
+        pool = self._scheduler.pool
+        now_s = time.perf_counter()
+        if pool.draining and now_s >= shrink.deadline_s:
+            shrink.preempted += self._scheduler.preempt_drainers()
+        shrink.stall_seconds += time.perf_counter() - now_s
+        if not pool.draining:
             self._shrink = self._scheduler.after_step = None
-            self._give_back(self._release, shrink)
+            self._release(self._finish_shrink, shrink)
 
-    def _give_back(self, release: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Run `release` in the releasing thread; it waits for the steps that the device has been given up to now."""
+    def _release(self, release: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run `release` in the release thread, after the steps that the device has been given up to now."""
         self._worker.pages.fence()
-        self._released = released = self._releaser.submit(release, *arguments)
-        return released
+        future = self._release_thread.submit(release, *args, **kwargs)
+        self._last_release = future
+        return future
 
-    def _release_what_is_free(self, blocks: int, shrink: _Shrink) -> Report:
-        """In the releasing thread: give back all above the highest block in use; what is held then is exact."""
-        if blocks < self._worker.backed_blocks:
-            shrink.report["moved_bytes"] += self._worker.back(blocks)
-        held = self._worker.layout.backed_bytes(self._worker.backed_blocks) - shrink.report["kv_cache_bytes"]
-        return {"state": "deferred", "kv_cache_bytes": shrink.report["kv_cache_bytes"], "held_bytes": held}
+    def _release_unused(self, shrink: _Shrink, unused_from: int) -> ResizeReport:
+        """Release the blocks from `unused_from` up, above the highest block in use, and report what is still held.
 
-    def _release(self, shrink: _Shrink) -> int:
-        """In the releasing thread. What goes wrong is the caller's answer, and raised again at the next resize."""
+        Runs in the release thread.
+        """
+        if unused_from < self._worker.backed_blocks:
+            shrink.moved_bytes += self._worker.back(unused_from)
+        held_bytes = self._worker.layout.backed_bytes(self._worker.backed_blocks) - shrink.kv_cache_bytes
+        return ResizeDeferred(shrink.kv_cache_bytes, held_bytes)
+
+    def _finish_shrink(self, shrink: _Shrink) -> None:
+        """Release all blocks above the new capacity and report the shrink as applied.
+
+        Runs in the release thread. An error reaches the caller of the shrink, and `resize` raises it again.
+        """
         try:
-            moved = self._worker.back(shrink.blocks)
-            shrink.report["moved_bytes"] += moved
+            shrink.moved_bytes += self._worker.back(shrink.capacity)
         except BaseException as error:
             shrink.finished.set_exception(error)
             raise
-        shrink.report["seconds"] = time.perf_counter() - shrink.started_s
-        shrink.finished.set_result(shrink.report)
-        return moved
+        seconds = time.perf_counter() - shrink.started_s
+        shrink.finished.set_result(
+            ResizeApplied(shrink.kv_cache_bytes, shrink.moved_bytes, seconds, shrink.stall_seconds, shrink.preempted)
+        )
+
+
+def _completed(report: ResizeReport) -> Future[ResizeReport]:
+    future: Future[ResizeReport] = Future()
+    future.set_result(report)
+    return future
 
 
 def _resizer(core: EngineCore) -> Resizer:
@@ -150,24 +191,24 @@ def _resizer(core: EngineCore) -> Resizer:
     return core._troupe_resizer  # type: ignore[no-any-return]  # vLLM is not analysed
 
 
-def _limits(core: EngineCore) -> Report:
+def _limits(core: EngineCore) -> EngineLimits:
     return _resizer(core).limits()
 
 
 def _resize(
     core: EngineCore, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float
-) -> Report | Future[Report]:
+) -> Future[ResizeReport]:
     return _resizer(core).resize(kv_cache_bytes, active_seqs, step_tokens, grace_s)
 
 
-def _settled(core: EngineCore) -> Future[Report]:
+def _settled(core: EngineCore) -> Future[ResizeReport]:
     return _resizer(core).settled()
 
 
 def install() -> None:
-    """Give this process's EngineCore the methods `troupe_limits`, `troupe_resize` and `troupe_settled`.
+    """Add the methods `troupe_limits`, `troupe_resize` and `troupe_settled` to this process's EngineCore.
 
-    Done where an elastic engine is made, and not by a vLLM plug-in: those change every vLLM process of the
-    environment, our users' own too.
+    The executor of an elastic engine calls this. A vLLM plug-in would change every vLLM process of the environment,
+    including those that have nothing to do with Troupe.
     """
     EngineCore.troupe_limits, EngineCore.troupe_resize, EngineCore.troupe_settled = _limits, _resize, _settled

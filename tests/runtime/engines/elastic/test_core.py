@@ -1,10 +1,8 @@
-"""Resizing between two steps: the real pool and CUDA pages over the stand-in driver, without an engine."""
+"""Tests of a resize with the real block pool and CUDA pages over the stub driver, without an engine."""
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -12,11 +10,15 @@ from runtime.engines.elastic.core import Resizer
 from runtime.engines.elastic.layout import BlockLayout, Run
 from runtime.engines.elastic.pages import Pages
 from runtime.engines.elastic.pool import ElasticBlockPool
+from runtime.engines.elastic.reports import ResizeApplied, ResizeDeferred, ResizeRefused, ResizeSuperseded
 from runtime.engines.elastic.scheduler import ElasticScheduling
 from runtime.engines.elastic.worker import ElasticWorker
 
 MIB = 1 << 20
 BLOCK, BLOCKS = 2 * MIB, 8
+FLOOR_BLOCKS = 2
+LONG_S = 60
+"""Bounds waits for the release thread on a busy machine."""
 
 
 class Scheduler(ElasticScheduling):
@@ -31,17 +33,13 @@ class Scheduler(ElasticScheduling):
 
 
 class Worker(ElasticWorker):
-    """An elastic worker whose cache is backed as far as its ceiling."""
+    """An elastic worker whose KV cache is backed up to its ceiling."""
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
         self.layout = BlockLayout((Run(0, BLOCK),), BLOCKS, pages.granule)
-        self.floor_blocks = 2
+        self.floor_blocks = FLOOR_BLOCKS
         self.back(BLOCKS)
-
-
-def report(answer: Any) -> dict[str, Any]:
-    return dict(answer.result(timeout=60) if isinstance(answer, Future) else answer)
 
 
 @pytest.fixture
@@ -49,40 +47,67 @@ def worker(cuda: Callable[..., Pages]) -> Worker:
     return Worker(cuda(BLOCKS * BLOCK))
 
 
-def test_a_shrink_waits_for_the_steps_that_are_queued_on_the_device(worker: Worker, driver: ctypes.CDLL) -> None:
+def test_shrink_waits_for_steps_queued_on_the_device(worker: Worker, driver: ctypes.CDLL) -> None:
     resizer = Resizer(Scheduler(), worker)
     driver.stub_hold(1)
     driver.stub_launch(worker.pages.address + 6 * BLOCK, BLOCK, 0)
-    assert report(resizer.resize(4 * BLOCK, 8, 64, grace_s=0))["state"] == "applied"
+    assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S), ResizeApplied)
     assert (driver.stub_queued(), driver.stub_in_use()) == (0, 4 * BLOCK)
 
 
-def test_a_deferred_shrink_waits_for_the_last_step_of_the_blocks_that_were_in_use(
-    worker: Worker, driver: ctypes.CDLL
-) -> None:
+def test_deferred_shrink_waits_for_the_last_step_of_its_draining_blocks(worker: Worker, driver: ctypes.CDLL) -> None:
     scheduler = Scheduler()
     resizer = Resizer(scheduler, worker)
     driver.stub_hold(1)
     used = scheduler.pool.get_new_blocks(5)
     driver.stub_launch(worker.pages.address + 7 * BLOCK, BLOCK, 0)
-    assert report(resizer.resize(4 * BLOCK, 8, 64, grace_s=600)) == {
-        "state": "deferred",
-        "kv_cache_bytes": 4 * BLOCK,
-        "held_bytes": 2 * BLOCK,
-    }
+    report = resizer.resize(4 * BLOCK, 8, 64, grace_s=600).result(LONG_S)
+    assert report == ResizeDeferred(kv_cache_bytes=4 * BLOCK, held_bytes=2 * BLOCK)
     assert driver.stub_queued() == 0
     driver.stub_launch(worker.pages.address + 5 * BLOCK, BLOCK, 0)
     scheduler.pool.free_blocks(used)
     assert scheduler.after_step is not None
     scheduler.after_step()
-    assert report(resizer.settled())["state"] == "applied"
+    assert isinstance(resizer.settled().result(LONG_S), ResizeApplied)
     assert (driver.stub_queued(), driver.stub_in_use()) == (0, 4 * BLOCK)
 
 
-def test_steps_that_follow_a_shrink_are_not_waited_for(worker: Worker, driver: ctypes.CDLL) -> None:
+def test_shrink_does_not_wait_for_later_steps(worker: Worker, driver: ctypes.CDLL) -> None:
     resizer = Resizer(Scheduler(), worker)
     driver.stub_hold(1)
     resize = resizer.resize(4 * BLOCK, 8, 64, grace_s=0)
     driver.stub_launch(worker.pages.address, BLOCK, 0)
-    assert report(resize)["state"] == "applied"
+    assert isinstance(resize.result(LONG_S), ResizeApplied)
     assert driver.stub_queued() == 1
+
+
+def test_grow_supersedes_a_deferred_shrink(worker: Worker) -> None:
+    scheduler = Scheduler()
+    resizer = Resizer(scheduler, worker)
+    scheduler.pool.get_new_blocks(5)
+    assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=600).result(LONG_S), ResizeDeferred)
+    grown = resizer.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    assert isinstance(grown, ResizeApplied)
+    assert (grown.kv_cache_bytes, grown.moved_bytes) == (BLOCKS * BLOCK, 2 * BLOCK)
+    assert isinstance(resizer.settled().result(LONG_S), ResizeSuperseded)
+    assert scheduler.after_step is None
+
+
+def test_resize_below_the_floor_is_refused_and_changes_nothing(worker: Worker, driver: ctypes.CDLL) -> None:
+    scheduler = Scheduler()
+    resizer = Resizer(scheduler, worker)
+    report = resizer.resize(BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    reason = f"{BLOCK} bytes are below the floor of {FLOOR_BLOCKS * BLOCK} bytes"
+    assert report == ResizeRefused(reason)
+    assert (scheduler.pool.num_gpu_blocks, driver.stub_in_use()) == (BLOCKS, BLOCKS * BLOCK)
+
+
+def test_grow_without_free_memory_is_refused_and_changes_nothing(worker: Worker, driver: ctypes.CDLL) -> None:
+    scheduler = Scheduler()
+    resizer = Resizer(scheduler, worker)
+    resizer.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    driver.stub_set_limit(6 * BLOCK)
+    report = resizer.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    assert isinstance(report, ResizeRefused)
+    assert "out of memory" in report.reason
+    assert (scheduler.pool.num_gpu_blocks, driver.stub_in_use()) == (4, 4 * BLOCK)
