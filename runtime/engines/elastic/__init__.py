@@ -1,1 +1,1 @@
-"""What runs inside vLLM's process: a KV cache over reserved address space, and a scheduler with live limits."""
+"""The part of Troupe that runs inside vLLM's engine process: a resizable KV cache, and a scheduler with live limits."""

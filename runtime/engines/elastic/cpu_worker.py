@@ -8,19 +8,23 @@ from runtime.engines.elastic.pages import HostPages
 from runtime.engines.elastic.worker import ElasticWorker, host_tensor
 
 WORKING_BYTES = 256 << 20
-"""What an engine takes beyond its start once it works: pages shared with the process it was forked from become its own
-as they are touched, and a step computes. A bound for small models (190 MiB were seen), not measured."""
+"""Bytes that an engine process adds to its memory while it works. A bound for small models, not a measurement: at most
+190 MiB were seen. Steps compute in this memory, and pages that the process shares with the one that it was forked from
+become its own when it writes to them."""
 
 
 class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
     """vLLM's CPU worker with its KV cache in host pages."""
 
     def determine_available_memory(self) -> int:
-        """As on the GPU; vLLM's own worker would refuse a ceiling beyond the memory that is free at this moment."""
-        ceiling = self.cache_config.kv_cache_memory_bytes = self.ceiling_bytes()
+        """Warm the model up and return the ceiling in bytes, as the CUDA worker does.
+
+        CPUWorker's own method would reject a ceiling above the memory that is free at this moment.
+        """
+        ceiling_bytes = self.cache_config.kv_cache_memory_bytes = self.ceiling_bytes()
         if self._should_warm_up_model():
             self.model_runner.warming_up_model()
-        return ceiling
+        return ceiling_bytes
 
     def reserve(self, size: int) -> HostPages:
         return HostPages(size)
@@ -32,5 +36,5 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
         return int(psutil.virtual_memory().total)
 
     def fixed_bytes(self) -> int:
-        """The process's own memory at its start, and what it will take."""
+        """Return the memory that only this process holds now, plus WORKING_BYTES."""
         return int(psutil.Process().memory_full_info().uss) + WORKING_BYTES

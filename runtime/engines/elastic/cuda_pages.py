@@ -1,12 +1,12 @@
-"""Pages of an NVIDIA GPU's memory, through CUDA's virtual memory management.
+"""Pages in the memory of an NVIDIA GPU, with the virtual memory calls of the CUDA Driver API.
 
-The CUDA Driver API, section Virtual Memory Management: cuMemAddressReserve once; cuMemCreate, cuMemMap and
-cuMemSetAccess to back; cuMemUnmap and cuMemRelease to release. A granule is a physical allocation of its own, so that
-any of them can go.
+cuMemAddressReserve reserves the address space once. cuMemCreate, cuMemMap and cuMemSetAccess back it; cuMemUnmap and
+cuMemRelease release it. Each granule is a physical allocation of its own, so each can be released alone. Source: CUDA
+Driver API, section Virtual Memory Management.
 
-An address that is not backed faults. kvcached maps one shared page there instead. We do not: growing would have to
-unmap that page first, and so wait for the steps in flight. On a shared page a stray write would silently corrupt
-tokens; a fault crashes the engine, and the supervisor sends its requests again.
+An access to an unbacked address faults. kvcached maps one shared page there instead. Troupe does not, for two reasons:
+to grow, it would have to unmap that page first, and so wait for the steps in flight; and a stray write to a shared page
+would silently corrupt tokens. A fault crashes the engine, and the supervisor sends its requests again.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,18 @@ from runtime.engines.elastic.pages import OutOfMemory, Pages
 
 
 class CudaError(RuntimeError):
-    """A call of the CUDA driver failed."""
+    """A call to the CUDA driver failed. The message names the call and the driver's status."""
 
 
 class CudaPages(Pages):
-    """Reserves `size` bytes, rounded up to whole granules, for device `device` (CUDA's ordinal).
+    """A range of GPU address space on device `device` (CUDA's ordinal), backed with physical granules.
 
-    `granule` is rounded up to what the device asks for (2 MiB as a rule); a mapping costs about the same whatever its
-    size, so that larger ones move memory faster. `stream` is the handle of the CUDA stream that computes. Zeroing is
-    put on it, before whatever the stream is given next, and fences are recorded on it. Expects a current CUDA context.
+    `size` is rounded up to whole granules, and `granule` to a multiple of the device's minimum (usually 2 MiB), both in
+    bytes. A mapping costs about the same at any size, so larger granules move memory faster. `stream` is the handle of
+    the CUDA stream that vLLM computes on: zeroing runs on it, ahead of later work, and fences are recorded on it.
+
+    The calling thread needs a current CUDA context, except for `release`, which enters the context of the constructor.
+    Methods raise CudaError if the driver fails.
     """
 
     def __init__(self, size: int, device: int = 0, granule: int = 32 << 20, stream: int = 0) -> None:
@@ -39,22 +42,22 @@ class CudaPages(Pages):
         self._access.location = self._properties.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        least = int(_call(driver.cuMemGetAllocationGranularity, self._properties, minimum))
-        self.granule = -(-granule // least) * least
+        minimum_bytes = int(_call(driver.cuMemGetAllocationGranularity, self._properties, minimum))
+        self.granule = -(-granule // minimum_bytes) * minimum_bytes
         self.size = -(-size // self.granule) * self.granule
         self.address = int(_call(driver.cuMemAddressReserve, self.size, self.granule, 0, 0))
         self._stream = stream
         self._context = _call(driver.cuCtxGetCurrent)
         flags = driver.CUevent_flags
-        waits = flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
-        self._fence = _call(driver.cuEventCreate, waits)
+        event_flags = flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
+        self._fence = _call(driver.cuEventCreate, event_flags)
         self._handles: dict[int, Any] = {}
 
     def back(self, start: int, stop: int) -> None:
         self.check(start, stop)
         backed = [at for at in range(start, stop, self.granule) if at in self._handles]
         if backed:
-            raise ValueError(f"[{start}, {stop}) has memory at {backed[0]} already")
+            raise ValueError(f"cannot back [{start}, {stop}): the granule at {backed[0]} is backed already")
         try:
             for at in range(start, stop, self.granule):
                 self._back_one(at)
@@ -80,16 +83,16 @@ class CudaPages(Pages):
         self.check(start, stop)
         missing = [at for at in range(start, stop, self.granule) if at not in self._handles]
         if missing:
-            raise ValueError(f"[{start}, {stop}) has no memory at {missing[0]}")
-        self._wait()
+            raise ValueError(f"cannot release [{start}, {stop}): the granule at {missing[0]} is not backed")
+        self._wait_for_fence()
         for at in range(start, stop, self.granule):
             self._release_one(at)
 
     def fence(self) -> None:
         _call(driver.cuEventRecord, self._fence, self._stream)
 
-    def _wait(self) -> None:
-        """Wait for the fence, in any thread. cuMemUnmap does not always wait for the kernels that are queued."""
+    def _wait_for_fence(self) -> None:
+        """Wait for the last fence, in any thread. cuMemUnmap alone may not wait for queued kernels."""
         _call(driver.cuCtxSetCurrent, self._context)
         _call(driver.cuEventSynchronize, self._fence)
 
@@ -101,7 +104,7 @@ class CudaPages(Pages):
         if not self.size:
             return
         self.fence()
-        self._wait()
+        self._wait_for_fence()
         for at in list(self._handles):
             self._release_one(at)
         _call(driver.cuMemAddressFree, self.address, self.size)
@@ -110,17 +113,17 @@ class CudaPages(Pages):
 
 
 def device_uuid(device: int) -> str:
-    """Return the UUID of a device (CUDA's ordinal) or, if it is in MIG mode, of the MIG instance.
+    """Return the UUID of a device (CUDA's ordinal) or, if the GPU is in MIG mode, of the MIG instance.
 
-    Source: cuDeviceGetUuid_v2 in the CUDA Driver API. The same octets are in NVML's "GPU-..." and "MIG-..." names.
-    Needs no CUDA context. Raises CudaError.
+    NVML's "GPU-..." and "MIG-..." names contain the same octets. Needs no CUDA context. Raises CudaError if the driver
+    does not know the device. Source: cuDeviceGetUuid_v2 in the CUDA Driver API.
     """
     _call(driver.cuInit, 0)
     return str(UUID(bytes=bytes(_call(driver.cuDeviceGetUuid, device).bytes)))
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the driver; its result without the status. Raises OutOfMemory or CudaError."""
+    """Call the driver and return its result, or None if it has none. Raises OutOfMemory or CudaError."""
     status, *results = function(*arguments)
     if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise OutOfMemory(f"{function.__name__}: the GPU is out of memory")

@@ -11,7 +11,7 @@ from runtime.engines.elastic.cuda_pages import CudaPages, device_uuid
 from runtime.engines.elastic.worker import ElasticWorker
 
 CONTEXT_BYTES = 768 << 20
-"""What a process holds of the GPU beside PyTorch's allocator, the CUDA context above all: a bound, not measured."""
+"""GPU bytes that a process holds outside PyTorch's allocator, mostly the CUDA context. A bound, not a measurement."""
 
 
 class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
@@ -20,18 +20,20 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
     _peak_activation_bytes = 0
 
     def determine_available_memory(self) -> int:
-        """Return the ceiling (bytes), and measure what a full step takes for a while.
+        """Return the ceiling in bytes, and measure the peak memory of a full step.
 
-        vLLM runs one dummy step of `max_num_batched_tokens` here. It measures that step only if it is to find the size
-        of the KV cache. We measure it in the same way: `transient_peak_headroom` of `vllm.utils.mem_utils`.
+        vLLM's Worker runs one dummy step of `max_num_batched_tokens` here. It measures that step only if it has to
+        choose the size of the KV cache. This method measures it in the same way: `transient_peak_headroom` of
+        `vllm.utils.mem_utils`.
         """
         with memory_profiling(self.init_snapshot) as profile:
-            ceiling = super().determine_available_memory()
+            ceiling_bytes = super().determine_available_memory()
         self._peak_activation_bytes = profile.transient_peak_headroom
-        return ceiling
+        return ceiling_bytes
 
     def reserve(self, size: int) -> CudaPages:
-        stream = current_stream().cuda_stream  # vLLM's: the first call moves this thread's work to a stream of its own
+        # The stream that vLLM computes on. Its first call to current_stream moves this thread's work to a new stream.
+        stream = current_stream().cuda_stream
         granule = self.vllm_config.additional_config["troupe"]["granule_bytes"]
         return CudaPages(size, torch.cuda.current_device(), granule, stream)
 
@@ -45,15 +47,15 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
         return device_uuid(torch.cuda.current_device())
 
     def fixed_bytes(self) -> int:
-        """Return what PyTorch's allocator holds, the peak of a full step on top of it, and a bound for the context.
+        """Return what PyTorch's allocator holds, plus the peak of a full step, plus CONTEXT_BYTES.
 
-        Weights, CUDA graphs and what warm-up left are in the first. Memory that other processes take does not count.
+        The allocator holds weights, CUDA graphs and what warm-up left. Memory of other processes does not count.
         """
         return int(torch.cuda.memory_reserved(self.device)) + self._peak_activation_bytes + CONTEXT_BYTES
 
 
 class _CudaArray:
-    """Memory at an address, as PyTorch takes it in without a copy."""
+    """Device memory at an address, as int8 [nbytes], which PyTorch wraps without a copy."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""An executor that keeps the worker in the engine's process: one process an engine, and memory moves between steps."""
+"""An executor that keeps the worker in the engine core's process, so that a resize can happen between two steps."""
 
 import os
 import tempfile
@@ -14,26 +14,27 @@ from runtime.engines.handle import EngineState
 
 
 class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """vLLM's single-process executor under a name of its own.
+    """vLLM's single-process executor under another name.
 
-    The CPU platform replaces the one it knows by one that starts a worker process; a subclass it leaves alone.
+    vLLM's CPU platform replaces UniProcExecutor with an executor that starts a worker process. It keeps subclasses.
     """
 
     def _init_executor(self) -> None:
-        told = self.vllm_config.additional_config["troupe"]
-        with Path(told["log"]).open("ab") as file:
+        """Set this process up (log, temporary folder, CPU features, utility calls), then load the model."""
+        settings = self.vllm_config.additional_config["troupe"]
+        with Path(settings["log"]).open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         if current_platform.is_cpu():
-            # AMX tiles need the kernel's leave, asked for in the process that uses them; without it the first token
-            # of a bfloat16 model ends in SIGILL.
+            # The process that uses AMX tiles must request permission from the kernel first. Without it, a bfloat16
+            # model dies with SIGILL at its first token.
             torch.cpu._init_amx()
             if self.vllm_config.model_config.enforce_eager:
-                # What vLLM compiles all the same would be built by a C++ compiler at the first request for logprobs:
-                # seconds for all who wait, and no reply where there is none.
+                # vLLM compiles some functions even in eager mode, with a C++ compiler at the first request for
+                # logprobs. That would stall all requests for seconds, and fail without a compiler.
                 torch.compiler.set_stance("force_eager")
-        os.environ["TMPDIR"] = tempfile.tempdir = told["temporary"]
-        startup_reports.send(Path(told["temporary"]), told["name"], EngineState.LOADING)
+        os.environ["TMPDIR"] = tempfile.tempdir = settings["temporary"]
+        startup_reports.send(Path(settings["temporary"]), settings["name"], EngineState.LOADING)
         core.install()
         super()._init_executor()
-        startup_reports.send(Path(told["temporary"]), told["name"], EngineState.LOADED)
+        startup_reports.send(Path(settings["temporary"]), settings["name"], EngineState.LOADED)

@@ -1,7 +1,7 @@
-"""Where the KV cache's blocks lie in its address space: pure arithmetic, no memory.
+"""Computes which bytes of the KV cache's address space hold which blocks. Pure arithmetic: it touches no memory.
 
-vLLM 0.32 puts the whole cache into one allocation (`allocate_kv_cache` in vllm/v1/worker/utils.py). With the layers
-outermost (CPU) every layer is a run of blocks of its own; with the blocks outermost there is one run, and a range of
+vLLM 0.32 allocates the whole cache at once (`allocate_kv_cache` in vllm/v1/worker/utils.py). If layers are outermost,
+as on the CPU, each layer has a run of blocks of its own. If blocks are outermost, there is one run, and a range of
 blocks is one range of bytes.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class CacheTensor(Protocol):
-    """The fields of vLLM's KVCacheTensor that say where layers and blocks lie, all in bytes."""
+    """The fields of vLLM's KVCacheTensor that place layers and blocks. Strides and offset in bytes."""
 
     layers: list[str]
     layer_stride: int
@@ -23,7 +23,7 @@ class CacheTensor(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """Blocks in a row: block b takes [start + b * stride, start + (b + 1) * stride)."""
+    """Consecutive blocks: block b occupies the bytes [start + b * stride, start + (b + 1) * stride)."""
 
     start: int
     stride: int
@@ -31,9 +31,10 @@ class Run:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The runs of a cache of `blocks` blocks, and the granule in which its memory comes and goes (bytes).
+    """The runs of a cache of `blocks` blocks, whose memory is backed and released in granules of `granule` bytes.
 
-    Block 0, vLLM's null block, is always backed; so a granule that two runs share is never given back.
+    A capacity is a number of blocks: the first ones of every run. Block 0, vLLM's null block, is always backed, and
+    with it the granule in which one run ends and the next begins.
     """
 
     runs: tuple[Run, ...]
@@ -42,50 +43,52 @@ class BlockLayout:
 
     @property
     def size(self) -> int:
-        """The address space to reserve: bytes, whole granules."""
-        return self._up(max(run.start + self.blocks * run.stride for run in self.runs))
+        """The address space that the cache needs: bytes, in whole granules."""
+        return self._round_up(max(run.start + self.blocks * run.stride for run in self.runs))
 
     def spans(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """What a capacity of `high` blocks needs beyond one of `low`, as [start, stop) bytes in whole granules.
+        """Yield the [start, stop) bytes, in whole granules, that a capacity of `high` needs beyond one of `low`.
 
-        Growing backs it, shrinking gives it back. `low` 0 is the state in which nothing is backed.
+        Growing from `low` to `high` backs these spans; shrinking from `high` to `low` releases them. A capacity of 0
+        means that nothing is backed, not even block 0.
         """
         for index, run in enumerate(self.runs if high else ()):
-            start = self._up(run.start + low * run.stride) if low else self._down(run.start)
-            stop = self._up(run.start + high * run.stride)
+            start = self._round_up(run.start + low * run.stride) if low else self._round_down(run.start)
+            stop = self._round_up(run.start + high * run.stride)
             if index + 1 < len(self.runs):
-                stop = min(stop, self._down(self.runs[index + 1].start))
+                stop = min(stop, self._round_down(self.runs[index + 1].start))
             if start < stop:
                 yield start, stop
 
     def backed_bytes(self, capacity: int) -> int:
-        """What a capacity takes: bytes."""
+        """Return the bytes that back a capacity."""
         return sum(stop - start for start, stop in self.spans(0, capacity))
 
     def capacity(self, nbytes: int) -> int:
-        """The most blocks that `nbytes` back."""
+        """Return the largest capacity that `nbytes` can back."""
         return bisect_right(range(self.blocks + 1), nbytes, key=self.backed_bytes) - 1
 
-    def _up(self, nbytes: int) -> int:
+    def _round_up(self, nbytes: int) -> int:
         return -(-nbytes // self.granule) * self.granule
 
-    def _down(self, nbytes: int) -> int:
+    def _round_down(self, nbytes: int) -> int:
         return nbytes // self.granule * self.granule
 
 
 def layout_of(tensors: Iterable[CacheTensor], blocks: int, granule: int) -> BlockLayout:
-    """The layout of vLLM's `kv_cache_config.kv_cache_tensors`.
+    """Return the layout of vLLM's `kv_cache_config.kv_cache_tensors`.
 
-    Tensors of different cache groups may lie over each other: a block belongs to one group at a time.
+    Tensors of different cache groups may share bytes, because a block belongs to one group at a time. Raises ValueError
+    if the runs overlap in any other way.
     """
     runs: set[Run] = set()
     for tensor in tensors:
-        if tensor.layer_stride < tensor.block_stride:  # blocks outermost: all layers of a block lie together
+        if tensor.layer_stride < tensor.block_stride:  # blocks are outermost: a block's layers are adjacent
             runs.add(Run(0, tensor.block_stride))
         else:
             starts = (tensor.offset + layer * tensor.layer_stride for layer in range(len(tensor.layers)))
             runs.update(Run(start, tensor.block_stride) for start in starts)
     ordered = tuple(sorted(runs, key=lambda run: run.start))
     if any(a.start + blocks * a.stride > b.start for a, b in pairwise(ordered)):
-        raise ValueError(f"the KV cache's layers overlap in a way that is not known here: {ordered}")
+        raise ValueError(f"the KV cache's layers overlap, so its blocks cannot be resized: {ordered}")
     return BlockLayout(ordered, blocks, granule)

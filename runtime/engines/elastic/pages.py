@@ -1,6 +1,6 @@
-"""Address space reserved once and backed by memory as it is needed: the contract, and its backend for the host.
+"""Address space that is reserved once and backed with memory as needed: the interface, and its host backend.
 
-The other backend, for NVIDIA GPUs, is `cuda_pages`.
+`cuda_pages` holds the backend for NVIDIA GPUs.
 """
 
 import ctypes
@@ -9,17 +9,21 @@ import os
 from abc import ABC, abstractmethod
 
 _MAP_NORESERVE = 0x4000
-"""Linux's: mmap has the name from Python 3.13 on."""
+"""Linux's value. Python's mmap has the name only from 3.13 on."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class OutOfMemory(MemoryError):
-    """The device has no memory for the pages asked for; those that were backed before still are."""
+    """The device has too little free memory for the requested pages. Pages that were backed before still are."""
 
 
 class Pages(ABC):
-    """`size` bytes of address space from `address` on. Ranges are [start, stop) bytes from there, in whole granules."""
+    """A range of `size` bytes of address space that starts at `address`, backed with memory in granules.
+
+    Ranges are [start, stop) in bytes relative to `address`, and consist of whole granules of `granule` bytes. `back`
+    and `release` raise ValueError for any other range.
+    """
 
     address: int
     size: int
@@ -27,34 +31,41 @@ class Pages(ABC):
 
     @abstractmethod
     def back(self, start: int, stop: int) -> None:
-        """Put zeroed memory behind a range that has none. Raises OutOfMemory, and then nothing has changed."""
+        """Back a range with zeroed memory. No part of it may be backed yet.
+
+        Raises OutOfMemory, and then leaves the range unbacked.
+        """
 
     @abstractmethod
     def release(self, start: int, stop: int) -> None:
-        """Give the memory behind a range back to the system, once the device has passed the last fence."""
+        """Return the memory of a range to the system. Waits until the device has passed the last fence."""
 
     def fence(self) -> None:
-        """Make later releases wait for the work that the device has been given up to now, zeroing included.
+        """Make later releases wait for the work that the device has been given so far, including zeroing.
 
-        Call it in the thread that gives the device its work, when no later work will touch what is to be released.
-        Does nothing if work is done as soon as it is given, as on the host.
+        Call it in the thread that submits work to the device, once no later work can touch the pages to be released.
+        The default does nothing: on the host, work is complete when it is submitted.
         """
         return
 
     @abstractmethod
     def close(self) -> None:
-        """Release everything, the address space too. May be called twice."""
+        """Release all memory and the address space. Calling it again has no effect."""
 
     def check(self, start: int, stop: int) -> None:
         """Raise ValueError for a range that is empty, out of bounds, or not in whole granules."""
         if not 0 <= start < stop <= self.size or start % self.granule or stop % self.granule:
-            raise ValueError(f"[{start}, {stop}) is no range of whole granules of {self.granule} within {self.size}")
+            raise ValueError(
+                f"[{start}, {stop}) is not a range of whole granules: expected multiples of {self.granule} "
+                f"within 0 to {self.size}"
+            )
 
 
 class HostPages(Pages):
-    """An anonymous mapping: the kernel puts a zeroed page behind an address when it is first written.
+    """An anonymous mapping of host memory.
 
-    So `back` costs nothing, and what is backed is a bound on what is resident. `release` is MADV_DONTNEED.
+    The kernel puts a zeroed page behind an address at the first write. So `back` costs nothing, and the backed bytes
+    are an upper bound of the resident ones. `release` calls madvise with MADV_DONTNEED.
     """
 
     def __init__(self, size: int) -> None:

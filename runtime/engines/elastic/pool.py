@@ -1,4 +1,4 @@
-"""A block pool whose capacity moves while requests run."""
+"""A block pool whose capacity changes while requests run."""
 
 import heapq
 from collections.abc import Iterable
@@ -9,17 +9,21 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 
 class CompactQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """vLLM's queue of free blocks, but those that hold nothing worth finding come first, and the lowest of them.
+    """A free-block queue that hands out uncached blocks first, lowest block id first.
 
-    What is in use then gathers at the bottom, so that a line that moves down finds little above it. Blocks that prefix
-    caching may find again follow, least recently used first, as ever.
+    Blocks in use gather at low ids that way, so a shrink finds few of them above the new capacity. Blocks that prefix
+    caching may still find come after the uncached ones, least recently used first, as in vLLM's own queue.
+
+    vLLM's pool puts uncached blocks in front with `prepend_n` and cached ones at the end with `append_n`. This class
+    keeps the former in a heap and leaves the latter in the linked list of the base class.
     """
 
     def __init__(self, blocks: list[KVCacheBlock]) -> None:
         super().__init__([])
-        # A heap of block ids, each at most once, and their blocks; None for an id whose block was removed since.
-        self._lowest: list[int] = []
-        self._plain: dict[int, KVCacheBlock | None] = {}
+        # A heap of block ids, each at most once. An id stays in the heap when its block is removed; the block's entry
+        # in the dict is then None.
+        self._uncached_ids: list[int] = []
+        self._uncached: dict[int, KVCacheBlock | None] = {}
         self.prepend_n(blocks)
 
     def popleft(self) -> KVCacheBlock:
@@ -28,40 +32,41 @@ class CompactQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]  # vLLM is not 
         return self.popleft_n(1)[0]
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
+        """Remove `n` blocks from the queue and return them. At least `n` must be free."""
         assert n <= self.num_free_blocks, (n, self.num_free_blocks)
-        taken: list[KVCacheBlock] = []
-        while len(taken) < n and self._lowest:
-            block = self._plain.pop(heapq.heappop(self._lowest))
+        uncached: list[KVCacheBlock] = []
+        while len(uncached) < n and self._uncached_ids:
+            block = self._uncached.pop(heapq.heappop(self._uncached_ids))
             if block is not None:
-                taken.append(block)
-        self.num_free_blocks -= len(taken)
-        return [*taken, *super().popleft_n(n - len(taken))]
+                uncached.append(block)
+        self.num_free_blocks -= len(uncached)
+        return [*uncached, *super().popleft_n(n - len(uncached))]
 
     def remove(self, block: KVCacheBlock) -> None:
-        if self._plain.get(block.block_id) is None:
+        if self._uncached.get(block.block_id) is None:
             super().remove(block)
         else:
-            self._plain[block.block_id] = None
+            self._uncached[block.block_id] = None
             self.num_free_blocks -= 1
 
     def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
-        """Blocks that hold nothing worth finding; their order is no matter."""
+        """Add uncached blocks, in any order."""
         for block in blocks:
-            if block.block_id not in self._plain:
-                heapq.heappush(self._lowest, block.block_id)
-            self._plain[block.block_id] = block
+            if block.block_id not in self._uncached:
+                heapq.heappush(self._uncached_ids, block.block_id)
+            self._uncached[block.block_id] = block
         self.num_free_blocks += len(blocks)
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        plain = [block for _, block in sorted(self._plain.items()) if block is not None]
-        return [*plain, *super().get_all_free_blocks()]
+        uncached = [block for _, block in sorted(self._uncached.items()) if block is not None]
+        return [*uncached, *super().get_all_free_blocks()]
 
 
 class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """vLLM's pool over all blocks of the ceiling, of which the first `num_gpu_blocks` may be handed out.
+    """A pool over all blocks of the ceiling, of which it hands out only the first `num_gpu_blocks`, the live capacity.
 
-    A block above the line is parked, in no queue, or draining: still in use, and parked when its last user lets go.
-    Neither is found by prefix caching. `num_gpu_blocks` is the live capacity, so that usage follows it.
+    A block above the capacity is either parked, that is in no queue, or draining: a request still uses it, and the
+    pool parks it when its last user frees it. Prefix caching finds neither. `get_usage` refers to the live capacity.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,9 +75,10 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
         self.free_block_queue = CompactQueue(free)
         self.num_gpu_blocks: int = len(self.blocks)
         self.draining: set[int] = set()
+        """Ids of the blocks above the capacity that requests still use."""
 
     def set_capacity(self, capacity: int) -> None:
-        """Move the line: blocks, of which one is the null block."""
+        """Set the number of blocks that may be handed out, the null block included: 2 up to the ceiling."""
         assert 1 < capacity <= len(self.blocks), capacity
         before, self.num_gpu_blocks = self.num_gpu_blocks, capacity
         for block in self.blocks[capacity:before]:
@@ -87,6 +93,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
         self.draining -= set(range(before, capacity))
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Release a request's hold on its blocks, and park draining ones that have no user left."""
         if not self.draining:
             super().free_blocks(ordered_blocks)
             return
@@ -103,12 +110,16 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
             super()._insert_block_hash(block_hash, block, num_tokens)
 
     def get_usage(self) -> float:
-        """What is in use, draining blocks too, to what may be handed out: above 1 while more drains than is free."""
-        there_are = self.num_gpu_blocks - 1
-        return float((there_are - self.get_num_free_blocks() + len(self.draining)) / there_are)
+        """Return the blocks in use, draining ones included, as a fraction of the capacity without the null block.
+
+        The result exceeds 1 while more blocks drain than are free.
+        """
+        usable = self.num_gpu_blocks - 1
+        return float((usable - self.get_num_free_blocks() + len(self.draining)) / usable)
 
     def reset_prefix_cache(self) -> bool:
+        """Empty the prefix cache and return True; change nothing and return False while requests use blocks."""
         done = not self.draining and bool(super().reset_prefix_cache())
-        if done:  # nothing is worth finding any more
+        if done:  # all free blocks are uncached now, so all belong in the heap
             self.free_block_queue = CompactQueue(self.free_block_queue.get_all_free_blocks())
         return done

@@ -1,4 +1,4 @@
-"""A scheduler whose limits move while it runs: blocks, sequences and tokens a step."""
+"""A scheduler whose limits change while it runs: KV blocks, running sequences, and tokens per step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +14,15 @@ from runtime.engines.elastic.pool import ElasticBlockPool
 
 
 class ElasticScheduling:
-    """Mixin: vLLM's scheduler, synchronous or not, over an elastic pool.
+    """A mixin that puts vLLM's scheduler, synchronous or asynchronous, over an elastic block pool.
 
-    `after_step` is called after every step. With steps in flight (async scheduling) a block that is let go counts as
-    in use until the steps that may write to it are through: `defer_block_free`.
+    The scheduler calls `after_step` after every step, if it is set.
+
+    Async scheduling keeps steps in flight. The mixin then sets vLLM's `defer_block_free`: a freed block counts as in
+    use until the steps that may write to it have ended.
     """
 
-    if TYPE_CHECKING:  # what is used of the scheduler that this is mixed into
+    if TYPE_CHECKING:  # attributes of the scheduler that the class is mixed into
         kv_cache_manager: Any
         scheduler_config: Any
         vllm_config: Any
@@ -39,26 +41,30 @@ class ElasticScheduling:
             self.defer_block_free = True
 
     def set_limits(self, capacity: int, active_seqs: int, step_tokens: int) -> None:
-        """Move all three: blocks, sequences admitted to run, tokens a step. What runs goes on running."""
+        """Set the pool's capacity (blocks), the sequences that may run at once, and the tokens per step.
+
+        Running requests continue, even if they exceed the new limits.
+        """
         self.pool.set_capacity(capacity)
         self.kv_cache_manager.watermark_blocks = int(self.scheduler_config.watermark * capacity)
         self.max_num_active_reqs = active_seqs
         self.max_num_scheduled_tokens = step_tokens
 
     def preempt_drainers(self) -> int:
-        """Preempt every running request that holds a draining block; how many. vLLM computes them again."""
-        holders = [request for request in self.running if not self._holdings(request).isdisjoint(self.pool.draining)]
-        for request in reversed(holders):  # each goes to the front of the queue: in the end they stand as they ran
+        """Preempt every running request that holds a draining block, and return their number. vLLM recomputes them."""
+        holders = [request for request in self.running if not self._block_ids(request).isdisjoint(self.pool.draining)]
+        for request in reversed(holders):  # each goes to the front of the queue, so reversing keeps their order
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
-            # It may be resumed in the very next step, and must not look as if it had run in the one before.
+            # vLLM may resume the request in the next step, and must not believe that it also ran in the last one.
             self.prev_step_scheduled_req_ids.discard(request.request_id)
         return len(holders)
 
-    def _holdings(self, request: Request) -> set[int]:
+    def _block_ids(self, request: Request) -> set[int]:
         return {block for group in self.kv_cache_manager.get_block_ids(request.request_id) for block in group}
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """Process the output of a step as vLLM's Scheduler does, then call `after_step`."""
         outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
         if self.after_step:
             self.after_step()
@@ -66,16 +72,16 @@ class ElasticScheduling:
 
 
 class ElasticScheduler(ElasticScheduling, Scheduler):  # type: ignore[misc]  # vLLM is not analysed
-    """Steps one after another: the CPU."""
+    """The scheduler for the CPU, where a step ends before the next one is scheduled."""
 
 
 class ElasticAsyncScheduler(ElasticScheduling, AsyncScheduler):  # type: ignore[misc]  # vLLM is not analysed
-    """A step is scheduled while the one before it runs: CUDA."""
+    """The scheduler for CUDA, where vLLM schedules a step while the one before it runs."""
 
 
 @contextmanager
 def _elastic_pools() -> Iterator[None]:
-    """vLLM's cache manager makes its pool by this name, and offers no other way to give it another."""
+    """Replace vLLM's BlockPool. Its KV cache coordinator looks the class up by this name and has no other hook."""
     stock = kv_cache_coordinator.BlockPool
     kv_cache_coordinator.BlockPool = ElasticBlockPool
     try:

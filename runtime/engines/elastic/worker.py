@@ -1,4 +1,4 @@
-"""What a worker needs to hold its KV cache in pages: a mixin over vLLM's workers, for the CPU and for CUDA alike."""
+"""A mixin for vLLM's workers, on the CPU and on CUDA, that keeps the KV cache in pages."""
 
 from collections.abc import Callable
 from ctypes import c_int8
@@ -15,9 +15,13 @@ from runtime.engines.elastic.pages import OutOfMemory, Pages
 
 
 class ElasticWorker:
-    """Mixin: the cache's address space is reserved for its ceiling, and backed as far as `back` says.
+    """A mixin that reserves address space for the ceiling of the KV cache, and backs the first `backed_blocks` blocks.
 
-    It starts with its floor: one sequence of the model's full length, and vLLM's null block.
+    A worker starts with its floor backed: the blocks of one sequence of the model's full length, and vLLM's null
+    block. Address space, and with it the cache's tensors, never move, so CUDA graphs stay valid.
+
+    The methods from `reserve` to `tensor` are the device's part, which each worker class provides. The others override
+    those of vLLM's worker, or belong to a resize (`back`).
     """
 
     vllm_config: Any
@@ -28,33 +32,36 @@ class ElasticWorker:
     _warming_up = False
 
     def ceiling_bytes(self) -> int:
-        """The most that the KV cache may take: the share that the engine may ever be granted."""
-        told = self.vllm_config.additional_config["troupe"]
-        return int(told["ceiling_share"] * (told["device_bytes"] or self.device_bytes()))
+        """Return the most bytes that the KV cache may ever hold: the engine's highest share of the device."""
+        settings = self.vllm_config.additional_config["troupe"]
+        return int(settings["ceiling_share"] * (settings["device_bytes"] or self.device_bytes()))
 
     def determine_available_memory(self) -> int:
-        """The ceiling; what is free at this moment does not come in, so neighbours that start too change nothing."""
+        """Return the ceiling in bytes, whatever is free now, so that engines may start side by side.
+
+        Overrides the method of vLLM's Worker, which uses `kv_cache_memory_bytes` if it is set.
+        """
         self.vllm_config.cache_config.kv_cache_memory_bytes = self.ceiling_bytes()
         return int(super().determine_available_memory())  # type: ignore[misc]
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """Return the layouts that every attention backend in use supports, with those first that move most cheaply.
+        """Return the layouts that every attention backend in use supports, those that are cheapest to resize first.
 
         vLLM takes the first, unless VLLM_KV_CACHE_LAYOUT or a KV connector names another of them. If blocks are
-        outermost, a range of blocks is one range of bytes; otherwise it is one range for each layer. A layout that
-        splits a block's page within a layer is left out, because `layout_of` cannot follow it.
+        outermost, a range of blocks is one range of bytes; otherwise it is one range per layer. Layouts that split a
+        block's page within a layer are left out, because `layout_of` does not support them.
         """
         supported = [KVCacheLayout[name] for name in super().get_supported_kv_cache_layouts()]  # type: ignore[misc]
-        movable = [layout for layout in supported if layout.is_block_outermost or layout.is_block_compact]
-        movable.sort(key=lambda layout: not layout.is_block_outermost)  # a stable sort: vLLM's preference within each
-        return [layout.name for layout in movable]
+        resizable = [layout for layout in supported if layout.is_block_outermost or layout.is_block_compact]
+        resizable.sort(key=lambda layout: not layout.is_block_outermost)  # stable: keeps vLLM's order within each group
+        return [layout.name for layout in resizable]
 
     def reserve(self, size: int) -> Pages:
-        """Address space on this worker's device: bytes."""
+        """Reserve `size` bytes of address space on this worker's device."""
         raise NotImplementedError
 
     def device_bytes(self) -> int:
-        """The device's memory in all."""
+        """Return the total memory of the device in bytes."""
         raise NotImplementedError
 
     def device_uuid(self) -> str:
@@ -66,23 +73,25 @@ class ElasticWorker:
         raise NotImplementedError
 
     def tensor(self, nbytes: int) -> torch.Tensor:
-        """The first `nbytes` of the pages as int8 [nbytes]."""
+        """Return a tensor over the first `nbytes` of the pages: int8 [nbytes]. It shares their memory."""
         raise NotImplementedError
 
     def back(self, blocks: int) -> int:
-        """Back as many blocks, more or fewer than now; bytes that moved.
+        """Back exactly the first `blocks` blocks, more or fewer than now, and return the bytes backed or released.
 
-        Raises OutOfMemory, and then what was backed still is. Before fewer are backed, no step may be scheduled that
-        could touch the rest, and `pages.fence` must have been called since the last that could was given to the device.
+        Raises OutOfMemory, and then backs the same blocks as before.
+
+        Before it backs fewer blocks, the caller must ensure two things: no step that could touch the others will be
+        scheduled, and `pages.fence` was called after the last such step was given to the device.
         """
         low, high = sorted((self.backed_blocks, blocks))
-        move, undo = self.pages.back, self.pages.release
+        change, undo = self.pages.back, self.pages.release
         if blocks < self.backed_blocks:
-            move, undo = undo, move
+            change, undo = undo, change
         done: list[tuple[int, int]] = []
         try:
             for span in self.layout.spans(low, high):
-                move(*span)
+                change(*span)
                 done.append(span)
         except BaseException:
             for span in done:
@@ -92,19 +101,26 @@ class ElasticWorker:
         return sum(stop - start for start, stop in done)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Let vLLM's Worker create its KV cache, over our pages. Raises RuntimeError if it allocated memory of its own.
+
+        Worker.initialize_from_config asks `_maybe_get_memory_pool_context` for the context in which it allocates.
+        """
         self._kv_cache_config = kv_cache_config
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]  # of the worker that this is mixed into
         if not self.backed_blocks:
-            raise RuntimeError("vLLM did not allocate its KV cache in the way that elastic engines know")
+            raise RuntimeError(
+                "vLLM did not allocate its KV cache with one torch.zeros in the context of "
+                "_maybe_get_memory_pool_context, so it cannot be resized: use the vLLM release that Troupe is made for"
+            )
 
     def compile_or_warm_up_model(self) -> Any:
-        """Run vLLM's warm-up with every block backed that it writes. These blocks are the engine's floor from then on.
+        """Run vLLM's warm-up with every block backed that it writes. These blocks become the engine's floor.
 
-        vLLM caps its warm-up by the blocks that the cache has, not by those that are backed. An engine that is started
-        again warms up within its grant, which is never below its floor. Raises OutOfMemory if the device cannot hold
-        the blocks.
+        vLLM limits its warm-up by the blocks of the cache, not by the backed ones. An engine that is restarted warms up
+        within its grant, because a grant is never below the floor. Raises OutOfMemory if the device cannot hold the
+        blocks.
         """
-        if self.vllm_config.cache_config.use_replayssm:  # its autotuner gives each sequence a block without a step
+        if self.vllm_config.cache_config.use_replayssm:  # its autotuner gives each sequence a block outside of a step
             self._back_at_least(1 + int(self.vllm_config.scheduler_config.max_num_seqs))
         self._warming_up = True
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -113,7 +129,7 @@ class ElasticWorker:
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step. While vLLM warms up, first back the blocks that the step names, as the scheduler would have."""
+        """Run a step. During warm-up, first back the blocks of the step: vLLM chooses them without our scheduler."""
         if self._warming_up:
             self._back_at_least(1 + _highest_block(scheduler_output))
         return super().execute_model(scheduler_output)  # type: ignore[misc]
@@ -125,17 +141,18 @@ class ElasticWorker:
         except OutOfMemory as error:
             needed = self.layout.backed_bytes(blocks)
             raise OutOfMemory(
-                f"vLLM's warm-up writes {needed} bytes of the KV cache, and the device has no room for them: "
+                f"vLLM's warm-up writes {needed} bytes of the KV cache, which the device cannot hold: "
                 "lower max_num_seqs or set enforce_eager"
             ) from error
 
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
-        # vLLM asks here for the context in which it allocates; the CUDA worker for both of its model runners.
+        # vLLM's workers, with either model runner, allocate the KV cache in the context that this method returns.
         if tag != "kv_cache":
             return super()._maybe_get_memory_pool_context(tag)  # type: ignore[misc]
         return _InPlaceOfZeros(self._kv_cache_config.kv_cache_tensors[0].size, self._allocate)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
+        """Reserve `nbytes` for the KV cache, back the floor, and return the cache as int8 [nbytes]."""
         config = self._kv_cache_config
         blocks = int(config.num_blocks)
         self.pages = self.reserve(nbytes)
@@ -147,14 +164,14 @@ class ElasticWorker:
 
 
 def _highest_block(step: SchedulerOutput) -> int:
-    """Return the highest of the KV blocks that a step gives to its requests; 0, the null block, if it gives none."""
-    given = [request.block_ids for request in step.scheduled_new_reqs]
-    given += [block_ids for block_ids in step.scheduled_cached_reqs.new_block_ids if block_ids is not None]
-    return int(max((block for groups in given for group in groups for block in group), default=0))
+    """Return the highest KV block id that a step gives to its requests; 0, the null block, if it gives none."""
+    by_request = [request.block_ids for request in step.scheduled_new_reqs]
+    by_request += [block_ids for block_ids in step.scheduled_cached_reqs.new_block_ids if block_ids is not None]
+    return int(max((block for groups in by_request for group in groups for block in group), default=0))
 
 
 class _InPlaceOfZeros(TorchFunctionMode):  # type: ignore[misc]  # torch is not analysed: see pyproject.toml
-    """Stands in for the one torch.zeros that backs the whole KV cache (`allocate_kv_cache`)."""
+    """A context that replaces the one torch.zeros call with which vLLM allocates its KV cache (`allocate_kv_cache`)."""
 
     def __init__(self, nbytes: int, allocate: Callable[[int], torch.Tensor]) -> None:
         super().__init__()
@@ -168,5 +185,5 @@ class _InPlaceOfZeros(TorchFunctionMode):  # type: ignore[misc]  # torch is not 
 
 
 def host_tensor(address: int, nbytes: int) -> torch.Tensor:
-    """Host memory at an address as int8 [nbytes]; the memory stays its owner's."""
+    """Return a tensor over host memory at an address: int8 [nbytes]. It does not own the memory."""
     return torch.frombuffer((c_int8 * nbytes).from_address(address), dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""CUDA pages over the stand-in for the GPU's driver."""
+"""Fixtures for CUDA pages over the stub of the CUDA driver."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The stand-in for the GPU's driver, with its counters."""
+    """The stub of the CUDA driver, with its counters (stub_*)."""
     library = stubs.cuda(tmp_path_factory.mktemp("cuda"))
     library.stub_in_use.restype = library.stub_calls.restype = ctypes.c_size_t
     library.stub_set_limit.argtypes = [ctypes.c_size_t]
@@ -24,8 +24,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def cuda(driver: ctypes.CDLL) -> Iterator[Callable[..., Pages]]:
-    """Makes CUDA pages in a context of this thread; nothing may be left of them in the end."""
-    from runtime.engines.elastic.cuda_pages import CudaPages  # once the stand-in is loaded
+    """A factory of CUDA pages in a context of this thread. At the end, none of their resources may be left."""
+    from runtime.engines.elastic.cuda_pages import CudaPages  # imports the driver, so the stub must be loaded first
 
     made: list[Pages] = []
     driver.cuCtxSetCurrent(1)
@@ -40,5 +40,5 @@ def cuda(driver: ctypes.CDLL) -> Iterator[Callable[..., Pages]]:
         pages.close()
         pages.close()
     driver.stub_hold(0)
-    left = driver.stub_in_use(), driver.stub_mappings(), driver.stub_reservations(), driver.stub_events()
-    assert left == (0, 0, 0, 0)
+    leaked = driver.stub_in_use(), driver.stub_mappings(), driver.stub_reservations(), driver.stub_events()
+    assert leaked == (0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""The block layout against a count of granules one by one."""
+"""Tests of the block layout against a count of the granules that each byte lies in."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ def layouts(draw: st.DrawFn) -> BlockLayout:
 
 
 def granules(layout: BlockLayout, capacity: int) -> set[int]:
-    """The granules that the first blocks touch, one byte at a time."""
+    """Return the granules that the first `capacity` blocks of every run touch, byte by byte."""
     return {
         byte // layout.granule
         for run in layout.runs
@@ -34,33 +34,33 @@ def granules(layout: BlockLayout, capacity: int) -> set[int]:
 
 
 @given(layouts(), st.data())
-def test_spans_are_what_one_capacity_needs_beyond_another(layout: BlockLayout, data: st.DataObject) -> None:
+def test_spans_are_the_granules_that_the_higher_capacity_adds(layout: BlockLayout, data: st.DataObject) -> None:
     low = data.draw(st.integers(0, layout.blocks))
     high = data.draw(st.integers(low, layout.blocks))
     spans = list(layout.spans(low, high))
-    listed = [at // layout.granule for start, stop in spans for at in range(start, stop, layout.granule)]
-    assert len(listed) == len(set(listed))
-    assert set(listed) == (granules(layout, high) - granules(layout, low) if high else set())
+    touched = [at // layout.granule for start, stop in spans for at in range(start, stop, layout.granule)]
+    assert len(touched) == len(set(touched))
+    assert set(touched) == (granules(layout, high) - granules(layout, low) if high else set())
     assert all(0 <= start < stop <= layout.size for start, stop in spans)
 
 
 @given(layouts(), st.integers(0, 6000))
-def test_the_capacity_is_the_most_that_fits(layout: BlockLayout, nbytes: int) -> None:
+def test_capacity_is_the_largest_that_fits(layout: BlockLayout, nbytes: int) -> None:
     capacity = layout.capacity(nbytes)
     assert layout.backed_bytes(capacity) <= nbytes or capacity == 0
     assert capacity == layout.blocks or layout.backed_bytes(capacity + 1) > nbytes
 
 
-def test_blocks_outermost_are_one_run_however_many_tensors_share_it() -> None:
+def test_block_outermost_tensors_share_one_run() -> None:
     tensors = [Tensor(["a", "b"], 64, 256), Tensor(["c", "d"], 64, 256, offset=128)]
     assert layout_of(tensors, blocks=10, granule=1).runs == (Run(0, 256),)
 
 
-def test_cache_groups_that_lie_over_each_other_are_counted_once() -> None:
+def test_overlapping_cache_groups_count_once() -> None:
     tensors = [Tensor(["a", "b"], 640, 64), Tensor(["c", "d"], 640, 64)]
     assert layout_of(tensors, blocks=10, granule=1).backed_bytes(10) == 1280
 
 
-def test_an_unknown_arrangement_is_refused() -> None:
+def test_other_overlaps_are_rejected() -> None:
     with pytest.raises(ValueError, match="overlap"):
         layout_of([Tensor(["a"], 640, 64), Tensor(["b"], 640, 64, offset=100)], blocks=10, granule=1)

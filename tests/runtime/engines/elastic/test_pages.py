@@ -1,4 +1,4 @@
-"""Both backends keep one contract: the host's for real, CUDA's with the real cuda-bindings over a stand-in driver."""
+"""Tests of both backends of pages: the host for real, and CUDA with the real cuda-bindings over a stub driver."""
 
 import ctypes
 import itertools
@@ -16,8 +16,8 @@ from runtime.engines.elastic.pages import HostPages, OutOfMemory, Pages
 MIB = 1 << 20
 
 
-def test_a_device_says_its_uuid_as_nvml_writes_it(driver: ctypes.CDLL) -> None:
-    from runtime.engines.elastic import cuda_pages  # once the stand-in is loaded
+def test_device_uuid_has_the_format_of_nvml(driver: ctypes.CDLL) -> None:
+    from runtime.engines.elastic import cuda_pages  # imports the driver, so the stub must be loaded first
 
     assert cuda_pages.device_uuid(1) == "10111213-1415-1617-1819-1a1b1c1d1e1f"
     with pytest.raises(cuda_pages.CudaError, match="cuDeviceGetUuid: CUDA_ERROR_INVALID_DEVICE"):
@@ -29,7 +29,7 @@ def byte(pages: Pages, at: int) -> ctypes.c_ubyte:
 
 
 @pytest.mark.parametrize("backend", ["host", "cuda"])
-def test_what_was_released_comes_back_zeroed(backend: str, request: pytest.FixtureRequest) -> None:
+def test_released_memory_is_zeroed_when_backed_again(backend: str, request: pytest.FixtureRequest) -> None:
     pages = HostPages(8 * MIB) if backend == "host" else request.getfixturevalue("cuda")(8 * MIB)
     pages.back(0, 4 * MIB)
     assert byte(pages, 0).value == 0
@@ -41,14 +41,16 @@ def test_what_was_released_comes_back_zeroed(backend: str, request: pytest.Fixtu
 
 @pytest.mark.parametrize("backend", ["host", "cuda"])
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (4 * MIB, 2 * MIB), (1, 2 * MIB), (0, 2 * MIB + 1), (0, 10 * MIB)])
-def test_ranges_are_whole_granules_within(backend: str, start: int, stop: int, request: pytest.FixtureRequest) -> None:
+def test_ranges_must_be_whole_granules_in_bounds(
+    backend: str, start: int, stop: int, request: pytest.FixtureRequest
+) -> None:
     pages = HostPages(8 * MIB) if backend == "host" else request.getfixturevalue("cuda")(8 * MIB)
     for change in (pages.back, pages.release):
         with pytest.raises(ValueError, match="whole granules"):
             change(start, stop)
 
 
-def test_host_memory_really_goes() -> None:
+def test_released_host_memory_is_no_longer_resident() -> None:
     pages = HostPages(64 * MIB)
     ctypes.memset(pages.address, 1, 64 * MIB)
     full = resident()
@@ -63,7 +65,7 @@ def resident() -> int:
     return int(fields["Rss:"]) << 10
 
 
-def test_the_granule_is_what_the_device_asks_for_or_a_multiple(cuda: Callable[..., Pages]) -> None:
+def test_granule_is_a_multiple_of_the_device_minimum(cuda: Callable[..., Pages]) -> None:
     assert cuda(1, granule=1).granule == 2 * MIB
     assert cuda(1, granule=3 * MIB).granule == 4 * MIB
     wide = cuda(33 * MIB, granule=32 * MIB)
@@ -71,7 +73,7 @@ def test_the_granule_is_what_the_device_asks_for_or_a_multiple(cuda: Callable[..
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 3])
-def test_out_of_memory_in_the_middle_of_a_grow_changes_nothing(
+def test_out_of_memory_during_a_grow_changes_nothing(
     cuda: Callable[..., Pages], driver: ctypes.CDLL, spare: int
 ) -> None:
     pages = cuda(16 * MIB)
@@ -86,16 +88,16 @@ def test_out_of_memory_in_the_middle_of_a_grow_changes_nothing(
     assert driver.stub_in_use() == 12 * MIB
 
 
-def test_what_is_backed_is_not_backed_again_nor_what_is_gone_released(cuda: Callable[..., Pages]) -> None:
+def test_backing_twice_and_releasing_unbacked_granules_are_rejected(cuda: Callable[..., Pages]) -> None:
     pages = cuda(8 * MIB)
     pages.back(2 * MIB, 4 * MIB)
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="granule at 2097152 is backed already"):
         pages.back(0, 4 * MIB)
-    with pytest.raises(ValueError, match="no memory at 0"):
+    with pytest.raises(ValueError, match="granule at 0 is not backed"):
         pages.release(0, 4 * MIB)
 
 
-def test_any_order_of_growing_and_shrinking_adds_up(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
+def test_memory_in_use_matches_backed_granules_in_any_order(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     granule, count = 2 * MIB, 6
 
     class Machine(RuleBasedStateMachine):
@@ -103,27 +105,27 @@ def test_any_order_of_growing_and_shrinking_adds_up(cuda: Callable[..., Pages], 
             super().__init__()
             self.pages = cuda(granule * count)
             self.backed: set[int] = set()
-            self.room = 100
+            self.limit_granules = 100
 
-        @rule(room=st.integers(0, 8))
-        def limit(self, room: int) -> None:
-            self.room = room + len(self.backed)
-            driver.stub_set_limit(self.room * granule)
+        @rule(free_granules=st.integers(0, 8))
+        def limit(self, free_granules: int) -> None:
+            self.limit_granules = len(self.backed) + free_granules
+            driver.stub_set_limit(self.limit_granules * granule)
 
         @rule(span=st.sampled_from(list(itertools.combinations(range(count + 1), 2))))
         def back(self, span: tuple[int, int]) -> None:
-            asked = set(range(*span))
-            wrong: type[Exception] | None = None
-            if asked & self.backed:
-                wrong = ValueError
-            elif len(asked | self.backed) > self.room:
-                wrong = OutOfMemory
-            if wrong:
-                with pytest.raises(wrong):
+            requested = set(range(*span))
+            expected_error: type[Exception] | None = None
+            if requested & self.backed:
+                expected_error = ValueError
+            elif len(requested | self.backed) > self.limit_granules:
+                expected_error = OutOfMemory
+            if expected_error:
+                with pytest.raises(expected_error):
                     self.pages.back(span[0] * granule, span[1] * granule)
             else:
                 self.pages.back(span[0] * granule, span[1] * granule)
-                self.backed |= asked
+                self.backed |= requested
 
         @precondition(lambda self: self.backed)
         @rule(data=st.data())
@@ -133,7 +135,7 @@ def test_any_order_of_growing_and_shrinking_adds_up(cuda: Callable[..., Pages], 
             self.backed.remove(at)
 
         @invariant()
-        def holds_what_is_backed(self) -> None:
+        def memory_in_use_matches_backed_granules(self) -> None:
             assert driver.stub_in_use() == len(self.backed) * granule
             assert driver.stub_mappings() == len(self.backed)
 
@@ -145,35 +147,31 @@ def test_any_order_of_growing_and_shrinking_adds_up(cuda: Callable[..., Pages], 
     run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=15, deadline=None))
 
 
-def test_the_drivers_refusals_are_told_by_name(cuda: Callable[..., Pages]) -> None:
+def test_cuda_error_names_the_call_and_the_status(cuda: Callable[..., Pages]) -> None:
     from runtime.engines.elastic.cuda_pages import CudaError
 
     pages = cuda(4 * MIB)
     pages.back(0, 2 * MIB)
-    pages.address += 4096  # what no caller can do: the driver is given an address that is not its own
+    pages.address += 4096  # no caller can cause this: it makes the driver refuse an address
     with pytest.raises(CudaError, match="cuMemMap: CUDA_ERROR_INVALID_VALUE"):
         pages.back(2 * MIB, 4 * MIB)
     pages.address -= 4096
 
 
-def test_release_waits_for_the_work_before_the_fence_and_for_none_after_it(
-    cuda: Callable[..., Pages], driver: ctypes.CDLL
-) -> None:
+def test_release_waits_for_work_before_the_fence_only(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     pages = cuda(8 * MIB)
     pages.back(0, 8 * MIB)
     driver.stub_hold(1)
     driver.stub_launch(pages.address + 4 * MIB, 4 * MIB, 0)
     pages.fence()
     driver.stub_launch(pages.address, 2 * MIB, 0)
-    with ThreadPoolExecutor(1) as releaser:  # a thread that has no CUDA context of its own
+    with ThreadPoolExecutor(1) as releaser:  # a thread without a CUDA context
         releaser.submit(pages.release, 4 * MIB, 8 * MIB).result()
     assert driver.stub_queued() == 1
 
 
 @pytest.mark.parametrize("end", ["release", "close"])
-def test_memory_that_is_still_being_zeroed_is_not_unmapped(
-    end: str, cuda: Callable[..., Pages], driver: ctypes.CDLL
-) -> None:
+def test_memory_is_not_unmapped_while_it_is_zeroed(end: str, cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     pages = cuda(4 * MIB)
     driver.stub_hold(1)
     pages.back(0, 4 * MIB)

@@ -1,4 +1,4 @@
-"""The elastic block pool, driven in any order: what may be handed out is below the line, and nothing is lost."""
+"""Tests of the elastic block pool under random operations: no block is lost, or handed out above the capacity."""
 
 import tracemalloc
 from typing import Any
@@ -13,7 +13,7 @@ CEILING = 12
 
 
 class Pool(RuleBasedStateMachine):
-    """Requests take blocks, let go of them, and find each other's by prefix; the line moves all the while."""
+    """Requests take, free and share blocks, while the capacity changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Pool(RuleBasedStateMachine):
         self.hashes = 0
 
     @rule(capacity=st.integers(2, CEILING))
-    def move_the_line(self, capacity: int) -> None:
+    def change_capacity(self, capacity: int) -> None:
         self.pool.set_capacity(capacity)
 
     @rule(count=st.integers(1, 4))
@@ -31,27 +31,27 @@ class Pool(RuleBasedStateMachine):
             self.used.append(self.pool.get_new_blocks(count))
 
     @rule()
-    def take_the_lowest(self) -> None:
-        """What holds nothing worth finding is handed out from below, before anything that does."""
+    def take_one(self) -> None:
+        """The pool hands out the uncached block with the lowest id, and a cached one only if there is no other."""
         free = self.pool.free_block_queue.get_all_free_blocks()
-        plain = [block.block_id for block in free if block.block_hash is None]
+        uncached = [block.block_id for block in free if block.block_hash is None]
         if free:
             [block] = self.pool.get_new_blocks(1)
-            assert block.block_id == min(plain, default=block.block_id)
+            assert block.block_id == min(uncached, default=block.block_id)
             self.used.append([block])
 
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def fill(self, data: st.DataObject) -> None:
-        """A block becomes full, and would be found by its hash from now on."""
+        """A block becomes full, and enters the prefix cache unless it drains."""
         block = data.draw(st.sampled_from([b for blocks in self.used for b in blocks]))
         if block.block_hash is None:
             self.hashes += 1
             self.pool._insert_block_hash(b"%d\0\0\0\0" % self.hashes, block, 16)
 
     @rule(data=st.data())
-    def find(self, data: st.DataObject) -> None:
-        """A request comes whose prefix is cached: it shares the block."""
+    def share(self, data: st.DataObject) -> None:
+        """A request whose prefix is cached shares the block."""
         cached = [b for b in self.pool.blocks if b.block_hash is not None]
         if cached:
             block = data.draw(st.sampled_from(cached))
@@ -61,7 +61,7 @@ class Pool(RuleBasedStateMachine):
 
     @precondition(lambda self: self.used)
     @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
+    def free(self, data: st.DataObject) -> None:
         blocks = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
         self.pool.free_blocks(reversed(blocks))
 
@@ -70,19 +70,19 @@ class Pool(RuleBasedStateMachine):
         assert self.pool.reset_prefix_cache() == (not self.used)
 
     @invariant()
-    def every_block_is_in_one_place(self) -> None:
-        pool, line = self.pool, self.pool.num_gpu_blocks
+    def every_block_is_free_used_or_parked(self) -> None:
+        pool, capacity = self.pool, self.pool.num_gpu_blocks
         free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
         used = {block.block_id for blocks in self.used for block in blocks}
-        assert free == {block.block_id for block in pool.blocks[1:line]} - used
-        assert pool.draining == {block for block in used if block >= line}
+        assert free == {block.block_id for block in pool.blocks[1:capacity]} - used
+        assert pool.draining == {block for block in used if block >= capacity}
         assert pool.get_num_free_blocks() == len(free)
-        assert abs(pool.get_usage() - len(used) / (line - 1)) < 1e-9
+        assert abs(pool.get_usage() - len(used) / (capacity - 1)) < 1e-9
         counts = {b.block_id: sum(b in blocks for blocks in self.used) for b in pool.blocks[1:]}
         assert counts == {b.block_id: b.ref_cnt for b in pool.blocks[1:]}
 
     @invariant()
-    def nothing_above_the_line_is_found_by_its_prefix(self) -> None:
+    def no_block_above_the_capacity_is_cached(self) -> None:
         assert all(block.block_hash is None for block in self.pool.blocks[self.pool.num_gpu_blocks :])
 
 
@@ -90,7 +90,7 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
-def test_growing_and_shrinking_again_and_again_takes_no_memory() -> None:
+def test_repeated_resizes_do_not_grow_the_queue() -> None:
     pool = ElasticBlockPool(2001, enable_caching=True, hash_block_size=16)
 
     def cycle(times: int) -> None:
@@ -106,4 +106,4 @@ def test_growing_and_shrinking_again_and_again_takes_no_memory() -> None:
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - before < 2000 * 8, "the queue keeps more than one entry for each block"
+    assert after - before < 2000 * 8, "the queue keeps more than one entry per block"

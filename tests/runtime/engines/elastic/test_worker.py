@@ -1,4 +1,4 @@
-"""The elastic worker's part in vLLM's start, with vLLM's own classes and stand-ins for what needs a GPU."""
+"""Tests of the elastic worker during vLLM's start, with vLLM's own classes and stubs for what needs a GPU."""
 
 import ctypes
 from collections.abc import Callable
@@ -29,11 +29,11 @@ MIB = 1 << 20
 
 
 class AnyLayout(AttentionBackend):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """Stands in for FlashAttention, which declares no layouts."""
+    """A stub of FlashAttention, which declares no layouts."""
 
 
 class FlashInferOnB200(AnyLayout):
-    """Stands in for FlashInfer on compute capability 10.x."""
+    """A stub of FlashInfer on compute capability 10.x."""
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -41,7 +41,7 @@ class FlashInferOnB200(AnyLayout):
 
 
 class HeadsOutermost(AnyLayout):
-    """Supports a layout in which a block's heads lie apart, and one in which they lie together."""
+    """A backend with a layout that separates the heads of a block, and one that keeps them together."""
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -60,7 +60,7 @@ class Worker(ElasticWorker, worker_base.WorkerBase):  # type: ignore[misc]  # vL
 
 
 def resolved(monkeypatch: pytest.MonkeyPatch, *backends: type[AttentionBackend]) -> str:
-    """The layout that vLLM's engine core settles on for an elastic worker with these backends."""
+    """Return the layout that vLLM's engine core chooses for an elastic worker with these backends."""
     monkeypatch.setattr(worker_base, "get_current_attn_backends", lambda config: backends)
     worker = Worker()
     return str(resolve_kv_cache_layout(worker.vllm_config, [worker.get_supported_kv_cache_layouts()]).name)
@@ -77,21 +77,21 @@ def resolved(monkeypatch: pytest.MonkeyPatch, *backends: type[AttentionBackend])
         ([HeadsOutermost], "LBHNC"),
     ],
 )
-def test_the_layout_is_one_that_every_backend_supports(
+def test_layout_is_supported_by_every_backend(
     backends: list[type[AttentionBackend]], layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_KV_CACHE_LAYOUT", raising=False)
     assert resolved(monkeypatch, *backends) == layout
 
 
-def test_vllm_checks_the_layout_that_a_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_checks_the_layout_that_the_user_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBNHC")
     assert resolved(monkeypatch, AnyLayout) == "LBNHC"
     with pytest.raises(ValueError, match=r"valid layouts: \['BLHNC', 'LBHNC'\]"):
         resolved(monkeypatch, FlashInferOnB200)
 
 
-def test_a_resize_moves_one_range_in_all_or_one_for_each_layer() -> None:
+def test_resize_changes_one_range_or_one_per_layer() -> None:
     def layout(name: str) -> BlockLayout:
         spec = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=128, dtype=torch.bfloat16)
         config: Any = Worker().vllm_config
@@ -110,13 +110,13 @@ def test_a_resize_moves_one_range_in_all_or_one_for_each_layer() -> None:
 
 
 class Allocator:
-    """Stands in for torch.accelerator: PyTorch's allocator, with 100 MiB of weights."""
+    """A stub of torch.accelerator: PyTorch's allocator, with 100 MiB of weights."""
 
     def __init__(self) -> None:
         self.allocated = self.peak = self.reserved = 100 * MIB
 
     def compute(self, peak_bytes: int, kept_bytes: int) -> None:
-        """A step that needs `peak_bytes` and leaves `kept_bytes` allocated; what it let go stays reserved."""
+        """Run a step that needs `peak_bytes` and keeps `kept_bytes` allocated; the rest stays reserved."""
         self.peak = max(self.peak, self.allocated + peak_bytes)
         self.reserved = max(self.reserved, self.allocated + peak_bytes)
         self.allocated += kept_bytes
@@ -137,11 +137,11 @@ class Allocator:
         return 800 * MIB - self.reserved, 1000 * MIB
 
 
-def test_what_an_engine_holds_counts_the_peak_of_a_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_bytes_include_the_peak_of_a_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.engines.elastic.cuda_worker import CONTEXT_BYTES, ElasticCUDAWorker
 
     class Profiled(ElasticCUDAWorker):
-        """The CUDA worker as vLLM's start leaves it before the profile run."""
+        """The CUDA worker in its state before vLLM's profile run."""
 
         def __init__(self) -> None:
             self.vllm_config = SimpleNamespace(
@@ -164,14 +164,14 @@ def test_what_an_engine_holds_counts_the_peak_of_a_full_step(monkeypatch: pytest
     monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
     worker = Profiled()
     assert worker.determine_available_memory() == 500 * MIB
-    allocator.empty_cache()  # as vLLM does before it captures CUDA graphs
+    allocator.empty_cache()  # vLLM does so before it captures CUDA graphs
     allocator.compute(peak_bytes=30 * MIB, kept_bytes=10 * MIB)
     assert allocator.reserved == 150 * MIB
     assert worker.fixed_bytes() == CONTEXT_BYTES + 150 * MIB + 280 * MIB
 
 
 class Warmable:
-    """Stands in for vLLM's CUDA worker: the warm-up is vLLM's own, and a step only notes which blocks it may touch."""
+    """A stub of vLLM's CUDA worker with vLLM's own warm-up. A step only records the blocks that it may touch."""
 
     model_runner: Any
     backed_blocks: int
@@ -182,9 +182,9 @@ class Warmable:
         return "times"
 
     def execute_model(self, step: SchedulerOutput) -> None:
-        given = [request.block_ids for request in step.scheduled_new_reqs]
-        given += [ids for ids in step.scheduled_cached_reqs.new_block_ids if ids is not None]
-        self.touched = max([self.touched, *(block for ids in given for block in chain(*ids))])
+        by_request = [request.block_ids for request in step.scheduled_new_reqs]
+        by_request += [ids for ids in step.scheduled_cached_reqs.new_block_ids if ids is not None]
+        self.touched = max([self.touched, *(block for ids in by_request for block in chain(*ids))])
         assert self.touched < self.backed_blocks, f"block {self.touched} is touched, {self.backed_blocks} are backed"
 
 
@@ -196,7 +196,7 @@ class WarmWorker(ElasticWorker, Warmable):
 
 
 def runner(sequences: int, drafts: int, groups: int, blocks: int) -> SimpleNamespace:
-    """What vLLM's warm-up asks of the V2 model runner."""
+    """Return a stub with all attributes of the V2 model runner that vLLM's warm-up reads."""
     spec = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=128, dtype=torch.bfloat16)
     return SimpleNamespace(
         vllm_config=SimpleNamespace(is_mm_encoder_only=False, num_lookahead_tokens=drafts),
@@ -215,7 +215,7 @@ def runner(sequences: int, drafts: int, groups: int, blocks: int) -> SimpleNames
 @pytest.mark.parametrize(
     ("sequences", "drafts", "groups", "highest"), [(64, 0, 1, 64), (64, 5, 1, 128), (64, 0, 3, 192), (8, 0, 1, 8)]
 )
-def test_blocks_that_warm_up_writes_are_backed_and_belong_to_the_floor(
+def test_blocks_that_warm_up_writes_are_backed_and_become_the_floor(
     sequences: int, drafts: int, groups: int, highest: int, cuda: Callable[..., Pages], monkeypatch: pytest.MonkeyPatch,
     driver: ctypes.CDLL,
 ) -> None:  # fmt: skip
@@ -228,8 +228,8 @@ def test_blocks_that_warm_up_writes_are_backed_and_belong_to_the_floor(
     floor = max(36, highest + 1)
     assert (worker.floor_blocks, worker.backed_blocks) == (floor, floor)
     assert driver.stub_in_use() == layout.backed_bytes(floor)
-    worker.touched = 0
-    with pytest.raises(AssertionError, match=f"block {floor} is touched, {floor} are backed"):  # serving backs nothing
+    worker.touched = 0  # after warm-up, steps back no blocks
+    with pytest.raises(AssertionError, match=f"block {floor} is touched, {floor} are backed"):
         worker.execute_model(step_that_writes(floor))
 
 
@@ -239,7 +239,7 @@ def step_that_writes(block: int) -> SchedulerOutput:
     return step
 
 
-def test_warm_up_that_gives_every_sequence_a_state_without_a_step_finds_it_backed(
+def test_replayssm_warm_up_has_one_backed_block_per_sequence(
     cuda: Callable[..., Pages], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
@@ -260,7 +260,7 @@ def test_warm_up_that_gives_every_sequence_a_state_without_a_step_finds_it_backe
     assert worker.floor_blocks == 50
 
 
-def test_warm_up_that_does_not_fit_says_what_would(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
+def test_out_of_memory_during_warm_up_names_the_remedy(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     layout = BlockLayout((Run(0, MIB),), 1000, 2 * MIB)
     worker = WarmWorker(cuda(layout.size), layout, floor_blocks=36)
     worker.model_runner = runner(64, 0, 1, layout.blocks)
@@ -269,19 +269,17 @@ def test_warm_up_that_does_not_fit_says_what_would(cuda: Callable[..., Pages], d
         worker.compile_or_warm_up_model()
 
 
-def test_a_grow_that_runs_out_of_memory_waits_until_what_it_backed_is_zeroed(
-    cuda: Callable[..., Pages], driver: ctypes.CDLL
-) -> None:
+def test_failed_grow_waits_for_zeroing_before_it_releases(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     layout = BlockLayout((Run(0, 2 * MIB), Run(16 * MIB, 2 * MIB)), 8, 2 * MIB)
     worker = WarmWorker(cuda(layout.size), layout, floor_blocks=2)
     driver.stub_hold(1)
-    driver.stub_set_limit(18 * MIB)  # enough for the first run of blocks
+    driver.stub_set_limit(18 * MIB)  # enough for the first run of blocks only
     with pytest.raises(OutOfMemory):
         worker.back(6)
     assert (worker.backed_blocks, driver.stub_in_use(), driver.stub_queued()) == (2, 8 * MIB, 0)
 
 
-def test_pages_are_zeroed_and_fenced_on_the_stream_that_vllm_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_use_the_stream_that_vllm_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.engines.elastic import cuda_worker
 
     made: list[tuple[int, ...]] = []
