@@ -1,1 +1,1 @@
-"""What the machine says of itself: `nvml` asks the NVIDIA driver."""
+"""Readings of the devices that engines run on: GPUs through NVML, the host through psutil."""

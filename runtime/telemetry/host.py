@@ -1,4 +1,4 @@
-"""The host as a device: where there is no GPU, engines share its memory. Read through psutil."""
+"""Reads the host as a device, through psutil. Without a GPU, all engines share its memory."""
 
 import time
 from typing import Self
@@ -9,13 +9,15 @@ from runtime.telemetry.reading import DeviceReading, Kind, Reading, Source
 
 
 class HostSource(Source):
-    """One device, the machine. `processes` are this process's descendants and their resident bytes, in which pages that
-    they share are counted for each."""
+    """A source with one device, the host.
+
+    `processes` holds this process's descendants and their resident bytes. Memory that processes share counts for each.
+    """
 
     kind: Kind = "host"
 
     def __enter__(self) -> Self:
-        psutil.cpu_percent()  # the first call begins the interval that the next one is about
+        psutil.cpu_percent()  # starts the interval that the first reading covers
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -34,10 +36,11 @@ class HostSource(Source):
 
 
 def _descendants() -> dict[int, int]:
-    held = {}
+    """Return the resident bytes of each descendant of this process, by process id."""
+    resident_bytes = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            held[process.pid] = int(process.memory_info().rss)
-        except psutil.NoSuchProcess:  # it ended meanwhile
+            resident_bytes[process.pid] = int(process.memory_info().rss)
+        except psutil.NoSuchProcess:  # it ended after it was listed
             continue
-    return held
+    return resident_bytes

@@ -1,6 +1,7 @@
-"""NVIDIA's management library, read through pynvml; the only importer of it.
+"""Reads GPUs through NVML, NVIDIA's management library. No other module imports pynvml.
 
-Sizes are in bytes. Every fault of the library comes out as one of the two exceptions below.
+Memory is in bytes. `devices` raises NoDriver or DriverFault for any error of the library; `NvmlSource` raises neither
+and names the error in its reading.
 """
 
 import time
@@ -17,29 +18,27 @@ from runtime.telemetry.reading import DeviceReading, Kind, Reading, Source
 __all__ = ["Device", "DriverFault", "NoDriver", "NvmlSource", "devices"]
 T = TypeVar("T")
 RETRY_S = 5.0
-"""A driver that is gone is asked again no sooner."""
-
-
-class NoDriver(Exception):
-    """This machine has no NVIDIA driver: its library is not there."""
-
-
-GONE = (
+"""Seconds between two attempts to open a driver that does not answer."""
+_GONE = (
     pynvml.NVMLError_GpuIsLost,
     pynvml.NVMLError_Uninitialized,
     pynvml.NVMLError_DriverNotLoaded,
     pynvml.NVMLError_Unknown,
 )
-"""Errors after which nothing more is to be had of a device."""
+"""Errors that mean that the device or its driver is gone, not that it lacks one value."""
+
+
+class NoDriver(Exception):
+    """This machine has no NVIDIA driver: NVML's shared library is missing."""
 
 
 class DriverFault(Exception):
-    """The driver is there and does not answer; the message is the driver's own."""
+    """The driver is installed and returned an error. The message is the driver's own."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU as the driver reports it. Memory is None where it has none of its own (a GPU sharing the host's)."""
+    """One GPU as the driver reports it. Memory is None if the GPU shares the host's."""
 
     name: str
     total_bytes: int | None
@@ -48,7 +47,7 @@ class Device:
 
 
 def devices() -> tuple[Device, ...]:
-    """All GPUs, in the driver's order. Raises NoDriver, DriverFault."""
+    """Return all GPUs in the driver's order. Raises NoDriver or DriverFault."""
     with _library():
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
         return tuple(_device(index, driver) for index in range(pynvml.nvmlDeviceGetCount()))
@@ -66,6 +65,7 @@ def _device(index: int, driver_version: str) -> Device:
 
 @contextmanager
 def _library() -> Iterator[None]:
+    """Keep NVML open. Raises NoDriver or DriverFault for any error of NVML inside the block."""
     try:
         pynvml.nvmlInit()
         try:
@@ -83,11 +83,12 @@ def _text(value: str | bytes) -> str:
 
 
 class NvmlSource(Source):
-    """All devices that a process can run on, in NVML's order: each GPU or, if the GPU is divided by MIG, its instances.
+    """All devices that a process can run on, in NVML's order: each GPU or, if MIG divides the GPU, its instances.
 
-    NVML orders GPUs by PCI bus and ignores CUDA_VISIBLE_DEVICES, so an index here is not CUDA's: compare UUIDs. The
-    library is held open; when the driver as a whole does not answer it is closed, and opened anew `retry_s` later. What
-    one device does not support is None; a device that is lost keeps its last figures.
+    NVML orders GPUs by PCI bus and ignores CUDA_VISIBLE_DEVICES, so an index here is not CUDA's: compare UUIDs.
+
+    The source keeps NVML open. If the driver as a whole does not answer, it closes NVML and opens it again after
+    `retry_s` seconds. A value that a device does not support is None. A lost device keeps its last values.
     """
 
     kind: Kind = "gpu"
@@ -95,69 +96,70 @@ class NvmlSource(Source):
     def __init__(self, retry_s: float = RETRY_S) -> None:
         self._retry_s = retry_s
         self._open = False
-        self._tried_s = float("-inf")
-        self._known: dict[int, tuple[DeviceReading, ...]] = {}
+        self._last_attempt_s = float("-inf")
+        self._last_readings: dict[int, tuple[DeviceReading, ...]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._shut()
+        self._close()
 
     def read(self) -> Reading:
         now_s = time.monotonic()
         try:
-            self._init(now_s)
+            self._ensure_open(now_s)
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            self._shut()
-            return Reading("gpu", tuple(chain.from_iterable(self._known.values())), str(error), now_s)
-        devices = tuple(chain.from_iterable(self._devices(index) for index in range(count)))
+            self._close()
+            return Reading("gpu", tuple(chain.from_iterable(self._last_readings.values())), str(error), now_s)
+        devices = tuple(chain.from_iterable(self._read_gpu(index) for index in range(count)))
         if devices and all(device.fault for device in devices):
-            self._shut()  # a GPU that was lost comes back only to a library that is opened anew
+            self._close()  # NVML finds a lost GPU again only after it is reopened
         return Reading("gpu", devices, time_s=now_s)
 
-    def _init(self, now_s: float) -> None:
+    def _ensure_open(self, now_s: float) -> None:
+        """Open NVML if it is closed. Raises NVMLError if that fails, or if `retry_s` have not passed since it did."""
         if self._open:
             return
-        if now_s - self._tried_s < self._retry_s:
+        if now_s - self._last_attempt_s < self._retry_s:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
-        self._tried_s = now_s
+        self._last_attempt_s = now_s
         pynvml.nvmlInit()
         self._open = True
 
-    def _shut(self) -> None:
+    def _close(self) -> None:
         if self._open:
             self._open = False
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
 
-    def _devices(self, index: int) -> tuple[DeviceReading, ...]:
-        """Read one GPU, or its MIG instances; their last figures if the GPU does not answer."""
+    def _read_gpu(self, index: int) -> tuple[DeviceReading, ...]:
+        """Read one GPU or its MIG instances. If the GPU does not answer, return its last readings with the fault."""
         try:
             gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-            found = tuple(_reading(handle) for handle in _instances(gpu) or [gpu])
+            readings = tuple(_read(handle) for handle in _mig_instances(gpu) or [gpu])
         except pynvml.NVMLError as error:
-            last = self._known.get(index, (DeviceReading(f"GPU {index}", 0, 0),))
+            last = self._last_readings.get(index, (DeviceReading(f"GPU {index}", 0, 0),))
             return tuple(replace(device, fault=str(error)) for device in last)
-        self._known[index] = found
-        return found
+        self._last_readings[index] = readings
+        return readings
 
 
-def _instances(gpu: Any) -> list[Any]:
-    """Return the handles of a GPU's MIG instances; none if it is not divided. Raises NVMLError."""
+def _mig_instances(gpu: Any) -> list[Any]:
+    """Return the handles of a GPU's MIG instances; none if the GPU is not in MIG mode. Raises NVMLError."""
     mode = _supported(pynvml.nvmlDeviceGetMigMode, gpu)
     if mode is None or mode[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
         return []
     handles = []
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-        with suppress(pynvml.NVMLError_NotFound):  # the places of instances need not be taken in order
+        with suppress(pynvml.NVMLError_NotFound):  # instances may leave places empty
             handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
     return handles
 
 
-def _reading(handle: Any) -> DeviceReading:
-    """One device's figures. Raises NVMLError for a fault of the device."""
+def _read(handle: Any) -> DeviceReading:
+    """Read one GPU or MIG instance. Raises NVMLError if it has a fault."""
     uuid = _supported(pynvml.nvmlDeviceGetUUID, handle)
     name = _text(pynvml.nvmlDeviceGetName(handle))
     memory = _supported(pynvml.nvmlDeviceGetMemoryInfo, handle)
@@ -177,28 +179,32 @@ def _reading(handle: Any) -> DeviceReading:
 
 
 def _processes(handle: Any) -> Mapping[int, int] | None:
+    """Return the device bytes of each process, by process id; None if the device does not list its processes."""
     running = _optional(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
     if running is None:
         return None
     return {process.pid: int(process.usedGpuMemory) for process in running if process.usedGpuMemory is not None}
 
 
-def _supported(ask: Callable[..., T], *arguments: Any) -> T | None:
-    """Return what the driver says, None if the device or an older driver does not support it. Raises NVMLError."""
+def _supported(query: Callable[..., T], *arguments: Any) -> T | None:
+    """Return the driver's answer, or None if the device or an older driver does not support the query.
+
+    Raises NVMLError for any other error.
+    """
     try:
-        return ask(*arguments)
+        return query(*arguments)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
         return None
 
 
-def _optional(ask: Callable[..., T], *arguments: Any) -> T | None:
-    """Return what the driver says, None if it does not say it, for whatever reason: it is a MIG instance, or secret.
+def _optional(query: Callable[..., T], *arguments: Any) -> T | None:
+    """Return the driver's answer, or None if it gives none, for example for a MIG instance or without permission.
 
-    Raises NVMLError if the device, or the driver, is gone.
+    Raises NVMLError if the device or the driver is gone.
     """
     try:
-        return _supported(ask, *arguments)
-    except GONE:
+        return _supported(query, *arguments)
+    except _GONE:
         raise
     except pynvml.NVMLError:
         return None

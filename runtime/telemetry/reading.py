@@ -1,4 +1,4 @@
-"""What the machine said at one moment, and the contract of whoever asks it."""
+"""Readings of devices, and the interface of the sources that take them."""
 
 import time
 from abc import ABC, abstractmethod
@@ -11,13 +11,15 @@ Kind = Literal["gpu", "host"]
 
 @dataclass(frozen=True)
 class DeviceReading:
-    """One device that a process can run on. Memory in bytes, `utilization` 0 to 1; None is what it does not say.
+    """One device that a process can run on. Memory in bytes, `utilization` from 0 to 1; None if it has no value.
 
-    `uuid` is that of the GPU or, under MIG, of the instance, in lower case without NVML's prefix ("GPU-", "MIG-"): as
-    CUDA reports it. It is empty for the host.
+    `processes` maps process ids to the bytes that each process holds on the device.
 
-    `processes` maps process numbers to the bytes that each holds on the device. `fault` says why there are no figures
-    now ("GPU is lost"): those given are then the last known ones, or 0.
+    `fault` is the reason why the device cannot be read now, for example "GPU is lost". The other values are then the
+    last ones read, or 0.
+
+    `uuid` identifies the GPU or, under MIG, the instance, as CUDA reports it: in lower case, without NVML's prefix
+    ("GPU-", "MIG-"). It is empty for the host.
     """
 
     name: str
@@ -32,13 +34,13 @@ class DeviceReading:
 
     @property
     def free_bytes(self) -> int:
-        """What nobody holds."""
+        """The bytes that no process holds."""
         return self.total_bytes - self.used_bytes
 
 
 @dataclass(frozen=True)
 class Reading:
-    """All devices of a kind at `time_s` (time.monotonic). `fault` says that there is nobody to ask any more."""
+    """All devices of one kind at `time_s` (time.monotonic). `fault` is the reason why the source cannot be read now."""
 
     kind: Kind
     devices: tuple[DeviceReading, ...]
@@ -47,13 +49,13 @@ class Reading:
 
 
 class Source(ABC):
-    """Whoever can be asked. A context manager: entering opens the library behind it, leaving closes it."""
+    """An interface to devices. As a context manager, it opens the library behind it on entry and closes it on exit."""
 
     kind: Kind
 
     @abstractmethod
     def read(self) -> Reading:
-        """Ask now; may block. Raises nothing for a fault of a device or its driver: the reading says so."""
+        """Read all devices now. May block. A faulty device or driver raises nothing: the reading names the fault."""
 
     @abstractmethod
     def __enter__(self) -> Self: ...

@@ -1,4 +1,4 @@
-"""Reads a source again and again, off the event loop; whoever wants to know takes the latest."""
+"""Samples a source periodically, off the event loop, and keeps the latest reading."""
 
 import asyncio
 import time
@@ -14,16 +14,17 @@ from runtime.telemetry.reading import Reading, Source
 
 
 class Sampler:
-    """An async context manager over a source, which is opened, read and closed in one thread of its own.
+    """An async context manager that reads a source every `every_s` seconds, in a thread that also opens and closes it.
 
-    A source that hangs stops nobody: `latest` is then the last reading, with a fault once it is older than `stale_s`.
+    A source that hangs blocks no one: `latest` then stays the last reading, and has a fault once that is older than
+    `stale_s` seconds.
     """
 
     def __init__(self, source: Source, every_s: float = 0.1, stale_s: float = 5.0) -> None:
         self._source = source
         self._every_s = every_s
         self._stale_s = stale_s
-        self._last = Reading(source.kind, (), "nothing was read yet")
+        self._last = Reading(source.kind, (), "not read yet")
 
     async def __aenter__(self) -> Self:
         self._thread = DaemonExecutor("telemetry")
@@ -42,14 +43,14 @@ class Sampler:
 
     @property
     def latest(self) -> Reading:
-        """The newest reading, with a fault where it is too old."""
+        """The latest reading, with a fault if it is older than `stale_s`."""
         age_s = self.age_s()
         if age_s < self._stale_s:
             return self._last
         return replace(self._last, fault=f"no answer for {age_s:.0f} s")
 
     def age_s(self) -> float:
-        """How long ago the newest reading was taken: seconds."""
+        """Return the age of the latest reading in seconds."""
         return time.monotonic() - self._last.time_s
 
     async def _run(self) -> None:
@@ -60,11 +61,11 @@ class Sampler:
 
 
 def best_source(on_gpu: bool) -> Source:
-    """Return NVML if the engines run on a GPU with memory of its own, else the host, whose memory they share."""
+    """Return NVML if the engines run on a GPU with memory of its own, otherwise the host, whose memory they use."""
     if not on_gpu:
         return HostSource()
     try:
         gpus = nvml.devices()
     except (nvml.NoDriver, nvml.DriverFault):
-        return NvmlSource()  # which says so, and asks again
+        return NvmlSource()  # its readings name the fault, and it retries
     return NvmlSource() if any(gpu.total_bytes for gpu in gpus) else HostSource()

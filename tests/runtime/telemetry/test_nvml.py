@@ -1,4 +1,4 @@
-"""nvml through the real pynvml, over a scripted library (stubs/nvml_stub.c) in a process of its own."""
+"""Tests of telemetry.nvml with the real pynvml over a scripted library (stubs/nvml_stub.c), in a process of its own."""
 
 import json
 import os
@@ -24,6 +24,7 @@ except (nvml.NoDriver, nvml.DriverFault) as error:
 
 
 def ask(environment: Mapping[str, str]) -> Any:
+    """Return the devices that a new process lists, or the type and message of its exception."""
     command = [sys.executable, "-c", ASK]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     return json.loads(result.stdout)
@@ -32,7 +33,7 @@ def ask(environment: Mapping[str, str]) -> Any:
 H200 = {"driver": "580.65.06", "count": 1, "0.name": "NVIDIA H200", "0.total": 150754820096, "0.used": 4 << 30}
 
 
-def test_devices(tmp_path: Path) -> None:
+def test_devices_are_listed_in_the_order_of_the_driver(tmp_path: Path) -> None:
     second = {"count": 2, "1.name": "NVIDIA L4", "1.total": 100, "1.used": 30}
     assert ask(stubs.nvml(tmp_path, {**H200, **second})) == [
         {"name": "NVIDIA H200", "total_bytes": 150754820096, "used_bytes": 4 << 30, "driver_version": "580.65.06"},
@@ -40,26 +41,26 @@ def test_devices(tmp_path: Path) -> None:
     ]
 
 
-def test_a_device_without_memory_of_its_own(tmp_path: Path) -> None:
+def test_device_without_own_memory_has_none(tmp_path: Path) -> None:
     shared = {key: value for key, value in H200.items() if key not in ("0.total", "0.used")}
     [device] = ask(stubs.nvml(tmp_path, shared))
     assert (device["total_bytes"], device["used_bytes"]) == (None, None)
 
 
-def test_a_driver_and_no_device(tmp_path: Path) -> None:
+def test_driver_without_devices(tmp_path: Path) -> None:
     assert ask(stubs.nvml(tmp_path, {"driver": "580.65.06"})) == []
 
 
 @pytest.mark.parametrize(
-    ("lines", "says"),
+    ("lines", "message"),
     [({"init.error": 9}, "Driver Not Loaded"), ({**H200, "0.error": 15}, "GPU is lost")],
 )
-def test_faults_are_the_drivers_own_words(tmp_path: Path, lines: Mapping[str, object], says: str) -> None:
-    assert ask(stubs.nvml(tmp_path, lines)) == f"DriverFault: {says}"
+def test_fault_has_the_message_of_the_driver(tmp_path: Path, lines: Mapping[str, object], message: str) -> None:
+    assert ask(stubs.nvml(tmp_path, lines)) == f"DriverFault: {message}"
 
 
-def test_no_driver(tmp_path: Path) -> None:
-    (tmp_path / "libnvidia-ml.so.1").write_text("")  # found first, and no library: as if there were none
+def test_missing_library_means_no_driver(tmp_path: Path) -> None:
+    (tmp_path / "libnvidia-ml.so.1").write_text("")  # found first, and cannot be loaded
     assert ask({"LD_LIBRARY_PATH": str(tmp_path)}) == "NoDriver: no NVIDIA driver"
 
 
@@ -81,7 +82,7 @@ BUSY = {
 
 
 class Watching:
-    """A process with an open NvmlSource over a script that may change between two readings."""
+    """A process with an open NvmlSource, over a script that can change between two readings."""
 
     def __init__(self, folder: Path, lines: Mapping[str, object]) -> None:
         self.folder = folder
@@ -92,7 +93,7 @@ class Watching:
         )
 
     def read(self, lines: Mapping[str, object] | None = None) -> Any:
-        """The next reading, after the driver's answers were changed to `lines`."""
+        """Return the next reading. If `lines` is given, the driver answers with it from now on."""
         if lines is not None:
             stubs.nvml(self.folder, lines)
         assert self.process.stdin is not None
@@ -116,7 +117,7 @@ def watching(tmp_path: Path) -> Iterator[Watching]:
         yield watching
 
 
-def test_a_reading_has_all_figures_in_their_units(watching: Watching) -> None:
+def test_reading_has_all_values_in_their_units(watching: Watching) -> None:
     reading = watching.read()
     assert (reading["kind"], reading["fault"]) == ("gpu", None)
     assert reading["devices"] == [
@@ -134,7 +135,7 @@ def test_a_reading_has_all_figures_in_their_units(watching: Watching) -> None:
     ]
 
 
-def test_values_change_and_a_foreign_process_shows(watching: Watching) -> None:
+def test_reading_follows_changes_and_shows_foreign_processes(watching: Watching) -> None:
     watching.read()
     [device] = watching.read({**BUSY, "0.used": 90 << 30, "0.gpu": 5, "0.processes": f"101:2000,4242:{80 << 30}"})[
         "devices"
@@ -144,12 +145,12 @@ def test_values_change_and_a_foreign_process_shows(watching: Watching) -> None:
     assert device["utilization"] == 0.05
 
 
-def test_what_a_device_does_not_support_is_none(watching: Watching) -> None:
+def test_unsupported_values_are_none(watching: Watching) -> None:
     [device] = watching.read(H200)["devices"]
     assert [device[key] for key in ("utilization", "processes", "power_w", "temperature_c", "fault")] == [None] * 5
 
 
-def test_a_lost_gpu_is_said_keeps_its_figures_and_comes_back(watching: Watching) -> None:
+def test_lost_gpu_has_a_fault_and_its_last_values_until_it_returns(watching: Watching) -> None:
     watching.read()
     [device] = watching.read({**BUSY, "0.error": 15, "0.used": 0})["devices"]
     assert device["fault"] == "GPU is lost"
@@ -158,7 +159,7 @@ def test_a_lost_gpu_is_said_keeps_its_figures_and_comes_back(watching: Watching)
     assert device["fault"] is None
 
 
-def test_one_lost_gpu_of_two_is_no_fault_of_the_other(watching: Watching) -> None:
+def test_lost_gpu_leaves_the_other_without_a_fault(watching: Watching) -> None:
     two = {**BUSY, "count": 2, "1.name": "NVIDIA L4", "1.total": 100, "1.used": 30, "0.error": 15}
     first, second = watching.read(two)["devices"]
     assert first["fault"] == "GPU is lost"
@@ -192,12 +193,12 @@ GPUS = {
     "2.used": 10 << 30,
     "2.gpu": 7,
 }
-"""A GPU that is divided by MIG, one that somebody else has filled, and one that is nearly free."""
+"""A GPU divided by MIG, one that another process fills, and one that is nearly free."""
 A0, A2 = (f"00000000-0000-0000-0000-0000000000{place}" for place in ("a0", "a2"))
 BUSY_GPU, FREE_GPU = ("-".join(digit * n for n in (8, 4, 4, 4, 12)) for digit in "12")
 
 
-def test_a_gpu_in_mig_mode_is_read_as_its_instances(tmp_path: Path) -> None:
+def test_gpu_in_mig_mode_is_read_as_its_instances(tmp_path: Path) -> None:
     with watch(tmp_path, GPUS) as watching:
         devices = watching.read()["devices"]
         assert [(d["uuid"], d["used_bytes"] >> 30) for d in devices] == [
@@ -215,9 +216,9 @@ OBSERVE = """
 import asyncio, json, sys
 from dataclasses import asdict, replace
 from runtime.control.forecast import Forecast
-from runtime.control.snapshotter import Observer
-from runtime.engines.base import Grant
+from runtime.control.snapshotter import Snapshotter
 from runtime.engines.fake import FakeEngine, FakeMemory
+from runtime.engines.grant import Grant
 from runtime.telemetry.nvml import NvmlSource
 
 async def main():
@@ -228,15 +229,15 @@ async def main():
         engine._limits = replace(engine.limits, device_uuid=uuid)
         engines[str(number)] = engine
     with NvmlSource() as source:
-        seen = Observer(engines, Forecast(), reading=source.read).observe(1.0, 20 << 30, 10 << 30)
-    print(json.dumps({"budget": seen.budget_bytes >> 30, **asdict(seen.device)}))
+        snapshot = Snapshotter(engines, Forecast(), reading=source.read).observe(1.0, 20 << 30, 10 << 30)
+    print(json.dumps({"budget": snapshot.budget_bytes >> 30, **asdict(snapshot.device)}))
 
 asyncio.run(main())
 """
 
 
 def observe(folder: Path, *uuids: str) -> Any:
-    """What the controller sees of the device of engines that run on these, with a budget of 20 GiB, 10 of it held."""
+    """Return the controller's view of the device for engines on these UUIDs, with a budget of 20 GiB, 10 of it held."""
     environment = {**os.environ, **stubs.nvml(folder, GPUS)}
     command = [sys.executable, "-c", OBSERVE, *uuids]
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
@@ -251,7 +252,7 @@ def observe(folder: Path, *uuids: str) -> Any:
         (A2, "NVIDIA A100 MIG 2g.10gb", 1, 18),
     ],
 )
-def test_the_budget_follows_the_device_that_the_engines_run_on(
+def test_budget_follows_the_device_that_the_engines_run_on(
     uuid: str, name: str, used_gib: int, budget_gib: int, tmp_path: Path
 ) -> None:
     seen = observe(tmp_path, uuid, uuid)
@@ -262,20 +263,20 @@ def test_the_budget_follows_the_device_that_the_engines_run_on(
 @pytest.mark.parametrize(
     "uuids",
     [
-        ("33333333-3333-3333-3333-333333333333",),  # NVML does not list it
-        ("0000aaaa-0000-0000-0000-000000000000",),  # no process can run on a whole GPU in MIG mode
+        ("33333333-3333-3333-3333-333333333333",),  # NVML does not list this UUID
+        ("0000aaaa-0000-0000-0000-000000000000",),  # in MIG mode, no process can run on the whole GPU
         (BUSY_GPU, FREE_GPU),  # engines on two devices have no common budget
-        ("",),  # engines that do not say
+        ("",),  # the engine does not report its UUID
     ],
 )
-def test_a_device_that_is_not_known_is_said_and_not_guessed(uuids: tuple[str, ...], tmp_path: Path) -> None:
+def test_unknown_device_is_a_fault(uuids: tuple[str, ...], tmp_path: Path) -> None:
     seen = observe(tmp_path, *uuids)
     theirs = ", ".join(uuids) or "a device that they do not name"
     assert f"the engines run on {theirs}; telemetry lists {A0}, {A2}, {BUSY_GPU}" in seen["fault"]
     assert (seen["used_bytes"], seen["foreign_bytes"], seen["budget"]) == (0, 0, 20)
 
 
-def test_a_driver_that_is_unloaded_and_comes_back(watching: Watching) -> None:
+def test_unloaded_driver_is_a_fault_until_it_returns(watching: Watching) -> None:
     watching.read()
     watching.read({**BUSY, "0.error": 15})
     reading = watching.read({**BUSY, "init.error": 9})
