@@ -1,11 +1,16 @@
-/* Stand-in for libcuda.so.1: CUDA's virtual memory calls over memfd and mmap, for machines without a GPU.
+/* A stub of libcuda.so.1 for machines without a GPU: CUDA's virtual memory calls over memfd and mmap.
  *
- * It holds callers to the driver's rules, returning the driver's own codes: sizes and addresses in whole granules of
- * 2 MiB, mappings inside one reservation and over nothing, access set before use, nothing unmapped or released twice,
- * an address range freed only when nothing is mapped in it, and nothing unmapped that queued work will still touch.
- * Calls that need a context require one in the calling thread. The stub_* functions below are for the tests.
+ * It enforces the driver's rules, with the driver's own status codes:
+ *   - sizes and addresses are in whole granules of 2 MiB
+ *   - a mapping lies inside one reservation and overlaps no other mapping
+ *   - access is set before use
+ *   - nothing is unmapped or released twice
+ *   - an address range is freed only if nothing is mapped in it
+ *   - nothing is unmapped that queued work will still touch
+ *   - calls that need a context find one in the calling thread
  *
- * Streams do their work at once, or, after stub_hold(1), only when an event behind it is waited for.
+ * Streams run their work at once. After stub_hold(1), they run it only when the caller waits for an event behind it.
+ * Tests call the stub_* functions.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -26,8 +31,8 @@ typedef struct { Pointer start; size_t size; } Range;
 typedef struct { int fd; size_t size; int mappings, released; } Allocation;
 typedef struct { Range range; int allocation, accessible; } Mapping;
 
-typedef struct { Range range; void *stream; int value, done; } Work; /* value -1: a kernel, which only touches */
-typedef struct { int exists; void *stream; int behind; } Event;      /* behind: how much work was queued before it */
+typedef struct { Range range; void *stream; int value, done; } Work; /* value -1: a kernel that only touches the range */
+typedef struct { int exists; void *stream; int behind; } Event;      /* behind: the items of work queued before it */
 
 static Range reservations[FEW];
 static Allocation allocations[MANY];
@@ -59,7 +64,7 @@ static void queue(Pointer start, size_t size, void *stream, int value) {
     if (!held) run(stream, queued);
 }
 
-/* --- for the tests --- */
+/* --- called by tests --- */
 void stub_hold(int hold) { held = hold; }
 void stub_launch(Pointer start, size_t size, void *stream) { queue(start, size, stream, -1); }
 int stub_queued(void) { int n = 0; for (int i = 0; i < queued; i++) n += !work[i].done; return n; }
@@ -117,7 +122,7 @@ Result cuMemCreate(unsigned long long *handle, size_t size, const void *properti
         if (!allocations[i].size) {
             int fd = memfd_create("granule", 0);
             if (fd < 0 || ftruncate(fd, size)) return OUT_OF_MEMORY;
-            /* Not zeroed, as on a GPU: whoever reads before writing is to notice. */
+            /* Like a GPU's, this memory is not zeroed, so that a missing memset is noticed. */
             if (pwrite(fd, "\xAA", 1, 0) != 1) return OUT_OF_MEMORY;
             allocations[i] = (Allocation){fd, size, 0, 0};
             in_use += size;
@@ -128,7 +133,7 @@ Result cuMemCreate(unsigned long long *handle, size_t size, const void *properti
 }
 
 static void forget(Allocation *allocation) {
-    if (allocation->released && !allocation->mappings) { /* memory goes when it is released and nowhere mapped */
+    if (allocation->released && !allocation->mappings) { /* CUDA frees memory once it is released and mapped nowhere */
         close(allocation->fd);
         in_use -= allocation->size;
         allocation->size = 0;
@@ -164,7 +169,7 @@ Result cuMemMap(Pointer start, size_t size, size_t offset, unsigned long long ha
 Result cuMemUnmap(Pointer start, size_t size) {
     calls++;
     for (int i = 0; i < queued; i++)
-        if (!work[i].done && overlaps(start, size, work[i].range)) return ILLEGAL_ADDRESS; /* a GPU tells it later */
+        if (!work[i].done && overlaps(start, size, work[i].range)) return ILLEGAL_ADDRESS; /* a GPU reports it later */
     for (int i = 0; i < MANY; i++)
         if (mappings[i].range.start == start && mappings[i].range.size == size) {
             mmap((void *)start, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
@@ -205,7 +210,7 @@ Result cuMemsetD8Async(Pointer start, unsigned char value, size_t size, void *st
 Result cuCtxGetCurrent(void **out) { *out = context; return SUCCESS; }
 Result cuCtxSetCurrent(void *wanted) { context = wanted; return SUCCESS; }
 
-/* Handles of events are their places, counted from 1. */
+/* The handle of an event is its index plus 1. */
 static Event *event(size_t handle) { return handle && handle <= FEW && events[handle - 1].exists ? &events[handle - 1] : 0; }
 
 Result cuEventCreate(size_t *handle, unsigned flags) {
@@ -242,7 +247,7 @@ Result cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
 }
 Result cuDeviceGetUuid(unsigned char *uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
 
-Result cuGetErrorString(Result error, const char **text) { *text = "an error of the stand-in"; return SUCCESS; }
+Result cuGetErrorString(Result error, const char **text) { *text = "an error of the stub"; return SUCCESS; }
 Result cuGetErrorName(Result error, const char **text) { *text = "STUB"; return SUCCESS; }
 
 Result cuGetProcAddress_v2(const char *name, void **out, int version, unsigned long long flags, int *status) {

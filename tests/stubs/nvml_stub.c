@@ -1,19 +1,19 @@
-/* Scripted stand-in for libnvidia-ml.so.1, for machines without a GPU. Every call reads $NVML_STUB afresh, a file of
- * lines `key=value`; what a line does not name is not supported, as on a real device.
+/* A scripted stub of libnvidia-ml.so.1 for machines without a GPU. Every call reads the file $NVML_STUB again: lines
+ * `key=value`. A value without a line is not supported, as on a real device.
  *
- *   init.error=9            what nvmlInit returns (9: driver not loaded)
+ *   init.error=9            the status of nvmlInit (9: driver not loaded)
  *   driver=580.65.06
  *   count=1
  *   0.name=NVIDIA H200
  *   0.total=..  0.used=..   bytes
- *   0.gpu=73                utilisation, percent
+ *   0.gpu=73                utilization, percent
  *   0.power=412000          milliwatts
  *   0.temperature=61        Celsius
- *   0.processes=101:2000,7  process number and bytes; without bytes the driver does not say
- *   0.uuid=GPU-8a..         as the driver writes it
- *   0.mig=3                 the GPU is in MIG mode, with places for so many instances, which may be empty
- *   0.mig.2.uuid=MIG-5c..   the instance at place 2 (there is one if it has a uuid); further keys as above
- *   0.error=15              what every question about the device returns (15: lost)
+ *   0.processes=101:2000,7  process id and bytes; without bytes, the driver does not report them
+ *   0.uuid=GPU-8a..         in the driver's format
+ *   0.mig=3                 the GPU is in MIG mode, with 3 places for instances, some of which may be empty
+ *   0.mig.2.uuid=MIG-5c..   the instance at place 2, which exists if it has a uuid; it takes the keys above
+ *   0.error=15              the status of every query of the device (15: lost)
  */
 #define _DEFAULT_SOURCE
 #include <stdio.h>
@@ -157,15 +157,15 @@ int nvmlDeviceGetTemperature(Device *device, int sensor, unsigned *celsius) {
 }
 
 int nvmlDeviceGetComputeRunningProcesses_v3(Device *device, unsigned *count, Process *processes) {
-    char text[256], *rest = text, *one;
+    char text[256], *rest = text, *entry;
     unsigned found = 0;
     int error = of_device(device, "processes", text, sizeof text);
     if (error != SUCCESS) return error;
-    while ((one = strsep(&rest, ",")) != NULL) {
-        char *bytes = strchr(one, ':');
-        if (!*one) continue;
+    while ((entry = strsep(&rest, ",")) != NULL) {
+        char *bytes = strchr(entry, ':');
+        if (!*entry) continue;
         if (processes && found < *count) {
-            processes[found].pid = (unsigned)atoi(one);
+            processes[found].pid = (unsigned)atoi(entry);
             processes[found].used = bytes ? strtoull(bytes + 1, NULL, 10) : ~0ULL;
         }
         found++;
@@ -179,6 +179,6 @@ const char *nvmlErrorString(int error) {
     switch (error) {
     case 9: return "Driver Not Loaded";
     case 15: return "GPU is lost";
-    default: return "Error of the stand-in";
+    default: return "Error of the stub";
     }
 }

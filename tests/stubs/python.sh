@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Stand-in for Python in tests of scripts/*.sh. `-m venv` makes a tiny .venv around itself; `-m pip` installs nothing and
-# writes its arguments to $STUB_RECORD, fails and says $STUB_SAYS if they contain $STUB_FAIL, takes 600 s if they contain
-# $STUB_HANG and 1 s if they contain $STUB_PAUSE; other modules print their name. Anything else goes to the real Python,
-# $STUB_PYTHON.
+# A stub of Python for tests of scripts/*.sh.
+#
+# -m venv   makes a tiny .venv around this script
+# -m pip    installs nothing and appends its arguments to $STUB_RECORD. If they contain $STUB_FAIL, it prints $STUB_SAYS
+#           and fails; if they contain $STUB_HANG, it takes 600 s; if they contain $STUB_PAUSE, it takes 1 s.
+# -m OTHER  prints its name
+#
+# Anything else runs in the real Python, $STUB_PYTHON.
 case "$1 $2" in
 "-m venv")
     mkdir -p "$3/bin"
