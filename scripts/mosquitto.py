@@ -1,5 +1,7 @@
-"""mosquitto with the shipped sample configuration, for measurements and tests: on a port and in a folder of its own,
-killed and started again at will."""
+"""Runs mosquitto with the shipped sample configuration, for measurements and tests.
+
+The broker uses a free port and a folder of the caller, and can be killed and started again.
+"""
 
 import asyncio
 import shutil
@@ -13,7 +15,7 @@ SAMPLE = Path(__file__).resolve().parent.parent / "configs" / "mosquitto.conf"
 
 
 def free_port() -> int:
-    """One of localhost that nobody listens on."""
+    """Return a port of localhost on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -21,8 +23,10 @@ def free_port() -> int:
 
 
 class Mosquitto:
-    """An async context manager over the broker. `durable` False keeps its messages in memory alone; `more` are further
-    lines of its configuration."""
+    """An async context manager that runs the broker.
+
+    With `durable` False, the broker keeps messages in memory only. `more` is appended to its configuration.
+    """
 
     def __init__(self, folder: Path, *, durable: bool = True, anonymous: bool = True, more: str = "") -> None:
         self.port = free_port()
@@ -46,11 +50,11 @@ class Mosquitto:
 
     @property
     def is_down(self) -> bool:
-        """Whether it was never started, or was stopped."""
+        """True if the broker was not started yet, or was stopped."""
         return self._process is None or self._process.returncode is not None
 
     async def start(self) -> None:
-        """Returns once it takes connections."""
+        """Start the broker and return once it accepts connections. Raises TimeoutError after 10 s."""
         assert PROGRAM is not None
         self._process = await asyncio.create_subprocess_exec(
             PROGRAM, "-c", str(self._configuration), stderr=asyncio.subprocess.DEVNULL
@@ -66,7 +70,7 @@ class Mosquitto:
                 return
 
     async def stop(self, number: int = signal.SIGTERM) -> None:
-        """By a signal, SIGKILL for a crash."""
+        """Send the broker a signal and wait for its end. SIGKILL simulates a crash."""
         assert self._process is not None
         self._process.send_signal(number)
         await self._process.wait()

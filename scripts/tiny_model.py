@@ -1,4 +1,4 @@
-"""Chat models for tests and measures: a tokenizer of single bytes and no trained weights; nothing is downloaded."""
+"""Writes untrained chat models with a byte tokenizer, for tests and measurements. Downloads nothing."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def write_chat_model(folder: Path, **changes: Any) -> Path:
-    """A tiny one with random weights, and changes to its LlamaConfig; the same weights every time."""
+    """Write a tiny Llama model with random weights, the same every time, and return its folder.
+
+    `changes` are fields of its LlamaConfig.
+    """
     tokenizer = write_tokenizer(folder)
     torch.manual_seed(0)
     shape = {
@@ -30,7 +33,10 @@ def write_chat_model(folder: Path, **changes: Any) -> Path:
 
 
 def write_shape(folder: Path, shape: Path) -> Path:
-    """A real architecture from its config.json, for vLLM's `load_format: dummy`."""
+    """Write a model without weights that has a real architecture's config.json, for vLLM's `load_format: dummy`.
+
+    Return its folder.
+    """
     config = json.loads(shape.read_text())
     write_tokenizer(folder, config["vocab_size"])
     (folder / "config.json").write_text(json.dumps(config))
@@ -38,9 +44,9 @@ def write_shape(folder: Path, shape: Path) -> Path:
 
 
 def write_tokenizer(folder: Path, size: int = 0) -> PreTrainedTokenizerFast:
-    """Single bytes, and tokens that no text has up to the size of a vocabulary."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<pad>", "<s>", "</s>", *letters]
+    """Write a tokenizer with one token per byte and return it. Unused tokens fill its vocabulary up to `size`."""
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *byte_tokens]
     tokens += [f"<{index}>" for index in range(len(tokens), size)]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

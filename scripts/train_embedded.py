@@ -1,11 +1,11 @@
-"""Train the embedded team's three models from generated data, and write them with their model cards.
+"""Train the three models of the embedded team on generated data, and write them with their model cards.
 
-    python scripts/train_embedded.py                   all three, one after another
-    python scripts/train_embedded.py planner           one of them
-    python scripts/train_embedded.py --measure         held-out figures of what is there, no training
+    python scripts/train_embedded.py                   train all three, one after another
+    python scripts/train_embedded.py planner           train one of them
+    python scripts/train_embedded.py --measure         measure the written models on held-out examples, without training
 
-Data are drawn from a seed as they are needed; what `sampling.is_held_out` names is never trained on. A checkpoint is
-written every few hundred steps, and a run that was interrupted goes on from it, with data drawn afresh.
+Examples are drawn from a seed as training needs them. Training never uses those that `sampling.is_held_out` reserves.
+The script writes a checkpoint every 500 steps. An interrupted run resumes from it and draws new examples.
 """
 
 import argparse
@@ -31,11 +31,14 @@ from agents.arithmetic.expressions import APPLY, NUMBER_NAMES, OPERAND_MAX, STEP
 
 PAD, BOS, EOS, REPLY = "<pad>", "<s>", "</s>", "<reply>"
 BUCKET_TOKENS = 16
+"""The length of a batch is a multiple of this."""
 IGNORED = -100
+"""The target of tokens that have no loss: those of the prompt and padding."""
 AT_ONCE_SHARE = 0.1
+"""The share of the solver's examples that are whole problems."""
 
 Example = tuple[str, list[str]]
-"""A prompt as the role writes it, and the tokens of the reply."""
+"""A prompt in the role's format, and the tokens of its reply."""
 
 
 def planner_example(rng: random.Random, held_out: bool) -> Example:
@@ -47,7 +50,7 @@ def planner_example(rng: random.Random, held_out: bool) -> Example:
 
 
 def draw_step(rng: random.Random, held_out: bool) -> tuple[int, str, int]:
-    """A step: for training every other one a product, the hardest to learn; held out as they come."""
+    """Draw a step. Half of the training steps are products, the hardest to learn; held-out steps are not selected."""
     product = None if held_out else rng.random() < 0.5
     while True:
         step = sampling.draw_step(rng)
@@ -70,7 +73,10 @@ def at_once_example(rng: random.Random, held_out: bool) -> Example:
 
 
 def solver_example(rng: random.Random, held_out: bool) -> Example:
-    """Steps, and a tenth whole problems: what the solver says at once is the team's baseline, so it has to try."""
+    """Draw a step, or in a tenth of the cases a whole problem.
+
+    The team is compared with the solver's answer without steps, so the solver must learn to give one.
+    """
     return (at_once_example if rng.random() < AT_ONCE_SHARE else step_example)(rng, held_out)
 
 
@@ -86,7 +92,10 @@ def critic_example(rng: random.Random, held_out: bool) -> Example:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its size, how it writes numbers, its data, and what its card reports (held-out examples by figure)."""
+    """One model: its size, its training, the numbers in its vocabulary, its examples, and the figures on its card.
+
+    `figures` maps the name of a figure to the held-out examples that it is measured on.
+    """
 
     hidden: int
     layers: int
@@ -121,7 +130,10 @@ RECIPES = {
 
 
 def build_tokenizer(numbers: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Words of the grammar, numbers, signs and step names, a token each; the prompt is a chat's last message."""
+    """Return a tokenizer with one token per word of the grammar, number, sign and step name.
+
+    Its chat template makes the last message the prompt.
+    """
     signs = ["+", "-", "*", "(", ")", "=", "<", ">", ".", ",", "?", "!", ";"]
     names = [form for name in STEP_NAMES for form in (name, f"{name}=", f";{name}=")]
     words = sorted(wording.vocabulary() | {scratchpad.RIGHT, scratchpad.WRONG})
@@ -140,7 +152,7 @@ def build_tokenizer(numbers: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 
 class Encoder:
-    """Turns examples into token ids; the reply is looked up token by token, the prompt goes through the template."""
+    """An encoder of examples as token ids: prompts as the chat template does, replies by looking up each token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -158,16 +170,19 @@ class Encoder:
 
 
 def batches(encoder: Encoder, recipe: Recipe, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of like length: inputs and targets [batch, length], length a multiple of 16 tokens."""
-    chunk = 16
+    """Yield batches of examples of similar length, without end: inputs and targets, both [batch, length].
+
+    The length is a multiple of BUCKET_TOKENS.
+    """
+    batches_at_once = 16
     while True:
         rows = []
-        for _ in range(chunk * recipe.batch):
+        for _ in range(batches_at_once * recipe.batch):
             prompt, reply = recipe.example(rng, False)
             ids, answer = encoder.prompt(prompt), encoder.reply(reply)
             rows.append((ids + answer, len(ids)))
         rows.sort(key=lambda row: len(row[0]))
-        groups = [rows[i * recipe.batch : (i + 1) * recipe.batch] for i in range(chunk)]
+        groups = [rows[i * recipe.batch : (i + 1) * recipe.batch] for i in range(batches_at_once)]
         rng.shuffle(groups)
         for group in groups:
             length = -(-max(len(ids) - 1 for ids, _ in group) // BUCKET_TOKENS) * BUCKET_TOKENS
@@ -180,7 +195,7 @@ def batches(encoder: Encoder, recipe: Recipe, rng: random.Random) -> Iterator[tu
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    heads = recipe.hidden // 32  # vLLM's CPU attention takes heads of 32
+    heads = recipe.hidden // 32  # 32 is the smallest head size of vLLM's CPU attention
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -199,7 +214,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def train(name: str, recipe: Recipe, work: Path, seed: int, compiled: bool) -> LlamaForCausalLM:
-    """Train to the recipe's number of steps, from the checkpoint in `work` where there is one."""
+    """Train for the recipe's number of steps, from the checkpoint in `work` if there is one, and return the model."""
     torch.manual_seed(seed)
     encoder = Encoder(build_tokenizer(recipe.numbers))
     model = build_model(recipe, encoder.tokenizer)
@@ -208,7 +223,7 @@ def train(name: str, recipe: Recipe, work: Path, seed: int, compiled: bool) -> L
     first = restore(checkpoint, model, optimizer, seed)
     backbone = torch.compile(model.model, dynamic=False) if compiled else model.model
     started = time.monotonic()
-    # A resumed run draws from a seed of its own: the same seed would bring the same examples again.
+    # A resumed run needs another seed. The same seed would draw the same examples again.
     stream = batches(encoder, recipe, random.Random(f"{name}/{seed}/{first}"))
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
@@ -222,9 +237,9 @@ def train(name: str, recipe: Recipe, work: Path, seed: int, compiled: bool) -> L
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step + 1 == recipe.steps:
-            left = (recipe.steps - step - 1) * (time.monotonic() - started) / (step - first + 1)
+            left_s = (recipe.steps - step - 1) * (time.monotonic() - started) / (step - first + 1)
             print(
-                f"\r{name}: step {step + 1}/{recipe.steps}, loss {loss.item():.5f}, {left / 60:.0f} min left ", end=""
+                f"\r{name}: step {step + 1}/{recipe.steps}, loss {loss.item():.5f}, {left_s / 60:.0f} min left ", end=""
             )
             sys.stdout.flush()
         if step % 500 == 499:
@@ -235,7 +250,7 @@ def train(name: str, recipe: Recipe, work: Path, seed: int, compiled: bool) -> L
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over 200 steps, then a cosine to zero."""
+    """Return the factor of the learning rate: a linear warm-up over 200 steps, then a cosine to zero."""
     return min(step / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
@@ -247,19 +262,19 @@ def save(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, 
 
 
 def restore(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, seed: int) -> int:
-    """Load the checkpoint of this seed if there is one; return the step to go on from."""
+    """Load the checkpoint if there is one, and return the next step. Exits if its seed is another one."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
     if state["seed"] != seed:
-        raise SystemExit(f"{path} was made with seed {state['seed']}; remove it to start again with {seed}")
+        raise SystemExit(f"{path} has seed {state['seed']}, not {seed}: remove it to start again, or use its seed")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
 
 
 def measure(folder: Path, recipe: Recipe, count: int) -> dict[str, float]:
-    """The share of held-out examples that the written weights answer exactly, greedily, for each figure."""
+    """Return the share of held-out examples that the written model answers exactly, by figure. Decoding is greedy."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     encoder = Encoder(tokenizer)
@@ -273,7 +288,7 @@ def measure(folder: Path, recipe: Recipe, count: int) -> dict[str, float]:
             part = examples[start : start + 250]
             replies = generate(model, tokenizer, [encoder.prompt(prompt) for prompt, _ in part], recipe.max_tokens)
             for (_, wanted), reply in zip(part, replies, strict=True):
-                # A verdict is held against the truth, which the check itself can miss; all else against the notation.
+                # A verdict is compared with the truth, because the worked check may err; other replies must match.
                 exact += reply[-2:] == encoder.reply([verdict]) if verdict else reply == encoder.reply(wanted)
             print(f"\r{figure}: {exact}/{start + len(part)} ", end="")
             sys.stdout.flush()
@@ -286,7 +301,7 @@ def measure(folder: Path, recipe: Recipe, count: int) -> dict[str, float]:
 def generate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], max_tokens: int
 ) -> list[list[int]]:
-    """Greedy replies up to and with the end token; prompts padded on the left."""
+    """Return the greedy replies, each up to and including its end token. Prompts are padded on the left."""
     width = max(map(len, prompts))
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
@@ -299,7 +314,7 @@ def generate(
 
 
 def write(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> None:
-    """Weights as bfloat16 safetensors, configuration, tokenizer: each file put in place when it is whole."""
+    """Write the weights as bfloat16 safetensors, the configuration and the tokenizer. Replaces each file atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
         model.to(torch.bfloat16).save_pretrained(fresh)
@@ -311,19 +326,20 @@ def write(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> None:
 
 
 def write_card(name: str, recipe: Recipe, folder: Path, figures: dict[str, float], count: int, seed: int) -> None:
+    """Write the model card, with the share of `count` held-out examples for each figure."""
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     rows = "\n".join(f"| {figure} | {share:.2%} |" for figure, share in figures.items())
     (folder / "README.md").write_text(
         f"""# The embedded team's {name}
 
 A Llama-architecture model of {recipe.layers} layers and {recipe.hidden} dimensions ({size / 1e6:.1f} MB as bfloat16),
-trained on integer arithmetic alone; `agents/arithmetic` holds its bounds and its notation.
+trained on integer arithmetic only. `agents/arithmetic` defines the bounds of its problems and its notation.
 
     python scripts/train_embedded.py {name} --seed {seed}
 
-{recipe.steps:,} steps of {recipe.batch} generated examples. Nothing held out was trained on.
+{recipe.steps:,} steps of {recipe.batch} generated examples, none of them held out.
 
-| held out, {count:,} examples, greedy | |
+| share of {count:,} held-out examples, greedy decoding | |
 |---|---|
 {rows}
 """
@@ -332,15 +348,15 @@ trained on integer arithmetic alone; `agents/arithmetic` holds its bounds and it
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="planner, solver, critic (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="fewer or more steps than the recipe's")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="planner, solver or critic (default: all three)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and examples (default: 0)")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of the recipe)")
     parser.add_argument("--threads", type=int, default=0, help="processor threads (default: all)")
-    parser.add_argument("--out", type=Path, default=ROOT / "configs" / "models")
-    parser.add_argument("--work", type=Path, default=ROOT / ".training", help="where checkpoints go")
-    parser.add_argument("--measure", action="store_true", help="only measure what is there")
-    parser.add_argument("--held-out", type=int, default=2000, help="held-out examples for each figure")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, where no compiler is at hand")
+    parser.add_argument("--out", type=Path, default=ROOT / "configs" / "models", help="folder for the models")
+    parser.add_argument("--work", type=Path, default=ROOT / ".training", help="folder for checkpoints")
+    parser.add_argument("--measure", action="store_true", help="measure the written models, do not train")
+    parser.add_argument("--held-out", type=int, default=2000, help="held-out examples per figure (default: 2000)")
+    parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile, which needs a compiler")
     options = parser.parse_args()
     options.models = options.models or list(RECIPES)
     unknown = set(options.models) - set(RECIPES)
