@@ -1,11 +1,13 @@
-"""What only a real GPU can show, in one call of a few minutes: a table, and a record under tests/records/.
+"""Check what only a real GPU can show, in a few minutes. Prints a table and writes a record under tests/records/.
 
-    python scripts/gpu_acceptance.py              everything, within --minutes
-    python scripts/gpu_acceptance.py pages eager  some of it
-    python scripts/gpu_acceptance.py --rehearse   the same calls on the CPU with tiny models, no record
+    python scripts/gpu_acceptance.py              run all checks that fit into --minutes
+    python scripts/gpu_acceptance.py pages eager  run only these checks
+    python scripts/gpu_acceptance.py --rehearse   run the same calls on the CPU with tiny models, without a record
 
-Real architectures (configs/shapes) with random weights. What fails is recorded and does not end the rest; what there
-was no time for is named. Needs an NVIDIA GPU with nobody else on it and 60 GiB of memory free.
+The checks use real architectures (configs/shapes) with random weights. A check that fails is recorded, and the next one
+runs. A check for which too little time is left is recorded as skipped. The exit code is 1 if any check failed.
+
+Needs an NVIDIA GPU with 60 GiB of free memory that no other process uses.
 """
 
 import argparse
@@ -40,7 +42,7 @@ Check = Callable[["Bench"], Awaitable[dict[str, Any]]]
 
 
 class Bench:
-    """The machine under the checks, or what stands in for it in a rehearsal."""
+    """The machine that is checked: a GPU, or the host in a rehearsal. `device_bytes` is None for the whole GPU."""
 
     def __init__(self, rehearsal: bool) -> None:
         self.rehearsal = rehearsal
@@ -48,11 +50,14 @@ class Bench:
         self._folder = Path(tempfile.mkdtemp(prefix="troupe-acceptance-"))
 
     def spec(self, size: str, share: float, **changes: Any) -> EngineSpec:
-        """An engine of a class of models: "0.5b", "1.5b", "7b"."""
+        """Return the specification of an engine, for a model of `size`: "0.5b", "1.5b", "7b" or "varied".
+
+        "varied" is 0.5b again, with weights that make replies differ. A rehearsal uses the same tiny model for all.
+        """
         folder = self._folder / size
         if self.rehearsal:
             model = {"model": str(write_chat_model(folder)), "dtype": "float32", "enforce_eager": True}
-        elif size == "varied":  # 0.5B again, with weights that make replies differ
+        elif size == "varied":
             model = {"model": str(write_chat_model(folder, **_HALF_BILLION)), "dtype": "bfloat16"}
         else:
             shape = ROOT / "configs" / "shapes" / f"qwen2.5-{size}.json"
@@ -61,14 +66,14 @@ class Bench:
         return EngineSpec(**(values | model | changes))
 
     def held_bytes(self) -> int:
-        """What the device holds in all: NVML's own account."""
+        """Return the bytes in use on the GPU according to NVML; 0 in a rehearsal."""
         if self.rehearsal:
             return 0
         return gpu().used_bytes
 
 
 def gpu() -> DeviceReading:
-    """Return NVML's account of CUDA's first device, which the engines run on."""
+    """Return NVML's reading of CUDA's first device, which the engines run on."""
     from runtime.engines.elastic.cuda_pages import device_uuid
 
     with NvmlSource() as source:
@@ -82,22 +87,22 @@ _HALF_BILLION = {
 
 
 async def pages(bench: Bench) -> dict[str, Any]:
-    """The CUDA backend alone: milliseconds for each GiB by granule, NVML's account, zeroed, out of memory."""
+    """Check CUDA pages without an engine: ms per GiB by granule, NVML's figures, zeroing, and out of memory."""
     if bench.rehearsal:
-        return {"skipped": "the tests drive it over the stand-in driver"}
+        return {"skipped": "needs a GPU; the tests run it over a stub of the driver"}
     code = "import sys; sys.path.insert(0, sys.argv[1]); from scripts import gpu_acceptance as g; g.pages_alone()"
-    found = await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, str(ROOT), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    output, _ = await found.communicate()
+    output, _ = await process.communicate()
     lines = output.decode().strip().splitlines()
-    if found.returncode:
+    if process.returncode:
         raise RuntimeError("\n".join(lines[-15:]))
     return dict(json.loads(lines[-1]))
 
 
 def pages_alone() -> None:
-    """In a process of its own, so that a CUDA context is nobody else's; prints the record."""
+    """Run the check `pages` and print its record. Needs a process of its own, because it creates a CUDA context."""
     import torch
 
     from runtime.engines.elastic.cuda_pages import CudaPages
@@ -107,42 +112,44 @@ def pages_alone() -> None:
     torch.cuda.synchronize()
     record: dict[str, Any] = {}
     for granule in (2 * MIB, 32 * MIB, 256 * MIB):
-        taken = CudaPages(8 * GIB, granule=granule)
+        cuda_pages = CudaPages(8 * GIB, granule=granule)
         before = gpu().used_bytes
-        grow, shrink = [], []
+        grow_s, shrink_s = [], []  # seconds per GiB
         for _ in range(5):
             started = time.perf_counter()
-            taken.back(0, 4 * GIB)
+            cuda_pages.back(0, 4 * GIB)
             torch.cuda.synchronize()
-            grow.append((time.perf_counter() - started) / 4)
+            grow_s.append((time.perf_counter() - started) / 4)
             during = gpu().used_bytes
-            view = torch.as_tensor(_Bytes(taken.address, 4 * GIB), device="cuda")
+            view = torch.as_tensor(_Bytes(cuda_pages.address, 4 * GIB), device="cuda")
             assert int(view[:: 1 << 16].count_nonzero()) == 0, "pages are not zeroed"
             view.fill_(1)
             torch.cuda.synchronize()
             started = time.perf_counter()
-            taken.release(0, 4 * GIB)
-            shrink.append((time.perf_counter() - started) / 4)
+            cuda_pages.release(0, 4 * GIB)
+            shrink_s.append((time.perf_counter() - started) / 4)
         after = gpu().used_bytes
         record[f"granule {granule // MIB} MiB"] = {
-            "grow_ms_per_gib": spread([1000 * s for s in grow]),
-            "shrink_ms_per_gib": spread([1000 * s for s in shrink]),
+            "grow_ms_per_gib": spread([1000 * s for s in grow_s]),
+            "shrink_ms_per_gib": spread([1000 * s for s in shrink_s]),
             "nvml_grew_mib": (during - before) // MIB,
             "nvml_left_mib": (after - before) // MIB,
         }
-        taken.close()
-    whole = CudaPages(gpu().total_bytes + 8 * GIB, granule=256 * MIB)
+        cuda_pages.close()
+    oversized = CudaPages(gpu().total_bytes + 8 * GIB, granule=256 * MIB)
     before = gpu().used_bytes
     try:
-        whole.back(0, whole.size)
+        oversized.back(0, oversized.size)
         record["out_of_memory"] = "not raised"
     except OutOfMemory as error:
-        record["out_of_memory"] = f"{error}; {((gpu().used_bytes) - before) // MIB} MiB left behind"
-    whole.close()
+        record["out_of_memory"] = f"{error}; {(gpu().used_bytes - before) // MIB} MiB left behind"
+    oversized.close()
     print(json.dumps(record))
 
 
 class _Bytes:
+    """Device memory at an address, as uint8 [nbytes], which PyTorch wraps without a copy."""
+
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
             "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3
@@ -150,9 +157,10 @@ class _Bytes:
 
 
 async def start(bench: Bench) -> dict[str, Any]:
-    """Start an engine whose warm-up writes more blocks than its floor holds; then compare NVML's account with its own.
+    """Start an engine whose warm-up writes more blocks than one sequence needs, and compare its figures with NVML's.
 
-    After prompts that fill steps of `max_num_batched_tokens`, the device must hold no more than the engine says.
+    After prompts that fill steps of `max_num_batched_tokens`, the device must hold no more than the engine reports.
+    Raises RuntimeError if it holds more.
     """
     before = bench.held_bytes()
     async with elastic.fleet({"one": bench.spec("7b", 0.4, max_model_len=512)}, bench.device_bytes) as running:
@@ -161,17 +169,19 @@ async def start(bench: Bench) -> dict[str, Any]:
         await asyncio.gather(*(elastic.stream(engine, elastic.long_prompt(n, 400)) for n in range(128)))
         held = bench.held_bytes() - before
     if held > fixed + kv_cache:
-        raise RuntimeError(f"the device holds {held} bytes for an engine that says {fixed} + {kv_cache}")
+        raise RuntimeError(
+            f"the device holds {held} bytes; the engine reports {fixed} bytes and {kv_cache} of KV cache"
+        )
     return {"nvml_mib": held // MIB, "fixed_mib": fixed // MIB, "kv_cache_mib": kv_cache // MIB}
 
 
 async def eager(bench: Bench) -> dict[str, Any]:
-    """One engine without CUDA graphs: random grants, idle and loaded."""
+    """Apply random grants to one engine without CUDA graphs, idle and under load."""
     return await _grants(bench, enforce_eager=True)
 
 
 async def graphs(bench: Bench) -> dict[str, Any]:
-    """The same with CUDA graphs and async scheduling, as vLLM runs by default."""
+    """Do the same with CUDA graphs and async scheduling, vLLM's defaults."""
     return await _grants(bench)
 
 
@@ -182,7 +192,7 @@ async def _grants(bench: Bench, **changes: Any) -> dict[str, Any]:
 
 
 async def identical(bench: Bench) -> dict[str, Any]:
-    """Output token for token under grants, with vLLM's batch-invariant arithmetic."""
+    """Compare replies token for token under random grants, with vLLM's batch-invariant arithmetic."""
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
     try:
         return await _grants(bench)
@@ -191,7 +201,7 @@ async def identical(bench: Bench) -> dict[str, Any]:
 
 
 async def memory(bench: Bench) -> dict[str, Any]:
-    """NVML's account of the device before and after a resize, and milliseconds for each GiB."""
+    """Measure resizes of 1 to 16 GiB: NVML's used memory before and after, and milliseconds."""
     record: dict[str, Any] = {}
     async with elastic.fleet({"one": bench.spec("0.5b", 0.1)}, bench.device_bytes) as running:
         engine = running.engines["one"]
@@ -211,23 +221,23 @@ async def memory(bench: Bench) -> dict[str, Any]:
 
 
 async def price(bench: Bench) -> dict[str, Any]:
-    """Throughput and inter-token latency against stock vLLM, in turn."""
+    """Compare throughput and inter-token latency with stock vLLM, in alternating rounds."""
     chosen = bench.spec("0.5b", 0.2, kv_cache_memory_bytes=(64 * MIB if bench.rehearsal else 8 * GIB))
     async with elastic.elastic_and_stock(chosen, bench.device_bytes) as engines:
         return await elastic.price(engines, 1 if bench.rehearsal else 5)
 
 
 async def trade(bench: Bench) -> dict[str, Any]:
-    """Three engines of different sizes trade the device under load; then each is killed."""
+    """Let three engines of different sizes trade memory under load, then kill each."""
     specs = {size: bench.spec(size, share) for size, share in (("0.5b", 0.2), ("1.5b", 0.3), ("7b", 0.45))}
     async with elastic.fleet(specs, bench.device_bytes) as running:
         for engine in running.engines.values():
-            assert isinstance(await engine.resize(_all_but_a_little(engine.stats().grant)), Applied)
+            assert isinstance(await engine.resize(_slightly_smaller(engine.stats().grant)), Applied)
         traded = await elastic.trade(running, 5 if bench.rehearsal else 30, 40, bench.held_bytes)
         return {"trade": traded, "kill": await elastic.kill_each(running, 1, 20)}
 
 
-def _all_but_a_little(grant: Grant | None) -> Grant:
+def _slightly_smaller(grant: Grant | None) -> Grant:
     assert grant is not None
     return Grant(grant.gpu_memory_utilization * 0.98, grant.max_active_seqs, grant.max_step_tokens)
 
@@ -242,33 +252,33 @@ CHECKS: dict[str, tuple[Check, int]] = {
     "trade": (trade, 120),
     "identical": (identical, 80),
 }
-"""In the order of their worth, and the seconds that each may take."""
+"""The checks, the most important first, and the seconds that each may take."""
 
 
 async def run(names: list[str], bench: Bench, seconds: float) -> dict[str, Any]:
-    """Every check that there is time for; what it found, or why it failed or was left out."""
+    """Run the checks that fit into `seconds`. Return each one's record, or why it failed or was skipped."""
     started = time.monotonic()
     record: dict[str, Any] = {}
     for name in names:
-        check, needed = CHECKS[name]
-        left = seconds - (time.monotonic() - started)
-        if left < needed:
-            record[name] = {"skipped": f"{left:.0f} s were left, it may take {needed}"}
+        check, needed_s = CHECKS[name]
+        check_started = time.monotonic()
+        left_s = seconds - (check_started - started)
+        if left_s < needed_s:
+            record[name] = {"skipped": f"it may take {needed_s} s, but {left_s:.0f} s are left: raise --minutes"}
             continue
         progress(f"--- {name}")
-        begun = time.monotonic()
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(left_s):
                 record[name] = await check(bench)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the next check may hold)
+        except Exception as error:  # noqa: BLE001 (a check may fail in any way, and the next one must still run)
             progress(traceback.format_exc())
             record[name] = {"failed": f"{type(error).__name__}: {error}"}
-        record[name]["took_s"] = round(time.monotonic() - begun, 1)
+        record[name]["took_s"] = round(time.monotonic() - check_started, 1)
     return record
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were seen on."""
+    """Return the hardware, software and commit of the measurements."""
     import torch
     import vllm
 
@@ -288,7 +298,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(record: dict[str, Any], indent: str = "") -> None:
-    """The record as an indented table."""
+    """Print a record as an indented table."""
     for name, value in record.items():
         if isinstance(value, dict):
             print(f"{indent}{name}")
@@ -299,26 +309,26 @@ def show(record: dict[str, Any], indent: str = "") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"{', '.join(CHECKS)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny models; writes no record")
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"{', '.join(CHECKS)} (default: all, in this order)")
+    parser.add_argument("--minutes", type=float, default=8, help="time for all checks (default: 8)")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU with tiny models, and write no record")
     options = parser.parse_args()
     unknown = set(options.checks) - set(CHECKS)
     if unknown:
-        parser.error(f"unknown check {', '.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
+        parser.error(f"unknown checks: {', '.join(sorted(unknown))}; choose from {', '.join(CHECKS)}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not options.rehearse:
         try:
             nvml.devices()
         except (nvml.NoDriver, nvml.DriverFault) as error:
-            raise SystemExit(f"no GPU to check on: {error}; --rehearse runs the calls on the CPU") from None
+            raise SystemExit(f"cannot use a GPU: {error}; --rehearse runs the same calls on the CPU") from None
     record = asyncio.run(run(options.checks or list(CHECKS), Bench(options.rehearse), options.minutes * 60))
     if not options.rehearse:
         record = {"machine": machine()} | record
         RECORDS.mkdir(exist_ok=True)
         path = RECORDS / f"gpu-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
-        progress(f"written: {path.relative_to(ROOT)}")
+        progress(f"wrote {path.relative_to(ROOT)}")
     show(record)
     raise SystemExit(1 if any("failed" in value for value in record.values()) else 0)
 

@@ -1,14 +1,14 @@
-"""What being elastic does and costs, on real vLLM engines: the figures of the README, each by a command.
+"""Measure what elastic engines do and cost, on real vLLM engines. The figures in the documentation come from here.
 
-    python scripts/measure_elastic.py grants    random grants on a loaded engine: what is lost, what changes, how long
-                                                a resize takes, idle and loaded, and what a restart would have taken
-    python scripts/measure_elastic.py memory    resident memory before and after, for 64 MiB to 4 GiB
-    python scripts/measure_elastic.py price     throughput and inter-token latency against stock vLLM
-    python scripts/measure_elastic.py trade     two engines trade memory under load; the budget, sampled from outside
-    python scripts/measure_elastic.py kill      kill -9 of each engine under load
+    python scripts/measure_elastic.py grants    apply random grants to an idle and a loaded engine: lost and changed
+                                                replies, duration of a resize, and of a restart in comparison
+    python scripts/measure_elastic.py memory    shrink KV caches of 64 MiB to 4 GiB: resident memory before and after
+    python scripts/measure_elastic.py price     compare throughput and inter-token latency with stock vLLM
+    python scripts/measure_elastic.py trade     let two engines trade memory under load, and sample their memory
+    python scripts/measure_elastic.py kill      kill each engine with SIGKILL under load
 
-A small chat model with random weights, float32 on the CPU. Medians and ranges; what is compared runs in turn in one
-process. --json prints the record.
+The engines run a small chat model with random weights, in float32 on the CPU. Results are medians and ranges. Variants
+that are compared run alternately in one process.
 """
 
 import argparse
@@ -55,7 +55,7 @@ Reply = tuple[int, ...]
 
 
 async def measure_grants(options: argparse.Namespace) -> dict[str, Any]:
-    """Per engine, with prefix caching and without: the same greedy requests undisturbed and under random grants."""
+    """Send the same greedy requests undisturbed and under random grants, with prefix caching and without."""
     record: dict[str, Any] = {}
     async with fleet({"cached": spec(), "plain": spec(vllm={"enable_prefix_caching": False})}) as running:
         for name, engine in running.engines.items():
@@ -66,15 +66,15 @@ async def measure_grants(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def under_random_grants(engine: EngineHandle, grants: int, requests: int) -> dict[str, Any]:
-    """What an engine's replies and its resizes come to, idle and under load."""
-    calm = await replies(engine, requests)
+    """Count lost and changed replies of an engine under random grants, and time its resizes, idle and under load."""
+    expected = await replies(engine, requests)
     idle = [await timed_grant(engine, random.Random(n)) for n in range(grants // 5)]
-    loaded, shaken = await loaded_grants(engine, grants, requests)
+    loaded, actual = await loaded_grants(engine, grants, requests)
     return {
         "grants": len(loaded),
-        "requests": len(shaken),
-        "lost": sum(not reply for reply in shaken),
-        "identical": sum(reply == calm[i % requests] for i, reply in enumerate(shaken)),
+        "requests": len(actual),
+        "lost": sum(not reply for reply in actual),
+        "identical": sum(reply == expected[i % requests] for i, reply in enumerate(actual)),
         "preempted": sum(applied.preempted for _, applied in loaded),
         "idle": resize_times(idle),
         "loaded": resize_times(loaded),
@@ -84,57 +84,57 @@ async def under_random_grants(engine: EngineHandle, grants: int, requests: int) 
 async def loaded_grants(
     engine: EngineHandle, grants: int, requests: int
 ) -> tuple[list[tuple[float, Applied]], list[Reply]]:
-    """Random grants one after another while the requests are asked again and again; times, and all replies."""
-    done: list[tuple[float, Applied]] = []
+    """Apply random grants in sequence while the requests repeat. Return the timed grants, and all replies."""
+    timed: list[tuple[float, Applied]] = []
 
-    async def shake() -> None:
+    async def apply_grants() -> None:
         rng = random.Random(0)
         for _ in range(grants):
-            done.append(await timed_grant(engine, rng))
+            timed.append(await timed_grant(engine, rng))
             await asyncio.sleep(rng.uniform(0, 0.05))
 
-    shaking = asyncio.create_task(shake())
-    shaken: list[Reply] = []
-    while not shaking.done():
-        shaken += await replies(engine, requests)
-    await shaking
-    return done, shaken
+    applying = asyncio.create_task(apply_grants())
+    all_replies: list[Reply] = []
+    while not applying.done():
+        all_replies += await replies(engine, requests)
+    await applying
+    return timed, all_replies
 
 
 async def timed_grant(engine: EngineHandle, rng: random.Random) -> tuple[float, Applied]:
-    """One random grant: seconds until the engine answered its caller, and how it ended."""
-    floor = engine.limits.kv_floor_bytes
+    """Apply one random grant. Return the seconds until the engine answered, and the outcome once it was applied."""
     limits = engine.limits
     grant = Grant(
-        limits.share(rng.choice([1, 2, 4, 8, 32]) * floor) + 1e-9,
+        limits.share(rng.choice([1, 2, 4, 8, 32]) * limits.kv_floor_bytes) + 1e-9,
         rng.choice([1, 4, 16, limits.seqs_ceiling]),
         rng.choice([64, 512, limits.step_tokens_ceiling]),
     )
     started = time.perf_counter()
     outcome = await engine.resize(grant, rng.choice([0, 0, 0.05]))
     seconds = time.perf_counter() - started
-    ended = await outcome.settled if isinstance(outcome, Deferred) else outcome
-    assert isinstance(ended, Applied), ended
-    return seconds, ended
+    settled = await outcome.settled if isinstance(outcome, Deferred) else outcome
+    assert isinstance(settled, Applied), settled
+    return seconds, settled
 
 
-def resize_times(done: list[tuple[float, Applied]]) -> dict[str, Any]:
-    """Milliseconds that the engine's steps waited, and that the caller did where nobody's grace was waited for."""
+def resize_times(timed: list[tuple[float, Applied]]) -> dict[str, Any]:
+    """Return how long resizes stalled the engine's steps, and how long the caller waited for those not deferred."""
     return {
-        "stall_ms": percentiles([applied.stall_seconds for _, applied in done]),
-        "seen_ms": percentiles([seconds for seconds, applied in done if applied.seconds <= seconds]),
-        "moved_mib": round(statistics.mean(applied.moved_bytes for _, applied in done) / MIB, 1),
+        "stall_ms": percentiles([applied.stall_seconds for _, applied in timed]),
+        "seen_ms": percentiles([seconds for seconds, applied in timed if applied.seconds <= seconds]),
+        "moved_mib": round(statistics.mean(applied.moved_bytes for _, applied in timed) / MIB, 1),
     }
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Return the median, the 99th percentile and the maximum in milliseconds."""
     ordered = sorted(seconds)
     points = {"p50": ordered[len(ordered) // 2], "p99": ordered[len(ordered) * 99 // 100], "longest": ordered[-1]}
     return {name: round(value * 1000, 2) for name, value in points.items()}
 
 
 async def restart() -> float:
-    """Seconds from killing an engine until it has answered again: what a change costs without live resizing."""
+    """Return the seconds from a kill to the next reply: the cost of a new configuration without live resizing."""
     async with fleet({"one": spec()}) as running:
         started = time.perf_counter()
         running.engines["one"].kill()
@@ -144,9 +144,9 @@ async def restart() -> float:
 
 
 async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Fill a KV cache of each size, then shrink it to its floor: resident bytes of the engine's process."""
+    """Fill a KV cache of each size, shrink it to its floor, and compare the resident memory of the engine's process."""
     shape = {"num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
-    # 256 KiB a token, 8 MiB a block
+    # This shape takes 256 KiB per token and 8 MiB per block.
     wide = spec(shape, max_num_seqs=16, max_model_len=128, gpu_memory_utilization=0.3, vllm={"block_size": 32})
     record: dict[str, Any] = {}
     async with fleet({"wide": wide}, device_bytes=8 * GIB) as running:
@@ -171,7 +171,7 @@ async def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def measure_price(options: argparse.Namespace) -> dict[str, Any]:
-    """The same load on an elastic engine and on stock vLLM with the same fixed settings, in turn."""
+    """Run the same load alternately on an elastic engine and on stock vLLM with the same settings."""
     chosen = spec(kv_cache_memory_bytes=64 * MIB, max_num_seqs=64)
     async with elastic_and_stock(chosen, 2 * GIB) as engines:
         return await price(engines, options.repeats)
@@ -179,14 +179,16 @@ async def measure_price(options: argparse.Namespace) -> dict[str, Any]:
 
 @asynccontextmanager
 async def elastic_and_stock(chosen: EngineSpec, device_bytes: int | None) -> AsyncIterator[list[EngineHandle]]:
-    """An elastic engine, one of vLLM's own worker and scheduler with a KV cache as large, and another such: what those
-    two differ by is noise."""
+    """Start an elastic engine, and two stock engines with vLLM's own worker and scheduler and a KV cache of equal size.
+
+    The second stock engine is a control: the difference of the two is noise.
+    """
     folder = run_folder.create()
     logs.log_to(folder)
     async with AsyncExitStack() as stack:
         place = stack.enter_context(temp_folder.folder())
         prepare_process({"elastic": chosen, "stock": chosen}, folder, place)
-        from runtime.engines import vllm_engine  # once the process is prepared
+        from runtime.engines import vllm_engine  # must follow prepare_process
 
         class StockEngine(vllm_engine.VllmEngine):
             async def _begin(self) -> None:
@@ -209,16 +211,16 @@ async def elastic_and_stock(chosen: EngineSpec, device_bytes: int | None) -> Asy
 
 
 async def price(engines: list[EngineHandle], repeats: int) -> dict[str, Any]:
-    """Ratios to stock, of rounds that take turns."""
+    """Return the ratios to the stock engine with 1, 16 and 64 sequences. The engines alternate in every round."""
     record: dict[str, Any] = {}
     for concurrency in (1, 16, 64):
         times: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in engines}
         for repeat in range(repeats + 1):
             first = repeat % len(engines)
             for engine in engines[first:] + engines[:first]:
-                found = await throughput(engine, concurrency, repeat)
-                if repeat:  # the first round warms all
-                    times[engine.name].append(found)
+                figures = await throughput(engine, concurrency, repeat)
+                if repeat:  # the first round is a warm-up
+                    times[engine.name].append(figures)
         record[f"{concurrency} sequences"] = {
             f"{name}_{figure}": spread(
                 [a[figure] / b[figure] for a, b in zip(times[name], times["stock"], strict=True)]
@@ -226,34 +228,34 @@ async def price(engines: list[EngineHandle], repeats: int) -> dict[str, Any]:
             for name in ("elastic", "control")
             for figure in ("tokens_per_s", "itl_p50_s")
         } | {"stock_tokens_per_s": spread([s["tokens_per_s"] for s in times["stock"]])}
-        progress(f"{concurrency} sequences, to stock: {record[f'{concurrency} sequences']}")
+        progress(f"{concurrency} sequences, ratio to stock: {record[f'{concurrency} sequences']}")
     return record
 
 
 async def throughput(engine: EngineHandle, concurrency: int, repeat: int) -> dict[str, float]:
-    """Tokens a second with so many sequences at all times, and the median time between two tokens of one."""
-    gaps: list[float] = []
-    count = 0
+    """Return tokens per second with `concurrency` sequences at a time, and the median inter-token latency."""
+    gaps_s: list[float] = []
+    token_count = 0
 
-    async def one(number: int) -> None:
-        nonlocal count
-        last = 0.0
+    async def run_request(number: int) -> None:
+        nonlocal token_count
+        last_s = 0.0
         content = long_prompt(number, 40)
         async for chunk in engine.generate(request(content, f"{repeat}/{number}", max_tokens=100)):
-            count += len(chunk.token_ids)
-            if last:
-                gaps.append(chunk.time_s - last)
-            last = chunk.time_s
+            token_count += len(chunk.token_ids)
+            if last_s:
+                gaps_s.append(chunk.time_s - last_s)
+            last_s = chunk.time_s
 
     started = time.perf_counter()
     rounds = max(1, 128 // concurrency) if concurrency > 1 else 6
-    for turn in range(rounds):
-        await asyncio.gather(*(one(turn * concurrency + n) for n in range(concurrency)))
-    return {"tokens_per_s": count / (time.perf_counter() - started), "itl_p50_s": statistics.median(gaps)}
+    for index in range(rounds):
+        await asyncio.gather(*(run_request(index * concurrency + n) for n in range(concurrency)))
+    return {"tokens_per_s": token_count / (time.perf_counter() - started), "itl_p50_s": statistics.median(gaps_s)}
 
 
 async def measure_trade(options: argparse.Namespace) -> dict[str, Any]:
-    """Two engines pass memory back and forth under load; a thread adds up their resident memory all the while."""
+    """Let two engines trade memory under load, while a thread samples the sum of their resident memory."""
     async with fleet({"left": spec(), "right": spec()}) as running:
         processes = [engine_process(running, name) for name in running.engines]
         return await trade(
@@ -261,33 +263,33 @@ async def measure_trade(options: argparse.Namespace) -> dict[str, Any]:
         )
 
 
-async def trade(running: Fleet, seconds: float, requests: int, held: Callable[[], int]) -> dict[str, Any]:
-    """Random divisions of the device among its engines, one after another, while all of them work.
+async def trade(running: Fleet, seconds: float, requests: int, held_bytes: Callable[[], int]) -> dict[str, Any]:
+    """Divide the device at random among its engines, again and again for `seconds`, while all of them run requests.
 
-    `held` says from outside how many bytes they hold; a thread asks it 20 times a second.
+    A thread samples `held_bytes`, the memory that the engines hold, 20 times per second.
     """
     engines = running.engines
-    calm = {name: await replies(engine, requests) for name, engine in engines.items()}
-    budget = running.sharing.ledger.budget_bytes
-    sampled: list[int] = []
+    expected = {name: await replies(engine, requests) for name, engine in engines.items()}
+    budget_bytes = running.sharing.ledger.budget_bytes
+    samples_bytes: list[int] = []
     stop = threading.Event()
 
-    def watch() -> None:
+    def sample() -> None:
         while not stop.wait(0.05):
-            sampled.append(held())
+            samples_bytes.append(held_bytes())
 
-    watching = threading.Thread(target=watch)
-    watching.start()
-    answers: list[bool] = []
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    matches: list[bool] = []
 
     async def load(name: str) -> None:
         while not stop.is_set():
-            found = await replies(engines[name], requests)
-            answers.extend(a == b for a, b in zip(found, calm[name], strict=True))
+            actual = await replies(engines[name], requests)
+            matches.extend(a == b for a, b in zip(actual, expected[name], strict=True))
 
-    working = asyncio.gather(*map(load, engines))
+    loading = asyncio.gather(*map(load, engines))
     rng = random.Random(0)
-    rounds = rejected = 0
+    decisions = rejected = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         outcomes = await running.sharing.resize(division(engines, rng), grace_s=0.05)
@@ -295,25 +297,25 @@ async def trade(running: Fleet, seconds: float, requests: int, held: Callable[[]
         for outcome in outcomes.values():
             if isinstance(outcome, Deferred):
                 await outcome.settled
-        assert sum(running.sharing.ledger.held.values()) <= budget
-        rounds += 1
+        assert sum(running.sharing.ledger.held.values()) <= budget_bytes
+        decisions += 1
     stop.set()
-    await working
-    watching.join()
+    await loading
+    sampler.join()
     return {
         "seconds": seconds,
-        "decisions": rounds,
+        "decisions": decisions,
         "rejected": rejected,
-        "answers": len(answers),
-        "wrong_or_lost": answers.count(False),
-        "budget_mib": budget // MIB,
-        "samples": len(sampled),
-        "most_held_mib": max(sampled) // MIB,
+        "answers": len(matches),
+        "wrong_or_lost": matches.count(False),
+        "budget_mib": budget_bytes // MIB,
+        "samples": len(samples_bytes),
+        "most_held_mib": max(samples_bytes) // MIB,
     }
 
 
 def division(engines: Mapping[str, EngineHandle], rng: random.Random) -> dict[str, Grant]:
-    """The whole device at random: every engine its floor, and a random part of the rest."""
+    """Return grants that divide 98% of the device: each engine gets its floor and a random part of the rest."""
     floors = {name: engine.limits.share(engine.limits.kv_floor_bytes) + 1e-6 for name, engine in engines.items()}
     weights = {name: rng.random() for name in engines}
     rest = (0.98 - sum(floors.values())) / sum(weights.values())
@@ -324,46 +326,47 @@ def division(engines: Mapping[str, EngineHandle], rng: random.Random) -> dict[st
 
 
 async def measure_kill(options: argparse.Namespace) -> dict[str, Any]:
-    """SIGKILL to each engine in turn under load: every request answered once and as it would have been."""
+    """Kill each engine in turn under load, and check that every request gets one reply, the same as without a kill."""
     async with fleet({"left": spec(), "right": spec()}) as running:
         return await kill_each(running, options.repeats, options.requests)
 
 
 async def kill_each(running: Fleet, repeats: int, requests: int) -> dict[str, Any]:
-    """Kill every engine of a fleet in turn while all of them work."""
+    """Kill every engine of a fleet in turn with SIGKILL while all of them run requests."""
     record: dict[str, Any] = {}
     engines = running.engines
-    calm = [await replies(engine, requests) for engine in engines.values()]
+    expected = [await replies(engine, requests) for engine in engines.values()]
     for repeat in range(repeats):
         for name, engine in engines.items():
-            work = asyncio.gather(*(replies(e, requests) for e in engines.values()))
+            loading = asyncio.gather(*(replies(e, requests) for e in engines.values()))
             await asyncio.sleep(0.4)
-            killed = time.perf_counter()
+            killed_s = time.perf_counter()
             engine_process(running, name).kill()
             await until(engine, lambda state: state is not EngineState.READY)
             await until(engine, lambda state: state is EngineState.READY)
-            up = time.perf_counter() - killed
-            replied = await work
-            found = record.setdefault(name, {"serves_again_s": [], "requests": 0, "wrong_or_lost": 0})
-            found["serves_again_s"].append(up)
-            found["requests"] += sum(map(len, replied))
-            found["wrong_or_lost"] += sum(
-                a != b for side, wanted in zip(replied, calm, strict=True) for a, b in zip(side, wanted, strict=True)
+            down_s = time.perf_counter() - killed_s
+            actual = await loading
+            counts = record.setdefault(name, {"serves_again_s": [], "requests": 0, "wrong_or_lost": 0})
+            counts["serves_again_s"].append(down_s)
+            counts["requests"] += sum(map(len, actual))
+            counts["wrong_or_lost"] += sum(
+                a != b for ours, theirs in zip(actual, expected, strict=True) for a, b in zip(ours, theirs, strict=True)
             )
-            progress(f"{repeat} {name}: serves again after {up:.1f} s, all done {time.perf_counter() - killed:.1f}")
-    for found in record.values():
-        found["serves_again_s"] = spread(found["serves_again_s"])
+            done_s = time.perf_counter() - killed_s
+            progress(f"{repeat} {name}: serves again after {down_s:.1f} s, all requests done after {done_s:.1f} s")
+    for counts in record.values():
+        counts["serves_again_s"] = spread(counts["serves_again_s"])
     return record
 
 
 async def until(engine: EngineHandle, holds: Callable[[EngineState], bool]) -> None:
-    """Wait for a state of an engine."""
-    while not holds(engine.stats().state):  # noqa: ASYNC110 (it has no event for it)
+    """Wait until the state of an engine satisfies `holds`."""
+    while not holds(engine.stats().state):  # noqa: ASYNC110 (engines have no event for their state)
         await asyncio.sleep(0.01)
 
 
 def spec(shape: Mapping[str, Any] | None = None, **changes: Any) -> EngineSpec:
-    """A small engine of the chat model."""
+    """Return the specification of an engine with a tiny chat model. `shape` changes the model, `changes` the engine."""
     name = "wide" if shape else "chat"
     folder = Path(tempfile.gettempdir()) / f"troupe-measure-{os.getuid()}" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -380,6 +383,7 @@ def spec(shape: Mapping[str, Any] | None = None, **changes: Any) -> EngineSpec:
 
 @asynccontextmanager
 async def fleet(specs: Mapping[str, EngineSpec], device_bytes: int | None = 2 * GIB) -> AsyncIterator[Fleet]:
+    """Start engines that share `device_bytes`, or the whole device if it is None. They log to a new run folder."""
     folder = run_folder.create()
     logs.log_to(folder)
     async with Fleet(specs, folder, device_bytes=device_bytes) as running:
@@ -392,10 +396,13 @@ def request(content: str, identity: str, **changes: Any) -> GenerateRequest:
 
 
 async def reply(engine: EngineHandle, number: int) -> Reply:
-    """The reply to one of the requests, the same for the same number: a fifth held to a schema, half share a prefix."""
+    """Send request `number` and return the tokens of its reply. The same number always makes the same request.
+
+    A fifth of the requests have a JSON schema, and half share a prefix.
+    """
     rng = random.Random(number)
-    beginning = "You are one of a team of agents that works problems together. " * 2 if number % 2 else ""
-    content = beginning + " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
+    prefix = "You are one of a team of agents that works problems together. " * 2 if number % 2 else ""
+    content = prefix + " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
     changes: dict[str, Any] = {"max_tokens": 20 + number % 100}
     if number % 5 == 0:
         changes = {"schema": SCHEMA, "max_tokens": 100}
@@ -413,11 +420,12 @@ async def stream(engine: EngineHandle, content: str) -> None:
 
 
 def long_prompt(number: int, characters: int) -> str:
-    """As many tokens, beginning differently for every number: nothing of it is found in the prefix cache."""
+    """Return a prompt of as many tokens as characters. Prompts differ from the start, so prefix caching never hits."""
     return "".join(random.Random(number).choices("abcdefghijklmnopqrstuvwxyz ", k=characters))
 
 
 async def applied(engine: EngineHandle, kv_cache_bytes: int) -> Applied:
+    """Resize the KV cache of an engine without a grace period, and return the outcome."""
     limits = engine.limits
     outcome = await engine.resize(
         Grant(limits.share(kv_cache_bytes) + 1e-9, limits.seqs_ceiling, limits.step_tokens_ceiling)
@@ -427,7 +435,7 @@ async def applied(engine: EngineHandle, kv_cache_bytes: int) -> Applied:
 
 
 def engine_process(running: Fleet, name: str) -> psutil.Process:
-    """The process that writes to an engine's log."""
+    """Return the process that writes to an engine's log. Exits if there is none."""
     log = running.log(name).resolve()
     for process in psutil.Process().children(recursive=True):
         if any(Path(f"/proc/{process.pid}/fd/{fd}").resolve() == log for fd in (1, 2)):
@@ -436,7 +444,7 @@ def engine_process(running: Fleet, name: str) -> psutil.Process:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes that the process alone holds, from its smaps."""
+    """Return the resident bytes that only this process holds (USS, from its smaps)."""
     return int(process.memory_full_info().uss)
 
 
@@ -451,12 +459,12 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=list(MEASURES))
-    parser.add_argument("--grants", type=int, default=1000)
-    parser.add_argument("--requests", type=int, default=150, help="in flight at a time")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
+    parser.add_argument("what", choices=list(MEASURES), help="the measurement to run")
+    parser.add_argument("--grants", type=int, default=1000, help="random grants per loaded engine (default: 1000)")
+    parser.add_argument("--requests", type=int, default=150, help="requests in flight at a time (default: 150)")
+    parser.add_argument("--repeats", type=int, default=5, help="restarts, rounds or kills to measure (default: 5)")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of trade (default: 60)")
+    parser.add_argument("--json", action="store_true", help="print the record as one line of JSON (default: indented)")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     record = asyncio.run(MEASURES[options.what](options))
