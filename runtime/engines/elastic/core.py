@@ -49,9 +49,9 @@ class _Shrink:
 
 
 class Resizer:
-    """Resizes one engine: its scheduler's limits, and the memory behind its worker's KV cache.
+    """The resizing of one engine: its scheduler's limits, and the memory behind its worker's KV cache.
 
-    A thread of its own releases memory, so that steps run meanwhile. No step can touch that memory any more.
+    A separate thread releases memory while steps run. No step can touch that memory any more.
     """
 
     def __init__(self, scheduler: ElasticScheduling, worker: ElasticWorker) -> None:
@@ -140,7 +140,7 @@ class Resizer:
         pool = self._scheduler.pool
         now_s = time.perf_counter()
         if pool.draining and now_s >= shrink.deadline_s:
-            shrink.preempted += self._scheduler.preempt_drainers()
+            shrink.preempted += self._scheduler.preempt_draining()
         shrink.stall_seconds += time.perf_counter() - now_s
         if not pool.draining:
             self._shrink = self._scheduler.after_step = None

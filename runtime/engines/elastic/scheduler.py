@@ -50,7 +50,7 @@ class ElasticScheduling:
         self.max_num_active_reqs = active_seqs
         self.max_num_scheduled_tokens = step_tokens
 
-    def preempt_drainers(self) -> int:
+    def preempt_draining(self) -> int:
         """Preempt every running request that holds a draining block, and return their number. vLLM recomputes them."""
         holders = [request for request in self.running if not self._block_ids(request).isdisjoint(self.pool.draining)]
         for request in reversed(holders):  # each goes to the front of the queue, so reversing keeps their order
