@@ -112,7 +112,7 @@ def pages_alone() -> None:
     torch.cuda.synchronize()
     record: dict[str, Any] = {}
     for granule in (2 * MIB, 32 * MIB, 256 * MIB):
-        cuda_pages = CudaPages(8 * GIB, granule=granule)
+        cuda_pages = CudaPages(8 * GIB, granule_bytes=granule)
         before = gpu().used_bytes
         grow_s, shrink_s = [], []  # seconds per GiB
         for _ in range(5):
@@ -136,10 +136,10 @@ def pages_alone() -> None:
             "nvml_left_mib": (after - before) // MIB,
         }
         cuda_pages.close()
-    oversized = CudaPages(gpu().total_bytes + 8 * GIB, granule=256 * MIB)
+    oversized = CudaPages(gpu().total_bytes + 8 * GIB, granule_bytes=256 * MIB)
     before = gpu().used_bytes
     try:
-        oversized.back(0, oversized.size)
+        oversized.back(0, oversized.size_bytes)
         record["out_of_memory"] = "not raised"
     except OutOfMemory as error:
         record["out_of_memory"] = f"{error}; {(gpu().used_bytes - before) // MIB} MiB left behind"

@@ -81,8 +81,9 @@ class Resizer:
     def resize(self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Future[ResizeReport]:
         """Resize the KV cache to the most blocks that `kv_cache_bytes` can back, and set both scheduler limits.
 
-        Return a future of ResizeApplied, ResizeDeferred or ResizeRefused. It is deferred if requests hold blocks above
-        the new capacity and `grace_s` seconds are granted to them; `settled` then returns how the resize ended.
+        Return a future of ResizeApplied, ResizeDeferred or ResizeRefused. A shrink is deferred if blocks above the new
+        capacity are still in use: by requests, for up to `grace_s` seconds, or by a step in flight. `settled` then
+        returns how it ended.
 
         Waits for the previous release, and raises its error if it failed.
         """

@@ -26,8 +26,8 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
             self.model_runner.warming_up_model()
         return ceiling_bytes
 
-    def reserve(self, size: int) -> HostPages:
-        return HostPages(size)
+    def reserve(self, size_bytes: int) -> HostPages:
+        return HostPages(size_bytes)
 
     def tensor(self, nbytes: int) -> torch.Tensor:
         return host_tensor(self.pages.address, nbytes)

@@ -25,15 +25,15 @@ class CudaError(RuntimeError):
 class CudaPages(Pages):
     """A range of GPU address space on device `device` (CUDA's ordinal), backed with physical granules.
 
-    `size` is rounded up to whole granules, and `granule` to a multiple of the device's minimum (usually 2 MiB), both in
-    bytes. A mapping costs about the same at any size, so larger granules move memory faster. `stream` is the handle of
+    `size_bytes` is rounded up to whole granules, and `granule_bytes` to a multiple of the device's minimum (usually
+    2 MiB). A mapping costs about the same at any size, so larger granules move memory faster. `stream` is the handle of
     the CUDA stream that vLLM computes on: zeroing runs on it, ahead of later work, and fences are recorded on it.
 
     The calling thread needs a current CUDA context, except for `release`, which enters the context of the constructor.
     Methods raise CudaError if the driver fails.
     """
 
-    def __init__(self, size: int, device: int = 0, granule: int = 32 << 20, stream: int = 0) -> None:
+    def __init__(self, size_bytes: int, device: int = 0, granule_bytes: int = 32 << 20, stream: int = 0) -> None:
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -43,9 +43,9 @@ class CudaPages(Pages):
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         minimum_bytes = int(_call(driver.cuMemGetAllocationGranularity, self._properties, minimum))
-        self.granule = -(-granule // minimum_bytes) * minimum_bytes
-        self.size = -(-size // self.granule) * self.granule
-        self.address = int(_call(driver.cuMemAddressReserve, self.size, self.granule, 0, 0))
+        self.granule_bytes = -(-granule_bytes // minimum_bytes) * minimum_bytes
+        self.size_bytes = -(-size_bytes // self.granule_bytes) * self.granule_bytes
+        self.address = int(_call(driver.cuMemAddressReserve, self.size_bytes, self.granule_bytes, 0, 0))
         self._stream = stream
         self._context = _call(driver.cuCtxGetCurrent)
         flags = driver.CUevent_flags
@@ -55,25 +55,25 @@ class CudaPages(Pages):
 
     def back(self, start: int, stop: int) -> None:
         self.check(start, stop)
-        backed = [at for at in range(start, stop, self.granule) if at in self._handles]
+        backed = [at for at in range(start, stop, self.granule_bytes) if at in self._handles]
         if backed:
             raise ValueError(f"cannot back [{start}, {stop}): the granule at {backed[0]} is backed already")
         try:
-            for at in range(start, stop, self.granule):
+            for at in range(start, stop, self.granule_bytes):
                 self._back_one(at)
             _call(driver.cuMemSetAccess, self.address + start, stop - start, [self._access], 1)
             _call(driver.cuMemsetD8Async, self.address + start, 0, stop - start, self._stream)
             self.fence()
         except BaseException:
-            for at in range(start, stop, self.granule):
+            for at in range(start, stop, self.granule_bytes):
                 if at in self._handles:
                     self._release_one(at)
             raise
 
     def _back_one(self, at: int) -> None:
-        handle = _call(driver.cuMemCreate, self.granule, self._properties, 0)
+        handle = _call(driver.cuMemCreate, self.granule_bytes, self._properties, 0)
         try:
-            _call(driver.cuMemMap, self.address + at, self.granule, 0, handle, 0)
+            _call(driver.cuMemMap, self.address + at, self.granule_bytes, 0, handle, 0)
         except BaseException:
             _call(driver.cuMemRelease, handle)
             raise
@@ -81,11 +81,11 @@ class CudaPages(Pages):
 
     def release(self, start: int, stop: int) -> None:
         self.check(start, stop)
-        missing = [at for at in range(start, stop, self.granule) if at not in self._handles]
+        missing = [at for at in range(start, stop, self.granule_bytes) if at not in self._handles]
         if missing:
             raise ValueError(f"cannot release [{start}, {stop}): the granule at {missing[0]} is not backed")
         self._wait_for_fence()
-        for at in range(start, stop, self.granule):
+        for at in range(start, stop, self.granule_bytes):
             self._release_one(at)
 
     def fence(self) -> None:
@@ -97,19 +97,19 @@ class CudaPages(Pages):
         _call(driver.cuEventSynchronize, self._fence)
 
     def _release_one(self, at: int) -> None:
-        _call(driver.cuMemUnmap, self.address + at, self.granule)
+        _call(driver.cuMemUnmap, self.address + at, self.granule_bytes)
         _call(driver.cuMemRelease, self._handles.pop(at))
 
     def close(self) -> None:
-        if not self.size:
+        if not self.size_bytes:
             return
         self.fence()
         self._wait_for_fence()
         for at in list(self._handles):
             self._release_one(at)
-        _call(driver.cuMemAddressFree, self.address, self.size)
+        _call(driver.cuMemAddressFree, self.address, self.size_bytes)
         _call(driver.cuEventDestroy, self._fence)
-        self.size = 0
+        self.size_bytes = 0
 
 
 def device_uuid(device: int) -> str:

@@ -31,11 +31,11 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
         self._peak_activation_bytes = profile.transient_peak_headroom
         return ceiling_bytes
 
-    def reserve(self, size: int) -> CudaPages:
+    def reserve(self, size_bytes: int) -> CudaPages:
         # The stream that vLLM computes on. Its first call to current_stream moves this thread's work to a new stream.
         stream = current_stream().cuda_stream
-        granule = self.vllm_config.additional_config["troupe"]["granule_bytes"]
-        return CudaPages(size, torch.cuda.current_device(), granule, stream)
+        granule_bytes = self.vllm_config.additional_config["troupe"]["granule_bytes"]
+        return CudaPages(size_bytes, torch.cuda.current_device(), granule_bytes, stream)
 
     def tensor(self, nbytes: int) -> torch.Tensor:
         return torch.as_tensor(_CudaArray(self.pages.address, nbytes), device=self.device)

@@ -31,7 +31,7 @@ class Run:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The runs of a cache of `blocks` blocks, whose memory is backed and released in granules of `granule` bytes.
+    """The runs of a cache of `blocks` blocks, whose memory is backed and released in granules of `granule_bytes`.
 
     A capacity is a number of blocks: the first ones of every run. Block 0, vLLM's null block, is always backed, and
     with it the granule in which one run ends and the next begins.
@@ -39,10 +39,10 @@ class BlockLayout:
 
     runs: tuple[Run, ...]
     blocks: int
-    granule: int
+    granule_bytes: int
 
     @property
-    def size(self) -> int:
+    def size_bytes(self) -> int:
         """The address space that the cache needs: bytes, in whole granules."""
         return self._round_up(max(run.start + self.blocks * run.stride for run in self.runs))
 
@@ -69,13 +69,13 @@ class BlockLayout:
         return bisect_right(range(self.blocks + 1), nbytes, key=self.backed_bytes) - 1
 
     def _round_up(self, nbytes: int) -> int:
-        return -(-nbytes // self.granule) * self.granule
+        return -(-nbytes // self.granule_bytes) * self.granule_bytes
 
     def _round_down(self, nbytes: int) -> int:
-        return nbytes // self.granule * self.granule
+        return nbytes // self.granule_bytes * self.granule_bytes
 
 
-def layout_of(tensors: Iterable[CacheTensor], blocks: int, granule: int) -> BlockLayout:
+def layout_of(tensors: Iterable[CacheTensor], blocks: int, granule_bytes: int) -> BlockLayout:
     """Return the layout of vLLM's `kv_cache_config.kv_cache_tensors`.
 
     Tensors of different cache groups may share bytes, because a block belongs to one group at a time. Raises ValueError
@@ -91,4 +91,4 @@ def layout_of(tensors: Iterable[CacheTensor], blocks: int, granule: int) -> Bloc
     ordered = tuple(sorted(runs, key=lambda run: run.start))
     if any(a.start + blocks * a.stride > b.start for a, b in pairwise(ordered)):
         raise ValueError(f"the KV cache's layers overlap, so its blocks cannot be resized: {ordered}")
-    return BlockLayout(ordered, blocks, granule)
+    return BlockLayout(ordered, blocks, granule_bytes)

@@ -19,15 +19,15 @@ class OutOfMemory(MemoryError):
 
 
 class Pages(ABC):
-    """A range of `size` bytes of address space that starts at `address`, backed with memory in granules.
+    """Address space of `size_bytes` from `address` on, backed with memory in granules of `granule_bytes`.
 
-    Ranges are [start, stop) in bytes relative to `address`, and consist of whole granules of `granule` bytes. `back`
-    and `release` raise ValueError for any other range.
+    Ranges are [start, stop) in bytes relative to `address`, in whole granules. `back` and `release` raise ValueError
+    for any other range.
     """
 
     address: int
-    size: int
-    granule: int
+    size_bytes: int
+    granule_bytes: int
 
     @abstractmethod
     def back(self, start: int, stop: int) -> None:
@@ -54,10 +54,10 @@ class Pages(ABC):
 
     def check(self, start: int, stop: int) -> None:
         """Raise ValueError for a range that is empty, out of bounds, or not in whole granules."""
-        if not 0 <= start < stop <= self.size or start % self.granule or stop % self.granule:
+        if not 0 <= start < stop <= self.size_bytes or start % self.granule_bytes or stop % self.granule_bytes:
             raise ValueError(
-                f"[{start}, {stop}) is not a range of whole granules: expected multiples of {self.granule} "
-                f"within 0 to {self.size}"
+                f"[{start}, {stop}) is not a range of whole granules: expected multiples of {self.granule_bytes} "
+                f"within 0 to {self.size_bytes}"
             )
 
 
@@ -68,11 +68,11 @@ class HostPages(Pages):
     are an upper bound of the resident ones. `release` calls madvise with MADV_DONTNEED.
     """
 
-    def __init__(self, size: int) -> None:
-        self.granule = mmap.PAGESIZE
-        self.size = -(-size // self.granule) * self.granule
+    def __init__(self, size_bytes: int) -> None:
+        self.granule_bytes = mmap.PAGESIZE
+        self.size_bytes = -(-size_bytes // self.granule_bytes) * self.granule_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._mapping = mmap.mmap(-1, self.size, flags=flags)
+        self._mapping = mmap.mmap(-1, self.size_bytes, flags=flags)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def back(self, start: int, stop: int) -> None:

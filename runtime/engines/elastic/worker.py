@@ -56,8 +56,8 @@ class ElasticWorker:
         resizable.sort(key=lambda layout: not layout.is_block_outermost)  # stable: keeps vLLM's order within each group
         return [layout.name for layout in resizable]
 
-    def reserve(self, size: int) -> Pages:
-        """Reserve `size` bytes of address space on this worker's device."""
+    def reserve(self, size_bytes: int) -> Pages:
+        """Reserve `size_bytes` of address space on this worker's device."""
         raise NotImplementedError
 
     def device_bytes(self) -> int:
@@ -156,7 +156,7 @@ class ElasticWorker:
         config = self._kv_cache_config
         blocks = int(config.num_blocks)
         self.pages = self.reserve(nbytes)
-        self.layout = layout_of(config.kv_cache_tensors, blocks, self.pages.granule)
+        self.layout = layout_of(config.kv_cache_tensors, blocks, self.pages.granule_bytes)
         sequences = get_max_concurrency_for_kv_cache_config(self.vllm_config, config)
         self.floor_blocks = min(blocks, int(-(-blocks // sequences)) + 1)
         self.back(self.floor_blocks)

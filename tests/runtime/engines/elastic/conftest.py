@@ -30,8 +30,8 @@ def cuda(driver: ctypes.CDLL) -> Iterator[Callable[..., Pages]]:
     made: list[Pages] = []
     driver.cuCtxSetCurrent(1)
 
-    def make(size: int, granule: int = 2 * MIB) -> Pages:
-        made.append(CudaPages(size, granule=granule))
+    def make(size_bytes: int, granule_bytes: int = 2 * MIB) -> Pages:
+        made.append(CudaPages(size_bytes, granule_bytes=granule_bytes))
         return made[-1]
 
     yield make

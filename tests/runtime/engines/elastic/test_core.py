@@ -37,7 +37,7 @@ class Worker(ElasticWorker):
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
-        self.layout = BlockLayout((Run(0, BLOCK),), BLOCKS, pages.granule)
+        self.layout = BlockLayout((Run(0, BLOCK),), BLOCKS, pages.granule_bytes)
         self.floor_blocks = FLOOR_BLOCKS
         self.back(BLOCKS)
 

@@ -27,7 +27,7 @@ def layouts(draw: st.DrawFn) -> BlockLayout:
 def granules(layout: BlockLayout, capacity: int) -> set[int]:
     """Return the granules that the first `capacity` blocks of every run touch, byte by byte."""
     return {
-        byte // layout.granule
+        byte // layout.granule_bytes
         for run in layout.runs
         for byte in range(run.start, run.start + capacity * run.stride)
     }  # fmt: skip
@@ -38,10 +38,10 @@ def test_spans_are_the_granules_that_the_higher_capacity_adds(layout: BlockLayou
     low = data.draw(st.integers(0, layout.blocks))
     high = data.draw(st.integers(low, layout.blocks))
     spans = list(layout.spans(low, high))
-    touched = [at // layout.granule for start, stop in spans for at in range(start, stop, layout.granule)]
+    touched = [at // layout.granule_bytes for start, stop in spans for at in range(start, stop, layout.granule_bytes)]
     assert len(touched) == len(set(touched))
     assert set(touched) == (granules(layout, high) - granules(layout, low) if high else set())
-    assert all(0 <= start < stop <= layout.size for start, stop in spans)
+    assert all(0 <= start < stop <= layout.size_bytes for start, stop in spans)
 
 
 @given(layouts(), st.integers(0, 6000))
@@ -53,14 +53,14 @@ def test_capacity_is_the_largest_that_fits(layout: BlockLayout, nbytes: int) -> 
 
 def test_block_outermost_tensors_share_one_run() -> None:
     tensors = [Tensor(["a", "b"], 64, 256), Tensor(["c", "d"], 64, 256, offset=128)]
-    assert layout_of(tensors, blocks=10, granule=1).runs == (Run(0, 256),)
+    assert layout_of(tensors, blocks=10, granule_bytes=1).runs == (Run(0, 256),)
 
 
 def test_overlapping_cache_groups_count_once() -> None:
     tensors = [Tensor(["a", "b"], 640, 64), Tensor(["c", "d"], 640, 64)]
-    assert layout_of(tensors, blocks=10, granule=1).backed_bytes(10) == 1280
+    assert layout_of(tensors, blocks=10, granule_bytes=1).backed_bytes(10) == 1280
 
 
 def test_other_overlaps_are_rejected() -> None:
     with pytest.raises(ValueError, match="overlap"):
-        layout_of([Tensor(["a"], 640, 64), Tensor(["b"], 640, 64, offset=100)], blocks=10, granule=1)
+        layout_of([Tensor(["a"], 640, 64), Tensor(["b"], 640, 64, offset=100)], blocks=10, granule_bytes=1)

@@ -66,10 +66,10 @@ def resident() -> int:
 
 
 def test_granule_is_a_multiple_of_the_device_minimum(cuda: Callable[..., Pages]) -> None:
-    assert cuda(1, granule=1).granule == 2 * MIB
-    assert cuda(1, granule=3 * MIB).granule == 4 * MIB
-    wide = cuda(33 * MIB, granule=32 * MIB)
-    assert (wide.granule, wide.size, wide.address % (32 * MIB)) == (32 * MIB, 64 * MIB, 0)
+    assert cuda(1, granule_bytes=1).granule_bytes == 2 * MIB
+    assert cuda(1, granule_bytes=3 * MIB).granule_bytes == 4 * MIB
+    wide = cuda(33 * MIB, granule_bytes=32 * MIB)
+    assert (wide.granule_bytes, wide.size_bytes, wide.address % (32 * MIB)) == (32 * MIB, 64 * MIB, 0)
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 3])

@@ -221,7 +221,7 @@ def test_blocks_that_warm_up_writes_are_backed_and_become_the_floor(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     layout = BlockLayout((Run(0, MIB),), 1000, 2 * MIB)
-    worker = WarmWorker(cuda(layout.size), layout, floor_blocks=36)
+    worker = WarmWorker(cuda(layout.size_bytes), layout, floor_blocks=36)
     worker.model_runner = runner(sequences, drafts, groups, layout.blocks)
     assert worker.compile_or_warm_up_model() == "times"
     assert worker.touched == highest
@@ -251,7 +251,7 @@ def test_replayssm_warm_up_has_one_backed_block_per_sequence(
             backed.append(self.backed_blocks)
 
     layout = BlockLayout((Run(0, MIB),), 50, 2 * MIB)
-    worker = Autotuned(cuda(layout.size), layout, floor_blocks=4)
+    worker = Autotuned(cuda(layout.size_bytes), layout, floor_blocks=4)
     worker.vllm_config.cache_config.use_replayssm = True
     worker.vllm_config.scheduler_config = SimpleNamespace(max_num_seqs=64)
     worker.model_runner = runner(2, 0, 1, layout.blocks)
@@ -262,7 +262,7 @@ def test_replayssm_warm_up_has_one_backed_block_per_sequence(
 
 def test_out_of_memory_during_warm_up_names_the_remedy(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     layout = BlockLayout((Run(0, MIB),), 1000, 2 * MIB)
-    worker = WarmWorker(cuda(layout.size), layout, floor_blocks=36)
+    worker = WarmWorker(cuda(layout.size_bytes), layout, floor_blocks=36)
     worker.model_runner = runner(64, 0, 1, layout.blocks)
     driver.stub_set_limit(40 * MIB)
     with pytest.raises(OutOfMemory, match=r"69206016 bytes .* lower max_num_seqs or set enforce_eager"):
@@ -271,7 +271,7 @@ def test_out_of_memory_during_warm_up_names_the_remedy(cuda: Callable[..., Pages
 
 def test_failed_grow_waits_for_zeroing_before_it_releases(cuda: Callable[..., Pages], driver: ctypes.CDLL) -> None:
     layout = BlockLayout((Run(0, 2 * MIB), Run(16 * MIB, 2 * MIB)), 8, 2 * MIB)
-    worker = WarmWorker(cuda(layout.size), layout, floor_blocks=2)
+    worker = WarmWorker(cuda(layout.size_bytes), layout, floor_blocks=2)
     driver.stub_hold(1)
     driver.stub_set_limit(18 * MIB)  # enough for the first run of blocks only
     with pytest.raises(OutOfMemory):
