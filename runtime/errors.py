@@ -1,17 +1,17 @@
-"""Everything Troupe raises for a user to read.
+"""The errors that Troupe raises for a user to read.
 
 TroupeError
-├── BudgetSpent      a job has used up the tokens that it was given
-├── Busy             the queue of jobs is full, or the service is ending: the same may be asked later
+├── BudgetSpent      a job has used all the tokens that it was given
+├── Busy             the job queue is full or the service is stopping; try again later
 ├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right   (exit code 2)
-├── Forbidden        a token is missing, unknown, or may not do this
-├── InputError       a problem or a line of a file is wrong                                       (exit code 2)
+├── Forbidden        a token is missing, unknown, or lacks the required scope
+├── InputError       a problem or a line of an input file is wrong                                (exit code 2)
 ├── EngineError      an engine could not start, died, or refused a request
 │   ├── EngineDead   the engine's process is gone
-│   └── RequestRefused    an engine cannot take a request: a prompt beyond its length, say
-│       └── RequestQuarantined    a request is the likeliest cause of its engine's end, and is not sent again
-├── JournalError     the store of jobs cannot be read or written
-├── NotFound         there is no job, model or engine of that name
+│   └── RequestRefused    an engine cannot serve a request, for example because its prompt is too long
+│       └── RequestQuarantined    a request probably ended its engine and is not sent again
+├── JournalError     the job journal cannot be read or written
+├── NotFound         no job, model or engine has that name
 └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
 """
 
@@ -36,15 +36,15 @@ __all__ = [
 
 
 class TroupeError(Exception):
-    """Base of all errors meant for a user; the message stands on its own."""
+    """The base of all errors for users. The message can be shown as it is."""
 
 
 class BudgetSpent(TroupeError):
-    """A job has used up the tokens that it was given."""
+    """A job has used all the tokens that it was given."""
 
 
 class Busy(TroupeError):
-    """Nothing more is accepted now. The message says why, and that the same may be tried later."""
+    """The service accepts nothing more at the moment. The message says why and that the caller may try again."""
 
 
 class ConfigError(TroupeError):
@@ -52,7 +52,10 @@ class ConfigError(TroupeError):
 
 
 class Forbidden(TroupeError):
-    """A request may not do this: its token is missing or unknown, or, if `known`, no token is what it lacks."""
+    """A request is not allowed.
+
+    `known` is False if its token is missing or unknown, and True if another token would not help.
+    """
 
     def __init__(self, message: str, known: bool) -> None:
         super().__init__(message)
@@ -60,15 +63,15 @@ class Forbidden(TroupeError):
 
 
 class InputError(TroupeError):
-    """A problem, or a line of a file, is wrong. The message names the place and what would be right."""
+    """A problem or a line of an input file is wrong. The message names the place and what would be right."""
 
 
 class EngineError(TroupeError):
-    """An engine could not start or serve. The message names the engine and where its log is."""
+    """An engine could not start or serve. The message names the engine and its log file."""
 
 
 class Death(StrEnum):
-    """How an engine ended: by itself, by a signal from outside (SIGKILL, SIGTERM), or because it no longer answered."""
+    """How an engine ended: an error of its own, a signal from outside (SIGKILL or SIGTERM), or no sign of life."""
 
     CRASHED = "crashed"
     KILLED = "was killed"
@@ -76,7 +79,7 @@ class Death(StrEnum):
 
 
 class EngineDead(EngineError):
-    """The engine's process is gone; `death` says how it ended."""
+    """The engine's process is gone. `death` says how it ended."""
 
     def __init__(self, message: str, death: Death = Death.CRASHED) -> None:
         super().__init__(message)
@@ -84,20 +87,20 @@ class EngineDead(EngineError):
 
 
 class RequestRefused(EngineError):
-    """An engine cannot take a request. The message says why."""
+    """An engine cannot serve a request. The message says why."""
 
 
 class RequestQuarantined(RequestRefused):
-    """The engine ended, and this request is the likeliest cause. It is not sent again."""
+    """The engine ended and this request is the likeliest cause. It is not sent again."""
 
 
 class JournalError(TroupeError):
-    """The store of jobs cannot be read or written. The message names the file and what can be done."""
+    """The job journal cannot be read or written. The message names the file and what to do."""
 
 
 class NotFound(TroupeError):
-    """There is no such thing."""
+    """No job, model or engine has the given name."""
 
 
 class PluginError(TroupeError):
-    """A role or workflow of a third party cannot be used. The message names it and why."""
+    """A third party's role or workflow cannot be used. The message names it and says why."""

@@ -1,14 +1,20 @@
-"""What an engine may use, the limits that a grant is checked against, and the outcomes of a resize."""
+"""What an engine may use, the limits that grants are checked against, and the outcomes of a resize."""
 
 import asyncio
 import math
 from dataclasses import dataclass
 
+_SHARE_TOLERANCE = 1e-9
+
 
 @dataclass(frozen=True)
 class Grant:
-    """What an engine may use: its share of the device, weights included; how many sequences it runs at once; how many
-    tokens a step may carry."""
+    """What an engine may use from now on.
+
+    - `gpu_memory_utilization`: its share of the device, weights included.
+    - `max_active_seqs`: how many requests it may run at once.
+    - `max_step_tokens`: how many tokens it may process in one step.
+    """
 
     gpu_memory_utilization: float
     max_active_seqs: int
@@ -17,14 +23,18 @@ class Grant:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine that is up has found of itself, and how far grants can go. Memory in bytes.
+    """What a running engine has measured about itself, and the bounds of its grants. All memory is in bytes.
 
-    `fixed_bytes` is what it holds besides its KV cache, or will take while it computes a step. Below `kv_floor_bytes`
-    the KV cache could not hold one sequence of the model's full length, and the engine could not finish its work.
-    Memory is handed out to sequences in blocks of `block_tokens` tokens, `block_bytes` each.
-
-    `device_uuid` is that of the GPU or MIG instance that the engine's process runs on, as CUDA reports it there: in
-    lower case, without a prefix. It is empty on the host.
+    - `device_bytes`: what counts as the whole device; shares refer to it.
+    - `fixed_bytes`: what the engine holds, or needs during a step, besides its KV cache.
+    - `kv_floor_bytes`: the smallest KV cache. It holds one request of the model's full length, so that every request
+      can finish, and all blocks that vLLM's warm-up writes.
+    - `kv_ceiling_bytes`: the largest KV cache, bounded by the address space that was reserved at start.
+    - `seqs_ceiling`, `step_tokens_floor`, `step_tokens_ceiling`: bounds of `max_active_seqs` (from 1) and
+      `max_step_tokens`.
+    - `block_bytes`, `block_tokens`: the size of a KV block in bytes and in tokens.
+    - `device_uuid`: the UUID of the GPU or MIG instance of the engine's process, as CUDA reports it there, in lower
+      case and without a prefix. It is empty on the host.
     """
 
     device_bytes: int
@@ -39,25 +49,28 @@ class EngineLimits:
     device_uuid: str = ""
 
     def held_bytes(self, share: float) -> int:
-        """What a share of the device comes to, all included: bytes that `share` made a share of come out the same."""
-        return int(share * self.device_bytes + 1e-3)  # and not one fewer, which may cost a block
+        """Return the bytes that a share of the device allows in total, including weights and buffers.
+
+        This inverts `share`: a share computed from a number of bytes gives back the same number.
+        """
+        return int(share * self.device_bytes + 1e-3)  # rounding one byte down could cost a whole KV block
 
     def kv_cache_bytes(self, share: float) -> int:
-        """What a share of the device leaves for the KV cache; below zero where the rest alone does not fit."""
+        """Return the bytes that a share leaves for the KV cache. Negative if weights and buffers alone exceed it."""
         return self.held_bytes(share) - self.fixed_bytes
 
     def share(self, kv_cache_bytes: int) -> float:
-        """The share of the device that an engine with such a KV cache holds."""
+        """Return the share of the device that the engine needs for a KV cache of this size."""
         return (self.fixed_bytes + kv_cache_bytes) / self.device_bytes
 
     def complaint(self, grant: Grant) -> str | None:
-        """Why a grant cannot be, naming the field and its bounds; None when it can."""
+        """Return why a grant is impossible, naming the field and its bound, or None if it is possible."""
         share = grant.gpu_memory_utilization
-        least, most = self.share(self.kv_floor_bytes), self.share(self.kv_ceiling_bytes)
-        if not math.isfinite(share) or not least <= share:
-            return f"gpu_memory_utilization {share:g} is below the engine's floor of {least:.4f}"
-        if share > most + 1e-9:
-            return f"gpu_memory_utilization {share:g} is above the engine's ceiling of {most:.4f}"
+        floor, ceiling = self.share(self.kv_floor_bytes), self.share(self.kv_ceiling_bytes)
+        if not math.isfinite(share) or not floor <= share:
+            return f"gpu_memory_utilization {share:g} is below the engine's floor of {floor:.4f}"
+        if share > ceiling + _SHARE_TOLERANCE:
+            return f"gpu_memory_utilization {share:g} is above the engine's ceiling of {ceiling:.4f}"
         for name, value, low, high in (
             ("max_active_seqs", grant.max_active_seqs, 1, self.seqs_ceiling),
             ("max_step_tokens", grant.max_step_tokens, self.step_tokens_floor, self.step_tokens_ceiling),
@@ -69,8 +82,13 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Applied:
-    """A grant is in force. `moved_bytes` were backed or given back within `seconds`, of which the engine's steps had to
-    wait `stall_seconds`; `preempted` requests gave way and are computed again."""
+    """A grant is in force.
+
+    - `kv_cache_bytes`: the size of the KV cache now.
+    - `moved_bytes`: how much memory was backed or released.
+    - `seconds`: how long the whole resize took; `stall_seconds`: how long of that the engine's steps had to wait.
+    - `preempted`: how many requests were preempted. vLLM recomputes them.
+    """
 
     grant: Grant
     kv_cache_bytes: int
@@ -82,7 +100,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A grant was refused, and nothing has changed."""
+    """A grant was refused and is not in force. `reason` says why."""
 
     grant: Grant
     reason: str
@@ -90,15 +108,24 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Superseded:
-    """A deferred grant gave way to a newer one before it was in force."""
+    """A newer grant replaced this deferred one before all of its memory had moved."""
 
     grant: Grant
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """Limits hold at once, but `held_bytes` beyond the grant are still held, since they or what lies below them are in
-    use, for `grace_s` seconds at most before their requests are preempted. `settled` says how it ended."""
+    """A grant whose memory has not moved completely yet.
+
+    From an engine, for a shrink: the grant's limits already apply to new work, and free memory has been released.
+    Running requests still hold `held_bytes` more than the grant allows. They may finish within `grace_s` seconds and
+    are preempted after that.
+
+    From `Sharing.resize`, also for an engine that grows: donors have yet to release `held_bytes`. Until then the
+    engine has grown by as much as was free.
+
+    `settled` resolves to the final outcome.
+    """
 
     grant: Grant
     held_bytes: int

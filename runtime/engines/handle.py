@@ -1,4 +1,4 @@
-"""The interface to one engine: the only way in which the rest of Troupe reaches it.
+"""The interface to one engine. The rest of Troupe reaches engines through it alone.
 
 Errors: RequestRefused if the engine refuses a request, EngineDead if its process is gone, EngineError otherwise.
 """
@@ -15,9 +15,10 @@ from runtime.engines.usage import UsageMeter
 
 
 class EngineState(StrEnum):
-    """The life of an engine, in order; LOADING and LOADED are of its weights.
+    """The states of an engine, in the order of its life.
 
-    A DEAD engine is started again; one that keeps dying has FAILED.
+    LOADING and LOADED refer to the weights. Only a READY engine serves requests. A DEAD engine is restarted, unless it
+    has died too often: then it is FAILED.
     """
 
     STARTING = "starting"
@@ -31,9 +32,12 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine says of itself at this moment; counts are since its start.
+    """An engine's latest figures.
 
-    `grant` is the one in force, or under way where a shrink is deferred; None until the engine is up.
+    - `grant`: the grant in force, or the newest one if its shrink is deferred. None until the engine has started.
+    - `kv_cache_bytes`: the size of the KV cache; `kv_cache_usage`: the part of it that is in use, from 0 to 1.
+    - `running`, `waiting`: requests at this moment.
+    - `preemptions`, `requests`, `prompt_tokens`, `completion_tokens`: counts since the engine started.
     """
 
     state: EngineState
@@ -49,9 +53,9 @@ class EngineStats:
 
 
 class EngineHandle(ABC):
-    """One engine. An async context manager owns its life: entering starts it, leaving closes it, always.
+    """One engine, as an async context manager: entering starts it, leaving always closes it.
 
-    `usage` knows its requests in flight and what each is charged.
+    `usage` counts its requests in flight and what each of them is charged.
     """
 
     name: str
@@ -59,45 +63,47 @@ class EngineHandle(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Bring the engine up. Raises EngineError with the place of its log."""
+        """Start the engine. Raise EngineError, which names the log file, if it does not start."""
 
     @abstractmethod
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream the reply. Closing the iterator early aborts the request.
+        """Stream the reply to a request. Closing the generator early aborts the request.
 
-        Raises RequestRefused for a request that the engine refuses (a prompt beyond its length, say), EngineDead when
-        it is gone.
+        Raises RequestRefused if the engine refuses the request, for example because its prompt is too long, and
+        EngineDead if the engine is gone.
         """
 
     @property
     @abstractmethod
     def limits(self) -> EngineLimits:
-        """What grants are held against. Raises EngineError before the engine is up for the first time."""
+        """The bounds of the engine's grants. Raises EngineError until the engine has started for the first time."""
 
     @abstractmethod
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
-        """Move memory and concurrency while requests run.
+        """Change the engine's memory and concurrency while its requests run.
 
-        Growing is in force when this returns. Shrinking keeps new work off what is to go at once; what is in use
-        there may finish for `grace_s` seconds, then its requests are preempted. A newer resize supersedes a deferred
-        one. Raises nothing that a grant could be wrong with: that is Rejected.
+        A larger grant is in force when this returns. A smaller one keeps new work off the memory that it takes away;
+        requests that use this memory may finish for `grace_s` seconds and are preempted after that. A newer resize
+        supersedes a deferred one.
+
+        Returns Rejected, and raises nothing, if the grant is impossible or the engine is gone.
         """
 
     @abstractmethod
     def stats(self) -> EngineStats:
-        """The latest figures; never blocks."""
+        """Return the latest figures without waiting for the engine."""
 
     @abstractmethod
     async def pulse(self) -> None:
-        """Return once the engine has been through its loop: it lives. Raises EngineDead."""
+        """Return once the engine has completed a round of its loop, which shows that it lives. Raise EngineDead."""
 
     @abstractmethod
     def kill(self) -> None:
-        """End the engine's process at once, from outside; requests in flight raise EngineDead."""
+        """Kill the engine's process. Its requests in flight raise EngineDead."""
 
     @abstractmethod
     async def close(self) -> None:
-        """End the engine and free what it holds. May be called twice."""
+        """Stop the engine and free everything that it holds. It is safe to call this twice."""
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -1,40 +1,47 @@
-"""Who holds how much of the device: bytes. Nothing here moves memory; whoever does asks first."""
+"""The account of one device's memory: how many bytes each engine has claimed.
+
+The ledger moves no memory. Whoever moves memory claims it here first.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
 
 class Ledger:
-    """Claims of engines on a budget. A claim is made before memory is taken, and given up after it was released, so
-    that what is physically held is within the budget at every instant."""
+    """The engines' claims on the memory budget of one device.
+
+    An engine claims memory before it takes any, and lowers its claim only after it has released memory. The sum of
+    the claims is therefore never less than what the engines physically hold, and a claim within the budget keeps the
+    device within the budget.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self._held: dict[str, int] = {}
-        self._total = 0  # kept, not summed: a decision asks for what is free several times for each of its engines
+        self._total = 0  # kept rather than summed: one decision reads `free` several times for each engine
 
     @property
     def held(self) -> Mapping[str, int]:
-        """Bytes that each engine has claimed."""
+        """Each engine's claim in bytes."""
         return MappingProxyType(self._held)
 
     @property
     def free(self) -> int:
-        """What no engine has claimed; below zero after the budget was cut, until engines have given back."""
+        """The unclaimed bytes of the budget. Negative if the budget was cut and engines have yet to shrink."""
         return self.budget_bytes - self._total
 
     def claim(self, engine: str, nbytes: int) -> None:
-        """Let an engine hold up to `nbytes` in all. Raises OverBudget, and then nothing has changed."""
-        more = nbytes - self._held.get(engine, 0)
-        if more > max(self.free, 0):
-            raise OverBudget(f"{engine} would need {more} bytes more; {max(self.free, 0)} of the budget are free")
+        """Set an engine's claim to `nbytes`. Raise OverBudget, and change nothing, if the budget has no room for it."""
+        more, free = nbytes - self._held.get(engine, 0), max(self.free, 0)
+        if more > free:
+            raise OverBudget(f"engine {engine} needs {more} more bytes; only {free} of the budget are free")
         self.record(engine, nbytes)
 
     def record(self, engine: str, nbytes: int) -> None:
-        """Note what an engine holds in fact, be it within the budget or not."""
+        """Set an engine's claim to what it already holds, even if that exceeds the budget."""
         self._total += nbytes - self._held.get(engine, 0)
         self._held[engine] = nbytes
 
 
 class OverBudget(Exception):
-    """A claim goes beyond the budget."""
+    """A claim exceeds the budget."""

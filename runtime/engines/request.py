@@ -7,7 +7,7 @@ from typing import Any
 from agents.role import Message
 
 PRIORITY = 5
-"""A request's, where none is given; 1 is the most urgent."""
+"""The default priority of a request. 1 is the most urgent."""
 
 
 COUNTS_THE_REPLY = frozenset(
@@ -19,25 +19,39 @@ COUNTS_THE_REPLY = frozenset(
         "thinking_token_budget",
     }
 )
-"""Arguments of SamplingParams whose effect depends on which of the tokens before the next one are the reply's."""
+"""Arguments of SamplingParams that treat the tokens of the reply differently from the tokens of the prompt."""
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One chat to be answered, or, where there is a `prompt`, that to be gone on with: a text, or tokens.
+    """One reply to generate, with its sampling and scheduling parameters.
 
-    `max_tokens` None leaves it at what the model's length leaves. `schema` holds the reply to a JSON schema; `seed`
-    None leaves sampling to chance; `logprobs` asks for those of so many of the likeliest tokens beside each one
-    written. The reply's first token and last come as they are written, those between them so many together as
-    `stream_interval` says. `further` are further arguments of vLLM's SamplingParams, as they are.
+    Prompt:
 
-    Of the requests that wait, those of `priority` 1 are served first, and of equal ones that whose job began first:
-    `since_s` on the loop's clock, None for one that stands alone and begins as it comes. So a job's later calls come
-    before the first ones of jobs that began after it. Served as they come, every call of a job would wait behind all
-    jobs, and where there is a queue all would be late together (as Autellix has it, arXiv 2502.13965).
+    - `messages`: the chat to answer.
+    - `prompt`: a text or token ids to complete. If it is set, `messages` is ignored.
+    - `given`: ids of reply tokens that the caller already has, from an engine that died. The stream continues after
+      them, and `max_tokens` includes them.
 
-    `given` are tokens of the reply that the caller has already, from an engine that died: what is streamed goes on
-    after them, and `max_tokens` counts them.
+    Sampling:
+
+    - `temperature`, `top_p`, `stop`: as in vLLM's SamplingParams.
+    - `max_tokens`: the most tokens that the reply may have. None allows as many as the model's length leaves.
+    - `seed`: the seed for sampling. None leaves sampling random.
+    - `schema`: a JSON schema that the reply must match.
+    - `logprobs`: how many of the likeliest tokens to report with each reply token. None reports no logprobs.
+    - `further`: further arguments of vLLM's SamplingParams, passed on unchanged.
+
+    Scheduling and streaming:
+
+    - `priority`: an engine admits waiting requests with a lower number first. 1 is the most urgent.
+    - `since_s`: when the request's job began, on the event loop's clock. Among requests of equal priority, the one
+      whose job began first is admitted first. None counts from when the engine receives the request.
+    - `stream_interval`: tokens per chunk. The first and the last token are streamed immediately in any case.
+
+    Admission by job age lets the later calls of a job overtake the first calls of younger jobs. Admission by arrival
+    would make every call of a job wait behind all other jobs, so that under load all jobs end late (Autellix,
+    arXiv 2502.13965).
     """
 
     request_id: str
@@ -58,18 +72,26 @@ class GenerateRequest:
 
     @property
     def resumable(self) -> bool:
-        """Whether the rest of a reply follows from the tokens that were written, put behind the prompt. A grammar, and
-        what counts the tokens of the reply, start anew with each request."""
+        """Return True if another engine can continue the reply with its first tokens appended to the prompt.
+
+        A schema's grammar and the parameters in COUNTS_THE_REPLY would treat those tokens as part of the prompt.
+        """
         return self.schema is None and not COUNTS_THE_REPLY & self.further.keys()
 
     def rank(self, now_s: float) -> int:
-        """The less, the sooner it is served; where memory is short, that with the highest gives way."""
+        """Return the request's vLLM priority: the lowest is admitted first, the highest is preempted first.
+
+        `now_s` is the time on the event loop's clock. It stands in for a missing `since_s`.
+        """
         return (self.priority << 44) + int(1000 * (now_s if self.since_s is None else self.since_s))
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token that was written, its logarithmic probability, and the likeliest in its place, the likeliest first."""
+    """The natural logarithm of a reply token's probability.
+
+    `top` holds the likeliest tokens at its place with their logprobs, the likeliest first.
+    """
 
     text: str
     logprob: float
@@ -78,10 +100,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens as they come: text and ids since the last chunk, and when they came (time.monotonic seconds).
+    """The text and token ids that were added to a reply since the previous chunk.
 
-    `finish` is None until the last chunk, then vLLM's finish reason ("stop", "length"). `logprobs`, one a token, where
-    they were asked for.
+    - `time_s`: when they arrived, by time.monotonic.
+    - `prompt_tokens`: the length of the prompt, without `GenerateRequest.given`.
+    - `finish`: None until the last chunk, which carries vLLM's finish reason ("stop", "length").
+    - `logprobs`: one entry per token if the request asked for logprobs, otherwise empty.
     """
 
     text: str

@@ -7,34 +7,63 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 
 class EngineSpec(BaseModel):
-    """What a configuration says of one engine.
-
-    `gpu_memory_utilization` is the share of the device that the engine begins with, weights included; the KV cache
-    gets what the share leaves, or `kv_cache_memory_bytes` where that is given. While it runs the engine may be
-    granted up to `max_gpu_memory_utilization`; the address space for that is reserved at its start. On a GPU memory
-    moves in granules of `kv_granule_bytes`.
-    """
+    """The configuration of one engine: its model, the memory that it starts with, and the limits of later grants."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(min_length=1, description="a folder, relative to the configuration, or a hub's model name")
-    gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
-    max_gpu_memory_utilization: float = Field(default=1, gt=0, le=1)
-    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
-    kv_granule_bytes: ByteSize = Field(default=ByteSize(32 << 20), gt=0)
-    max_model_len: int | None = Field(default=None, gt=0)
-    max_num_seqs: int = Field(default=64, gt=0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    enforce_eager: bool = False
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    vllm: Mapping[str, Any] = Field(default_factory=dict, description="further arguments of vLLM's engine, as they are")
+    model: str = Field(
+        min_length=1, description="A model folder, relative to the configuration file, or a model name on a hub."
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.3,
+        gt=0,
+        le=1,
+        description="The share of the device that the engine starts with, weights included. The KV cache gets what the "
+        "weights and buffers leave of it.",
+    )
+    max_gpu_memory_utilization: float = Field(
+        default=1,
+        gt=0,
+        le=1,
+        description="The largest share of the device that the engine can ever be granted. The engine reserves address "
+        "space for it at start.",
+    )
+    kv_cache_memory_bytes: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="The size of the KV cache at start, for example 2GiB. It replaces gpu_memory_utilization.",
+    )
+    kv_granule_bytes: ByteSize = Field(
+        default=ByteSize(32 << 20),
+        gt=0,
+        description="The unit in which a GPU engine's KV cache grows and shrinks, rounded up to the device's own unit.",
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        gt=0,
+        description="The most tokens that a prompt and its reply may have together. Default: the model's own limit.",
+    )
+    max_num_seqs: int = Field(
+        default=64, gt=0, description="The most requests that the engine can ever be granted to run at once."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="The type of the weights and activations; auto takes the model's own."
+    )
+    enforce_eager: bool = Field(default=False, description="Run without CUDA graphs and torch.compile.")
+    load_format: Literal["auto", "safetensors", "dummy"] = Field(
+        default="auto", description="How vLLM loads the weights. dummy gives random weights, for measurements."
+    )
+    vllm: Mapping[str, Any] = Field(
+        default_factory=dict, description="Further vLLM engine arguments, passed on unchanged."
+    )
 
     @field_validator("vllm")
     @classmethod
-    def _not_ours(cls, further: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What Troupe sets itself is not to be set behind its back."""
-        ours = {*cls.model_fields, "additional_config", "disable_log_stats", "distributed_executor_backend"}
-        if taken := sorted(ours & set(further)):
-            place = "is a key beside vllm" if taken[0] in cls.model_fields else "is set by Troupe"
-            raise ValueError(f"{taken[0]} {place}, not one in it")
-        return further
+    def _refuse_keys_that_troupe_sets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        set_by_troupe = {"additional_config", "disable_log_stats", "distributed_executor_backend"}
+        for name in sorted(arguments):
+            if name in cls.model_fields:
+                raise ValueError(f"{name} is a key beside vllm: move it out of vllm")
+            if name in set_by_troupe:
+                raise ValueError(f"{name} is set by Troupe: remove it from vllm")
+        return arguments

@@ -15,7 +15,7 @@ def test_free_is_what_no_engine_has_claimed_whatever_came_before(claims: list[tu
             ledger.claim(name, nbytes)
             held[name] = nbytes
         else:
-            with pytest.raises(OverBudget, match=f"{name} would need"):
+            with pytest.raises(OverBudget, match=f"engine {name} needs"):
                 ledger.claim(name, nbytes)
     assert ledger.held == held
     ledger.budget_bytes = cut
