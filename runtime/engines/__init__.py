@@ -1,1 +1,1 @@
-"""Engines behind one seam: `base` is the contract, `vllm_engine` the real one, `fake` the shipped stand-in."""
+"""vLLM engines whose memory and concurrency change while they run. Start with README.md, then `handle`."""

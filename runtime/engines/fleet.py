@@ -1,4 +1,4 @@
-"""All engines of a configuration: started together, kept up, closed together, whatever happens in between."""
+"""All engines of a configuration: started together, kept running, and closed together."""
 
 import asyncio
 import gc
@@ -26,12 +26,14 @@ OnState = Callable[[str, EngineState, float], None]
 
 
 class Fleet:
-    """An async context manager over the engines; `engines` maps names to handles that are ready, and stay so: an engine
-    that dies is started again. `sharing` moves memory between them.
+    """The engines of one device, as an async context manager: entering starts all of them, leaving closes them.
 
-    `device_bytes` is what counts as the whole device, None for all of it; `kv_cache_bytes` bounds the KV caches
-    together further. Entering raises EngineError when an engine
-    does not come up, after the others are closed again.
+    - `engines`: ready engines by name. An engine that dies is restarted.
+    - `sharing`: moves memory between them.
+
+    `device_bytes` is what counts as the whole device; None takes all of its memory. `kv_cache_bytes` limits the KV
+    caches of all engines together. Entering raises EngineError if an engine does not start or if the engines together
+    exceed the device; all engines are closed then.
     """
 
     sharing: Sharing
@@ -61,11 +63,11 @@ class Fleet:
             folder = owned.enter_context(temp_folder.folder())
             prepare_process(self._specs, self._run_folder, folder)
             for name in self._specs:
-                self._changed(name, EngineState.STARTING)
-            # vLLM takes seconds to import: here in a thread, and in the forkserver at the same time.
+                self._report(name, EngineState.STARTING)
+            # Importing vLLM takes seconds. The forkserver imports it at the same time as this thread.
             module = await asyncio.to_thread(_import_vllm_engine)
-            owned.callback(gc.unfreeze)  # the interpreter's end wants to find what was frozen with the import
-            owned.enter_context(startup_reports.listening(folder, self._changed))
+            owned.callback(gc.unfreeze)  # so that the interpreter's exit can free what the import froze
+            owned.enter_context(startup_reports.listening(folder, self._report))
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
                 self.engines[name] = self._supervised(name, spec, module, folder)
@@ -79,7 +81,7 @@ class Fleet:
         await self._owned.aclose()
 
     def log(self, name: str) -> Path:
-        """Where an engine's own log goes."""
+        """Return the path of an engine's own log file."""
         return self._run_folder / f"engine-{name}.log"
 
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
@@ -87,11 +89,14 @@ class Fleet:
             engine: EngineHandle = module.VllmEngine(name, spec, self.log(name), folder, self._device_bytes, grant)
             return engine
 
-        return SupervisedEngine(name, make, partial(self._changed, name), self._patience)
+        return SupervisedEngine(name, make, partial(self._report, name), self._patience)
 
     async def _start(self) -> None:
-        """Start all side by side: an engine starts with its floor and takes up its share once it knows what it holds
-        itself, so that what its neighbours load meanwhile does not come in."""
+        """Start all engines at the same time.
+
+        Each starts with the smallest KV cache and grows to its share once it has measured its own memory, so that what
+        the other engines load meanwhile is not counted as its own.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 for name, engine in self.engines.items():
@@ -100,51 +105,57 @@ class Fleet:
             raise failures.exceptions[0] from None
 
     def _ledger(self) -> Ledger:
-        """What every engine holds now. Raises EngineError where that is more than there is."""
+        """Return a ledger with the engines' claims. Raise EngineError if they exceed the budget together."""
         limits = [engine.limits for engine in self.engines.values()]
-        budget_bytes = min(one.device_bytes for one in limits)
+        budget_bytes = min(engine_limits.device_bytes for engine_limits in limits)
         if self._kv_cache_bytes is not None:
-            budget_bytes = min(budget_bytes, sum(one.fixed_bytes for one in limits) + self._kv_cache_bytes)
+            fixed_bytes = sum(engine_limits.fixed_bytes for engine_limits in limits)
+            budget_bytes = min(budget_bytes, fixed_bytes + self._kv_cache_bytes)
         ledger = Ledger(budget_bytes)
         for name, engine in self.engines.items():
             grant = engine.stats().grant
-            assert grant is not None
+            assert grant is not None, f"engine {name} has not started"
             try:
                 ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization))
             except OverBudget as error:
-                raise EngineError(f"the engines do not fit the device together: {error}") from None
+                raise EngineError(
+                    f"the engines together do not fit the device: {error}; lower gpu_memory_utilization of an engine"
+                ) from None
         return ledger
 
     async def _close(self) -> None:
         engines, self.engines = self.engines, {}
         await asyncio.gather(*(engine.close() for engine in engines.values()))
         for name in engines:
-            self._changed(name, EngineState.CLOSED)
+            self._report(name, EngineState.CLOSED)
 
-    def _changed(self, name: str, state: EngineState) -> None:
+    def _report(self, name: str, state: EngineState) -> None:
         self._on_state(name, state, time.monotonic() - self._started_s)
 
 
 def _import_vllm_engine() -> ModuleType:
-    """Import vLLM's client side without looking for garbage in it, then or later. Raises EngineError."""
+    """Import vLLM's client side. Raise EngineError if that fails.
+
+    Nothing that the import creates is garbage, so the collector neither runs during the import nor looks at it later.
+    """
     gc.disable()
     try:
         importlib.import_module("runtime.engines.torch_logging").propagate()
         return importlib.import_module("runtime.engines.vllm_engine")
     except ImportError as error:
-        raise EngineError(f"vLLM cannot be imported ({error}); `troupe doctor` says how to mend it") from error
+        raise EngineError(f"vLLM cannot be imported ({error}); run `troupe doctor` to see how to fix it") from error
     finally:
         gc.freeze()
         gc.enable()
 
 
 def prepare_process(specs: Mapping[str, EngineSpec], run_folder: Path, temporary_folder: Path) -> None:
-    """Set what vLLM reads from the environment, and start the forkserver; before vLLM is imported."""
+    """Set the environment variables that vLLM reads, and start the forkserver. Call this before importing vLLM."""
     if all(spec.model.startswith("/") for spec in specs.values()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are folders: no hub needs asking
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local folders, so no hub needs to be asked
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
     threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
     forkserver.start(run_folder / "engines.log", threads)
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process; see logs.log_to
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process only; logs.log_to configures its logging

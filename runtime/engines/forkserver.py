@@ -1,9 +1,12 @@
-"""The process that every engine is forked from: it imports vLLM once, so that engines start in parallel and soon.
+"""The process that every engine is forked from. It imports vLLM once, so that engines start fast and in parallel.
 
-Python's own forkserver does the forking. What is ours: it is started while the parent is still importing, its output
-and that of its children go to a file, the terminal's Ctrl-C does not reach it, and no engine outlives the parent.
-The last is a chain: the forkserver ends when the parent's end of its pipe closes, however the parent ended, and the
-kernel then kills the engines (PR_SET_PDEATHSIG, set in each child as it is forked).
+Python's own forkserver does the forking. This module adds:
+
+- The forkserver starts while the parent is still importing.
+- Its output and that of its children go to a file.
+- The terminal's Ctrl-C does not reach it.
+- No engine outlives the parent. The forkserver ends when the parent's end of its pipe closes, however the parent ended.
+  The kernel then kills the engines (PR_SET_PDEATHSIG, which each child sets after the fork).
 """
 
 import os
@@ -22,18 +25,18 @@ PRELOAD = "runtime.engines.forkserver_preload"
 LOG_VARIABLE, PARENT_VARIABLE = "TROUPE_FORKSERVER_LOG", "TROUPE_FORKSERVER_PARENT"
 _main_lock = threading.Lock()
 _BASE_MAX_BYTES = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""The longest folder for temporary files in which multiprocessing can bind the forkserver's Unix socket."""
+"""The longest path of a folder for temporary files in which multiprocessing can bind the forkserver's Unix socket."""
 
 
 def start(log: Path, threads: int) -> None:
-    """Start the forkserver if it does not run; its output goes to `log`.
+    """Start the forkserver, with its output in `log`, unless it already runs.
 
-    Each engine gets `threads` OpenMP threads. Returns at once; imports go on in the new process. It lives as long as
-    this process, and keeps what it was started with.
+    Each engine gets `threads` OpenMP threads. Returns immediately, while the new process imports vLLM. The forkserver
+    lives as long as this process. Later calls do not change its log file or number of threads.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ.update({LOG_VARIABLE: str(log), PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)})
-    # An engine that is killed leaves semaphores, which Python's own tracker removes; it need not tell the user so.
+    # A killed engine leaves semaphores behind. Python's resource tracker removes them; its warning would only confuse.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     _shorten_socket_path()
     forkserver.set_forkserver_preload([PRELOAD])
@@ -41,16 +44,19 @@ def start(log: Path, threads: int) -> None:
 
 
 def _shorten_socket_path() -> None:
-    """Let multiprocessing bind its socket under /tmp if TMPDIR is too long for one."""
-    settings = process.current_process()._config  # type: ignore[attr-defined]  # where util.get_temp_dir looks first
+    """Make multiprocessing bind its socket under /tmp if the path of TMPDIR is too long for a socket."""
+    settings = process.current_process()._config  # type: ignore[attr-defined]  # util.get_temp_dir reads it
     if "tempdir" not in settings and len(os.fsencode(tempfile.gettempdir())) > _BASE_MAX_BYTES:
         folder = settings["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
         util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
 
 
 class _Popen(popen_forkserver.Popen):
-    """Reads the exit code in one thread at a time. It can be read once only, and vLLM watches its processes in a thread
-    of its own: whoever comes second would take it for 255."""
+    """A process handle that reads the exit code in one thread at a time.
+
+    The exit code can be read only once, and vLLM watches its processes in a thread of its own. A second reader would
+    get 255.
+    """
 
     _reading = threading.Lock()
 
@@ -62,7 +68,7 @@ class _Popen(popen_forkserver.Popen):
 
 
 class EngineProcess(ForkServerProcess):
-    """A process of the forkserver that does not run the parent's main module again, whatever that is."""
+    """A process of the forkserver that does not run the parent's main module again."""
 
     @staticmethod
     def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:  # noqa: N802 (multiprocessing's name)
@@ -70,28 +76,29 @@ class EngineProcess(ForkServerProcess):
             return _Popen(process_obj)
 
     def run(self) -> None:
-        """In the new process: let go of the pipe by which the forkserver knows that the parent lives.
+        """Close the pipe that tells the forkserver that the parent lives, then run in the new process.
 
-        multiprocessing hands the parent's end to every child, so that the forkserver outlives the parent while a child
-        runs. Ours are to end with the parent.
+        multiprocessing gives every child a copy of the parent's end, so that the forkserver outlives the parent while a
+        child runs. Engines have to end with the parent.
         """
         os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]  # it has no public name
         super().run()
 
 
 class EngineContext(ForkServerContext):
-    """The multiprocessing context that vLLM is given."""
+    """The multiprocessing context for vLLM. Its processes come from the forkserver."""
 
     Process = EngineProcess
 
 
 def context() -> EngineContext:
-    """The multiprocessing context whose processes come from the forkserver."""
+    """Return the multiprocessing context for vLLM."""
     return EngineContext()
 
 
 @contextmanager
 def _no_main() -> Iterator[None]:
+    """Hide the main module, which multiprocessing would otherwise import again in the child."""
     with _main_lock:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")

@@ -1,15 +1,15 @@
-"""Find the request that crashes its engine, refuse it, and serve the others.
+"""Finds the request that crashes its engine, so that it can be refused while the others are served.
 
-Owns the suspicion against the requests of one engine, over the engine's restarts:
+It keeps the suspicions against the requests of one engine over the engine's restarts:
 
-- A request that breaks an engine mostly does so before its first token. So the suspects of a crash are the requests
-  that the engine had and had streamed nothing of; if there are none, all that it had.
-- A request that was alone in the engine when it crashed is poison. It is not sent again.
-- Several suspects are sent again one at a time, each after the one before has its first token. Requests that are new
-  wait in the same line. So the next crash has one suspect that was a suspect before, and that one is poison. A suspect
-  that broke an engine after its first token keeps its turn to its end.
-- A death that came from outside, as by the kernel's OOM killer or an operator, says little about the requests. It makes
-  a request poison only at the third time.
+- A request that crashes an engine usually does so before its first token. The suspects of a crash are therefore the
+  requests in the engine that had streamed nothing yet, or all requests in it if each had streamed something.
+- A request that was alone in the engine when it crashed is poison: it is refused and not sent again.
+- If there are several suspects, they are sent again one at a time, each after the previous one has its first token. New
+  requests wait in the same line. The next crash then has only one suspect that was suspected before, and that one is
+  poison. A suspect that crashed an engine after its first token keeps its turn until its reply ends.
+- A death from outside, by the kernel's OOM killer or an operator, says little about the requests. It makes a request
+  poison only the third time.
 """
 
 import asyncio
@@ -21,19 +21,21 @@ from runtime.engines.request import Chunk
 from runtime.errors import Death
 
 KILLS = 3
-"""A request is poison if it was the only suspect when so many engines in a row were killed under it."""
+"""A request is poison if this many engines were killed while it was a suspect, the last time as the only one."""
 TURN_S = 10.0
-"""A turn lasts so many seconds at most, counted from the moment when the engine has the request."""
+"""The longest turn, in seconds after the engine has received the request."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One request, and what is known of it.
+    """One request and what is known about it.
 
-    `tokens` and `characters` are what was streamed of its reply. `crashes` (hangs count too) and `kills` are the
-    engines that ended while it was a suspect. `answered` says that the engine which has it now has streamed something,
-    `suspected` that it has not been served since it became a suspect, `late` that it may break an engine after its
-    first token, and `poison` how the engine ended that it is to blame for.
+    - `tokens`, `characters`: the token ids, and the length of the text, that were streamed of its reply.
+    - `crashes`, `kills`: how many engines crashed (or hung), and how many were killed, while it was a suspect.
+    - `answered`: the engine that has it now has streamed something of its reply.
+    - `suspected`: it became a suspect and has not been served since.
+    - `late`: it may crash an engine after its first token.
+    - `poison`: how the engine ended that it is blamed for, or None.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -47,11 +49,13 @@ class Call:
 
 
 class Quarantine:
-    """The requests of one engine. To be used on the event loop alone."""
+    """The suspicions against the requests of one engine. Use it on the event loop only.
+
+    `waiting` is the number of requests in the line.
+    """
 
     def __init__(self) -> None:
         self.waiting = 0
-        """Requests in the line."""
         self._sent: set[Call] = set()
         self._suspects: set[Call] = set()
         self._line = asyncio.Lock()
@@ -60,19 +64,19 @@ class Quarantine:
 
     @asynccontextmanager
     async def turn(self, call: Call) -> AsyncIterator[None]:
-        """Wait for the call's turn. While there are suspects, requests are sent one at a time."""
+        """Wait until the call may be sent. While there are suspects, calls are sent one at a time."""
         try:
             if call.suspected:
                 self._suspects.add(call)
             if self._suspects:
-                await self._queue(call)
+                await self._wait_in_line(call)
             yield
         finally:
             self._sent.discard(call)
             self._suspects.discard(call)
             self._end_turn(call)
 
-    async def _queue(self, call: Call) -> None:
+    async def _wait_in_line(self, call: Call) -> None:
         self.waiting += 1
         try:
             await self._line.acquire()
@@ -83,19 +87,19 @@ class Quarantine:
             self._end_turn(call)
 
     def must_wait(self, call: Call) -> bool:
-        """Return True if suspects appeared after the call was let through."""
+        """Return True if suspects have appeared since the call was let through."""
         return bool(self._suspects) and self._turn is not call
 
     def sent(self, call: Call) -> None:
-        """Note that the engine has the call from now on, until its turn is left or the engine dies."""
+        """Note that the engine has the call from now on, until its turn ends or the engine dies."""
         call.answered = False
         self._sent.add(call)
         if self._turn is call:
-            # A reader that stops reading, or an engine that admits nothing now, must not hold up the others for ever.
+            # A reader that stops reading, or an engine that admits nothing, must not block the line for ever.
             self._timer = asyncio.get_running_loop().call_later(TURN_S, self._end_turn, call)
 
     def streamed(self, call: Call, chunk: Chunk) -> None:
-        """Note a piece of the reply. After the first one the next in the line is sent."""
+        """Note a chunk of the reply. After the first one the next call in the line is sent."""
         call.tokens += chunk.token_ids
         call.characters += len(chunk.text)
         call.answered = True
@@ -107,27 +111,28 @@ class Quarantine:
         """Judge the calls that the engine had when it died."""
         unanswered = {call for call in self._sent if not call.answered}
         if death is Death.KILLED:
-            self._killed(unanswered)
+            self._judge_kill(unanswered)
         else:
-            self._crashed(unanswered or set(self._sent), death)
+            self._judge_crash(unanswered or set(self._sent), death)
         self._sent.clear()
 
-    def _killed(self, suspects: set[Call]) -> None:
+    def _judge_kill(self, suspects: set[Call]) -> None:
         for call in suspects:
             call.kills += 1
             call.suspected |= call.kills > 1
             if call.kills >= KILLS and len(suspects) == 1:
                 call.poison = Death.KILLED
 
-    def _crashed(self, suspects: set[Call], death: Death) -> None:
-        most = max((call.crashes for call in suspects), default=0)
-        likeliest = [call for call in suspects if call.crashes == most]
+    def _judge_crash(self, suspects: set[Call], death: Death) -> None:
+        most_crashes = max((call.crashes for call in suspects), default=0)
+        likeliest = [call for call in suspects if call.crashes == most_crashes]
         for call in suspects:
             call.crashes += 1
             call.suspected = True
             call.late = call.answered and call.crashes > 1
-        enough = 1 if len(self._sent) == 1 and death is Death.CRASHED else 2
-        if len(likeliest) == 1 and likeliest[0].crashes >= enough:
+        was_alone = len(self._sent) == 1 and death is Death.CRASHED
+        crashes_to_convict = 1 if was_alone else 2
+        if len(likeliest) == 1 and likeliest[0].crashes >= crashes_to_convict:
             likeliest[0].poison = death
 
     def _end_turn(self, call: Call) -> None:

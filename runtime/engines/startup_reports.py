@@ -1,6 +1,6 @@
-"""Word from an engine's process while it starts: datagrams over a Unix socket.
+"""Reports from an engine's process while it starts: datagrams over a Unix socket.
 
-vLLM's own channel opens when an engine is ready; of minutes of loading weights before that it says nothing.
+vLLM's own channel opens only when an engine is ready, which can be minutes later because of the weights.
 """
 
 import asyncio
@@ -13,24 +13,25 @@ from pathlib import Path
 from runtime.engines.handle import EngineState
 
 NAME = "reports"
-"""Of the socket, in the folder for temporary files."""
-Take = Callable[[str, EngineState], None]
+"""The socket's name in the folder for temporary files."""
+OnReport = Callable[[str, EngineState], None]
+"""Called with an engine's name and the state that it has entered."""
 
 
 @contextmanager
-def listening(folder: Path, take: Take) -> Iterator[None]:
-    """Call `take`, on the running loop, with every report sent into the folder meanwhile."""
+def listening(folder: Path, on_report: OnReport) -> Iterator[None]:
+    """Call `on_report` on the running loop for every report that is sent into the folder."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.setblocking(False)
         listener.bind(str(folder / NAME))
 
-        def on_report() -> None:
+        def receive() -> None:
             report = json.loads(listener.recv(4096))
-            take(report["engine"], EngineState(report["state"]))
+            on_report(report["engine"], EngineState(report["state"]))
 
-        # A reader and no datagram endpoint: uvloop has none for Unix sockets.
-        loop.add_reader(listener, on_report)
+        # add_reader, because uvloop has no datagram endpoints for Unix sockets.
+        loop.add_reader(listener, receive)
         try:
             yield
         finally:
@@ -38,6 +39,6 @@ def listening(folder: Path, take: Take) -> Iterator[None]:
 
 
 def send(folder: Path, engine: str, state: EngineState) -> None:
-    """Report from an engine's process. Nobody listening is no error: the parent may be closing."""
+    """Send a report from an engine's process. Ignore a missing listener, because the parent may be closing."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
         sender.sendto(json.dumps({"engine": engine, "state": state}).encode(), str(folder / NAME))

@@ -1,7 +1,8 @@
-"""An engine that comes back: watched, started again when it dies or hangs, its requests held and served again.
+"""An engine that is watched and restarted when it dies or hangs.
 
-To its callers it is one engine that is slow for a while. What an engine had streamed of a reply before it died is not
-streamed again: the next one goes on after it. A request that makes its engines crash is not sent again (quarantine).
+To callers it is one engine that is slow for a while: their requests wait during a restart and are then served by the
+new engine. A reply continues after the tokens that were already streamed. A request that crashes its engines is
+refused (`quarantine`).
 """
 
 import asyncio
@@ -15,19 +16,25 @@ from dataclasses import dataclass, replace
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
 from runtime.engines.quarantine import Call, Quarantine
+from runtime.engines.reply_replay import ReplyReplay
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError, RequestQuarantined
 
-Make = Callable[[Grant | None], EngineHandle]
-"""A new engine that begins with a grant; None for the one that its specification says."""
-Tell = Callable[[EngineState], None]
+MakeEngine = Callable[[Grant | None], EngineHandle]
+"""Makes a new engine that starts with a grant. None stands for the grant in the engine's specification."""
+OnState = Callable[[EngineState], None]
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds and counts: how long a pulse may take before the engine counts as hanging, how often it is felt, the
-    pauses before restarts, and how many restarts within a time are too many."""
+    """When a supervised engine counts as hanging, and how it is restarted.
+
+    - `hang_s`: an engine that takes longer for a pulse hangs and is killed.
+    - `pulse_every_s`: the time between two pulses.
+    - `backoff_s`: the pauses before the first, second, ... restart within `within_s`. The last one repeats.
+    - `restarts`, `within_s`: an engine that needs more than this many restarts within this time has failed.
+    """
 
     hang_s: float = 60
     pulse_every_s: float = 2
@@ -37,33 +44,39 @@ class Patience:
 
 
 class SupervisedEngine(EngineHandle):
-    """One engine after another from `make`, under one name. The first start's errors are the caller's."""
+    """One engine after another from `make`, under one name.
+
+    `start` raises the error of the first engine if it does not start. Later engines are restarted instead. `on_state`
+    is called with READY, DEAD, STARTING and FAILED.
+    """
 
     def __init__(
-        self, name: str, make: Make, tell: Tell = lambda state: None, patience: Patience | None = None
+        self,
+        name: str,
+        make: MakeEngine,
+        on_state: OnState = lambda state: None,
+        patience: Patience | None = None,
     ) -> None:
         self.name = name
         self.usage = UsageMeter()
         self._make = make
-        self._tell = tell
+        self._on_state = on_state
         self._patience = patience or Patience()
         self._engine = make(None)
-        self._up = asyncio.Event()
-        self._suspected = asyncio.Event()
-        self._judged: EngineHandle | None = None
+        self._ready = asyncio.Event()
+        self._check_now = asyncio.Event()
         self._quarantine = Quarantine()
+        self._judged: EngineHandle | None = None
         self._limits: EngineLimits | None = None
         self._failure: str | None = None
-        self._restarts: deque[float] = deque()
-        self._held = 0
-        self._tending: asyncio.Task[None] | None = None
+        self._restart_times_s: deque[float] = deque()
+        self._waiting_for_engine = 0
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         await self._engine.start()
-        self._hold()
-        self._up.set()
-        self._tell(EngineState.READY)
-        self._tending = asyncio.create_task(self._tend(), name=f"tend {self.name}")
+        self._enter_ready()
+        self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         with self.usage.request(request.rank(asyncio.get_running_loop().time())):
@@ -72,161 +85,158 @@ class SupervisedEngine(EngineHandle):
                     yield chunk
 
     async def _serve(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream the reply of one engine after another, until one has finished it."""
+        """Stream a reply from one engine after another until one of them completes it."""
         if not request.resumable and request.seed is None and request.temperature:
-            request = replace(request, seed=secrets.randbits(31))  # written again, it is the same only with a seed
-        call, attempt = Call(), 0
+            request = replace(request, seed=secrets.randbits(31))  # a replay repeats a sampled reply only with a seed
+        call, restarts = Call(), 0
         while True:
             async with self._quarantine.turn(call):
-                engine = await self._running()
+                engine = await self._ready_engine()
                 if self._quarantine.must_wait(call):
                     continue
                 self._quarantine.sent(call)
                 try:
-                    async with aclosing(self._rest(engine, request, attempt, call)) as chunks:
+                    async with aclosing(self._rest_of_reply(engine, request, call, restarts)) as chunks:
                         async for chunk in chunks:
                             self._quarantine.streamed(call, chunk)
                             yield chunk
                     return
                 except EngineDead as error:
-                    attempt += 1
-                    self._found_dead(engine, error.death)
+                    restarts += 1
+                    self._report_death(engine, error.death)
                     if call.poison:
-                        why = f"engine {self.name} {call.poison}; this request is the likeliest cause"
-                        raise RequestQuarantined(f"{why}, and is not sent again") from error
+                        raise RequestQuarantined(
+                            f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not sent "
+                            "again"
+                        ) from error
 
-    def _rest(
-        self, engine: EngineHandle, request: GenerateRequest, attempt: int, call: Call
+    def _rest_of_reply(
+        self, engine: EngineHandle, request: GenerateRequest, call: Call, restarts: int
     ) -> AsyncGenerator[Chunk, None]:
-        """The rest of a reply of which some may have been streamed by an engine that died."""
-        if attempt:  # vLLM's traces of the request before are those of another
-            request = replace(request, request_id=f"{request.request_id}~{attempt}")
+        """Return a stream of the part of the reply that the caller does not have yet."""
+        if restarts:  # a new id tells the attempts apart in vLLM's logs and traces
+            request = replace(request, request_id=f"{request.request_id}~{restarts}")
         if not call.tokens:
             return engine.generate(request)
         if request.resumable:
             return engine.generate(replace(request, given=tuple(call.tokens)))
-        return self._written_again(engine, request, call)
+        return self._replay(engine, request, ReplyReplay(self.name, call.tokens, call.characters))
 
-    async def _written_again(
-        self, engine: EngineHandle, request: GenerateRequest, call: Call
+    async def _replay(
+        self, engine: EngineHandle, request: GenerateRequest, replay: ReplyReplay
     ) -> AsyncGenerator[Chunk, None]:
-        """Let the engine write the reply from its beginning; stream what comes after the tokens that were streamed."""
-        known, known_characters = list(call.tokens), call.characters
-        written: list[int] = []
-        text = ""
+        """Generate a reply again from its beginning, and stream what the caller does not have of it."""
         async with aclosing(engine.generate(request)) as chunks:
             async for chunk in chunks:
-                if len(written) > len(known):
-                    yield chunk
-                    continue
-                written += chunk.token_ids
-                text += chunk.text
-                if any(a != b for a, b in zip(written, known, strict=False)):
-                    raise EngineError(f"engine {self.name} died, and what it wrote then does not go on from before")
-                if len(written) > len(known) or chunk.finish is not None:
-                    yield replace(chunk, text=text[known_characters:], token_ids=tuple(written[len(known) :]))
+                if (new_part := replay.new_part(chunk)) is not None:
+                    yield new_part
 
-    def _found_dead(self, engine: EngineHandle, death: Death) -> None:
-        """Judge the requests that a dead engine had, once, and see to the engine now. Closing it is nobody's fault."""
+    def _report_death(self, engine: EngineHandle, death: Death) -> None:
+        """Judge the requests of a dead engine once, and check the engine now. Do neither if it was closed."""
         if self._failure is None and engine is self._engine and engine is not self._judged:
             self._judged = engine
             self._quarantine.died(death)
-            self._see_to()
+            self._suspect()
 
-    def _see_to(self) -> None:
-        """Hold new requests, and let the engine be looked at now."""
-        self._up.clear()
-        self._suspected.set()
+    def _suspect(self) -> None:
+        """Hold new requests back and check the engine now."""
+        self._ready.clear()
+        self._check_now.set()
 
-    async def _running(self) -> EngineHandle:
-        """The engine, once there is one that runs. Raises EngineDead when there will be none."""
-        self._held += 1
+    async def _ready_engine(self) -> EngineHandle:
+        """Return the engine, once it is ready. Raise EngineDead if it failed or was closed."""
+        self._waiting_for_engine += 1
         try:
             while True:
-                await self._up.wait()
+                await self._ready.wait()
                 if self._failure is not None:
                     raise EngineDead(self._failure)
                 if self._engine.stats().state is EngineState.READY:
                     return self._engine
-                self._see_to()
+                self._suspect()
         finally:
-            self._held -= 1
+            self._waiting_for_engine -= 1
 
-    async def _tend(self) -> None:
-        """Feel the pulse; without one, start anew. Ends when the engine keeps failing, or with the fleet."""
+    async def _watch(self) -> None:
+        """Check the engine regularly and restart it if it is dead, until it has failed or is closed."""
         while self._failure is None:
-            if not await self._lives():
-                self._up.clear()
-                self._tell(EngineState.DEAD)
+            if not await self._is_alive():
+                self._ready.clear()
+                self._on_state(EngineState.DEAD)
                 await self._restart()
 
-    async def _lives(self) -> bool:
-        """Wait a while, or until a request has found the engine dead; then see."""
-        patience = self._patience
-        with suppress(
-            TimeoutError
-        ):  # asyncio.timeout and not wait_for, which in Python 3.11 can swallow a cancellation
-            async with asyncio.timeout(patience.pulse_every_s):
-                await self._suspected.wait()
-        self._suspected.clear()
+    async def _is_alive(self) -> bool:
+        """Wait for the next check, then take the engine's pulse. Kill the engine if it hangs."""
+        # asyncio.timeout rather than asyncio.wait_for, which can swallow a cancellation in Python 3.11.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._patience.pulse_every_s):
+                await self._check_now.wait()
+        self._check_now.clear()
         try:
-            async with asyncio.timeout(patience.hang_s):
+            async with asyncio.timeout(self._patience.hang_s):
                 await self._engine.pulse()
         except TimeoutError:
-            self._found_dead(self._engine, Death.HUNG)
-            self._engine.kill()  # its requests find it dead, like any other
+            self._report_death(self._engine, Death.HUNG)
+            self._engine.kill()  # so that its requests raise EngineDead
             return False
         except EngineDead as error:
-            self._found_dead(self._engine, error.death)
+            self._report_death(self._engine, error.death)
             return False
-        self._up.set()
+        self._ready.set()
         return True
 
     async def _restart(self) -> None:
-        """Start a new engine with the last grant, with pauses in between; after too many in a while, give up."""
+        """Start a new engine with the latest grant. Pause between attempts, and fail after too many."""
         grant = self._engine.stats().grant
         reason = "it died"
         while True:
             await self._engine.close()
-            now = time.monotonic()
-            while self._restarts and self._restarts[0] < now - self._patience.within_s:
-                self._restarts.popleft()
-            count = len(self._restarts)
-            if count >= self._patience.restarts:
-                self._failure = (
-                    f"engine {self.name} keeps failing: {count} restarts within {self._patience.within_s:g} s; {reason}"
-                )
-                self._tell(EngineState.FAILED)
-                self._up.set()  # for those who wait to be told
+            restarts = self._count_recent_restarts()
+            if restarts >= self._patience.restarts:
+                self._fail(f"{restarts} restarts within {self._patience.within_s:g} s; {reason}")
                 return
-            self._restarts.append(now)
-            await asyncio.sleep(self._patience.backoff_s[min(count, len(self._patience.backoff_s) - 1)])
-            self._tell(EngineState.STARTING)
+            self._restart_times_s.append(time.monotonic())
+            await asyncio.sleep(self._patience.backoff_s[min(restarts, len(self._patience.backoff_s) - 1)])
+            self._on_state(EngineState.STARTING)
             self._engine = self._make(grant)
             try:
                 await self._engine.start()
             except EngineError as error:
                 reason = str(error)
-                continue
-            self._hold()
-            self._up.set()
-            self._tell(EngineState.READY)
-            return
+            else:
+                self._enter_ready()
+                return
+
+    def _count_recent_restarts(self) -> int:
+        oldest_s = time.monotonic() - self._patience.within_s
+        while self._restart_times_s and self._restart_times_s[0] < oldest_s:
+            self._restart_times_s.popleft()
+        return len(self._restart_times_s)
+
+    def _fail(self, reason: str) -> None:
+        self._failure = f"engine {self.name} keeps failing: {reason}"
+        self._on_state(EngineState.FAILED)
+        self._ready.set()  # requests that wait for the engine now raise the failure
+
+    def _enter_ready(self) -> None:
+        self._note_grant()
+        self._ready.set()
+        self._on_state(EngineState.READY)
 
     @property
     def limits(self) -> EngineLimits:
-        """Return the limits of the running engine; during a restart, those of the engine before it."""
+        """The limits of the running engine. During a restart, those of the previous engine."""
         return self._limits or self._engine.limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         if self._failure is not None:
             return Rejected(grant, self._failure)
         outcome = await self._engine.resize(grant, grace_s)
-        self._hold()
+        self._note_grant()
         return outcome
 
-    def _hold(self) -> None:
-        """Keep the limits of an engine that is up, and charge for what its grant says from now on."""
+    def _note_grant(self) -> None:
+        """Keep the limits of a ready engine, and charge for the memory of its grant from now on."""
         stats = self._engine.stats()
         if stats.state is EngineState.READY and stats.grant is not None:
             self._limits = self._engine.limits
@@ -235,7 +245,8 @@ class SupervisedEngine(EngineHandle):
     def stats(self) -> EngineStats:
         stats = self._engine.stats()
         state = EngineState.FAILED if self._failure is not None else stats.state
-        return replace(stats, state=state, waiting=stats.waiting + self._held + self._quarantine.waiting)
+        waiting = stats.waiting + self._waiting_for_engine + self._quarantine.waiting
+        return replace(stats, state=state, waiting=waiting)
 
     async def pulse(self) -> None:
         await self._engine.pulse()
@@ -245,8 +256,8 @@ class SupervisedEngine(EngineHandle):
 
     async def close(self) -> None:
         self._failure = self._failure or f"engine {self.name} is closed"
-        if self._tending:
-            self._tending.cancel()
-            await asyncio.wait([self._tending])
-        self._up.set()
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        self._ready.set()
         await self._engine.close()

@@ -1,7 +1,7 @@
-"""A folder for the sockets and files that vLLM leaves behind, gone when its owner is.
+"""A temporary folder for the sockets and files that vLLM leaves behind.
 
-A lock on the folder says that its owner lives, also from another container: what a killed owner left is removed by
-whoever comes next.
+The owner holds a lock on its folder while it lives, which processes in other containers see too. If an owner is killed,
+the next process that makes such a folder removes the old one.
 """
 
 import fcntl
@@ -14,38 +14,40 @@ from pathlib import Path
 
 PREFIX = "troupe-engines-"
 PATH_MAX_BYTES = 107 - len(f"/{PREFIX}xxxxxxxx/xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx")
-"""The longest base: vLLM binds a Unix socket named by a UUID in the folder, and such a path has 107 bytes at most."""
+"""The longest possible base folder: vLLM binds a Unix socket named by a UUID in the new folder, and Linux allows 107
+bytes for such a path."""
 
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder of ours alone, removed at the end."""
+    """Make a folder that only this user can read, and remove it at the end."""
     base = tempfile.gettempdir()
     if len(os.fsencode(base)) > PATH_MAX_BYTES:
         base = "/tmp"
-    _sweep(Path(base))
-    made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = os.open(made, os.O_RDONLY)
+    _remove_abandoned(Path(base))
+    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield made
+        yield path
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
-def _sweep(base: Path) -> None:
+def _remove_abandoned(base: Path) -> None:
+    """Remove this user's folders whose owners are gone."""
     for old in base.glob(f"{PREFIX}????????"):
         try:
             if old.stat().st_uid != os.getuid():
                 continue
             lock = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # gone meanwhile, or no folder
+        except OSError:  # it was removed meanwhile, or is not a folder
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            continue  # its owner lives
+            continue  # the owner lives
         else:
             shutil.rmtree(old, ignore_errors=True)
         finally:

@@ -1,8 +1,8 @@
-"""What an engine's memory and time are spent on: a share for every request in flight.
+"""Charges an engine's memory and time to the requests that it has in flight.
 
-At every moment an engine's memory counts to the requests that it has in flight, in equal parts; with none in flight it
-is idle. So the integral of (bytes / requests in flight) over time is kept once, and what one request was charged is
-its value at the request's end less that at its start.
+At every moment the requests in flight share the engine's memory and time in equal parts. With no request in flight the
+engine is idle. The meter therefore keeps one integral of (bytes / requests in flight) over time. The charge of a
+request is the integral's value at its end minus the value at its start.
 """
 
 import asyncio
@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Charge:
-    """What was charged: bytes held times seconds, and seconds of the whole engine."""
+    """Memory held times seconds, and seconds of the whole engine."""
 
     byte_seconds: float = 0.0
     engine_seconds: float = 0.0
+
+    def __add__(self, other: "Charge") -> "Charge":
+        return Charge(self.byte_seconds + other.byte_seconds, self.engine_seconds + other.engine_seconds)
 
     def __sub__(self, other: "Charge") -> "Charge":
         return Charge(self.byte_seconds - other.byte_seconds, self.engine_seconds - other.engine_seconds)
@@ -24,8 +27,13 @@ class Charge:
 
 @dataclass
 class Usage:
-    """What one seat used in a job, summed over calls: tokens, seconds between asking and the last token, and its part
-    of the engine: of its memory (bytes times seconds) and of its time. `cost` where the configuration has a price."""
+    """What one seat used in a job, summed over its calls.
+
+    - `prompt_tokens`, `completion_tokens`: token counts.
+    - `seconds`: from asking to the last token.
+    - `byte_seconds`, `engine_seconds`: its charge for the engine's memory and time.
+    - `cost`: in the currency of the configured price. None without a price.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -35,7 +43,7 @@ class Usage:
     cost: float | None = None
 
     def add(self, other: "Usage") -> None:
-        """Count another's use to this one."""
+        """Add another usage to this one."""
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.seconds += other.seconds
@@ -46,72 +54,76 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class _Open:
-    """A request in flight."""
-
+class _InFlight:
     rank: int
     arrived_s: float
 
 
 class UsageMeter:
-    """One engine's requests, counted as they begin and end, and what they are charged. On the event loop's clock."""
+    """The requests of one engine and their charges. All times are on the event loop's clock, in seconds.
+
+    - `arrived`, `finished`: counts of requests.
+    - `idle`: the charge for the time without requests in flight.
+    """
 
     def __init__(self) -> None:
         self.arrived = 0
         self.finished = 0
         self.idle = Charge()
-        self._open: dict[int, _Open] = {}
-        self._each = Charge()
+        self._in_flight: dict[int, _InFlight] = {}
+        self._charged = Charge()
         self._held_bytes = 0
-        self._since_s: float | None = None
+        self._settled_s: float | None = None
 
     @property
     def in_flight(self) -> int:
-        """Requests that have come and not ended, whether they run or wait."""
+        """The number of requests that run or wait."""
         return self.arrived - self.finished
 
     def hold(self, nbytes: int) -> None:
-        """From now on the engine holds so many bytes, all included."""
+        """Set the bytes that the engine holds from now on, weights and buffers included."""
         self._settle()
         self._held_bytes = nbytes
 
     @contextmanager
     def request(self, rank: int) -> Iterator[None]:
-        """Count a request as in flight; `rank` is GenerateRequest.rank, by which engines admit."""
+        """Count a request as in flight. `rank` is its GenerateRequest.rank, by which engines admit requests."""
         self._settle()
         self.arrived += 1
-        number, now_s = self.arrived, asyncio.get_running_loop().time()
-        self._open[number] = _Open(rank, now_s)
+        number = self.arrived
+        self._in_flight[number] = _InFlight(rank, asyncio.get_running_loop().time())
         try:
             yield
         finally:
             self._settle()
             self.finished += 1
-            del self._open[number]
+            del self._in_flight[number]
 
     def waiting_since_s(self, running: int) -> float | None:
-        """When the oldest request came that does not run, while so many do: engines admit by rank."""
-        if running >= len(self._open):  # the usual case, at every look
+        """Return when the oldest waiting request arrived, given how many requests run, or None if none waits.
+
+        The meter does not see which requests run. It assumes those of the lowest ranks, because engines admit by rank.
+        """
+        if running >= len(self._in_flight):  # the usual case; it saves the sort
             return None
-        waiting = sorted(self._open.values(), key=lambda one: one.rank)[running:]
-        return min(one.arrived_s for one in waiting)
+        waiting = sorted(self._in_flight.values(), key=lambda request: request.rank)[running:]
+        return min(request.arrived_s for request in waiting)
 
     def charged(self) -> Charge:
-        """What each request was charged that has been in flight since the beginning; take it twice, and subtract."""
+        """Return the charge of a request that has been in flight since the beginning.
+
+        Subtract the value at a request's start from the value at its end to get the request's charge.
+        """
         self._settle()
-        return self._each
+        return self._charged
 
     def _settle(self) -> None:
+        """Charge the time since the last settlement to the requests in flight, or to idleness."""
         now_s = asyncio.get_running_loop().time()
-        seconds = 0.0 if self._since_s is None else now_s - self._since_s
-        self._since_s = now_s
+        seconds = 0.0 if self._settled_s is None else now_s - self._settled_s
+        self._settled_s = now_s
         whole = Charge(self._held_bytes * seconds, seconds)
         if count := self.in_flight:
-            each = self._each
-            self._each = Charge(
-                each.byte_seconds + whole.byte_seconds / count, each.engine_seconds + whole.engine_seconds / count
-            )
+            self._charged += Charge(whole.byte_seconds / count, whole.engine_seconds / count)
         else:
-            self.idle = Charge(
-                self.idle.byte_seconds + whole.byte_seconds, self.idle.engine_seconds + whole.engine_seconds
-            )
+            self.idle += whole

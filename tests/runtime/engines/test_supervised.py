@@ -143,7 +143,7 @@ async def test_a_reply_that_cannot_be_gone_on_with_is_an_error_not_a_mixture(
             if len(seen) == 3:
                 engine.kill()
 
-    with pytest.raises(EngineError, match="does not go on from before"):
+    with pytest.raises(EngineError, match="generated different tokens after its restart"):
         await disturbed()
     assert text(seen) == "one two three"
 

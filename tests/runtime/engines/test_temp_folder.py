@@ -13,7 +13,7 @@ from runtime.engines import temp_folder
 HOLDER = """
 import time
 from runtime.engines import temp_folder
-temporary.PATH_MAX_BYTES = 500
+temp_folder.PATH_MAX_BYTES = 500
 with temp_folder.folder() as folder:
     print(folder, flush=True)
     time.sleep(60)
