@@ -1,10 +1,12 @@
-"""A deterministic engine without a model: replies come from a function, times and memory from a service model.
+"""A deterministic engine without a model. Replies come from a function, times and memory from a service model.
 
-For tests, for work on workflows and policies, and for simulation on a virtual clock. `time_scale` 0 answers at once; 1
-takes the modelled time. The modelled engine works as vLLM does, step by step: a step decodes one token for every
-running sequence and computes the prompts of those that were just admitted. Sequences are admitted first come, first
-served, while the grant has a place, the step has tokens and the KV cache has blocks for the prompt; a sequence that
-outgrows its blocks where none is free preempts the one admitted last, which is computed again later.
+It serves tests, development of workflows and policies, and simulation on a virtual clock.
+
+The modelled engine runs steps as vLLM does. A step decodes one token for each running request and computes the prompts
+of the requests that were just admitted. Waiting requests are admitted in the order of their rank while the grant has
+room for another request, the step has room for the prompt's tokens, and the KV cache has blocks for the prompt. If a
+running request needs another block and none is free, the engine preempts the request that was admitted last and
+recomputes it later.
 """
 
 import asyncio
@@ -20,12 +22,16 @@ from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError
 
 Script = Callable[[GenerateRequest], str]
+"""Returns the reply to a request. Each of its words, which single blanks separate, is a token."""
 
 
 @dataclass(frozen=True)
 class ServiceTime:
-    """Seconds: a step takes `step_s`, `token_s` for each sequence that it decodes, `prefill_s` for each prompt token. A
-    call from outside, a request's or a resize's, takes `call_s` of the process that it comes from."""
+    """How long an engine's work takes, in seconds.
+
+    A step takes `step_s`, plus `token_s` for each request that it decodes, plus `prefill_s` for each prompt token that
+    it computes. A call from outside (a request or a resize) takes `call_s` of the time of the process that makes it.
+    """
 
     step_s: float = 0.002
     token_s: float = 0.0001
@@ -35,8 +41,11 @@ class ServiceTime:
 
 @dataclass(frozen=True)
 class FakeMemory:
-    """Bytes: the device, what the engine holds besides its KV cache, its floor, and what a token takes; memory is
-    handed out in blocks of `block_tokens` tokens."""
+    """The memory of a fake engine, in bytes.
+
+    - `device`: the whole device; `fixed`: what the engine holds besides its KV cache; `floor`: its smallest KV cache.
+    - `token`: what a token takes in the KV cache. Memory is allocated in blocks of `block_tokens` tokens.
+    """
 
     device: int = 1000
     fixed: int = 100
@@ -46,15 +55,14 @@ class FakeMemory:
 
 
 class Processor:
-    """What engines compute on together, or calls go through: with more of them than there are `lanes`, all are
-    slower."""
+    """A processor that several users share. If there are more of them at once than `lanes`, all become slower."""
 
     def __init__(self, lanes: float) -> None:
         self._lanes = lanes
         self._busy = 0
 
     async def spend(self, seconds: float) -> None:
-        """Compute for what would be so many seconds alone."""
+        """Compute for as long as `seconds` of work take beside the other users."""
         self._busy += 1
         try:
             await asyncio.sleep(seconds * max(1.0, self._busy / self._lanes))
@@ -64,7 +72,12 @@ class Processor:
 
 @dataclass(eq=False)
 class _Sequence:
-    """One request in the engine. `computed` is whether its prompt, and what it has written, is in the KV cache."""
+    """One request in the engine.
+
+    - `pieces`: the tokens of its reply; `written`: how many are generated; `sent`: how many are streamed.
+    - `computed`: whether its prompt and the generated tokens are in the KV cache.
+    - `chunks`: what is streamed; None if the engine has died.
+    """
 
     number: int
     rank: int
@@ -79,9 +92,14 @@ class _Sequence:
 
 
 class FakeEngine(EngineHandle):
-    """Answers `script(request)`, a blank-separated word a token. `kill` ends it from outside, `crash` from inside.
+    """An engine that replies with `script(request)`.
 
-    Tokens are sent on at the first, at the last, and at every `stream_interval`-th of the request between them.
+    - `time_scale`: 1 takes the modelled time, 0 replies immediately.
+    - `grant`: the grant that it starts with. None takes the whole device.
+    - `processor`: what it computes on, shared with other engines.
+    - `front`: the process that its calls come from, shared with other engines.
+
+    `kill` ends it from outside, `crash` from inside.
     """
 
     def __init__(
@@ -134,7 +152,7 @@ class FakeEngine(EngineHandle):
         self._die(Death.KILLED)
 
     def crash(self) -> None:
-        """End by itself, as after an error that is fatal in vLLM's worker."""
+        """End as after a fatal error in vLLM's worker."""
         self._die(Death.CRASHED)
 
     def _die(self, death: Death) -> None:
@@ -149,7 +167,7 @@ class FakeEngine(EngineHandle):
         self._check()
         with self.usage.request(request.rank(asyncio.get_running_loop().time())):
             sequence = self._sequence(request)
-            self._check()  # the script may have killed it
+            self._check()  # the script may have ended the engine
             self._requests += 1
             self._prompt_tokens += sequence.prompt_tokens
             if self._times.call_s:
@@ -158,7 +176,7 @@ class FakeEngine(EngineHandle):
             self._enqueue(sequence)
             self._begin_steps()
             try:
-                if not self._time_scale and not self._waiting:  # all at once: what is measured is the caller
+                if not self._time_scale and not self._waiting:  # one chunk, so that only the caller costs time
                     yield self._chunk(sequence, len(sequence.pieces))
                     return
                 while True:
@@ -169,7 +187,7 @@ class FakeEngine(EngineHandle):
                     if chunk.finish is not None:
                         return
             finally:
-                self._let_go(sequence)
+                self._remove(sequence)
 
     def _sequence(self, request: GenerateRequest) -> _Sequence:
         words = self._script(request).split(" ")
@@ -183,7 +201,7 @@ class FakeEngine(EngineHandle):
         return _Sequence(self._requests, rank, request, prompt_tokens, rest, finish)
 
     def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:
-        """What was written and not sent yet."""
+        """Return what was generated up to token `upto` and not streamed yet."""
         pieces = sequence.pieces[sequence.sent : upto]
         self._completion_tokens += len(pieces)
         sequence.sent = upto
@@ -192,7 +210,7 @@ class FakeEngine(EngineHandle):
         return Chunk("".join(pieces), tuple(map(_token, pieces)), now_s, sequence.prompt_tokens, finish)
 
     def _begin_steps(self) -> None:
-        """Admit what fits; while anything runs, steps follow one another."""
+        """Admit requests, and run steps until no request runs."""
         if not self._time_scale:
             self._admit()
         elif self._stepping is None or self._stepping.done():
@@ -214,7 +232,7 @@ class FakeEngine(EngineHandle):
         await self._processor.spend(seconds)
 
     def _write(self, sequence: _Sequence) -> None:
-        """A token of a sequence, unless it was aborted or preempted meanwhile."""
+        """Generate a token of a request, unless the request was aborted or preempted during the step."""
         if sequence not in self._running:
             return
         sequence.computed = True
@@ -223,10 +241,10 @@ class FakeEngine(EngineHandle):
         if ended or sequence.sent == 0 or sequence.written - sequence.sent >= sequence.request.stream_interval:
             sequence.chunks.put_nowait(self._chunk(sequence, sequence.written))
         if ended:
-            self._let_go(sequence)
+            self._remove(sequence)
 
     def _admit(self) -> bool:
-        """Let the first in the queue run while there is a place, tokens in the step, and memory."""
+        """Admit waiting requests while there is room for them. Return True if any request runs."""
         tokens = len(self._running)
         while self._waiting and len(self._running) < self.grant.max_active_seqs:
             sequence = self._waiting[0]
@@ -243,18 +261,17 @@ class FakeEngine(EngineHandle):
         insort(self._waiting, sequence, key=lambda waiting: (waiting.rank, waiting.number))
 
     def _preempt(self) -> None:
-        """While what runs needs more than there is, the one admitted last gives way; a shrink under way has its
-        grace."""
+        """Preempt the requests that were admitted last until the others fit. Wait while a shrink has its grace."""
         while self._shrink is None and len(self._running) > 1 and self._in_use > self._kv_cache_bytes:
-            self._give_way(self._running.pop())
+            self._preempt_one(self._running.pop())
 
-    def _give_way(self, sequence: _Sequence) -> None:
+    def _preempt_one(self, sequence: _Sequence) -> None:
         sequence.computed = False
         self._enqueue(sequence)
         self._preemptions += 1
 
     def _held(self, sequence: _Sequence) -> int:
-        """Bytes: whole blocks for what is computed and the next token."""
+        """Return the bytes of a request's blocks, which cover its tokens and the next one."""
         blocks = -(-(sequence.prompt_tokens + sequence.written + 1) // self._memory.block_tokens)
         return blocks * self._memory.block_tokens * self._memory.token
 
@@ -266,8 +283,8 @@ class FakeEngine(EngineHandle):
     def _kv_cache_bytes(self) -> int:
         return self._limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
 
-    def _let_go(self, sequence: _Sequence) -> None:
-        """A sequence has ended or was aborted: its memory may be what the next, or a shrink, waits for."""
+    def _remove(self, sequence: _Sequence) -> None:
+        """Remove a request that has ended or was aborted. Its memory may admit another one or settle a shrink."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -278,11 +295,8 @@ class FakeEngine(EngineHandle):
             for other in self._running:
                 if not other.sent:
                     other.chunks.put_nowait(self._chunk(other, len(other.pieces)))
-        self._moved()
-
-    def _moved(self) -> None:
         if self._shrink and self._in_use <= self._kv_cache_bytes:
-            self._settle(self._applied(self.grant))
+            self._settle_shrink(self._applied(self.grant))
 
     def _check(self) -> None:
         if self._state is not EngineState.READY:
@@ -294,7 +308,7 @@ class FakeEngine(EngineHandle):
     @property
     def limits(self) -> EngineLimits:
         if not self._started:
-            raise EngineError(f"engine {self.name} is {self._state}: what it can be granted is not known yet")
+            raise EngineError(f"engine {self.name} is {self._state}: its limits are known only after it has started")
         return self._limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
@@ -305,8 +319,8 @@ class FakeEngine(EngineHandle):
         if self._times.call_s:
             await self._front.spend(self._times.call_s * self._time_scale)
         if self._stepping and not self._stepping.done():
-            await self._between_steps.wait()  # as calls of a real one are answered between two of its steps
-        self._settle(None)
+            await self._between_steps.wait()  # a real engine answers calls between two steps too
+        self._settle_shrink(None)
         before, self.grant = self.grant, grant
         self.usage.hold(self._limits.held_bytes(grant.gpu_memory_utilization))
         held = self._in_use - self._kv_cache_bytes
@@ -321,20 +335,20 @@ class FakeEngine(EngineHandle):
         return self._applied(grant, moved=abs(grant.gpu_memory_utilization - before.gpu_memory_utilization))
 
     def _end_grace(self) -> None:
-        """Whoever still uses what is to go gives way."""
+        """Preempt the requests that still use memory that the shrink takes away."""
         assert self._shrink is not None
         (deferred, _), self._shrink = self._shrink, None
         before = self._preemptions
         while self._running and self._in_use > self._kv_cache_bytes:
-            self._give_way(self._running.pop())
+            self._preempt_one(self._running.pop())
         deferred.settled.set_result(self._applied(deferred.grant, preempted=self._preemptions - before))
 
     def _applied(self, grant: Grant, moved: float = 0, preempted: int = 0) -> Applied:
         kv = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
         return Applied(grant, kv, int(moved * self._memory.device), 0.0, 0.0, preempted)
 
-    def _settle(self, outcome: Applied | None) -> None:
-        """End the shrink that is under way: None where a newer grant takes its place."""
+    def _settle_shrink(self, outcome: Applied | None) -> None:
+        """Settle the deferred shrink, if there is one. None means that a newer grant supersedes it."""
         if self._shrink:
             (deferred, timer), self._shrink = self._shrink, None
             timer.cancel()
@@ -356,13 +370,13 @@ class FakeEngine(EngineHandle):
 
     async def close(self) -> None:
         if self._state is EngineState.READY:
-            self._die(Death.CRASHED)  # as vLLM tells those that still wait for a token
+            self._die(Death.CRASHED)  # vLLM fails the requests that still wait for a token in the same way
         self._state = EngineState.CLOSED
-        self._settle(None)
+        self._settle_shrink(None)
         if self._stepping:
             self._stepping.cancel()
 
 
 def _token(piece: str) -> int:
-    """A token's id: the same piece, the same id."""
+    """Return a token id that is always the same for the same piece."""
     return zlib.crc32(piece.encode()) % 50_000

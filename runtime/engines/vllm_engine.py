@@ -1,7 +1,7 @@
-"""The real engine: one AsyncLLM in this process, its engine core in a process of its own.
+"""The real engine: an AsyncLLM in this process, with its engine core in a process of its own.
 
-The only module that imports vLLM's client side, and a slow one to import (seconds); `fleet` imports it in a thread
-while the forkserver imports the other side.
+Only this module imports vLLM's client side. The import takes seconds, so `fleet` runs it in a thread while the
+forkserver imports the engine's side.
 """
 
 import asyncio
@@ -46,23 +46,25 @@ from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 CLOSE_S = 0.5
-"""Seconds that an engine is given to end by itself; it holds nothing that being killed would lose."""
+"""How long an engine may take to end by itself before it is killed. It holds nothing that a kill would lose."""
 STOP_TOKENS = 128
-"""Stop tokens, those of the model included, that a request may have if it has `min_tokens`. One more is fatal to the
+"""The most stop tokens, those of the model included, that a request with `min_tokens` may have. One more kills the
 worker on a GPU: MAX_NUM_STOP_TOKEN_IDS in vllm/v1/worker/gpu/sample/logit_bias.py."""
 _configuring = threading.Lock()
 _GONE = (EngineState.DEAD, EngineState.CLOSED)
 
-# vLLM knows "fork" and "spawn" only. The first is unsafe from a process with threads, the second imports everything
-# again for every engine; engines come from our forkserver instead.
+# vLLM offers only "fork", which is unsafe in a process with threads, and "spawn", which imports everything again for
+# each engine. Engines come from our forkserver instead.
 vllm.v1.engine.utils.get_mp_context = forkserver.context
 
 
 class VllmEngine(EngineHandle):
-    """One vLLM engine, whose process writes to `log` and reports its loading into the folder `temporary`.
+    """One vLLM engine.
 
-    Shares are of `device_bytes`, or of all that the device has. It begins with `grant`, or with what its specification
-    says.
+    - `log`: the file that the engine's process writes its log to.
+    - `temporary`: the folder with the socket for its start-up reports.
+    - `device_bytes`: what counts as the whole device. None takes all of the device's memory.
+    - `grant`: the grant that it starts with. None takes the one in its specification.
     """
 
     def __init__(
@@ -92,53 +94,56 @@ class VllmEngine(EngineHandle):
     async def start(self) -> None:
         starting = asyncio.ensure_future(asyncio.to_thread(self._start))
         try:
-            # Shielded: a thread cannot be cancelled, so a Ctrl-C while it starts waits, then closes what it made.
+            # A thread cannot be cancelled. On Ctrl-C, wait until it has started the engine, then close the engine.
             self._llm = await asyncio.shield(starting)
         except asyncio.CancelledError:
             await asyncio.wait([starting])
             self._llm = None if starting.exception() else starting.result()
             await self.close()
             raise
-        except Exception as error:  # vLLM's start-up raises of every kind; all of them mean that this engine is not up
+        except Exception as error:  # vLLM's start-up raises all kinds of errors, and each one means that it failed
             self._state = EngineState.DEAD
             raise EngineError(f"engine {self.name} did not start: {_reason(error)} (log: {self.log})") from error
         for process in self._processes():
-            asyncio.get_running_loop().add_reader(process.sentinel, self._died)
-        await self._begin()
+            asyncio.get_running_loop().add_reader(process.sentinel, self._process_ended)
+        await self._take_first_grant()
         self._state = EngineState.READY
 
-    async def _begin(self) -> None:
-        """Take up the share that the engine begins with; vLLM has started it with its floor."""
-        limits = self._limits = parse_limits(await self._call("troupe_limits"))
+    async def _take_first_grant(self) -> None:
+        """Grow from the floor, with which vLLM starts the engine, to its first grant."""
+        limits = parse_limits(await self._call("troupe_limits"))
         if self._device_bytes is not None:
-            limits = self._limits = replace(limits, device_bytes=self._device_bytes)
-        floor = limits.share(limits.kv_floor_bytes)
-        if self._grant is not None:  # started again: what it holds besides its cache differs a little every time
-            self._grant = replace(self._grant, gpu_memory_utilization=max(self._grant.gpu_memory_utilization, floor))
-        else:
-            kv, share = self.spec.kv_cache_memory_bytes, self.spec.gpu_memory_utilization
-            share = share if kv is None else limits.share(kv)
-            self._grant = Grant(share, limits.seqs_ceiling, limits.step_tokens_ceiling)
+            limits = replace(limits, device_bytes=self._device_bytes)
+        self._limits = limits
+        self._grant = self._first_grant(limits)
         outcome = await self.resize(self._grant)
         if isinstance(outcome, Rejected):
             await self.close()
             raise EngineError(f"engine {self.name} did not start: {outcome.reason} (log: {self.log})")
 
+    def _first_grant(self, limits: EngineLimits) -> Grant:
+        if self._grant is not None:  # a restart, in which `fixed_bytes` and so the floor differ a little
+            floor = limits.share(limits.kv_floor_bytes)
+            return replace(self._grant, gpu_memory_utilization=max(self._grant.gpu_memory_utilization, floor))
+        kv_cache_bytes = self.spec.kv_cache_memory_bytes
+        share = self.spec.gpu_memory_utilization if kv_cache_bytes is None else limits.share(kv_cache_bytes)
+        return Grant(share, limits.seqs_ceiling, limits.step_tokens_ceiling)
+
     async def _call(self, method: str, *arguments: object) -> Any:
-        """Call a method of the engine core, between two of its steps. Raises EngineDead."""
+        """Call a method of the engine core, which runs it between two steps. Raise EngineDead if it is gone."""
         try:
             return await self._ready().engine_core.call_utility_async(method, *arguments)
         except EngineDeadError as error:
             raise self._dead() from error
 
     def _dead(self) -> EngineDead:
-        """Note that the engine is gone, unless it was closed."""
+        """Mark the engine as dead, unless it was closed, and return the error to raise."""
         if self._state is not EngineState.CLOSED:
             self._state = EngineState.DEAD
         return EngineDead(f"engine {self.name} {self._death()} (log: {self.log})", self._death())
 
     def _death(self) -> Death:
-        """How the engine ended. One that still ends by itself has crashed: nothing but a signal ends it at once."""
+        """Return how the engine ended. An engine that is still ending has crashed, because a signal ends it at once."""
         killed = any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in self._processes())
         return Death.KILLED if killed else Death.CRASHED
 
@@ -151,8 +156,8 @@ class VllmEngine(EngineHandle):
         spec = self.spec
         arguments: dict[str, Any] = {
             "model": spec.model,
-            "gpu_memory_utilization": 0.01,  # of the free memory that vLLM wants to see before it loads
-            "kv_cache_memory_bytes": 1,  # not to be measured: the elastic worker puts its ceiling here
+            "gpu_memory_utilization": 0.01,  # vLLM only checks that this much is free before it loads the weights
+            "kv_cache_memory_bytes": 1,  # disables vLLM's profiling; the elastic worker sets its ceiling here
             "max_model_len": spec.max_model_len,
             "max_num_seqs": spec.max_num_seqs,
             "dtype": spec.dtype,
@@ -174,9 +179,9 @@ class VllmEngine(EngineHandle):
             "scheduling_policy": "priority",
             **spec.vllm,
         }
-        with _configuring:  # it reads and writes environment variables
+        with _configuring:  # create_engine_config reads and writes environment variables
             config = AsyncEngineArgs(**arguments).create_engine_config()
-        # Only now is it known which of each is right for the platform and its model.
+        # The right worker and scheduler depend on the platform and the model, which are only known now.
         worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
         scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
         config.parallel_config.worker_cls = f"runtime.engines.elastic.{worker}"
@@ -188,7 +193,7 @@ class VllmEngine(EngineHandle):
         prompt_tokens = 0
         try:
             prompt = await self._rendered(llm, request)
-            if request.given:  # the prompt as it was, and what was written since: the reply goes on from there
+            if request.given:  # the reply continues after the tokens that the caller already has
                 prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.given]}
             self._requests += 1
             rank = request.rank(asyncio.get_running_loop().time())
@@ -210,11 +215,11 @@ class VllmEngine(EngineHandle):
                 )
         except EngineDeadError as error:
             raise self._dead() from error
-        except (VLLMError, ValueError) as error:  # VLLMError is the base of all that vLLM raises for a request
+        except (VLLMError, ValueError) as error:  # VLLMError is the base of vLLM's request errors
             raise RequestRefused(f"engine {self.name} refused the request: {_reason(error)}") from error
 
     async def _rendered(self, llm: AsyncLLM, request: GenerateRequest) -> Any:
-        """The request's prompt as tokens, in the form that vLLM takes."""
+        """Return the request's prompt in the form that vLLM takes, tokenized."""
         if isinstance(request.prompt, str):
             (prompt,) = await llm.renderer.render_cmpl_async([{"prompt": request.prompt}])
         elif request.prompt is not None:
@@ -232,7 +237,7 @@ class VllmEngine(EngineHandle):
     @property
     def limits(self) -> EngineLimits:
         if self._limits is None:
-            raise EngineError(f"engine {self.name} is {self._state}: what it can be granted is not known yet")
+            raise EngineError(f"engine {self.name} is {self._state}: its limits are known only after it has started")
         return self._limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
@@ -240,9 +245,9 @@ class VllmEngine(EngineHandle):
             return Rejected(grant, f"engine {self.name} is {self._state}")
         if complaint := self._limits.complaint(grant):
             return Rejected(grant, f"engine {self.name}: {complaint}")
-        share = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
-        arguments = (share, grant.max_active_seqs, grant.max_step_tokens, grace_s)
-        async with self._resizing:  # two calls that belong together where the shrink is deferred
+        kv_cache_bytes = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
+        arguments = (kv_cache_bytes, grant.max_active_seqs, grant.max_step_tokens, grace_s)
+        async with self._resizing:  # a deferred shrink needs two calls that no other resize may come between
             try:
                 report = parse_report(await self._call("troupe_resize", *arguments))
                 if isinstance(report, ResizeRefused):
@@ -251,7 +256,7 @@ class VllmEngine(EngineHandle):
                 if isinstance(report, ResizeDeferred):
                     self._kv_cache_bytes = report.kv_cache_bytes
                     settled = asyncio.ensure_future(self._settle(grant))
-                    await asyncio.sleep(0)  # it is on its way before another resize can be
+                    await asyncio.sleep(0)  # sends the second call before another resize can start
                     return Deferred(grant, report.held_bytes, grace_s, settled)
             except EngineDead as error:
                 return Rejected(grant, str(error))
@@ -292,7 +297,7 @@ class VllmEngine(EngineHandle):
         )
 
     async def pulse(self) -> None:
-        await self._call("is_scheduler_paused")  # any call will do
+        await self._call("is_scheduler_paused")  # any call shows that the engine answers
 
     def kill(self) -> None:
         for process in self._processes():
@@ -302,13 +307,13 @@ class VllmEngine(EngineHandle):
         manager = self._llm and self._llm.engine_core.resources.engine_manager
         return list(manager.processes) if manager else []
 
-    def _died(self) -> None:
-        """The process has ended: tell everyone who waits for it. vLLM tells only those who have a request running."""
+    def _process_ended(self) -> None:
+        """Fail everything that waits for the engine. vLLM itself fails only the requests that run."""
         self._state = EngineState.DEAD
-        self._let_go()
+        self._fail_waiters()
 
-    def _let_go(self) -> None:
-        """Raise EngineDeadError where a token or the answer to a call is waited for; look out for no more."""
+    def _fail_waiters(self) -> None:
+        """Make everything that waits for a token or for an answer raise EngineDeadError. Stop watching the process."""
         for process in self._processes():
             asyncio.get_running_loop().remove_reader(process.sentinel)
         assert self._llm is not None
@@ -321,15 +326,15 @@ class VllmEngine(EngineHandle):
         self._state = EngineState.CLOSED
         if self._llm is None:
             return
-        self._let_go()
+        self._fail_waiters()
         llm, self._llm = self._llm, None
         if llm.output_handler is not None:
-            llm.output_handler.cancel()  # it would take the end of the engine for a failure
+            llm.output_handler.cancel()  # it would report the engine's end as a failure
         await asyncio.to_thread(llm.shutdown, CLOSE_S)
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """Keeps the scheduler's latest figures instead of logging them."""
+    """A stat logger that keeps the scheduler's latest figures instead of logging them."""
 
     def __init__(self) -> None:
         self.scheduler: SchedulerStats | None = None
@@ -352,20 +357,23 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
 
 
 def _sampling(request: GenerateRequest, max_model_len: int) -> SamplingParams:
-    """Return a request in vLLM's words, with no count of tokens that its workers cannot hold in 32 bits."""
+    """Return vLLM's sampling parameters for a request.
+
+    Token counts are cut to the model's length, beyond which nothing is generated, because a worker on a GPU adds them
+    to the length of the prompt in 32 bits.
+    """
     schema = request.schema
     further = dict(request.further)
 
-    def left(tokens: int) -> int:
-        """Return how many of so many tokens are still to be written; none is written beyond the model's length."""
+    def still_to_generate(tokens: int) -> int:
         return min(tokens, max_model_len) - len(request.given)
 
     if "min_tokens" in further:
-        further["min_tokens"] = max(0, left(further["min_tokens"]))
+        further["min_tokens"] = max(0, still_to_generate(further["min_tokens"]))
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
-        max_tokens=None if request.max_tokens is None else left(request.max_tokens),
+        max_tokens=None if request.max_tokens is None else still_to_generate(request.max_tokens),
         logprobs=request.logprobs,
         stop=list(request.stop) or None,
         seed=request.seed,
@@ -377,35 +385,43 @@ def _sampling(request: GenerateRequest, max_model_len: int) -> SamplingParams:
 
 
 def _check_stops(sampling: SamplingParams, llm: AsyncLLM) -> None:
-    """Raise RequestRefused for more stop tokens beside `min_tokens` than workers take, with those that vLLM adds."""
+    """Raise RequestRefused for more stop tokens beside `min_tokens` than a worker on a GPU survives.
+
+    The model's own stop tokens, which vLLM adds to those of the request, count too.
+    """
     if not sampling.min_tokens:
         return
-    given = set(sampling.stop_token_ids)
+    stop_ids = set(sampling.stop_token_ids)
     own = SamplingParams()
     own.update_from_generation_config(llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
-    most = STOP_TOKENS - len(own.all_stop_token_ids - given)
-    if len(given) > most:
-        raise RequestRefused(f"stop_token_ids: at most {most} different ones fit beside min_tokens; got {len(given)}")
+    most = STOP_TOKENS - len(own.all_stop_token_ids - stop_ids)
+    if len(stop_ids) > most:
+        raise RequestRefused(
+            f"stop_token_ids: at most {most} different ids are possible beside min_tokens; got {len(stop_ids)}"
+        )
 
 
-def _logprobs(token_ids: Sequence[int], found: Sequence[Mapping[int, Any]], top: int) -> tuple[TokenLogprob, ...]:
-    """vLLM's logprobs: at each place the token written, and so many of the likeliest, by their rank."""
+def _logprobs(token_ids: Sequence[int], places: Sequence[Mapping[int, Any]], top: int) -> tuple[TokenLogprob, ...]:
+    """Return the logprob of each generated token, with the `top` likeliest tokens at its place.
+
+    `places` is vLLM's form: for each place, its candidates by token id.
+    """
 
     def likeliest(place: Mapping[int, Any]) -> list[Any]:
-        return sorted(place.values(), key=lambda one: one.rank)[:top]
+        return sorted(place.values(), key=lambda candidate: candidate.rank)[:top]
 
     return tuple(
         TokenLogprob(
             place[token].decoded_token or "",
             place[token].logprob,
-            tuple((one.decoded_token or "", one.logprob) for one in likeliest(place)),
+            tuple((candidate.decoded_token or "", candidate.logprob) for candidate in likeliest(place)),
         )
-        for token, place in zip(token_ids, found, strict=True)
+        for token, place in zip(token_ids, places, strict=True)
     )
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in a line; vLLM wraps what matters several times over."""
+    """Return an error's innermost cause in one line, because vLLM wraps the useful message several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ValidationError):
