@@ -94,7 +94,7 @@ def kv_grant(engine: EngineHandle, kv_cache_bytes: int, seqs: int = 32, step_tok
     return Grant(engine.limits.share(kv_cache_bytes) + 1e-9, seqs, step_tokens)
 
 
-async def test_engines_that_start_side_by_side_hold_what_their_share_says(fleet: Fleet) -> None:
+async def test_engines_that_start_together_hold_exactly_their_shares(fleet: Fleet) -> None:
     for engine in fleet.engines.values():
         limits, stats = engine.limits, engine.stats()
         assert limits.device_bytes == DEVICE
@@ -105,7 +105,7 @@ async def test_engines_that_start_side_by_side_hold_what_their_share_says(fleet:
 
 
 @pytest.mark.parametrize("name", ["cached", "plain"])
-async def test_output_is_the_same_token_for_token_under_random_grants(fleet: Fleet, name: str) -> None:
+async def test_output_is_identical_under_random_grants(fleet: Fleet, name: str) -> None:
     engine = fleet.engines[name]
     floor = engine.limits.kv_floor_bytes
     calm = await all_tokens(engine, 150)
@@ -133,7 +133,7 @@ async def test_output_is_the_same_token_for_token_under_random_grants(fleet: Fle
     assert sum(outcome.preempted for outcome in applied) > 0, "nothing gave way: the test shows nothing"
 
 
-async def test_a_shrink_waits_for_its_grace_and_a_newer_one_wins(fleet: Fleet) -> None:
+async def test_shrink_waits_for_its_grace_and_a_newer_one_supersedes_it(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     floor = engine.limits.kv_floor_bytes
     await engine.resize(kv_grant(engine, 32 * floor))
@@ -154,7 +154,7 @@ async def test_a_shrink_waits_for_its_grace_and_a_newer_one_wins(fleet: Fleet) -
     await work
 
 
-async def test_what_a_grant_cannot_be_is_rejected_and_changes_nothing(fleet: Fleet) -> None:
+async def test_impossible_grants_are_rejected_and_change_nothing(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     before = engine.stats().grant
     floor = engine.limits.share(engine.limits.kv_floor_bytes)
@@ -172,7 +172,7 @@ async def test_what_a_grant_cannot_be_is_rejected_and_changes_nothing(fleet: Fle
     assert engine.stats().grant == before
 
 
-async def test_usage_follows_the_live_capacity(fleet: Fleet) -> None:
+async def test_kv_cache_usage_refers_to_the_current_capacity(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     floor = engine.limits.kv_floor_bytes
     await engine.resize(kv_grant(engine, 2 * floor, seqs=1))
@@ -187,7 +187,7 @@ async def test_usage_follows_the_live_capacity(fleet: Fleet) -> None:
     await stream.aclose()
 
 
-async def test_at_its_floor_an_engine_still_serves_its_longest_request(fleet: Fleet) -> None:
+async def test_an_engine_at_its_floor_serves_its_longest_request(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     await engine.resize(kv_grant(engine, engine.limits.kv_floor_bytes, seqs=32))
     long = GenerateRequest("long", (Message("user", "x" * 500),), 0.0, 1.0, 8)
@@ -198,7 +198,7 @@ async def test_at_its_floor_an_engine_still_serves_its_longest_request(fleet: Fl
         await tokens(engine, GenerateRequest("too long", (Message("user", "x" * 600),), 0.0, 1.0, 8))
 
 
-async def test_memory_goes_back_to_the_system(fleet: Fleet) -> None:
+async def test_a_shrink_returns_memory_to_the_system(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     floor = engine.limits.kv_floor_bytes
     await engine.resize(kv_grant(engine, 32 * floor))
@@ -210,7 +210,7 @@ async def test_memory_goes_back_to_the_system(fleet: Fleet) -> None:
     assert full - process.memory_full_info().uss > 8 * floor
 
 
-async def test_two_engines_trade_memory_and_nothing_is_lost(fleet: Fleet) -> None:
+async def test_two_engines_trade_memory_under_load_without_loss(fleet: Fleet) -> None:
     cached, plain = fleet.engines["cached"], fleet.engines["plain"]
     calm = await all_tokens(cached, 60)
     both = 0.9
@@ -233,7 +233,7 @@ async def test_two_engines_trade_memory_and_nothing_is_lost(fleet: Fleet) -> Non
         assert list(await work) == [calm, calm]
 
 
-async def test_a_hanging_engine_is_replaced_and_its_requests_are_served(fleet: Fleet) -> None:
+async def test_a_hanging_engine_is_restarted_and_its_requests_are_served(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     calm = await all_tokens(engine, 20)
     work = asyncio.create_task(all_tokens(engine, 20))
@@ -242,7 +242,7 @@ async def test_a_hanging_engine_is_replaced_and_its_requests_are_served(fleet: F
     assert await work == calm
 
 
-async def test_nobody_waits_for_an_engine_that_died_meanwhile(fleet: Fleet, events: list[Event]) -> None:
+async def test_calls_to_an_engine_that_has_just_died_return(fleet: Fleet, events: list[Event]) -> None:
     engine = fleet.engines["plain"]
 
     async def kill_and_wait() -> None:
@@ -265,7 +265,7 @@ async def test_nobody_waits_for_an_engine_that_died_meanwhile(fleet: Fleet, even
 
 
 @pytest.mark.parametrize("name", ["cached", "plain"])
-async def test_a_killed_engine_comes_back_and_every_request_is_answered_once_and_right(
+async def test_a_killed_engine_restarts_and_every_request_gets_the_right_reply(
     fleet: Fleet, events: list[Event], name: str
 ) -> None:
     engine, other = fleet.engines[name], fleet.engines["plain" if name == "cached" else "cached"]
@@ -285,7 +285,7 @@ async def test_a_killed_engine_comes_back_and_every_request_is_answered_once_and
     assert all(engine == name for engine, _ in told), "the other engine noticed"
 
 
-async def test_a_request_that_was_alone_in_a_crash_is_not_sent_again(fleet: Fleet) -> None:
+async def test_a_request_that_was_alone_in_a_crash_is_quarantined(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     calm = await all_tokens(engine, 20)
 

@@ -53,7 +53,7 @@ async def text(fleet: Fleet, engine: str, asked: GenerateRequest) -> str:
     return "".join([chunk.text async for chunk in fleet.engines[engine].generate(asked)]).strip()
 
 
-async def test_start_up_was_reported_and_logs_are_in_files(fleet: Fleet, events: list[Event], tmp_path: Path) -> None:
+async def test_start_up_states_are_reported(fleet: Fleet, events: list[Event], tmp_path: Path) -> None:
     states = [(event.engine, event.state) for event in events if isinstance(event, EngineChanged)]
     assert states[:2] == [("solver", EngineState.STARTING), ("chat", EngineState.STARTING)]
     for name in ("solver", "chat"):
@@ -72,7 +72,7 @@ async def test_tokens_stream_with_their_times(fleet: Fleet) -> None:
     assert chunks[0].prompt_tokens == len(STEP.split()) + 2  # start and reply tokens
 
 
-async def test_many_at_once_reply_as_one_does(fleet: Fleet) -> None:
+async def test_concurrent_requests_get_the_same_replies_as_single_ones(fleet: Fleet) -> None:
     rng = random.Random(1)
     prompts = [scratchpad.step_prompt(*sampling.draw_step(rng)) for _ in range(100)]
     together = await asyncio.gather(*(text(fleet, "solver", request(p)) for p in prompts))
@@ -81,13 +81,13 @@ async def test_many_at_once_reply_as_one_does(fleet: Fleet) -> None:
     assert sum(reply == oracle.reply(p) for p, reply in zip(prompts, together, strict=True)) >= 98
 
 
-async def test_a_prompt_beyond_the_engines_length_is_refused_and_the_engine_goes_on(fleet: Fleet) -> None:
+async def test_a_prompt_that_is_too_long_is_refused_and_the_engine_keeps_serving(fleet: Fleet) -> None:
     with pytest.raises(EngineError, match="solver refused"):
         await text(fleet, "solver", request("1 " * 500))
     assert await text(fleet, "solver", request(STEP)) == oracle.reply(STEP)
 
 
-async def test_stop_tokens_that_are_fatal_to_a_gpus_worker_are_refused(fleet: Fleet) -> None:
+async def test_too_many_stop_tokens_beside_min_tokens_are_refused(fleet: Fleet) -> None:
     many = {"stop_token_ids": list(range(129))}
     await text(fleet, "chat", request("hello", max_tokens=3, further=many))
     with pytest.raises(RequestRefused, match=r"^stop_token_ids: at most 12[78] .* min_tokens; got 129"):
@@ -95,11 +95,11 @@ async def test_stop_tokens_that_are_fatal_to_a_gpus_worker_are_refused(fleet: Fl
 
 
 @pytest.mark.parametrize("most", [2**31, 10**30])
-async def test_more_tokens_than_a_worker_can_count_are_as_many_as_there_is_room_for(fleet: Fleet, most: int) -> None:
+async def test_max_tokens_beyond_32_bits_means_as_many_as_fit(fleet: Fleet, most: int) -> None:
     assert await text(fleet, "solver", request(STEP, max_tokens=most)) == oracle.reply(STEP)
 
 
-async def test_closing_a_stream_early_frees_its_place(fleet: Fleet) -> None:
+async def test_closing_a_stream_early_aborts_its_request(fleet: Fleet) -> None:
     engine = fleet.engines["chat"]
     stream = engine.generate(request("hello", max_tokens=1500, temperature=1.0))
     await anext(stream)
@@ -119,7 +119,7 @@ async def test_a_seed_repeats_a_sampled_reply(fleet: Fleet) -> None:
     assert len(set(crowd)) == 8
 
 
-async def test_a_schema_holds_even_random_weights_to_json(fleet: Fleet) -> None:
+async def test_a_schema_makes_even_random_weights_reply_in_json(fleet: Fleet) -> None:
     schema = {
         "type": "object",
         "properties": {"accepted": {"type": "boolean"}, "reason": {"type": "string", "maxLength": 20}},
@@ -134,7 +134,7 @@ async def test_a_schema_holds_even_random_weights_to_json(fleet: Fleet) -> None:
     assert len({str(p) for p in parsed}) > 1
 
 
-async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_first(fleet: Fleet) -> None:
+async def test_waiting_requests_are_admitted_by_priority_then_job_age(fleet: Fleet) -> None:
     engine = fleet.engines["chat"]
     grant = engine.stats().grant
     assert grant is not None
@@ -157,7 +157,7 @@ async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_firs
     assert served == ["runs", "urgent", "old", "young"]
 
 
-async def test_a_general_role_parses_what_any_chat_model_says(fleet: Fleet) -> None:
+async def test_a_general_role_parses_the_reply_of_any_chat_model(fleet: Fleet) -> None:
     role = Critic()
     task = CritiqueTask("1+2", Step(name="1", instruction="add 1 and 2"), "3")
     tokens = role.sampling.max_tokens  # this model writes UTF-8 byte by byte
@@ -165,7 +165,7 @@ async def test_a_general_role_parses_what_any_chat_model_says(fleet: Fleet) -> N
     role.parse(await text(fleet, "chat", asked), task)
 
 
-async def test_stats_count_what_was_asked(fleet: Fleet) -> None:
+async def test_stats_count_requests_and_tokens(fleet: Fleet) -> None:
     before = fleet.engines["solver"].stats()
     await text(fleet, "solver", request(STEP))
     after = fleet.engines["solver"].stats()
@@ -174,7 +174,7 @@ async def test_stats_count_what_was_asked(fleet: Fleet) -> None:
     assert after.state is EngineState.READY
 
 
-async def test_a_closed_engine_refuses(fleet: Fleet) -> None:
+async def test_a_closed_engine_refuses_requests(fleet: Fleet) -> None:
     engine = fleet.engines["chat"]
     await engine.close()
     await engine.close()

@@ -1,4 +1,4 @@
-"""The fake engine keeps the seam's promises, so that what is tested over it holds for a real one."""
+"""The fake engine keeps the contract of EngineHandle, so that tests that use it hold for a real engine."""
 
 import asyncio
 from dataclasses import replace
@@ -22,7 +22,7 @@ def now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def test_it_streams_a_word_a_token_and_counts_them() -> None:
+async def test_each_word_is_a_token_and_is_counted() -> None:
     async with FakeEngine("f", lambda request: "four five six", time_scale=0.01) as engine:
         chunks = [chunk async for chunk in engine.generate(REQUEST)]
         assert "".join(chunk.text for chunk in chunks) == "four five six"
@@ -33,14 +33,14 @@ async def test_it_streams_a_word_a_token_and_counts_them() -> None:
     assert engine.stats().state is EngineState.CLOSED
 
 
-async def test_it_stops_at_max_tokens() -> None:
+async def test_reply_stops_at_max_tokens() -> None:
     async with FakeEngine("f", lambda request: " ".join("abcdefghijklmnopqrstuvwxyz")) as engine:
         chunks = [chunk async for chunk in engine.generate(REQUEST)]
         assert len("".join(chunk.text for chunk in chunks).split()) == 16
         assert chunks[-1].finish == "length"
 
 
-async def test_no_more_than_max_num_seqs_run() -> None:
+async def test_at_most_max_num_seqs_requests_run() -> None:
     times = ServiceTime(step_s=0.01, token_s=0, prefill_s=0)
     async with FakeEngine("f", lambda request: "one", max_num_seqs=2, times=times, time_scale=1) as engine:
 
@@ -48,14 +48,14 @@ async def test_no_more_than_max_num_seqs_run() -> None:
             async for _ in engine.generate(REQUEST):
                 pass
 
-        asked = [asyncio.create_task(ask()) for _ in range(5)]
+        tasks = [asyncio.create_task(ask()) for _ in range(5)]
         await asyncio.sleep(0.005)
         assert (engine.stats().running, engine.stats().waiting) == (2, 3)
-        await asyncio.gather(*asked)
+        await asyncio.gather(*tasks)
         assert (engine.stats().running, engine.stats().waiting) == (0, 0)
 
 
-async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_first() -> None:
+async def test_waiting_requests_are_admitted_by_priority_then_job_age() -> None:
     times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
     served: list[str] = []
     async with FakeEngine("f", lambda request: "one", max_num_seqs=1, times=times, time_scale=1) as engine:
@@ -71,7 +71,7 @@ async def test_of_those_that_wait_the_more_urgent_and_then_the_older_job_is_firs
     assert served == ["runs", "urgent", "old", "as old", "young"]
 
 
-async def test_its_time_follows_the_model() -> None:
+async def test_reply_takes_the_modelled_time() -> None:
     times = ServiceTime(step_s=0.02, token_s=0, prefill_s=0.01)
     async with FakeEngine("f", lambda request: "a b c", times=times, time_scale=1) as engine:
         async for _ in engine.generate(REQUEST):
@@ -79,7 +79,7 @@ async def test_its_time_follows_the_model() -> None:
         assert now_s() == pytest.approx(3 * 0.01 + 3 * 0.02)
 
 
-async def test_a_failed_engine_ends_streams_and_refuses_more() -> None:
+async def test_a_killed_engine_ends_streams_and_refuses_requests() -> None:
     async with FakeEngine("f", lambda request: "a b c", time_scale=1) as engine:
         stream = engine.generate(REQUEST)
         await anext(stream)
@@ -91,17 +91,17 @@ async def test_a_failed_engine_ends_streams_and_refuses_more() -> None:
     assert engine.stats().running == 0
 
 
-async def test_an_engine_that_was_not_started_refuses() -> None:
+async def test_an_engine_that_has_not_started_refuses_requests() -> None:
     with pytest.raises(EngineError, match="starting"):
         await anext(FakeEngine("f", lambda request: "a").generate(REQUEST))
 
 
 MEMORY = FakeMemory(device=1000, fixed=100, floor=50, token=1, block_tokens=19)
-"""A request of 3 prompt tokens and up to 15 written takes one block, 19 of it."""
+"""A request of 3 prompt tokens and up to 15 reply tokens takes one block of 19 tokens."""
 
 
 async def run_many(engine: FakeEngine, count: int) -> tuple[list[asyncio.Task[None]], list[int]]:
-    """Ask many times at once; the tasks, and how many ran at a time as each ended."""
+    """Send many requests at once. Return their tasks, and a list of how many requests ran at each chunk."""
     running: list[int] = []
 
     async def ask() -> None:
@@ -112,10 +112,12 @@ async def run_many(engine: FakeEngine, count: int) -> tuple[list[asyncio.Task[No
     return tasks, running
 
 
-async def test_memory_and_concurrency_bound_what_runs_and_move_live() -> None:
+async def test_memory_and_concurrency_limit_running_requests_and_change_live() -> None:
     times = ServiceTime(step_s=0.005, token_s=0, prefill_s=0)
     async with FakeEngine("f", lambda request: "one two", times=times, time_scale=1, memory=MEMORY) as engine:
-        assert isinstance(await engine.resize(Grant(0.15, 64, 2048)), Applied)  # 50 for the KV cache: two requests
+        assert isinstance(
+            await engine.resize(Grant(0.15, 64, 2048)), Applied
+        )  # leaves 50 for the KV cache: two requests
         tasks, running = await run_many(engine, 10)
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         assert max(running) == 2
@@ -125,7 +127,7 @@ async def test_memory_and_concurrency_bound_what_runs_and_move_live() -> None:
         assert engine.stats().kv_cache_usage == 0
 
 
-async def test_a_shrink_is_deferred_while_its_memory_is_in_use_then_forced() -> None:
+async def test_shrink_waits_for_running_requests_then_preempts_them() -> None:
     times = ServiceTime(step_s=0.1, token_s=0, prefill_s=0)
     async with FakeEngine(
         "f", lambda request: "a b c d e f g h i j", times=times, time_scale=1, memory=MEMORY
@@ -143,14 +145,14 @@ async def test_a_shrink_is_deferred_while_its_memory_is_in_use_then_forced() -> 
         assert forced.preempted == 6
         assert engine.stats().preemptions == 6
         assert isinstance(await engine.resize(Grant(0.3, 64, 2048)), Applied)
-        await asyncio.sleep(0.11)  # a step later all run again
+        await asyncio.sleep(0.11)  # after one step all run again
         third = await engine.resize(Grant(0.16, 64, 2048), grace_s=60)
         assert isinstance(third, Deferred)
         await asyncio.gather(*tasks)
         assert isinstance(await third.settled, Applied)
 
 
-async def test_it_rejects_what_real_engines_reject() -> None:
+async def test_impossible_grants_are_rejected() -> None:
     engine = FakeEngine("f", lambda request: "one", memory=MEMORY)
     assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
     await engine.start()
@@ -159,10 +161,10 @@ async def test_it_rejects_what_real_engines_reject() -> None:
     assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
 
 
-async def test_a_sequence_that_outgrows_the_memory_preempts_the_last_one_and_is_not_lost() -> None:
+async def test_requests_that_outgrow_the_memory_are_preempted_and_completed() -> None:
     times = ServiceTime(step_s=0.001, token_s=0, prefill_s=0)
     memory = FakeMemory(device=1000, fixed=100, floor=10, token=1)
-    grant = Grant(0.12, 64, 2048)  # 20 for the KV cache: three prompts, but not three replies
+    grant = Grant(0.12, 64, 2048)  # leaves 20 for the KV cache: room for three prompts, but not for three replies
     words = " ".join("abcdefgh")
     async with FakeEngine("f", lambda r: words, times=times, time_scale=1, memory=memory, grant=grant) as engine:
 
@@ -174,7 +176,7 @@ async def test_a_sequence_that_outgrows_the_memory_preempts_the_last_one_and_is_
         assert engine.usage.in_flight == 0
 
 
-async def test_engines_on_one_processor_slow_each_other() -> None:
+async def test_engines_on_one_processor_slow_each_other_down() -> None:
     processor = Processor(lanes=1)
     times = ServiceTime(step_s=0.02, token_s=0, prefill_s=0)
     engines = [FakeEngine("f", lambda r: "a b", times=times, time_scale=1, processor=processor) for _ in range(2)]
@@ -188,7 +190,7 @@ async def test_engines_on_one_processor_slow_each_other() -> None:
         assert now_s() >= 2 * 0.02 * 1.5
 
 
-async def test_calls_go_through_the_process_in_front_one_after_another() -> None:
+async def test_calls_from_one_process_are_made_one_after_another() -> None:
     times = ServiceTime(step_s=0.001, token_s=0, prefill_s=0, call_s=0.02)
     front = Processor(lanes=1)
     engines = [FakeEngine("f", lambda r: "a", times=times, time_scale=1, front=front) for _ in range(2)]

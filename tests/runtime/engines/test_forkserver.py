@@ -1,4 +1,4 @@
-"""The process that engines are forked from, with nothing heavy preloaded."""
+"""The forkserver, with a light module preloaded instead of vLLM."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ for _ in range(20):
 """
 
 
-def test_every_thread_reads_how_an_engine_ended_and_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
+def test_every_thread_reads_the_exit_code_under_a_long_tmpdir(tmp_path: Path) -> None:
     temporary = tmp_path / ("long" * 30)
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}

@@ -1,4 +1,4 @@
-"""The ledger's account of claims."""
+"""The ledger keeps the sum of claims within the budget."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from runtime.engines.ledger import Ledger, OverBudget
 
 
 @given(claims=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60))), cut=st.integers(0, 100))
-def test_free_is_what_no_engine_has_claimed_whatever_came_before(claims: list[tuple[str, int]], cut: int) -> None:
+def test_free_is_the_budget_minus_all_claims(claims: list[tuple[str, int]], cut: int) -> None:
     ledger, held = Ledger(100), dict.fromkeys("", 0)
     for name, nbytes in claims:
         if sum(held.values()) - held.get(name, 0) + nbytes <= 100:

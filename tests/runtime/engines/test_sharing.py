@@ -138,7 +138,7 @@ async def test_memory_moves_from_donors_to_recipients(three: Three) -> None:
         ({"b": 0.2, "a": 0.6}, "the budget is"),
     ],
 )
-async def test_what_cannot_be_is_rejected_and_changes_nothing(
+async def test_an_impossible_decision_is_rejected_and_changes_nothing(
     three: Three, grants: dict[str, float], told: str
 ) -> None:
     outcomes = await three.sharing.resize({name: grant(share) for name, share in grants.items()})
@@ -149,20 +149,20 @@ async def test_what_cannot_be_is_rejected_and_changes_nothing(
 
 
 @pytest.mark.parametrize(("seqs", "tokens"), [(0, 2048), (65, 2048), (-1, 2048), (64, 0), (64, 4096)])
-async def test_concurrency_has_bounds_too(three: Three, seqs: int, tokens: int) -> None:
+async def test_concurrency_outside_its_bounds_is_rejected(three: Three, seqs: int, tokens: int) -> None:
     outcome = (await three.sharing.resize({"a": Grant(0.3, seqs, tokens)}))["a"]
     assert isinstance(outcome, Rejected)
     assert "is not within" in outcome.reason
 
 
-async def test_one_rejected_grant_holds_back_the_whole_decision(three: Three) -> None:
+async def test_one_rejected_grant_rejects_the_whole_decision(three: Three) -> None:
     outcomes = await three.sharing.resize({"a": grant(0.01), "b": grant(0.2)})
     assert isinstance(outcomes["b"], Rejected)
     assert "another grant" in outcomes["b"].reason
     assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
 
 
-async def test_a_recipient_grows_by_what_was_released_and_by_the_rest_later(three: Three) -> None:
+async def test_a_recipient_grows_as_its_donor_releases_memory(three: Three) -> None:
     three.engines["b"].fault = "busy"
     outcomes = await three.sharing.resize({"a": grant(0.6), "b": grant(0.2), "c": grant(0.2)})
     assert isinstance(outcomes["c"], Applied)
@@ -176,7 +176,7 @@ async def test_a_recipient_grows_by_what_was_released_and_by_the_rest_later(thre
     assert three.device.most == DEVICE
 
 
-async def test_a_newer_grant_supersedes_one_that_waits_and_the_older_is_told(three: Three) -> None:
+async def test_a_newer_grant_supersedes_a_waiting_one(three: Three) -> None:
     three.engines["b"].fault = "busy"
     first = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
     second = await three.sharing.resize({"a": grant(0.2)})
@@ -189,7 +189,7 @@ async def test_a_newer_grant_supersedes_one_that_waits_and_the_older_is_told(thr
     assert three.ledger.held == three.device.held
 
 
-async def test_what_a_donor_is_about_to_give_can_be_granted_already(three: Three) -> None:
+async def test_memory_that_a_donor_has_yet_to_release_can_be_granted(three: Three) -> None:
     three.engines["b"].fault = "busy"
     await three.sharing.resize({"b": grant(0.2)})
     waiting = (await three.sharing.resize({"a": grant(0.5)}))["a"]
@@ -199,7 +199,7 @@ async def test_what_a_donor_is_about_to_give_can_be_granted_already(three: Three
     assert shares(three) == {"a": 0.5, "b": 0.2, "c": 0.3}
 
 
-async def test_when_a_recipient_fails_its_donors_get_back_what_they_gave(three: Three) -> None:
+async def test_donors_get_their_memory_back_if_the_recipient_fails(three: Three) -> None:
     three.engines["a"].fault = "out of memory"
     outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
     assert isinstance(outcomes["a"], Rejected)
@@ -209,7 +209,7 @@ async def test_when_a_recipient_fails_its_donors_get_back_what_they_gave(three: 
     assert three.ledger.held == three.device.held
 
 
-async def test_recipients_grow_side_by_side(three: Three) -> None:
+async def test_recipients_grow_concurrently(three: Three) -> None:
     three.engines["a"].fault = "silent"
     resize = asyncio.create_task(three.sharing.resize({"a": grant(0.4), "b": grant(0.2), "c": grant(0.4)}))
     await asyncio.wait([resize], timeout=0.05)
@@ -218,7 +218,7 @@ async def test_recipients_grow_side_by_side(three: Three) -> None:
     assert all(isinstance(outcome, Applied) for outcome in (await resize).values())
 
 
-async def test_where_one_recipient_fails_the_other_keeps_its_part_and_the_rest_goes_back(three: Three) -> None:
+async def test_if_one_recipient_fails_the_other_keeps_its_part_and_the_rest_is_returned(three: Three) -> None:
     three.engines["a"].fault = "out of memory"
     outcomes = await three.sharing.resize({"a": grant(0.4), "b": grant(0.2), "c": grant(0.4)})
     assert {name: type(outcome) for name, outcome in outcomes.items()} == {"a": Rejected, "b": Rejected, "c": Applied}
@@ -227,7 +227,7 @@ async def test_where_one_recipient_fails_the_other_keeps_its_part_and_the_rest_g
     assert three.device.most <= DEVICE
 
 
-async def test_a_recipient_is_told_when_its_donor_gives_nothing(three: Three) -> None:
+async def test_a_recipient_is_rejected_if_its_donor_releases_nothing(three: Three) -> None:
     three.engines["b"].fault = "dead"
     outcomes = await three.sharing.resize({"a": grant(0.5), "b": grant(0.2)})
     assert isinstance(outcomes["b"], Rejected)
@@ -236,14 +236,14 @@ async def test_a_recipient_is_told_when_its_donor_gives_nothing(three: Three) ->
     assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
 
 
-async def test_a_cut_budget_is_met_by_shrinking_only(three: Three) -> None:
+async def test_after_a_budget_cut_only_shrinking_is_possible(three: Three) -> None:
     three.ledger.budget_bytes = DEVICE // 2
     assert isinstance((await three.sharing.resize({"a": grant(0.35)}))["a"], Rejected)
     assert isinstance((await three.sharing.resize({"a": grant(0.2)}))["a"], Applied)
 
 
 @pytest.mark.parametrize("after", [None, "dead", "busy"])
-async def test_an_engine_that_does_not_answer_is_left_alone_and_the_others_go_on(
+async def test_memory_moves_between_the_others_while_an_engine_does_not_answer(
     three: Three, monkeypatch: pytest.MonkeyPatch, after: str | None
 ) -> None:
     monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
@@ -339,7 +339,7 @@ async def test_memory_moves_between_the_others_while_an_engine_restarts(restarti
     assert isinstance((await sharing.resize({"a": grant(0.4)}))["a"], Applied)
 
 
-async def test_an_engine_that_comes_back_with_more_is_in_the_ledger(restarting: Restarting) -> None:
+async def test_the_ledger_follows_an_engine_that_restarts_with_more_memory(restarting: Restarting) -> None:
     restarting.engines["a"].kill()
     restarting.share = 0.55
     await restarting.engines["a"].close()

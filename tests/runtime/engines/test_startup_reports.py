@@ -1,4 +1,4 @@
-"""Reports from an engine's process reach the listener; nobody listening is no error."""
+"""Reports from an engine's process reach the listener in order."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from runtime.engines.handle import EngineState
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_reports_are_taken_in_order(tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+def test_reports_arrive_in_order(tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     async def take_two() -> list[tuple[str, EngineState]]:
         taken: asyncio.Queue[tuple[str, EngineState]] = asyncio.Queue()
         with startup_reports.listening(tmp_path, lambda engine, state: taken.put_nowait((engine, state))):
@@ -25,5 +25,5 @@ def test_reports_are_taken_in_order(tmp_path: Path, loop: Callable[[], asyncio.A
         assert runner.run(take_two()) == [("solver", EngineState.LOADING), ("critic", EngineState.LOADED)]
 
 
-def test_nobody_listening_is_no_error(tmp_path: Path) -> None:
+def test_a_missing_listener_is_ignored(tmp_path: Path) -> None:
     startup_reports.send(tmp_path, "solver", EngineState.LOADING)

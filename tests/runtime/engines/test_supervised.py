@@ -99,7 +99,7 @@ def text(chunks: list[Chunk]) -> str:
 
 @pytest.mark.parametrize("after", range(9))
 @pytest.mark.parametrize("how", [{}, {"schema": {"type": "object"}}, {"schema": {}, "temperature": 1.0}])
-async def test_a_reply_goes_on_where_the_dead_engine_left_it(
+async def test_a_reply_continues_after_what_the_dead_engine_streamed(
     engine: SupervisedEngine, made: Made, after: int, how: dict[str, Any]
 ) -> None:
     chunks = []
@@ -114,7 +114,7 @@ async def test_a_reply_goes_on_where_the_dead_engine_left_it(
     assert len(made.engines) == (1 if after == 0 else 2)
 
 
-async def test_without_a_schema_it_goes_on_from_the_tokens_and_with_one_is_written_again_from_its_seed(
+async def test_a_reply_is_resumed_without_a_schema_and_replayed_with_its_seed_with_one(
     engine: SupervisedEngine, made: Made
 ) -> None:
     for schema in (None, {"type": "object"}):
@@ -131,9 +131,7 @@ async def test_without_a_schema_it_goes_on_from_the_tokens_and_with_one_is_writt
         assert first.request_id != second.request_id
 
 
-async def test_a_reply_that_cannot_be_gone_on_with_is_an_error_not_a_mixture(
-    engine: SupervisedEngine, made: Made
-) -> None:
+async def test_a_replay_with_different_tokens_raises_an_error(engine: SupervisedEngine, made: Made) -> None:
     made.drift = True
     seen: list[Chunk] = []
 
@@ -148,7 +146,7 @@ async def test_a_reply_that_cannot_be_gone_on_with_is_an_error_not_a_mixture(
     assert text(seen) == "one two three"
 
 
-async def test_a_dead_engine_is_started_again_before_anyone_asks_and_keeps_its_grant(
+async def test_a_dead_engine_is_restarted_with_its_grant_without_a_request(
     engine: SupervisedEngine, made: Made
 ) -> None:
     grant = Grant(0.5, 7, 100)
@@ -160,7 +158,7 @@ async def test_a_dead_engine_is_started_again_before_anyone_asks_and_keeps_its_g
     assert made.states == [EngineState.READY, EngineState.DEAD, EngineState.STARTING, EngineState.READY]
 
 
-async def test_requests_that_come_while_it_restarts_are_held(engine: SupervisedEngine, made: Made) -> None:
+async def test_requests_wait_during_a_restart(engine: SupervisedEngine, made: Made) -> None:
     made.fail_to_start = 2
     engine.kill()
     replies = await asyncio.gather(*(reply(engine) for _ in range(20)))
@@ -168,7 +166,7 @@ async def test_requests_that_come_while_it_restarts_are_held(engine: SupervisedE
     assert len(made.engines) == 4
 
 
-async def test_a_hanging_engine_is_killed_and_its_requests_served_again(engine: SupervisedEngine, made: Made) -> None:
+async def test_a_hanging_engine_is_killed_and_its_requests_are_sent_again(engine: SupervisedEngine, made: Made) -> None:
     asked = asyncio.create_task(reply(engine))
     await asyncio.sleep(0.03)
     made.engines[0].hangs = True
@@ -176,7 +174,7 @@ async def test_a_hanging_engine_is_killed_and_its_requests_served_again(engine: 
     assert made.engines[0].stats().state is EngineState.CLOSED
 
 
-async def test_a_crash_loop_ends_in_a_clear_state_and_error(engine: SupervisedEngine, made: Made) -> None:
+async def test_an_engine_that_keeps_dying_fails_with_the_reason(engine: SupervisedEngine, made: Made) -> None:
     made.fail_to_start = 100
     engine.kill()
     with pytest.raises(EngineError, match=r"e keeps failing: 4 restarts within 60 s; no memory left"):
@@ -189,7 +187,7 @@ async def test_a_crash_loop_ends_in_a_clear_state_and_error(engine: SupervisedEn
     assert "keeps failing" in getattr(outcome, "reason", "")
 
 
-async def test_a_request_that_was_alone_in_a_crash_is_not_sent_again(engine: SupervisedEngine, made: Made) -> None:
+async def test_a_request_that_was_alone_in_a_crash_is_quarantined(engine: SupervisedEngine, made: Made) -> None:
     with pytest.raises(RequestQuarantined, match="engine e crashed; this request is the likeliest cause"):
         await reply(engine, POISON)
     assert text(await reply(engine)) == WORDS
@@ -207,9 +205,7 @@ async def test_a_request_that_was_alone_when_its_engine_was_killed_is_sent_again
     assert text(chunks) == WORDS
 
 
-async def test_a_request_under_which_three_engines_were_killed_is_not_sent_again(
-    engine: SupervisedEngine, made: Made
-) -> None:
+async def test_a_request_is_quarantined_after_three_killed_engines(engine: SupervisedEngine, made: Made) -> None:
     """As by the kernel's OOM killer: it ends what needs too much memory by SIGKILL."""
     with pytest.raises(RequestQuarantined, match="engine e was killed; this request is the likeliest cause"):
         await reply(engine, replace(POISON, messages=(Message("user", "kill"),)))
@@ -217,7 +213,7 @@ async def test_a_request_under_which_three_engines_were_killed_is_not_sent_again
 
 
 @pytest.mark.parametrize("poisons", [1, 2])
-async def test_poison_requests_are_found_and_those_beside_them_served(
+async def test_poison_requests_are_found_and_the_others_are_served(
     engine: SupervisedEngine, made: Made, poisons: int
 ) -> None:
     """One crash for all of them together, and one for each: fewer than make an engine fail."""
@@ -234,7 +230,7 @@ async def test_poison_requests_are_found_and_those_beside_them_served(
     assert engine.stats().state is EngineState.READY
 
 
-async def test_a_request_that_breaks_engines_late_in_its_reply_is_found_too(
+async def test_a_request_that_crashes_engines_after_its_first_token_is_found(
     engine: SupervisedEngine, made: Made
 ) -> None:
     async def poison() -> None:
@@ -249,7 +245,9 @@ async def test_a_request_that_breaks_engines_late_in_its_reply_is_found_too(
     assert len(made.engines) <= 4
 
 
-async def test_one_that_waits_beside_a_late_breaker_is_served(engine: SupervisedEngine, made: Made) -> None:
+async def test_the_only_request_without_a_token_is_not_blamed_beside_another(
+    engine: SupervisedEngine, made: Made
+) -> None:
     """It is the only one without a token, and still not the only one in the engine."""
     breaker = engine.generate(REQUEST)
     await anext(breaker)
@@ -261,9 +259,7 @@ async def test_one_that_waits_beside_a_late_breaker_is_served(engine: Supervised
     assert text([chunk async for chunk in breaker]) == WORDS.removeprefix(WORDS.split()[0])
 
 
-async def test_an_engine_that_was_killed_casts_no_suspicion_for_a_later_crash(
-    engine: SupervisedEngine, made: Made
-) -> None:
+async def test_a_killed_engine_does_not_add_suspicion_in_a_later_crash(engine: SupervisedEngine, made: Made) -> None:
     innocent = asyncio.create_task(reply(engine))
     while not made.requests:  # noqa: ASYNC110  nothing tells
         await asyncio.sleep(0)
@@ -275,7 +271,7 @@ async def test_an_engine_that_was_killed_casts_no_suspicion_for_a_later_crash(
         await poison
 
 
-async def test_a_reader_that_stops_reading_holds_up_the_line_for_a_while_only(
+async def test_a_reader_that_stops_reading_delays_the_line_by_one_turn_at_most(
     engine: SupervisedEngine, made: Made
 ) -> None:
     stalled, other = engine.generate(REQUEST), engine.generate(REQUEST)
@@ -290,7 +286,7 @@ async def test_a_reader_that_stops_reading_holds_up_the_line_for_a_while_only(
     await stalled.aclose()
 
 
-async def test_requests_in_the_line_count_as_waiting(engine: SupervisedEngine, made: Made) -> None:
+async def test_requests_in_the_quarantine_line_count_as_waiting(engine: SupervisedEngine, made: Made) -> None:
     asked = [asyncio.create_task(reply(engine)) for _ in range(10)]
     while len(made.requests) < 10:  # noqa: ASYNC110  nothing tells
         await asyncio.sleep(0)
@@ -301,7 +297,7 @@ async def test_requests_in_the_line_count_as_waiting(engine: SupervisedEngine, m
     await asyncio.gather(*asked)
 
 
-async def test_closing_an_engine_is_no_requests_fault(made: Made) -> None:
+async def test_closing_an_engine_blames_no_request(made: Made) -> None:
     supervised = SupervisedEngine("e", made.make, patience=QUICK)
     await supervised.start()
     asked = asyncio.create_task(reply(supervised))
@@ -312,7 +308,7 @@ async def test_closing_an_engine_is_no_requests_fault(made: Made) -> None:
         await asked
 
 
-async def test_a_suspect_that_is_cancelled_holds_nobody_up(engine: SupervisedEngine, made: Made) -> None:
+async def test_a_cancelled_suspect_does_not_block_the_line(engine: SupervisedEngine, made: Made) -> None:
     asked = [asyncio.create_task(reply(engine)) for _ in range(5)]
     await asyncio.sleep(0)
     made.engines[0].crash()
@@ -324,7 +320,7 @@ async def test_a_suspect_that_is_cancelled_holds_nobody_up(engine: SupervisedEng
 
 
 @pytest.mark.parametrize("further", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
-async def test_a_reply_whose_tokens_are_counted_is_written_again(
+async def test_a_reply_with_penalties_is_replayed(
     engine: SupervisedEngine, made: Made, further: dict[str, Any]
 ) -> None:
     """Put behind the prompt, they would not count."""
@@ -337,7 +333,7 @@ async def test_a_reply_whose_tokens_are_counted_is_written_again(
     assert [request.given for request in made.requests] == [(), ()]
 
 
-async def test_many_requests_in_flight_all_end_right(engine: SupervisedEngine, made: Made) -> None:
+async def test_all_requests_in_flight_survive_two_kills(engine: SupervisedEngine, made: Made) -> None:
     asked = [asyncio.create_task(reply(engine)) for _ in range(50)]
     for _ in range(2):
         await asyncio.sleep(0.04)
@@ -345,7 +341,7 @@ async def test_many_requests_in_flight_all_end_right(engine: SupervisedEngine, m
     assert {text(chunks) for chunks in await asyncio.gather(*asked)} == {WORDS}
 
 
-async def test_a_failed_first_start_is_the_callers(made: Made) -> None:
+async def test_a_failed_first_start_raises(made: Made) -> None:
     supervised = SupervisedEngine("e", made.make)
     made.engines[0].fails_to_start = True
     with pytest.raises(EngineError, match="no memory left"):
@@ -353,7 +349,7 @@ async def test_a_failed_first_start_is_the_callers(made: Made) -> None:
     await supervised.close()
 
 
-async def test_closing_ends_those_who_wait(made: Made) -> None:
+async def test_closing_fails_waiting_requests(made: Made) -> None:
     supervised = SupervisedEngine("e", made.make, patience=replace(QUICK, backoff_s=(60,)))
     await supervised.start()
     supervised.kill()

@@ -1,4 +1,4 @@
-"""The folder for what vLLM leaves behind: ours while we live, gone when we are."""
+"""The temporary folder for vLLM's files: private, removed at the end, and cleaned up after a killed owner."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return base
 
 
-def test_it_is_private_and_gone_at_the_end(base: Path) -> None:
+def test_the_folder_is_private_and_removed_at_the_end(base: Path) -> None:
     with temp_folder.folder() as folder:
         (folder / "socket").touch()
         assert folder.parent == base
@@ -38,9 +38,9 @@ def test_it_is_private_and_gone_at_the_end(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
-def test_what_a_killed_owner_left_goes_and_what_a_living_one_holds_stays(base: Path) -> None:
-    mine = base / f"{temp_folder.PREFIX}backup"
-    mine.mkdir()
+def test_the_folder_of_a_killed_owner_is_removed_and_that_of_a_living_one_stays(base: Path) -> None:
+    foreign = base / f"{temp_folder.PREFIX}backup"
+    foreign.mkdir()
     with subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         held = Path(holder.stdout.readline().strip())
@@ -52,10 +52,10 @@ def test_what_a_killed_owner_left_goes_and_what_a_living_one_holds_stays(base: P
         with temp_folder.folder() as folder:
             assert not held.exists()
             assert folder.is_dir()
-    assert mine.is_dir()
+    assert foreign.is_dir()
 
 
-def test_a_long_base_gives_way_to_a_short_one(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_a_long_tmpdir_is_replaced_by_tmp(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     monkeypatch.setattr(temp_folder, "PATH_MAX_BYTES", 10)
     with temp_folder.folder() as folder:
         assert folder.parent == Path("/tmp")

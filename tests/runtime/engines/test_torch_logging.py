@@ -1,4 +1,4 @@
-"""PyTorch's log records go where the program's own go."""
+"""PyTorch's log records go to the program's own log file."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ for name in ("torch", "torch.utils.cpp_extension", "torch._dynamo.eval_frame"):
 """
 
 
-def test_torchs_warnings_reach_the_log_file_once_and_never_stderr(tmp_path: Path) -> None:
+def test_pytorch_warnings_reach_the_log_file_once_and_not_stderr(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("", "")
     logged = [line.split(" ", 2)[2] for line in (tmp_path / "troupe.log").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What requests are charged adds up to what the engine held, whoever came when."""
+"""The charges of requests and the idle time add up to what the engine held."""
 
 import asyncio
 
@@ -24,22 +24,22 @@ async def call(meter: UsageMeter, begins_s: float, seconds: float, since_s: floa
     return spent.byte_seconds, spent.engine_seconds
 
 
-def test_two_requests_share_what_they_hold_at_the_same_time() -> None:
+def test_concurrent_requests_share_memory_and_time_equally() -> None:
     async def work() -> list[tuple[float, float]]:
         meter = UsageMeter()
         meter.hold(100)
-        found = list(await asyncio.gather(call(meter, 1, 4), call(meter, 3, 4)))
+        charges = list(await asyncio.gather(call(meter, 1, 4), call(meter, 3, 4)))
         assert (meter.arrived, meter.finished, meter.in_flight) == (2, 2, 0)
         assert meter.idle.byte_seconds == pytest.approx(100)  # the first second
-        return found
+        return charges
 
-    # alone for 2 s, together for 2 s, alone for 2 s
+    # Each request is alone for 2 s and shares the engine for 2 s.
     first, second = virtual_time.run(work())
     assert first == pytest.approx((300, 3))
     assert second == pytest.approx((300, 3))
 
 
-def test_the_oldest_that_waits_came_after_those_that_run() -> None:
+def test_waiting_requests_are_those_that_arrived_after_the_running_ones() -> None:
     async def work() -> None:
         meter = UsageMeter()
         calls = [asyncio.create_task(call(meter, begins, 10)) for begins in (1, 2, 5)]
@@ -52,7 +52,7 @@ def test_the_oldest_that_waits_came_after_those_that_run() -> None:
     virtual_time.run(work())
 
 
-def test_those_of_an_older_job_run_before_those_that_came_before_them() -> None:
+def test_requests_of_older_jobs_count_as_running_first() -> None:
     async def work() -> None:
         meter = UsageMeter()
         calls = [asyncio.create_task(call(meter, *times)) for times in ((5, 10, 5), (6, 10, 6), (8, 10, 1))]
@@ -68,7 +68,7 @@ def test_those_of_an_older_job_run_before_those_that_came_before_them() -> None:
     calls=st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 10)), min_size=1, max_size=12),
     sizes=st.lists(st.integers(0, 1000), max_size=5),
 )
-def test_all_that_was_held_is_charged_or_idle(calls: list[tuple[float, float]], sizes: list[int]) -> None:
+def test_charges_and_idle_time_add_up_to_what_was_held(calls: list[tuple[float, float]], sizes: list[int]) -> None:
     async def work() -> None:
         meter = UsageMeter()
         meter.hold(500)

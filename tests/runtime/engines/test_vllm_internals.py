@@ -1,7 +1,7 @@
-"""What Troupe relies on inside vLLM, as data, and checks that the installed vLLM has it.
+"""Lists what Troupe uses of vLLM's internals, and checks that the installed vLLM has all of it.
 
-Needs no GPU and starts no engine, so it also judges a release that Troupe does not run on yet: put that release before
-the installed one on the import path (PYTHONPATH) and run this file with an environment that has vLLM's CUDA build.
+These tests need no GPU and start no engine, so they can judge a vLLM release that Troupe does not run on yet: put that
+release first on PYTHONPATH, and run this file in an environment that has vLLM's CUDA build.
 """
 
 import ast
@@ -23,7 +23,7 @@ from runtime.engines.elastic import core, cpu_worker, cuda_worker, executor, poo
 
 ENGINES = Path(vllm_engine.__file__).parent
 X: Any = object()
-"""Stands for an argument."""
+"""A placeholder for an argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ ENGINE_ARGUMENTS = (
 SAMPLING = "temperature top_p max_tokens logprobs stop seed structured_outputs output_kind stream_interval"
 
 CALLED = {
-    # The client's side.
+    # In the client's process.
     "vllm.engine.arg_utils:AsyncEngineArgs": call(**dict.fromkeys(ENGINE_ARGUMENTS.split(), X)),
     "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": call(X),
     f"{ASYNC_LLM}.from_vllm_config": call(X, X, stat_loggers=X, disable_log_stats=X),
@@ -71,7 +71,7 @@ CALLED = {
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": call(X, X),
     "vllm.platforms.interface:Platform.is_cuda": call(X),
     "vllm.platforms.interface:Platform.is_cpu": call(X),
-    # The engine's side.
+    # In the engine's process.
     "vllm.v1.engine.core:EngineCore.is_scheduler_paused": call(X),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor": call(X),
     BLOCKS: call([]),
@@ -97,7 +97,7 @@ CALLED = {
     f"{CPU_WORKER}._should_warm_up_model": call(X),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": call(X),
 }
-"""What our code calls, `self` included, with how it calls it."""
+"""The functions that our code calls and the arguments that it passes, `self` included."""
 
 ELASTIC_WORKER = {
     "determine_available_memory",
@@ -117,7 +117,7 @@ OVERRIDDEN: dict[type, set[str]] = {
     cpu_worker.ElasticCPUWorker: ELASTIC_WORKER,
     cuda_worker.ElasticCUDAWorker: ELASTIC_WORKER,
 }
-"""The methods of vLLM's that our subclasses replace, those that come from our mixins included."""
+"""The vLLM methods that our subclasses override, directly or through our mixins."""
 
 CALLERS = [
     (pool.CompactQueue, "popleft_n", "free_block_queue", "vllm.v1.core.block_pool"),
@@ -137,7 +137,7 @@ CALLERS = [
 """Calls in vLLM that reach our subclasses: the class, the method, how the receiver's expression ends, the module."""
 
 READ = {
-    # The client's side.
+    # In the client's process.
     ASYNC_LLM: "engine_core input_processor model_config output_handler output_processor renderer",
     "vllm.v1.engine.input_processor:InputProcessor": "generation_config_fields",
     "vllm.sampling_params:SamplingParams": "all_stop_token_ids min_tokens stop_token_ids",
@@ -158,7 +158,7 @@ READ = {
     "vllm.config:ParallelConfig": "worker_cls",
     "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens scheduler_cls"
     " watermark",
-    # The engine's side.
+    # In the engine's process.
     "vllm.v1.engine.core:EngineCore": "scheduler model_executor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker vllm_config",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
@@ -179,14 +179,14 @@ READ = {
     "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_tensors",
     "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
 }
-"""Attributes of instances that our code reads or sets."""
+"""The instance attributes that our code reads or sets."""
 
 LOOKED_UP = {
-    # Names that we replace, and the functions that must look them up by just these names.
+    # Functions that must look up a name that we replace.
     "vllm.v1.engine.utils:CoreEngineProcManager.__init__": "get_mp_context Process",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__": "BlockPool",
     "vllm.v1.worker.utils:allocate_kv_cache": "torch zeros",
-    # How our methods are reached, and our limits are read.
+    # Functions that must call our methods or read our limits.
     "vllm.v1.engine.core:EngineCoreProc._handle_client_request": "getattr _invoke_utility_method",
     "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method": "Future add_done_callback",
     "vllm.v1.engine.core:EngineCore.step": "update_from_output",
@@ -203,15 +203,15 @@ LOOKED_UP = {
     f"{POOL}.touch": "remove",
     f"{POOL}.free_blocks": "prepend_n append_n",
 }
-"""Functions of vLLM's and the names (globals, attributes, methods) that they must use for ours to take part."""
+"""vLLM functions and the names (globals, attributes, methods) that they must use so that our code takes part."""
 
 VARIABLES = "VLLM_CONFIGURE_LOGGING VLLM_KV_CACHE_LAYOUT VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH"
 ADDED = ("troupe_limits", "troupe_resize", "troupe_settled")
-"""What `core.install` adds to EngineCore."""
+"""The methods that `core.install` adds to EngineCore."""
 
 
 def look_up(place: str) -> Any:
-    """The object at "module:Qualified.name"."""
+    """Return the object at "module:Qualified.name"."""
     module, _, name = place.partition(":")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -220,7 +220,7 @@ def look_up(place: str) -> Any:
 
 
 def imports() -> Iterator[str]:
-    """What our sources import of vLLM, as "module:name" or "module"."""
+    """Yield what our sources import from vLLM, as "module:name" or "module"."""
     for path in sorted(ENGINES.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
@@ -235,14 +235,14 @@ def syntax(thing: Any) -> ast.Module:
 
 
 def attributes(cls: type) -> set[str]:
-    """Names that instances have: of the class, annotated, or assigned to `self` in one of its methods."""
+    """Return the names of the class, its annotations, and what its methods assign to `self`."""
     found = set(dir(cls))
-    for one in cls.__mro__:
-        found |= {*vars(one), *inspect.get_annotations(one)}  # `dir` of an enumeration leaves properties out
-        if one.__module__.startswith("vllm"):
+    for base in cls.__mro__:
+        found |= {*vars(base), *inspect.get_annotations(base)}  # `dir` omits the properties of an enum
+        if base.__module__.startswith("vllm"):
             found |= {
                 node.attr
-                for node in ast.walk(syntax(one))
+                for node in ast.walk(syntax(base))
                 if isinstance(node, ast.Attribute)
                 and isinstance(node.ctx, ast.Store)
                 and isinstance(node.value, ast.Name)
@@ -252,26 +252,26 @@ def attributes(cls: type) -> set[str]:
 
 
 def names_used(code: CodeType) -> set[str]:
-    """Globals, attributes and methods that a function uses, the functions inside it included."""
-    inner = (names_used(one) for one in code.co_consts if isinstance(one, CodeType))
+    """Return the globals, attributes and methods that a function and its inner functions use."""
+    inner = (names_used(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*inner)
 
 
 def base_method(cls: type, name: str) -> Any:
-    """The method of vLLM's that the class replaces; None if vLLM has none of that name."""
-    theirs = (one for one in cls.__mro__ if one.__module__.startswith("vllm"))
-    return next((one.__dict__[name] for one in theirs if name in one.__dict__), None)
+    """Return the vLLM method that the class overrides, or None if vLLM has no method of that name."""
+    theirs = (base for base in cls.__mro__ if base.__module__.startswith("vllm"))
+    return next((base.__dict__[name] for base in theirs if name in base.__dict__), None)
 
 
 def replaced(cls: type) -> set[str]:
-    """The methods of vLLM's that a class of ours replaces."""
-    first = next(index for index, one in enumerate(cls.__mro__) if one.__module__.startswith("vllm"))
-    ours = {name for one in cls.__mro__[:first] for name, value in vars(one).items() if inspect.isfunction(value)}
+    """Return the names of the vLLM methods that one of our classes overrides."""
+    first = next(index for index, base in enumerate(cls.__mro__) if base.__module__.startswith("vllm"))
+    ours = {name for base in cls.__mro__[:first] for name, value in vars(base).items() if inspect.isfunction(value)}
     return {name for name in ours if inspect.isfunction(base_method(cls, name))}
 
 
 def calls_in(module: str, method: str, receiver: str) -> Iterator[ast.Call]:
-    """The calls `<...receiver>.method(...)` in a module, or `receiver(...)` for __init__."""
+    """Yield the calls `<...receiver>.method(...)` in a module, or `receiver(...)` for __init__."""
     for node in ast.walk(syntax(importlib.import_module(module))):
         if not isinstance(node, ast.Call):
             continue
@@ -283,50 +283,50 @@ def calls_in(module: str, method: str, receiver: str) -> Iterator[ast.Call]:
 
 
 @pytest.mark.parametrize("place", sorted(set(imports())))
-def test_what_we_import_exists(place: str) -> None:
+def test_imported_names_exist(place: str) -> None:
     look_up(place) if ":" in place else importlib.import_module(place)
 
 
 @pytest.mark.parametrize("place", CALLED)
-def test_what_we_call_accepts_what_we_pass(place: str) -> None:
+def test_called_functions_accept_our_arguments(place: str) -> None:
     passed = CALLED[place]
     inspect.signature(look_up(place)).bind(*passed.positional, **passed.keywords)
 
 
 @pytest.mark.parametrize("cls", OVERRIDDEN, ids=lambda cls: cls.__name__)
-def test_what_we_override_exists_and_all_of_it_is_listed(cls: type) -> None:
+def test_overridden_methods_exist_and_are_all_listed(cls: type) -> None:
     assert replaced(cls) == OVERRIDDEN[cls]
-    assert not getattr(cls, "__abstractmethods__", ()), "vLLM wants a method that our class lacks"
+    assert not getattr(cls, "__abstractmethods__", ()), "our class lacks an abstract method of vLLM"
 
 
 @pytest.mark.parametrize(
     ("cls", "method"), [(cls, name) for cls, names in OVERRIDDEN.items() for name in sorted(names - {"__init__"})]
 )
-def test_what_we_override_takes_as_many_arguments_as_vllms(cls: type, method: str) -> None:
+def test_overrides_take_the_arguments_of_vllms_methods(cls: type, method: str) -> None:
     theirs = [
-        one
-        for one in inspect.signature(base_method(cls, method)).parameters.values()
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        parameter
+        for parameter in inspect.signature(base_method(cls, method)).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    positional = [X for one in theirs if one.kind is not one.KEYWORD_ONLY]
-    keywords = {one.name: X for one in theirs if one.kind is one.KEYWORD_ONLY}
+    positional = [X for parameter in theirs if parameter.kind is not parameter.KEYWORD_ONLY]
+    keywords = {parameter.name: X for parameter in theirs if parameter.kind is parameter.KEYWORD_ONLY}
     inspect.signature(getattr(cls, method)).bind(*positional, **keywords)
     required = [X for one in theirs if one.default is one.empty and one.kind is not one.KEYWORD_ONLY]
     inspect.signature(getattr(cls, method)).bind(*required)
 
 
 @pytest.mark.parametrize(("cls", "method", "receiver", "module"), CALLERS)
-def test_what_we_override_accepts_what_vllm_passes(cls: type, method: str, receiver: str, module: str) -> None:
+def test_overrides_accept_what_vllm_passes(cls: type, method: str, receiver: str, module: str) -> None:
     found = list(calls_in(module, method, receiver))
     assert found, f"{module} no longer calls {receiver}.{method}"
-    for one in found:
-        assert not any(isinstance(argument, ast.Starred) for argument in one.args)
-        keywords = {str(keyword.arg): X for keyword in one.keywords}
-        inspect.signature(getattr(cls, method)).bind(X, *(X for _ in one.args), **keywords)
+    for node in found:
+        assert not any(isinstance(argument, ast.Starred) for argument in node.args)
+        keywords = {str(keyword.arg): X for keyword in node.keywords}
+        inspect.signature(getattr(cls, method)).bind(X, *(X for _ in node.args), **keywords)
 
 
 @pytest.mark.parametrize("place", READ)
-def test_the_attributes_that_we_use_exist(place: str) -> None:
+def test_used_attributes_exist(place: str) -> None:
     assert set(READ[place].split()) - attributes(look_up(place)) == set()
 
 
@@ -335,19 +335,19 @@ def test_vllm_looks_up_the_names_that_we_replace(place: str) -> None:
     assert set(LOOKED_UP[place].split()) - names_used(inspect.unwrap(look_up(place)).__code__) == set()
 
 
-def test_the_environment_variables_that_we_set_are_read() -> None:
+def test_vllm_reads_the_environment_variables_that_we_set() -> None:
     assert set(VARIABLES.split()) - set(vllm.envs.environment_variables) == set()
 
 
-def test_the_methods_that_we_add_to_the_engine_core_are_new() -> None:
+def test_added_engine_core_methods_replace_nothing() -> None:
     engine_core = look_up("vllm.v1.engine.core:EngineCore")
     before = {name: getattr(engine_core, name, None) for name in ADDED}
     core.install()
     assert {name for name in vars(engine_core) if name.startswith("troupe_")} == set(ADDED)
-    assert all(one is None or one.__module__ == core.__name__ for one in before.values())
+    assert all(method is None or method.__module__ == core.__name__ for method in before.values())
 
 
-def test_the_workers_keep_vllms_allocation_of_the_cache() -> None:
+def test_workers_keep_vllms_allocation_of_the_cache() -> None:
     ours = cpu_worker.ElasticCPUWorker, cuda_worker.ElasticCUDAWorker
     stock = look_up(f"{WORKER}.initialize_from_config")
     assert [base_method(cls, "initialize_from_config") for cls in ours] == [stock, stock]

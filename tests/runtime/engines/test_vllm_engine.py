@@ -1,0 +1,69 @@
+"""The translation of requests into vLLM's sampling parameters. Values that would kill a worker on a GPU never reach it.
+
+These tests use vLLM's own classes and start no engine.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+from vllm.v1.worker.gpu.sample import logit_bias
+
+from runtime.engines import vllm_engine
+from runtime.engines.request import GenerateRequest
+from runtime.errors import RequestRefused
+
+MAX_MODEL_LEN = 512
+
+
+def sampling(**changes: Any) -> SamplingParams:
+    values: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 40, **changes}
+    return vllm_engine._sampling(GenerateRequest("r", (), **values), MAX_MODEL_LEN)
+
+
+def check(stops: range, min_tokens: int, model_stops: list[int]) -> None:
+    """Check a request to a model that has these stop tokens of its own."""
+    llm = SimpleNamespace(
+        input_processor=SimpleNamespace(generation_config_fields={"eos_token_id": model_stops}),
+        renderer=SimpleNamespace(get_eos_token_id=lambda: model_stops[0]),
+    )
+    further = {"stop_token_ids": [*stops], "min_tokens": min_tokens}
+    vllm_engine._check_stops(sampling(further=further), llm)
+
+
+def test_the_stop_token_limit_is_the_workers() -> None:
+    assert vllm_engine.STOP_TOKENS == logit_bias.MAX_NUM_STOP_TOKEN_IDS
+
+
+@pytest.mark.parametrize(("model_stops", "most"), [([2], 127), ([2, 3, 4], 125)])
+def test_stop_tokens_beside_min_tokens_are_limited_together_with_the_models_own(
+    model_stops: list[int], most: int
+) -> None:
+    check(range(5, 5 + most), 1, model_stops)
+    check(range(5, 5 + most + 1), 0, model_stops)  # without min_tokens there is no limit
+    with pytest.raises(RequestRefused, match=rf"^stop_token_ids: at most {most} .* beside min_tokens; got {most + 1}"):
+        check(range(5, 5 + most + 1), 1, model_stops)
+
+
+def test_a_stop_token_of_the_model_in_the_request_counts_once() -> None:
+    check(range(128), 1, [2, 3, 4])
+    with pytest.raises(RequestRefused, match="at most 128"):
+        check(range(129), 1, [2, 3, 4])
+
+
+@pytest.mark.parametrize("tokens", [2**31 - 1, 2**31, 10**30])
+def test_token_counts_fit_the_workers_32_bit_integers(tokens: int) -> None:
+    """A worker on a GPU adds each count to the prompt's length in an int32 (vllm/v1/worker/gpu/states.py)."""
+    lengths = np.zeros(1, dtype=np.int32)
+    with pytest.raises(OverflowError):
+        lengths[0] = MAX_MODEL_LEN + tokens
+    params = sampling(max_tokens=tokens, further={"min_tokens": tokens})
+    assert (params.max_tokens, params.min_tokens) == (MAX_MODEL_LEN, MAX_MODEL_LEN)
+
+
+def test_tokens_from_before_a_crash_count_towards_max_and_min_tokens() -> None:
+    params = sampling(max_tokens=40, further={"min_tokens": 40}, given=(5, 6, 7))
+    assert (params.max_tokens, params.min_tokens) == (37, 37)
+    assert sampling(max_tokens=None, further={"min_tokens": 2}, given=(5, 6, 7)).min_tokens == 0
