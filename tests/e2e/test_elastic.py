@@ -1,4 +1,4 @@
-"""Real vLLM engines whose memory and concurrency move while they work, and that are killed."""
+"""Real vLLM engines serve every request while their grants change and while they are killed."""
 
 import asyncio
 import random
@@ -44,7 +44,7 @@ def events() -> list[Event]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> AsyncIterator[Fleet]:
-    """Two engines of one chat model with random weights, with prefix caching and without."""
+    """Two engines of one chat model with random weights, one with prefix caching and one without."""
     folder = tmp_path_factory.mktemp("run")
     spec = EngineSpec(
         model=str(write_chat_model(folder / "chat")),
@@ -57,15 +57,18 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -
     specs = {"cached": spec, "plain": spec.model_copy(update={"vllm": {"enable_prefix_caching": False}})}
     patience = Patience(hang_s=15, restarts=100, backoff_s=(0,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "ANSWER_S", 60)  # on a busy machine an engine is slow, and not silent
+        patch.setattr(sharing, "ANSWER_S", 60)  # on a busy machine an engine answers late
         async with Fleet(
             specs, folder / "logs", lambda *change: events.append(EngineChanged(*change)), DEVICE, patience
         ) as running:
             yield running
 
 
-def asked(number: int, **changes: Any) -> GenerateRequest:
-    """A request that is the same for the same number; every fifth is held to a schema, many share a beginning."""
+def numbered_request(number: int, **changes: Any) -> GenerateRequest:
+    """Return a request that depends on the number only.
+
+    Every fifth must match a schema, and every second starts with the same text. Only the ids differ between two calls.
+    """
     rng = random.Random(number)
     words = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
     beginning = "You are one of a team of agents that works problems together. " * 2 if number % 2 else ""
@@ -81,12 +84,12 @@ async def tokens(engine: EngineHandle, request: GenerateRequest) -> tuple[int, .
 
 
 async def all_tokens(engine: EngineHandle, count: int) -> list[tuple[int, ...]]:
-    return await asyncio.gather(*(tokens(engine, asked(number)) for number in range(count)))
+    return await asyncio.gather(*(tokens(engine, numbered_request(number)) for number in range(count)))
 
 
-async def at_work(engine: EngineHandle) -> None:
-    """Wait until an engine runs requests."""
-    while not engine.stats().running:  # noqa: ASYNC110 (the engine has no event for it)
+async def until_running(engine: EngineHandle) -> None:
+    """Wait until the engine runs requests."""
+    while not engine.stats().running:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0.005)
 
 
@@ -108,7 +111,7 @@ async def test_engines_that_start_together_hold_exactly_their_shares(fleet: Flee
 async def test_output_is_identical_under_random_grants(fleet: Fleet, name: str) -> None:
     engine = fleet.engines[name]
     floor = engine.limits.kv_floor_bytes
-    calm = await all_tokens(engine, 150)
+    undisturbed = await all_tokens(engine, 150)
     rng = random.Random(0)
     outcomes: list[tuple[float, Applied | Deferred | Rejected]] = []
 
@@ -123,14 +126,16 @@ async def test_output_is_identical_under_random_grants(fleet: Fleet, name: str) 
             await asyncio.sleep(0.01)
 
     shaking = asyncio.create_task(shake())
-    while len(outcomes) <= 30:  # once, unless the machine is so busy that resizes take long
-        assert await all_tokens(engine, 150) == calm
+    while len(outcomes) <= 30:  # one round, or more if a busy machine delays the resizes
+        assert await all_tokens(engine, 150) == undisturbed
         assert not shaking.done(), shaking
     shaking.cancel()
     assert not any(isinstance(outcome, Rejected) for _, outcome in outcomes)
     assert all(isinstance(outcome, Applied) for grace_s, outcome in outcomes if grace_s == 0)
     applied = [outcome for _, outcome in outcomes if isinstance(outcome, Applied)]
-    assert sum(outcome.preempted for outcome in applied) > 0, "nothing gave way: the test shows nothing"
+    assert sum(outcome.preempted for outcome in applied) > 0, (
+        "no request was preempted, so that this test shows nothing"
+    )
 
 
 async def test_shrink_waits_for_its_grace_and_a_newer_one_supersedes_it(fleet: Fleet) -> None:
@@ -138,7 +143,7 @@ async def test_shrink_waits_for_its_grace_and_a_newer_one_supersedes_it(fleet: F
     floor = engine.limits.kv_floor_bytes
     await engine.resize(kv_grant(engine, 32 * floor))
     work = asyncio.create_task(all_tokens(engine, 100))
-    while engine.stats().kv_cache_usage < 0.1:  # noqa: ASYNC110 (the engine has no event for it)
+    while engine.stats().kv_cache_usage < 0.1:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0.005)
     first = await engine.resize(kv_grant(engine, floor), grace_s=30)
     assert isinstance(first, Deferred)
@@ -147,10 +152,10 @@ async def test_shrink_waits_for_its_grace_and_a_newer_one_supersedes_it(fleet: F
     assert isinstance(await first.settled, Superseded)
     assert isinstance(second, Deferred)
     third = await second.settled
-    assert not work.done()  # it was not waited for
+    assert not work.done()
     assert isinstance(third, Applied)
     assert third.kv_cache_bytes <= 2 * floor
-    assert third.preempted == 0 or third.seconds > 0.15  # nobody before the grace was over
+    assert third.preempted == 0 or third.seconds > 0.15  # no request was preempted within the grace
     await work
 
 
@@ -158,7 +163,7 @@ async def test_impossible_grants_are_rejected_and_change_nothing(fleet: Fleet) -
     engine = fleet.engines["plain"]
     before = engine.stats().grant
     floor = engine.limits.share(engine.limits.kv_floor_bytes)
-    for grant, told in [
+    for grant, reason in [
         (Grant(floor * 0.99, 32, 2048), "floor"),
         (Grant(-1, 32, 2048), "floor"),
         (Grant(float("nan"), 32, 2048), "floor"),
@@ -168,7 +173,7 @@ async def test_impossible_grants_are_rejected_and_change_nothing(fleet: Fleet) -
     ]:
         outcome = await engine.resize(grant)
         assert isinstance(outcome, Rejected)
-        assert told in outcome.reason
+        assert reason in outcome.reason
     assert engine.stats().grant == before
 
 
@@ -176,7 +181,7 @@ async def test_kv_cache_usage_refers_to_the_current_capacity(fleet: Fleet) -> No
     engine = fleet.engines["plain"]
     floor = engine.limits.kv_floor_bytes
     await engine.resize(kv_grant(engine, 2 * floor, seqs=1))
-    stream = engine.generate(asked(1, max_tokens=400))
+    stream = engine.generate(numbered_request(1, max_tokens=400))
     for _ in range(150):
         await anext(stream)
     narrow = engine.stats().kv_cache_usage
@@ -191,7 +196,7 @@ async def test_an_engine_at_its_floor_serves_its_longest_request(fleet: Fleet) -
     engine = fleet.engines["plain"]
     await engine.resize(kv_grant(engine, engine.limits.kv_floor_bytes, seqs=32))
     long = GenerateRequest("long", (Message("user", "x" * 500),), 0.0, 1.0, 8)
-    short = [asked(n) for n in range(10)]
+    short = [numbered_request(n) for n in range(10)]
     replies = await asyncio.gather(tokens(engine, long), *(tokens(engine, request) for request in short))
     assert all(replies)
     with pytest.raises(EngineError, match="refused"):
@@ -212,7 +217,7 @@ async def test_a_shrink_returns_memory_to_the_system(fleet: Fleet) -> None:
 
 async def test_two_engines_trade_memory_under_load_without_loss(fleet: Fleet) -> None:
     cached, plain = fleet.engines["cached"], fleet.engines["plain"]
-    calm = await all_tokens(cached, 60)
+    undisturbed = await all_tokens(cached, 60)
     both = 0.9
 
     def split(share: float) -> Mapping[str, Grant]:
@@ -220,7 +225,7 @@ async def test_two_engines_trade_memory_under_load_without_loss(fleet: Fleet) ->
 
     await fleet.sharing.resize(split(0.45))
     rounds = 0
-    while rounds <= 5:  # once, unless the machine is so busy that resizes take long
+    while rounds <= 5:  # one round, or more if a busy machine delays the resizes
         work = asyncio.gather(all_tokens(cached, 60), all_tokens(plain, 60))
         while not work.done():
             outcomes = await fleet.sharing.resize(split(0.6 if rounds % 2 else 0.3), grace_s=0.02)
@@ -230,16 +235,16 @@ async def test_two_engines_trade_memory_under_load_without_loss(fleet: Fleet) ->
                     assert isinstance(await outcome.settled, Applied | Superseded)
             assert sum(fleet.sharing.ledger.held.values()) <= DEVICE
             rounds += 1
-        assert list(await work) == [calm, calm]
+        assert list(await work) == [undisturbed, undisturbed]
 
 
 async def test_a_hanging_engine_is_restarted_and_its_requests_are_served(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
-    calm = await all_tokens(engine, 20)
+    undisturbed = await all_tokens(engine, 20)
     work = asyncio.create_task(all_tokens(engine, 20))
-    await at_work(engine)
+    await until_running(engine)
     engine_process(fleet, "plain").suspend()
-    assert await work == calm
+    assert await work == undisturbed
 
 
 async def test_calls_to_an_engine_that_has_just_died_return(fleet: Fleet, events: list[Event]) -> None:
@@ -248,18 +253,18 @@ async def test_calls_to_an_engine_that_has_just_died_return(fleet: Fleet, events
     async def kill_and_wait() -> None:
         before = len(events)
         engine.kill()
-        while not any(isinstance(e, EngineChanged) and e.state is EngineState.READY for e in events[before:]):  # noqa: ASYNC110 (a list of them)
+        while not any(isinstance(e, EngineChanged) and e.state is EngineState.READY for e in events[before:]):  # noqa: ASYNC110 (there is no event to wait for)
             await asyncio.sleep(0.01)
 
     grant = kv_grant(engine, engine.limits.kv_floor_bytes)
     await engine.resize(grant)
-    calm = await tokens(engine, asked(1))
-    for _ in range(2):  # the second time it has not had a request yet, and vLLM's client asks it something first
+    undisturbed = await tokens(engine, numbered_request(1))
+    for _ in range(2):  # the second time vLLM's client has to make a call before the engine's first request
         engine.kill()
         reply, outcome = await asyncio.wait_for(
-            asyncio.gather(tokens(engine, asked(1)), engine.resize(grant)), timeout=LONG_S
+            asyncio.gather(tokens(engine, numbered_request(1)), engine.resize(grant)), timeout=LONG_S
         )
-        assert reply == calm
+        assert reply == undisturbed
         assert isinstance(outcome, Rejected)
         await kill_and_wait()
 
@@ -270,38 +275,38 @@ async def test_a_killed_engine_restarts_and_every_request_gets_the_right_reply(
 ) -> None:
     engine, other = fleet.engines[name], fleet.engines["plain" if name == "cached" else "cached"]
     await fleet.sharing.resize({"cached": Grant(0.4, 32, 2048), "plain": Grant(0.4, 32, 2048)})
-    calm = await all_tokens(engine, 60)
+    undisturbed = await all_tokens(engine, 60)
     before = len(events)
     grant = engine.stats().grant
     work = asyncio.gather(all_tokens(engine, 60), all_tokens(other, 60))
-    await at_work(engine)
+    await until_running(engine)
     engine_process(fleet, name).kill()
-    assert list(await work) == [calm, calm]
-    assert await tokens(engine, asked(1)) == calm[1]
+    assert list(await work) == [undisturbed, undisturbed]
+    assert await tokens(engine, numbered_request(1)) == undisturbed[1]
     assert engine.stats().grant == grant
-    told = [(e.engine, e.state) for e in events[before:] if isinstance(e, EngineChanged)]
-    assert (name, EngineState.DEAD) in told
-    assert told[-1] == (name, EngineState.READY)
-    assert all(engine == name for engine, _ in told), "the other engine noticed"
+    changes = [(e.engine, e.state) for e in events[before:] if isinstance(e, EngineChanged)]
+    assert (name, EngineState.DEAD) in changes
+    assert changes[-1] == (name, EngineState.READY)
+    assert all(engine == name for engine, _ in changes), "the other engine changed its state"
 
 
 async def test_a_request_that_was_alone_in_a_crash_is_quarantined(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
-    calm = await all_tokens(engine, 20)
+    undisturbed = await all_tokens(engine, 20)
 
     async def crash_under(request: GenerateRequest) -> None:
         async for _ in engine.generate(request):
             engine_process(fleet, "plain").send_signal(signal.SIGSEGV)
 
     with pytest.raises(RequestQuarantined, match="engine plain crashed; this request is the likeliest cause"):
-        await crash_under(asked(1, max_tokens=400))
-    assert await all_tokens(engine, 20) == calm
+        await crash_under(numbered_request(1, max_tokens=400))
+    assert await all_tokens(engine, 20) == undisturbed
 
 
 async def test_a_crash_under_many_requests_loses_none(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
-    calm = await all_tokens(engine, 40)
+    undisturbed = await all_tokens(engine, 40)
     work = asyncio.create_task(all_tokens(engine, 40))
     await asyncio.sleep(0.05)
     engine_process(fleet, "plain").send_signal(signal.SIGSEGV)
-    assert await work == calm
+    assert await work == undisturbed

@@ -1,4 +1,4 @@
-"""The seam over real vLLM: streams, refusals, aborts, seeds and schemas are as `EngineHandle` promises."""
+"""Real vLLM keeps the contract of EngineHandle for streams, refusals, aborts, seeds and schemas."""
 
 import asyncio
 import random
@@ -35,7 +35,7 @@ def events() -> list[Event]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> AsyncIterator[Fleet]:
-    """The shipped solver, and a small chat model with random weights that writes any bytes."""
+    """The shipped solver, and a small chat model with random weights, which generates arbitrary bytes."""
     folder = tmp_path_factory.mktemp("run")
     chat = EngineSpec(model=str(write_chat_model(folder / "chat")), max_model_len=10_000, dtype="float32",
                       enforce_eager=True, kv_cache_memory_bytes=ByteSize(64 << 20))  # fmt: skip
@@ -49,8 +49,8 @@ def request(content: str, **changes: Any) -> GenerateRequest:
     return GenerateRequest(f"r{random.random()}", (Message("user", content),), **values)
 
 
-async def text(fleet: Fleet, engine: str, asked: GenerateRequest) -> str:
-    return "".join([chunk.text async for chunk in fleet.engines[engine].generate(asked)]).strip()
+async def text(fleet: Fleet, engine: str, request: GenerateRequest) -> str:
+    return "".join([chunk.text async for chunk in fleet.engines[engine].generate(request)]).strip()
 
 
 async def test_start_up_states_are_reported(fleet: Fleet, events: list[Event], tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ async def test_tokens_stream_with_their_times(fleet: Fleet) -> None:
     assert len(chunks) > 1
     assert [chunk.time_s for chunk in chunks] == sorted(chunk.time_s for chunk in chunks)
     assert chunks[-1].finish == "stop"
-    assert chunks[0].prompt_tokens == len(STEP.split()) + 2  # start and reply tokens
+    assert chunks[0].prompt_tokens == len(STEP.split()) + 2  # and the tokens that start the prompt and the reply
 
 
 async def test_concurrent_requests_get_the_same_replies_as_single_ones(fleet: Fleet) -> None:
@@ -141,15 +141,15 @@ async def test_waiting_requests_are_admitted_by_priority_then_job_age(fleet: Fle
     served: list[str] = []
 
     async def ask(name: str, priority: int, since_s: float, tokens: int = 4) -> None:
-        asked = request(name, max_tokens=tokens, further={"ignore_eos": True}, priority=priority, since_s=since_s)
-        async for _ in engine.generate(asked):
+        to_send = request(name, max_tokens=tokens, further={"ignore_eos": True}, priority=priority, since_s=since_s)
+        async for _ in engine.generate(to_send):
             pass
         served.append(name)
 
     await engine.resize(replace(grant, max_active_seqs=1))
     try:
         first = asyncio.create_task(ask("runs", 5, 9, tokens=200))
-        while not engine.stats().running:  # noqa: ASYNC110 (the engine has no event for it)
+        while not engine.stats().running:  # noqa: ASYNC110 (there is no event to wait for)
             await asyncio.sleep(0.005)
         await asyncio.gather(first, ask("young", 5, 3), ask("old", 5, 1), ask("urgent", 1, 5))
     finally:
@@ -160,9 +160,9 @@ async def test_waiting_requests_are_admitted_by_priority_then_job_age(fleet: Fle
 async def test_a_general_role_parses_the_reply_of_any_chat_model(fleet: Fleet) -> None:
     role = Critic()
     task = CritiqueTask("1+2", Step(name="1", instruction="add 1 and 2"), "3")
-    tokens = role.sampling.max_tokens  # this model writes UTF-8 byte by byte
-    asked = GenerateRequest("critic", tuple(role.messages(task)), 0.0, 1.0, tokens, schema=role.schema(task))
-    role.parse(await text(fleet, "chat", asked), task)
+    tokens = role.sampling.max_tokens  # enough, although each token of this model is one byte
+    to_send = GenerateRequest("critic", tuple(role.messages(task)), 0.0, 1.0, tokens, schema=role.schema(task))
+    role.parse(await text(fleet, "chat", to_send), task)
 
 
 async def test_stats_count_requests_and_tokens(fleet: Fleet) -> None:

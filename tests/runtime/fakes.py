@@ -1,4 +1,4 @@
-"""A team of fake engines that reply as flawless embedded models would, with slips on request."""
+"""Fake engines that reply like flawless embedded models, or with errors that a test adds."""
 
 import random
 from collections.abc import Callable
@@ -11,15 +11,16 @@ from runtime.engines.request import GenerateRequest
 from runtime.jobs.team import Team, assemble
 
 Slip = Callable[[str, random.Random], str]
+"""Changes a reply, or returns it unchanged."""
 
 
 def embedded_team(workflow: str = "deliberate") -> Team:
-    """The shipped team with another workflow."""
+    """Return the shipped team with the given workflow."""
     return assemble(config.load("embedded").with_workflow(workflow))
 
 
 async def engines(slip: Slip = lambda text, rng: text, time_scale: float = 0) -> dict[str, EngineHandle]:
-    """Fake planner, solver and critic, started; `slip` may change what the solver says."""
+    """Start a fake planner, solver and critic. `slip` may change the solver's replies."""
 
     def script(name: str) -> Callable[[GenerateRequest], str]:
         def reply(request: GenerateRequest) -> str:
@@ -38,7 +39,7 @@ async def engines(slip: Slip = lambda text, rng: text, time_scale: float = 0) ->
 
 
 def slip_in_the_units(share: float) -> Slip:
-    """Get the units digit of a result wrong in that share of the replies, by the request's seed."""
+    """Return a slip that makes the units digit wrong in this share of the replies, chosen by the request's seed."""
 
     def slip(text: str, rng: random.Random) -> str:
         if rng.random() >= share:

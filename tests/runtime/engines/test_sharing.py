@@ -1,4 +1,4 @@
-"""Memory that moves between engines: within the budget at every instant, whatever fails on the way."""
+"""Memory moves between engines and stays within the budget at every instant, whatever fails on the way."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Device:
-    """The physical memory: what it held at most, at any instant."""
+    """The physical memory. `most` is the largest sum that its engines ever held."""
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
@@ -40,7 +40,13 @@ class Device:
 
 
 class Physical(FakeEngine):
-    """A fake engine that takes its memory from a device, and fails as it is told to."""
+    """A fake engine that takes its memory from a device and fails in the way that `fault` says.
+
+    - "silent": it does not answer until `speaks` is set.
+    - "out of memory": it cannot grow.
+    - "dead": it rejects every grant.
+    - "busy": it releases half of a shrink immediately and the rest in `let_go`.
+    """
 
     def __init__(self, name: str, device: Device, grant: Grant) -> None:
         super().__init__(name, lambda request: "x", memory=MEMORY, grant=grant)
@@ -63,7 +69,7 @@ class Physical(FakeEngine):
         if self.fault == "busy" and more < 0:
             self.grant = grant
             loop = asyncio.get_running_loop()
-            held = -more // 2  # half of it is free and goes at once
+            held = -more // 2
             self.device.hold(self.name, int(grant.gpu_memory_utilization * DEVICE) + held)
             self.holding.append(Deferred(grant, held, grace_s, loop.create_future()))
             return self.holding[-1]
@@ -72,7 +78,7 @@ class Physical(FakeEngine):
         return outcome
 
     def let_go(self, how: type) -> None:
-        """End what was deferred: applied, superseded, or by dying."""
+        """Settle the deferred shrinks as Applied, as Superseded, or as Rejected because the engine died."""
         while self.holding:
             deferred = self.holding.pop()
             if how is not Superseded:
@@ -90,7 +96,7 @@ def grant(share: float) -> Grant:
 
 
 class Three:
-    """Three engines with 0.3, 0.4 and 0.3 of a device that is full."""
+    """Three engines that hold 0.3, 0.4 and 0.3 of a device, which is therefore full."""
 
     def __init__(self, budget: int = DEVICE) -> None:
         self.device = Device()
@@ -126,7 +132,7 @@ async def test_memory_moves_from_donors_to_recipients(three: Three) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grants", "told"),
+    ("grants", "reason"),
     [
         ({"a": 0.1}, "floor of 0.15"),
         ({"a": -1.0}, "floor"),
@@ -139,12 +145,12 @@ async def test_memory_moves_from_donors_to_recipients(three: Three) -> None:
     ],
 )
 async def test_an_impossible_decision_is_rejected_and_changes_nothing(
-    three: Three, grants: dict[str, float], told: str
+    three: Three, grants: dict[str, float], reason: str
 ) -> None:
     outcomes = await three.sharing.resize({name: grant(share) for name, share in grants.items()})
     reasons = [outcome.reason for outcome in outcomes.values() if isinstance(outcome, Rejected)]
     assert len(reasons) == len(grants)
-    assert any(told in reason for reason in reasons)
+    assert any(reason in given for given in reasons)
     assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
 
 
@@ -169,7 +175,7 @@ async def test_a_recipient_grows_as_its_donor_releases_memory(three: Three) -> N
     waiting, donor = outcomes["a"], outcomes["b"]
     assert isinstance(waiting, Deferred)
     assert isinstance(donor, Deferred)
-    assert shares(three) == {"a": 0.5, "b": 0.3, "c": 0.2}  # half of it was free and has moved
+    assert shares(three) == {"a": 0.5, "b": 0.3, "c": 0.2}  # half of the donor's memory was free and has moved
     three.engines["b"].let_go(Applied)
     assert (await waiting.settled).grant == grant(0.6)
     assert shares(three) == {"a": 0.6, "b": 0.2, "c": 0.2}
@@ -283,7 +289,7 @@ async def test_a_recipient_that_does_not_answer_keeps_its_claim(three: Three, mo
 
 
 class Restarting:
-    """A supervised engine `a` and a plain one `b`, each with half of a device; `a` was killed and is being started."""
+    """A supervised engine `a` and a plain engine `b`, each with half of a device. `a` was killed and is restarting."""
 
     def __init__(self) -> None:
         self.device = Device()
@@ -314,21 +320,21 @@ class Restarting:
 
     async def until(self, state: EngineState) -> None:
         async with asyncio.timeout(20):
-            while self.engines["a"].stats().state is not state:  # noqa: ASYNC110  nothing tells
+            while self.engines["a"].stats().state is not state:  # noqa: ASYNC110 (there is no event to wait for)
                 await asyncio.sleep(0.001)
 
 
 @pytest.fixture
 async def restarting() -> AsyncIterator[Restarting]:
-    found = Restarting()
-    await found.start()
-    yield found
-    await found.engines["a"].close()
+    engines = Restarting()
+    await engines.start()
+    yield engines
+    await engines.engines["a"].close()
 
 
 async def test_memory_moves_between_the_others_while_an_engine_restarts(restarting: Restarting) -> None:
     sharing = restarting.sharing
-    assert restarting.engines["a"].limits.device_bytes == DEVICE  # those that it had
+    assert restarting.engines["a"].limits.device_bytes == DEVICE  # the limits from before the restart
     shrunk = await sharing.resize({"b": grant(0.3)})
     assert isinstance(shrunk["b"], Applied)
     assert "the budget is" in getattr((await sharing.resize({"b": grant(0.6)}))["b"], "reason", "")
@@ -361,17 +367,17 @@ def test_a_claim_beyond_the_budget_changes_nothing() -> None:
 
 
 class Trading(RuleBasedStateMachine):
-    """Decisions, faults and late releases in any order."""
+    """Decisions, faults and late releases in any order keep the ledger true."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patience, sharing.ANSWER_S = sharing.ANSWER_S, 0.005
+        self.answer_s, sharing.ANSWER_S = sharing.ANSWER_S, 0.005
         self.loop = VirtualLoop()
         self.three = self.wait(Three().start())
         self.deferred: list[Deferred] = []
 
-    def wait(self, what: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(what)
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(coroutine)
 
     @rule(shares=st.dictionaries(st.sampled_from("abc"), st.integers(10, 105).map(lambda n: n / 100), min_size=1))
     def decide(self, shares: dict[str, float]) -> None:
@@ -423,10 +429,10 @@ class Trading(RuleBasedStateMachine):
             engine.let_go(Applied)
         self.wait(asyncio.sleep(0.001))
         assert not self.three.sharing.silent
-        assert all(deferred.settled.done() for deferred in self.deferred), "someone waits for ever"
+        assert all(deferred.settled.done() for deferred in self.deferred), "a deferred grant never settled"
         self.wait(self.three.sharing.close())
         self.loop.close()
-        sharing.ANSWER_S = self.patience
+        sharing.ANSWER_S = self.answer_s
 
 
 TestTrading = Trading.TestCase

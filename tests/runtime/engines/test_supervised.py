@@ -1,4 +1,4 @@
-"""An engine that dies comes back, and its callers notice no more than a pause."""
+"""An engine that dies is restarted, and its callers notice only a pause."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ QUICK = Patience(hang_s=0.2, pulse_every_s=0.02, backoff_s=(0, 0.01), restarts=4
 
 
 class Hanging(FakeEngine):
-    """Hangs when told to: no token, no pulse."""
+    """An engine that gives no token and no pulse while `hangs` is set."""
 
     hangs = False
     fails_to_start = False
@@ -50,7 +50,10 @@ class Hanging(FakeEngine):
 
 @dataclass
 class Made:
-    """Every engine that the supervisor had made, the grants they began with, and the states it told."""
+    """What the supervisor did: the engines that it made, their first grants, the requests, and the reported states.
+
+    The first `fail_to_start` restarts fail. With `drift`, restarted engines reply differently.
+    """
 
     engines: list[Hanging] = field(default_factory=list)
     grants: list[Grant | None] = field(default_factory=list)
@@ -108,7 +111,7 @@ async def test_a_reply_continues_after_what_the_dead_engine_streamed(
         if len(chunks) == after:
             made.engines[0].kill()
     assert text(chunks) == WORDS
-    undisturbed = await reply(engine)  # after a restart, where there was one
+    undisturbed = await reply(engine)  # by the restarted engine, if there was a restart
     assert [t for chunk in chunks for t in chunk.token_ids] == [t for chunk in undisturbed for t in chunk.token_ids]
     assert chunks[-1].finish == "stop"
     assert len(made.engines) == (1 if after == 0 else 2)
@@ -167,10 +170,10 @@ async def test_requests_wait_during_a_restart(engine: SupervisedEngine, made: Ma
 
 
 async def test_a_hanging_engine_is_killed_and_its_requests_are_sent_again(engine: SupervisedEngine, made: Made) -> None:
-    asked = asyncio.create_task(reply(engine))
+    task = asyncio.create_task(reply(engine))
     await asyncio.sleep(0.03)
     made.engines[0].hangs = True
-    assert text(await asked) == WORDS
+    assert text(await task) == WORDS
     assert made.engines[0].stats().state is EngineState.CLOSED
 
 
@@ -206,7 +209,7 @@ async def test_a_request_that_was_alone_when_its_engine_was_killed_is_sent_again
 
 
 async def test_a_request_is_quarantined_after_three_killed_engines(engine: SupervisedEngine, made: Made) -> None:
-    """As by the kernel's OOM killer: it ends what needs too much memory by SIGKILL."""
+    """The kernel's OOM killer, for example, kills an engine whose request needs too much memory."""
     with pytest.raises(RequestQuarantined, match="engine e was killed; this request is the likeliest cause"):
         await reply(engine, replace(POISON, messages=(Message("user", "kill"),)))
     assert len(made.requests) == 3
@@ -216,9 +219,9 @@ async def test_a_request_is_quarantined_after_three_killed_engines(engine: Super
 async def test_poison_requests_are_found_and_the_others_are_served(
     engine: SupervisedEngine, made: Made, poisons: int
 ) -> None:
-    """One crash for all of them together, and one for each: fewer than make an engine fail."""
+    """It takes one crash for all requests together and one for each poison: too few for the engine to fail."""
     streaming = asyncio.create_task(reply(engine))
-    while not made.requests:  # noqa: ASYNC110  nothing tells
+    while not made.requests:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0)
     waiting = [asyncio.create_task(reply(engine)) for _ in range(10)]
     poison = [asyncio.create_task(reply(engine, POISON)) for _ in range(poisons)]
@@ -238,35 +241,35 @@ async def test_a_request_that_crashes_engines_after_its_first_token_is_found(
             if chunk.text != WORDS.split()[0]:
                 made.engines[-1].crash()
 
-    beside = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    others = [asyncio.create_task(reply(engine)) for _ in range(5)]
     with pytest.raises(RequestQuarantined):
         await poison()
-    assert {text(chunks) for chunks in await asyncio.gather(*beside)} == {WORDS}
+    assert {text(chunks) for chunks in await asyncio.gather(*others)} == {WORDS}
     assert len(made.engines) <= 4
 
 
 async def test_the_only_request_without_a_token_is_not_blamed_beside_another(
     engine: SupervisedEngine, made: Made
 ) -> None:
-    """It is the only one without a token, and still not the only one in the engine."""
-    breaker = engine.generate(REQUEST)
-    await anext(breaker)
-    beside = asyncio.create_task(reply(engine))
-    while len(made.requests) < 2:  # noqa: ASYNC110  nothing tells
+    """It is the only request without a token, but it is not alone in the engine."""
+    late_crasher = engine.generate(REQUEST)
+    await anext(late_crasher)
+    other = asyncio.create_task(reply(engine))
+    while len(made.requests) < 2:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0)
     made.engines[-1].crash()
-    assert text(await beside) == WORDS
-    assert text([chunk async for chunk in breaker]) == WORDS.removeprefix(WORDS.split()[0])
+    assert text(await other) == WORDS
+    assert text([chunk async for chunk in late_crasher]) == WORDS.removeprefix(WORDS.split()[0])
 
 
 async def test_a_killed_engine_does_not_add_suspicion_in_a_later_crash(engine: SupervisedEngine, made: Made) -> None:
     innocent = asyncio.create_task(reply(engine))
-    while not made.requests:  # noqa: ASYNC110  nothing tells
+    while not made.requests:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0)
     engine.kill()
-    beside = [asyncio.create_task(reply(engine)) for _ in range(3)]
+    others = [asyncio.create_task(reply(engine)) for _ in range(3)]
     poison = asyncio.create_task(reply(engine, POISON))
-    assert {text(chunks) for chunks in await asyncio.gather(innocent, *beside)} == {WORDS}
+    assert {text(chunks) for chunks in await asyncio.gather(innocent, *others)} == {WORDS}
     with pytest.raises(RequestQuarantined):
         await poison
 
@@ -279,7 +282,7 @@ async def test_a_reader_that_stops_reading_delays_the_line_by_one_turn_at_most(
         await anext(stalled)
         await anext(other)
         made.engines[-1].crash()
-    await anext(stalled)  # it breaks engines late, as far as is known, and has its turn to its end
+    await anext(stalled)  # it is suspected to crash engines late, so that its turn lasts until its reply ends
     await other.aclose()
     async with asyncio.timeout(quarantine.TURN_S + 1):
         assert text(await reply(engine)) == WORDS
@@ -287,35 +290,35 @@ async def test_a_reader_that_stops_reading_delays_the_line_by_one_turn_at_most(
 
 
 async def test_requests_in_the_quarantine_line_count_as_waiting(engine: SupervisedEngine, made: Made) -> None:
-    asked = [asyncio.create_task(reply(engine)) for _ in range(10)]
-    while len(made.requests) < 10:  # noqa: ASYNC110  nothing tells
+    tasks = [asyncio.create_task(reply(engine)) for _ in range(10)]
+    while len(made.requests) < 10:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0)
     made.engines[-1].crash()
-    while engine.stats().state is not EngineState.READY or len(made.engines) < 2:  # noqa: ASYNC110
+    while engine.stats().state is not EngineState.READY or len(made.engines) < 2:  # noqa: ASYNC110 (no event)
         await asyncio.sleep(0.001)
     assert engine.stats().running + engine.stats().waiting == 10
-    await asyncio.gather(*asked)
+    await asyncio.gather(*tasks)
 
 
 async def test_closing_an_engine_blames_no_request(made: Made) -> None:
     supervised = SupervisedEngine("e", made.make, patience=QUICK)
     await supervised.start()
-    asked = asyncio.create_task(reply(supervised))
-    while not made.requests:  # noqa: ASYNC110  nothing tells
+    task = asyncio.create_task(reply(supervised))
+    while not made.requests:  # noqa: ASYNC110 (there is no event to wait for)
         await asyncio.sleep(0)
     await supervised.close()
     with pytest.raises(EngineDead, match="e is closed"):
-        await asked
+        await task
 
 
 async def test_a_cancelled_suspect_does_not_block_the_line(engine: SupervisedEngine, made: Made) -> None:
-    asked = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    tasks = [asyncio.create_task(reply(engine)) for _ in range(5)]
     await asyncio.sleep(0)
     made.engines[0].crash()
     await asyncio.sleep(0)
-    for task in asked[:4]:
+    for task in tasks[:4]:
         task.cancel()
-    assert text(await asked[4]) == WORDS
+    assert text(await tasks[4]) == WORDS
     assert {text(chunks) for chunks in await asyncio.gather(*(reply(engine) for _ in range(5)))} == {WORDS}
 
 
@@ -323,7 +326,7 @@ async def test_a_cancelled_suspect_does_not_block_the_line(engine: SupervisedEng
 async def test_a_reply_with_penalties_is_replayed(
     engine: SupervisedEngine, made: Made, further: dict[str, Any]
 ) -> None:
-    """Put behind the prompt, they would not count."""
+    """Penalties would treat tokens that are appended to the prompt as part of the prompt."""
     chunks = []
     async for chunk in engine.generate(replace(REQUEST, further=further)):
         chunks.append(chunk)
@@ -334,11 +337,11 @@ async def test_a_reply_with_penalties_is_replayed(
 
 
 async def test_all_requests_in_flight_survive_two_kills(engine: SupervisedEngine, made: Made) -> None:
-    asked = [asyncio.create_task(reply(engine)) for _ in range(50)]
+    tasks = [asyncio.create_task(reply(engine)) for _ in range(50)]
     for _ in range(2):
         await asyncio.sleep(0.04)
         engine.kill()
-    assert {text(chunks) for chunks in await asyncio.gather(*asked)} == {WORDS}
+    assert {text(chunks) for chunks in await asyncio.gather(*tasks)} == {WORDS}
 
 
 async def test_a_failed_first_start_raises(made: Made) -> None:

@@ -311,7 +311,7 @@ def test_overrides_take_the_arguments_of_vllms_methods(cls: type, method: str) -
     positional = [X for parameter in theirs if parameter.kind is not parameter.KEYWORD_ONLY]
     keywords = {parameter.name: X for parameter in theirs if parameter.kind is parameter.KEYWORD_ONLY}
     inspect.signature(getattr(cls, method)).bind(*positional, **keywords)
-    required = [X for one in theirs if one.default is one.empty and one.kind is not one.KEYWORD_ONLY]
+    required = [X for p in theirs if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     inspect.signature(getattr(cls, method)).bind(*required)
 
 
