@@ -97,17 +97,15 @@ def plan_growth(
     growths: dict[str, Growth] = {}
     for name, grant in grants.items():
         needed_bytes = _held_bytes(limits[name], grant) - claims[name]
-        missing_bytes = needed_bytes - free_bytes
-        taken_bytes = min(needed_bytes, free_bytes)
-        if missing_bytes <= 0:
-            growths[name] = Growth(grant, missing_bytes)
-        elif taken_bytes >= step_bytes:
-            share = (claims[name] + taken_bytes) / limits[name].device_bytes
-            growths[name] = Growth(replace(grant, gpu_memory_utilization=share), missing_bytes)
-        else:
-            growths[name] = Growth(None, missing_bytes)
-            taken_bytes = 0
-        free_bytes -= max(taken_bytes, 0)
+        now: Grant | None = None
+        if needed_bytes <= free_bytes:
+            now = grant
+        elif free_bytes >= step_bytes:
+            share = (claims[name] + free_bytes) / limits[name].device_bytes
+            now = replace(grant, gpu_memory_utilization=share)
+        growths[name] = Growth(now, needed_bytes - free_bytes)
+        if now is not None:
+            free_bytes -= max(0, min(needed_bytes, free_bytes))
     return growths
 
 

@@ -141,7 +141,7 @@ def test_a_plan_that_grows_engines_fits_the_budget_once_it_has_settled(
         assert set(found.rejected) == set(grants)
         return
     settled_bytes = {name: at.claimed_bytes for name, at in positions.items()}
-    for name, granted in (found.shrink | found.grow).items():
+    for name, granted in {**found.shrink, **found.grow}.items():
         settled_bytes[name] = LIMITS.held_bytes(granted.gpu_memory_utilization)
     assert all(settled_bytes[name] < positions[name].claimed_bytes for name in found.shrink)
     assert all(settled_bytes[name] >= positions[name].claimed_bytes for name in found.grow)
