@@ -74,7 +74,7 @@ class Processor:
 class _Sequence:
     """One request in the engine.
 
-    - `pieces`: the tokens of its reply; `written`: how many are generated; `sent`: how many are streamed.
+    - `pieces`: the tokens of its reply; `generated`, `sent`: how many of them are generated and streamed.
     - `computed`: whether its prompt and the generated tokens are in the KV cache.
     - `chunks`: what is streamed; None if the engine has died.
     """
@@ -85,7 +85,7 @@ class _Sequence:
     prompt_tokens: int
     pieces: list[str]
     finish: str
-    written: int = 0
+    generated: int = 0
     sent: int = 0
     computed: bool = False
     chunks: asyncio.Queue[Chunk | None] = field(default_factory=asyncio.Queue)
@@ -218,28 +218,28 @@ class FakeEngine(EngineHandle):
 
     async def _steps(self) -> None:
         while self._state is EngineState.READY and (self._admit() or self._running):
-            prefill = sum(s.prompt_tokens + s.written for s in self._running if not s.computed)
+            prefill = sum(s.prompt_tokens + s.generated for s in self._running if not s.computed)
             seconds = self._times.step_s + self._times.token_s * len(self._running) + self._times.prefill_s * prefill
             stepped = list(self._running)
             self._between_steps.clear()
             await self._spend(seconds * self._time_scale)
             self._between_steps.set()
             for sequence in stepped:
-                self._write(sequence)
+                self._generate_token(sequence)
             self._preempt()
 
     async def _spend(self, seconds: float) -> None:
         await self._processor.spend(seconds)
 
-    def _write(self, sequence: _Sequence) -> None:
+    def _generate_token(self, sequence: _Sequence) -> None:
         """Generate a token of a request, unless the request was aborted or preempted during the step."""
         if sequence not in self._running:
             return
         sequence.computed = True
-        sequence.written += 1
-        ended = sequence.written >= len(sequence.pieces)
-        if ended or sequence.sent == 0 or sequence.written - sequence.sent >= sequence.request.stream_interval:
-            sequence.chunks.put_nowait(self._chunk(sequence, sequence.written))
+        sequence.generated += 1
+        ended = sequence.generated >= len(sequence.pieces)
+        if ended or sequence.sent == 0 or sequence.generated - sequence.sent >= sequence.request.stream_interval:
+            sequence.chunks.put_nowait(self._chunk(sequence, sequence.generated))
         if ended:
             self._remove(sequence)
 
@@ -248,7 +248,7 @@ class FakeEngine(EngineHandle):
         tokens = len(self._running)
         while self._waiting and len(self._running) < self.grant.max_active_seqs:
             sequence = self._waiting[0]
-            tokens += sequence.prompt_tokens + sequence.written
+            tokens += sequence.prompt_tokens + sequence.generated
             first = not self._running
             if not first and tokens > self.grant.max_step_tokens:
                 break
@@ -272,7 +272,7 @@ class FakeEngine(EngineHandle):
 
     def _held(self, sequence: _Sequence) -> int:
         """Return the bytes of a request's blocks, which cover its tokens and the next one."""
-        blocks = -(-(sequence.prompt_tokens + sequence.written + 1) // self._memory.block_tokens)
+        blocks = -(-(sequence.prompt_tokens + sequence.generated + 1) // self._memory.block_tokens)
         return blocks * self._memory.block_tokens * self._memory.token
 
     @property

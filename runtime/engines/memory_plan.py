@@ -55,6 +55,7 @@ class Growth:
 
     @property
     def complete(self) -> bool:
+        """Return True if `now` is the whole grant."""
         return self.missing_bytes <= 0
 
 
