@@ -259,7 +259,7 @@ async def test_calls_to_an_engine_that_has_just_died_return(fleet: Fleet, events
     grant = kv_grant(engine, engine.limits.kv_floor_bytes)
     await engine.resize(grant)
     undisturbed = await tokens(engine, numbered_request(1))
-    for _ in range(2):  # the second time vLLM's client has to make a call before the engine's first request
+    for _ in range(2):  # in round two the engine has served no request yet, and vLLM's client first asks it something
         engine.kill()
         reply, outcome = await asyncio.wait_for(
             asyncio.gather(tokens(engine, numbered_request(1)), engine.resize(grant)), timeout=LONG_S

@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +52,7 @@ async def text(fleet: Fleet, engine: str, request: GenerateRequest) -> str:
     return "".join([chunk.text async for chunk in fleet.engines[engine].generate(request)]).strip()
 
 
-async def test_start_up_states_are_reported(fleet: Fleet, events: list[Event], tmp_path: Path) -> None:
+async def test_start_up_states_are_reported(fleet: Fleet, events: list[Event]) -> None:
     states = [(event.engine, event.state) for event in events if isinstance(event, EngineChanged)]
     assert states[:2] == [("solver", EngineState.STARTING), ("chat", EngineState.STARTING)]
     for name in ("solver", "chat"):
