@@ -1,4 +1,4 @@
-"""What a running service is like, now and lately, for whoever shows it: HTTP, MQTT, the page."""
+"""The recent history of a running service, which HTTP, MQTT and the page display."""
 
 import asyncio
 import time
@@ -14,14 +14,16 @@ from runtime.engines.handle import EngineState
 from runtime.events import EngineChanged, Event
 
 SAMPLE_S = 0.5
-"""Samples are no closer together."""
+"""Least seconds between two samples."""
 SAMPLES = 1200
+"""Samples that are kept: ten minutes."""
 DECISIONS = 200
+"""Decisions that are kept."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All of it at a moment, in seconds since 1970."""
+    """The service at one moment: its engines, its device, and its jobs by state. `at` is in seconds since 1970."""
 
     at: float
     engines: Mapping[str, EngineMoment]
@@ -31,7 +33,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class DecisionShown:
-    """A decision that changed something: which policy, why now, and each engine's grant with its reason."""
+    """A decision that changed a grant, or a fault: the policy, the cause, and each engine's grant with its reason.
+
+    `at` is in seconds since 1970; `seconds` is how long the decision took to apply.
+    """
 
     number: int
     at: float
@@ -44,45 +49,48 @@ class DecisionShown:
 
 
 class Monitor:
-    """Listens to the controller and to the engines; keeps the last ten minutes, in steps of half a second, and the last
-    decisions. `jobs` says how many wait and are worked."""
+    """A listener of the controller and the engines that keeps samples of the last ten minutes and the last decisions.
+
+    `jobs` returns the number of jobs by state.
+    """
 
     def __init__(self, jobs: Callable[[], Mapping[str, int]]) -> None:
         self.states: dict[str, EngineState] = {}
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
         self.decisions: deque[DecisionShown] = deque(maxlen=DECISIONS)
         self._jobs = jobs
-        self._numbers = 0
-        self._news = asyncio.Event()
+        self._last_number = 0
+        self._changed = asyncio.Event()
 
     def hear(self, event: Event) -> None:
-        """A listener: engines come and go."""
+        """Note an engine's new state. This is a listener of events."""
         if isinstance(event, EngineChanged):
             self.states[event.engine] = event.state
-            self._tell()
+            self._announce()
 
     def record(self, record: Record) -> None:
-        """Take note of a decision of the controller."""
+        """Keep a decision of the controller, and a sample if one is due."""
         now = time.time()
         if record.fault is not None or record.outcomes:
-            self._numbers += 1
-            self.decisions.append(_shown(record, self._numbers, now))
+            self._last_number += 1
+            self.decisions.append(_shown(record, self._last_number, now))
         if not self.samples or now - self.samples[-1].at >= SAMPLE_S:
             engines = {name: _moment(view) for name, view in record.snapshot.engines.items()}
             self.samples.append(Sample(now, engines, record.snapshot.device, dict(self._jobs())))
-            self._tell()
+            self._announce()
 
     async def news(self) -> None:
-        """Return when there is a new sample, or an engine has changed."""
-        await self._news.wait()
+        """Wait until there is a new sample or an engine changes its state."""
+        await self._changed.wait()
 
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def _announce(self) -> None:
+        """Wake everybody who waits now; who waits later waits for the next change."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
 
 def _moment(view: EngineView) -> EngineMoment:
-    """With a share in digits that are worth sending."""
+    """Round the share to the digits that are displayed."""
     moment = EngineMoment.of(view)
     return replace(moment, share=round(moment.share, 5))
 

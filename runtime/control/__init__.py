@@ -1,1 +1,1 @@
-"""Who gets how much: observe, decide, apply, publish."""
+"""Decides how much GPU memory and concurrency each engine gets: takes snapshots, asks a policy, applies its grants."""

@@ -1,4 +1,4 @@
-"""Policies by name: built in, or a third party's by the entry-point group `troupe.policies`."""
+"""Finds and makes policies by name, built-in or third-party, through the entry-point group `troupe.policies`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,37 +14,40 @@ DEFAULT = "waterfill"
 
 
 def make(name: str, options: Mapping[str, Any] | None = None, place: str = "control.policy") -> Policy:
-    """The policy with its options. Raises ConfigError naming the key, PluginError for a third party's that cannot be
-    used."""
-    kind = _find(name, place)
+    """Return a policy with its options.
+
+    Raises ConfigError if the name or an option is wrong, and PluginError if a third-party policy cannot be used. Errors
+    name the key, below `place`.
+    """
+    policy_class = _find(name, place)
     try:
-        return kind(kind.Options.model_validate(dict(options or {})))
+        return policy_class(policy_class.Options.model_validate(dict(options or {})))
     except ValidationError as error:
-        known = ", ".join(["name", *kind.Options.model_fields])
+        known = ", ".join(["name", *policy_class.Options.model_fields])
         raise ConfigError(f"{place}.{explain(error)}; known keys are {known}") from None
-    except Exception as error:  # a third party's policy may raise anything
-        raise PluginError(f"{place}: policy {name} could not be made: {error!r}") from error
+    except Exception as error:  # a third-party policy may raise anything
+        raise PluginError(f"{place}: policy {name!r} cannot be created: its constructor raised {error!r}") from error
 
 
 def is_shipped(policy: Policy) -> bool:
-    """Whether it is one of Troupe's own, which need no watching over the time they take."""
+    """Return True for a built-in policy, which needs no time limit."""
     return type(policy).__module__.startswith("runtime.control.policies.")
 
 
 def names() -> list[str]:
-    """All that are registered."""
+    """Return the names of all registered policies."""
     return [entry.name for entry in registry.registered("policy")]
 
 
 def _find(name: str, place: str) -> type[Policy]:
     try:
         entry = registry.find("policy", name)
-        found = entry.load_subclass(Policy, "runtime.control.policy.Policy")  # type: ignore[type-abstract]  # the base itself
-        options: object = found.Options
+        policy_class = entry.load_subclass(Policy, "runtime.control.policy.Policy")  # type: ignore[type-abstract]  # the base itself
+        options: object = policy_class.Options
         if not (isinstance(options, type) and issubclass(options, Value)):
-            raise entry.broken(f"{found.__name__}.Options has to be a subclass of agents.role.Value")
+            raise entry.broken(f"{policy_class.__name__}.Options must be a subclass of agents.role.Value")
     except registry.UnknownName as error:
         raise ConfigError(f"{place}.name: {error}") from None
     except registry.BrokenPlugin as error:
         raise PluginError(f"{place}.name: {error}") from None
-    return found
+    return policy_class

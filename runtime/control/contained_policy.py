@@ -1,10 +1,11 @@
-"""A policy under guard: whatever it does, the service goes on with the last good decision.
+"""Policies whose faults are contained: the service keeps the last good grants, whatever a policy does.
 
-Refused are a policy that raises or takes too long, and a decision with a grant that cannot be (NaN, beyond an engine's
-bounds, for an engine that is not there) or that together goes beyond the budget.
+Refuses a policy that raises or takes too long, a grant outside its engine's bounds (NaN included) or for an unknown
+engine, and grants that exceed the budget together.
 """
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Self
@@ -14,70 +15,85 @@ from runtime.control import catalogue
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
 from runtime.daemon_thread import DaemonExecutor
+from runtime.engines.grant import Grant
 
-LIMIT_S = 0.5
+TIME_LIMIT_S = 0.5
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a policy decided; or None, and what was wrong with it."""
+class Answer:
+    """A policy's decision; or, if it was refused, None and the fault."""
 
     decision: Decision | None
     fault: str | None = None
 
+    @property
+    def grants(self) -> Mapping[str, Grant]:
+        """The grants of the decision; empty if there is none."""
+        return self.decision.grants if self.decision else {}
+
 
 class ContainedPolicy:
-    """Asks a policy in a thread of `executor`, so that one that never returns stops nobody; without one, as on a
-    simulation's clock, in the caller's."""
+    """A policy that never raises and whose decisions are valid.
 
-    def __init__(self, name: str, policy: Policy, executor: Executor | None = None, limit_s: float = LIMIT_S) -> None:
+    With an `executor`, it decides in the executor's thread within `limit_s` seconds, so that a policy that hangs blocks
+    nothing. Without one (built-in policies, and simulations on a virtual clock), it decides in the caller's thread,
+    without a time limit.
+    """
+
+    def __init__(
+        self, name: str, policy: Policy, executor: Executor | None = None, limit_s: float = TIME_LIMIT_S
+    ) -> None:
         self.name = name
         self._policy = policy
         self._executor = executor
         self._limit_s = limit_s
-        self._asked: asyncio.Future[Decision] | None = None
+        self._pending: asyncio.Future[Decision] | None = None
 
-    async def decide(self, snapshot: Snapshot) -> Judged:
-        """The decision, or what was wrong. Never raises."""
-        if self._asked is not None and not self._asked.done():
-            return Judged(None, f"policy {self.name} has not answered yet")
+    async def decide(self, snapshot: Snapshot) -> Answer:
+        """Return the policy's decision or its fault. Never raises.
+
+        A policy that exceeded its time limit is not called again until it has returned.
+        """
+        if self._pending is not None and not self._pending.done():
+            return Answer(None, f"policy {self.name} is still busy with an earlier decision")
         try:
-            decision = await self._ask(snapshot)
+            decision = await self._call(snapshot)
         except TimeoutError:
-            return Judged(None, f"policy {self.name} took more than {self._limit_s:g} s")
-        except Exception as error:  # noqa: BLE001  a third party's policy may raise anything
-            return Judged(None, f"policy {self.name} raised {error!r}")
+            return Answer(None, f"policy {self.name} took more than {self._limit_s:g} s")
+        except Exception as error:  # noqa: BLE001  a third-party policy may raise anything
+            return Answer(None, f"policy {self.name} raised {error!r}")
         fault = _fault(snapshot, decision)
-        return Judged(None, f"policy {self.name}: {fault}") if fault else Judged(decision)
+        return Answer(None, f"policy {self.name}: {fault}") if fault else Answer(decision)
 
-    async def _ask(self, snapshot: Snapshot) -> Decision:
+    async def _call(self, snapshot: Snapshot) -> Decision:
         if self._executor is None:
             return self._decide(snapshot)
-        self._asked = asked = asyncio.get_running_loop().run_in_executor(self._executor, self._decide, snapshot)
+        self._pending = asyncio.get_running_loop().run_in_executor(self._executor, self._decide, snapshot)
         async with asyncio.timeout(self._limit_s):
-            return await asyncio.shield(asked)
+            return await asyncio.shield(self._pending)
 
     def _decide(self, snapshot: Snapshot) -> Decision:
-        """Return the policy's decision as it stands from now on.
+        """Return the policy's decision, copied if it is a third party's.
 
-        A third party's grants are copied and its reasons worded here, within its time and its thread: they may be lazy
-        objects that raise, hang, or change with the policy's state. Reasons of shipped policies are pure functions of
-        the snapshot, and are worded when somebody reads or logs them.
+        A third party's grants and reasons may be lazy objects that raise, hang, or change with the policy's state, so
+        they are copied and formatted here, within the policy's thread and time limit. The reasons of built-in policies
+        are pure functions of the snapshot and are formatted only when they are read or logged.
         """
         decision = self._policy.decide(snapshot)
         if not isinstance(decision, Decision):
-            raise TypeError(f"{decision!r} is no Decision")
+            raise TypeError(f"decide() returned {decision!r} instead of a Decision")
         if catalogue.is_shipped(self._policy):
             return decision
         return Decision(dict(decision.grants), {name: str(reason) for name, reason in decision.reasons.items()})
 
 
 class ContainedPolicies:
-    """A context manager over the configured policy and its shadow, each contained.
+    """A context manager that owns the configured policy and its shadow, each contained.
 
-    A third party's policy is asked in a thread of its own; leaving ends the threads and waits for none that hangs. A
-    shipped policy decides faster than a thread wakes, so it is asked on the event loop, as every policy is if `threads`
-    is False. Making it raises ConfigError or PluginError.
+    A third-party policy decides in a thread of its own; leaving the context ends these threads without waiting for one
+    that hangs. A built-in policy decides faster than a thread wakes up, so it runs on the event loop, as every policy
+    does if `threads` is False. The constructor raises ConfigError or PluginError.
     """
 
     def __init__(self, policy: PolicyChoice, shadow: PolicyChoice | None = None, threads: bool = True) -> None:
@@ -87,7 +103,7 @@ class ContainedPolicies:
         self.shadow = self.contain(shadow, "control.shadow") if shadow else None
 
     def contain(self, choice: PolicyChoice, place: str = "control.policy") -> ContainedPolicy:
-        """Make a policy; `place` is its key in error messages. Raises ConfigError or PluginError."""
+        """Create and contain a policy. Raises ConfigError or PluginError; `place` is the key that errors name."""
         policy = catalogue.make(choice.name, choice.options, place)
         if not self._threads or catalogue.is_shipped(policy):
             return ContainedPolicy(choice.name, policy)
@@ -104,17 +120,19 @@ class ContainedPolicies:
 
 
 def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
-    """What is wrong with a decision; None when it can be applied."""
+    """Return why a decision cannot be applied, or None."""
+    engines = snapshot.engines
     for name, grant in decision.grants.items():
-        if name not in snapshot.engines:
-            return f"there is no engine {name!r}"
-        if complaint := snapshot.engines[name].limits.complaint(grant):
+        if name not in engines:
+            return f"there is no engine {name!r}; the engines are {', '.join(engines)}"
+        if complaint := engines[name].limits.complaint(grant):
             return f"engine {name}: {complaint}"
-    held = 0
-    for name, view in snapshot.engines.items():
-        grant = decision.grants.get(name, view.grant)
-        held += view.limits.held_bytes(grant.gpu_memory_utilization)
-    before = sum(view.limits.held_bytes(view.grant.gpu_memory_utilization) for view in snapshot.engines.values())
-    if held > max(snapshot.budget_bytes, 0) and held > before:
-        return f"the engines would hold {held} bytes; the budget is {snapshot.budget_bytes}"
+    before_bytes = sum(view.limits.held_bytes(view.grant.gpu_memory_utilization) for view in engines.values())
+    after_bytes = sum(
+        view.limits.held_bytes(decision.grants.get(name, view.grant).gpu_memory_utilization)
+        for name, view in engines.items()
+    )
+    # A decision that shrinks is applied even if the result still exceeds a budget that was cut.
+    if after_bytes > max(snapshot.budget_bytes, 0) and after_bytes > before_bytes:
+        return f"the engines would hold {after_bytes} bytes; the budget is {snapshot.budget_bytes} bytes"
     return None

@@ -1,8 +1,8 @@
-"""The loop: observe, decide, apply, publish; every 100 ms by default, twice as often while memory is short, and at once
-when a burst comes.
+"""The control loop: take a snapshot, ask the policy, apply its grants, publish the record.
 
-What an engine, a policy or the telemetry does wrong is in the record and stops nothing. An engine that does not
-answer a grant is left alone until it has, or was started again, and memory goes on moving between the others.
+It runs every 100 ms by default, twice as often while memory is short, and at once on a burst of calls. Faults of an
+engine, a policy or the telemetry are recorded and stop nothing. An engine that does not answer a resize is left alone
+until it answers or restarts, while memory keeps moving between the others.
 """
 
 import asyncio
@@ -13,28 +13,30 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from runtime.control import pins
-from runtime.control.contained_policy import ContainedPolicy, Judged
+from runtime.control import burst, pins
+from runtime.control.contained_policy import Answer, ContainedPolicy
 from runtime.control.decision_log import DecisionLog, Outcome, Record
 from runtime.control.policy import Decision
 from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import Snapshotter
 from runtime.engines.grant import Applied, Deferred, Grant, ResizeOutcome
-from runtime.engines.handle import EngineHandle
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.sharing import GRACE_S, Sharing
 from runtime.errors import InputError, NotFound, TroupeError
 from runtime.events import Event, JobAdvanced
 
 EVERY_S = 0.1
 BURST = "a burst"
-PAUSE_S = 0.01
-"""Decisions are no closer together than this."""
+MIN_PAUSE_S = 0.01
+"""Shortest pause between two decisions."""
 
 
 @dataclass
 class Counts:
-    """What the controller has done since its start. `reactions_s` are seconds from bursts until the memory that was
-    decided for them was there, the last of them."""
+    """Counts since the controller was created.
+
+    `reactions_s` are the latest reaction times: seconds from a burst until all memory decided for it was available.
+    """
 
     decisions: int = 0
     faults: int = 0
@@ -44,19 +46,28 @@ class Counts:
     preempted: int = 0
     reactions_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
 
+    def add(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Count the outcomes of a decision."""
+        for outcome in outcomes.values():
+            self.resizes += outcome.state != "rejected"
+            self.rejected += outcome.state == "rejected"
+            self.moved_bytes += outcome.moved_bytes
+            self.preempted += outcome.preempted
+
 
 class Controller:
-    """Moves memory between the engines of one device. An async context manager: it runs while entered.
+    """The owner of the control loop over the engines of one device.
 
-    `publish` gets every record; it must not block. All methods are called on the event loop.
+    An async context manager: the loop runs while it is entered. `publish` is called with every record and must not
+    block. All methods must be called on the event loop.
     """
 
     def __init__(
         self,
         engines: Mapping[str, EngineHandle],
         sharing: Sharing,
-        observer: Snapshotter,
-        guard: ContainedPolicy,
+        snapshotter: Snapshotter,
+        policy: ContainedPolicy,
         *,
         every_s: float = EVERY_S,
         grace_s: float = GRACE_S,
@@ -69,8 +80,8 @@ class Controller:
         self._engines = engines
         self._sharing = sharing
         self._budget_bytes = sharing.ledger.budget_bytes
-        self._observer = observer
-        self._guard = guard
+        self._snapshotter = snapshotter
+        self._policy = policy
         self._shadow = shadow
         self._every_s = every_s
         self._grace_s = grace_s
@@ -78,13 +89,12 @@ class Controller:
         self._publish = publish
         self._pinned: dict[str, Grant] = {}
         self._unfit: Mapping[str, str] = {}
-        self._fitting: Mapping[str, int] = {}
-        self._short = False
+        self._bursts = burst.BurstDetector()
         self._wake = asyncio.Event()
         self._cause = "start"
         self._caused_s: float | None = None
-        self._failure: str | None = None
-        self._settling: set[asyncio.Task[None]] = set()
+        self._logged_failure: str | None = None
+        self._timing: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -92,186 +102,201 @@ class Controller:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in (self._task, *self._settling):
+        for task in (self._task, *self._timing):
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.wait([task])
 
     def hear(self, event: Event) -> None:
-        """A listener: calls that become due may be a burst, which is decided about at once."""
+        """Check for a burst when calls of a job become due. This is a listener of events."""
         if isinstance(event, JobAdvanced):
             self.look()
 
     def look(self) -> None:
-        """See whether there is a burst."""
-        if self._is_burst():
+        """Check for a burst, and decide at once if there is one."""
+        if self._bursts.newly_short(self._snapshotter.in_flight()):
             self.wake(BURST)
 
     def wake(self, cause: str) -> None:
-        """Decide now and not at the next tick."""
+        """Decide now instead of at the next tick. `cause` goes into the record."""
         if not self._wake.is_set():
             self._cause = cause
             self._caused_s = asyncio.get_running_loop().time()
             self._wake.set()
 
     def pause(self) -> None:
-        """Decide no more until `resume`; grants stay as they are."""
+        """Stop deciding until `resume`; grants stay as they are."""
         self.paused = True
 
     def resume(self) -> None:
-        """Go on deciding."""
+        """Start deciding again."""
         self.paused = False
         self.wake("resumed")
 
+    def current_grant(self, engine: str) -> Grant:
+        """Return an engine's grant. Raises NotFound, or InputError if the engine takes no grants now."""
+        self._require(engine)
+        stats = self._engines[engine].stats()
+        silent = engine in self._sharing.silent
+        if silent or stats.state is not EngineState.READY or stats.grant is None:
+            state = "silent" if silent else stats.state
+            raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
+        return stats.grant
+
     def pin(self, engine: str, grant: Grant | None = None) -> None:
-        """Hold an engine at a grant, by default the one it has; policies divide what is left.
+        """Hold an engine at a grant (its current one if None); policies divide the rest of the budget.
 
         A pin that no longer fits, because the budget was cut or an engine restarted larger, is not in force until it
-        fits again: see `unfit_pins`. Raises NotFound, or InputError if the engine takes no grants now, or if the grant
-        is outside its bounds or leaves the other engines less than their floors and pins. Then nothing has changed.
+        fits again: see `unfit_pins`. Raises what `current_grant` raises, and InputError if the grant is outside the
+        engine's bounds or leaves the other engines less than their floors and pins. On an error nothing changes.
         """
-        if engine not in self._engines:
-            raise NotFound(f"there is no engine {engine!r}; there are {', '.join(self._engines)}")
-        snapshot = self._observe(asyncio.get_running_loop().time())
-        if engine not in snapshot.engines:
-            state = "silent" if engine in self._sharing.silent else self._engines[engine].stats().state
-            raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
+        current = self.current_grant(engine)
+        snapshot = self._take_snapshot(asyncio.get_running_loop().time())
         others = {name: held for name, held in self._pinned.items() if name != engine}
-        pinned = {**others, engine: grant or snapshot.engines[engine].grant}
+        pinned = {**others, engine: grant or current}
         if complaint := pins.fit(snapshot, pinned).unfit.get(engine):
             raise InputError(f"engine {engine}: {complaint}")
         self._pinned = pinned
         self.wake(f"{engine} is pinned")
 
     def unpin(self, engine: str) -> None:
-        """Let policies decide about an engine again."""
+        """Let policies decide about an engine again. Raises NotFound."""
+        self._require(engine)
         self._pinned.pop(engine, None)
         self.wake(f"{engine} is no longer pinned")
 
     @property
     def pinned(self) -> Mapping[str, Grant]:
-        """The engines that are held, and at what, the oldest pin first."""
+        """The grants of the pinned engines, the oldest pin first."""
         return self._pinned
 
     @property
     def unfit_pins(self) -> Mapping[str, str]:
-        """Return why pins are not in force, by engine: they do not fit the budget or the engine as it is now."""
+        """Why pins are not in force, by engine: they do not fit the current budget or the engine's bounds."""
         return {name: why for name, why in self._unfit.items() if name in self._pinned}
 
     @property
     def policy(self) -> str:
         """The name of the policy that decides."""
-        return self._guard.name
+        return self._policy.name
 
-    def use(self, guard: ContainedPolicy, budget_bytes: int | None = None) -> None:
-        """Let another policy decide from now on; within another budget, where one is given."""
-        self._guard = guard
+    def use(self, policy: ContainedPolicy, budget_bytes: int | None = None) -> None:
+        """Let another policy decide from now on, within another budget if one is given."""
+        self._policy = policy
         self._budget_bytes = budget_bytes or self._budget_bytes
-        self.wake(f"policy {guard.name}")
+        self.wake(f"policy {policy.name}")
 
-    def _is_burst(self) -> bool:
-        """Whether an engine has more calls than it has memory for, and had not at the last decision."""
-        return any(count > self._fitting.get(name, 0) for name, count in self._observer.in_flight().items())
+    def _require(self, engine: str) -> None:
+        if engine not in self._engines:
+            raise NotFound(f"there is no engine {engine[:100]!r}; the engines are {', '.join(self._engines)}")
 
     async def _run(self) -> None:
         while True:
-            self._wake.clear()  # what comes from here on is not in the snapshot, and wakes the loop again
+            self._wake.clear()  # first, so that a burst after the snapshot of this tick causes another tick
             if not self.paused:
                 try:
                     await self.tick()
-                    self._failure = None
+                    self._logged_failure = None
                 except Exception as error:
                     self.counts.faults += 1
-                    if repr(error) != self._failure:  # else it is in the log already
-                        self._failure = repr(error)
+                    if repr(error) != self._logged_failure:  # log a failure that repeats only once
+                        self._logged_failure = repr(error)
                         logging.getLogger(__name__).exception("a tick of the controller failed")
-                    await asyncio.sleep(self._every_s)  # a burst would wake it again at once, and not help
-            await asyncio.sleep(PAUSE_S)
-            # What an engine needs no longer is noticed at the next tick, and is worth noticing where another waits.
-            every_s = self._every_s / 2 if self._short else self._every_s
+                    await asyncio.sleep(self._every_s)  # bursts would otherwise retry a failing tick at once
+            await asyncio.sleep(MIN_PAUSE_S)
+            # Freed memory is only seen at the next tick, so tick twice as fast while any engine is short.
+            every_s = self._every_s / 2 if self._bursts.any_short else self._every_s
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(every_s - PAUSE_S, 0)):
+                async with asyncio.timeout(max(every_s - MIN_PAUSE_S, 0)):
                     await self._wake.wait()
 
     async def tick(self) -> None:
-        """Observe, decide, apply and publish once. Raises what engines or telemetry raise."""
-        clock = asyncio.get_running_loop().time
-        cause, self._cause = self._cause, "tick"
-        now_s, caused_s, self._caused_s = clock(), self._caused_s, None
-        started = now_s if caused_s is None else caused_s
-        snapshot = self._observe(now_s)
-        self._note_room(snapshot, {})  # for calls that come while a policy decides in a thread; below, for later ones
+        """Take a snapshot, decide, apply and publish, once. Raises what engines or telemetry raise."""
+        now_s = asyncio.get_running_loop().time()
+        cause, since_s = self._next_cause(now_s)
+        snapshot = self._take_snapshot(now_s)
+        self._note_decision(snapshot, {})  # calls may arrive while a policy decides in a thread
         pinned = pins.fit(snapshot, self._pinned)
-        self._report(pinned.unfit)
-        for_policies = pinned.rest(snapshot)
-        judged = await self._guard.decide(for_policies) if for_policies.engines else Judged(Decision())
-        record = Record(self._guard.name, cause, snapshot, judged.decision, judged.fault, unfit_pins=pinned.unfit)
-        self.counts.decisions += 1
-        self.counts.faults += judged.fault is not None
-        if self._shadow is not None and for_policies.engines:
-            shadow = await self._shadow.decide(for_policies)
-            record = replace(record, shadow_policy=self._shadow.name, shadow=shadow.decision, shadow_fault=shadow.fault)
-        self._note_room(snapshot, judged.decision.grants if judged.decision else {})
-        grants = {**(judged.decision.grants if judged.decision else {}), **pinned.in_force}
-        outcomes = await self._apply(snapshot, grants)
-        record = replace(record, outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()})
-        self._count(record)
+        self._warn_of_unfit_pins(pinned.unfit)
+        policy = self._policy.name
+        answer, shadow = await self._decide(pinned.rest(snapshot))
+        self._note_decision(snapshot, answer.grants)
+        outcomes = await self._apply(snapshot, {**answer.grants, **pinned.in_force})
         if cause == BURST and outcomes:
-            task = asyncio.create_task(self._time_reaction(started, outcomes), name="time a reaction")
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
-        self._tell(replace(record, seconds=clock() - started))
+            self._start_timing(since_s, outcomes)
+        record = Record(
+            policy,
+            cause,
+            snapshot,
+            answer.decision,
+            answer.fault,
+            outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()},
+            seconds=asyncio.get_running_loop().time() - since_s,
+            shadow_policy=self._shadow.name if self._shadow and shadow else None,
+            shadow=shadow.decision if shadow else None,
+            shadow_fault=shadow.fault if shadow else None,
+            unfit_pins=pinned.unfit,
+        )
+        self.counts.add(record.outcomes)
+        self._write(record)
 
-    def _observe(self, now_s: float) -> Snapshot:
+    def _next_cause(self, now_s: float) -> tuple[str, float]:
+        """Return why and since when a decision is due, and reset both."""
+        cause, since_s = self._cause, now_s if self._caused_s is None else self._caused_s
+        self._cause, self._caused_s = "tick", None
+        return cause, since_s
+
+    def _take_snapshot(self, now_s: float) -> Snapshot:
+        """Return a snapshot of the engines that answer, with the budget that is left for them."""
         ledger = self._sharing.ledger
-        snapshot = self._observer.observe(now_s, self._budget_bytes, sum(ledger.held.values()))
-        views = {name: view for name, view in snapshot.engines.items() if name not in self._sharing.silent}
-        snapshot = replace(snapshot, engines=views)
-        away = sum(held for name, held in ledger.held.items() if name not in snapshot.engines)
+        snapshot = self._snapshotter.take(now_s, self._budget_bytes, sum(ledger.held.values()))
         ledger.budget_bytes = snapshot.budget_bytes
-        # What engines that restart come back to, and what those hold that do not answer, is not to be divided.
-        return replace(snapshot, budget_bytes=snapshot.budget_bytes - away)
+        views = {name: view for name, view in snapshot.engines.items() if name not in self._sharing.silent}
+        # Memory is reserved for engines that restart, and for those that hold it without answering.
+        reserved_bytes = sum(held for name, held in ledger.held.items() if name not in views)
+        return replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - reserved_bytes)
 
-    def _report(self, unfit: Mapping[str, str]) -> None:
-        """Log each pin that has ceased to fit, once."""
-        for name in unfit.keys() - self._unfit.keys():
-            logging.getLogger(__name__).warning("the pin of engine %s is not in force: %s", name, unfit[name])
-        self._unfit = unfit
+    async def _decide(self, snapshot: Snapshot) -> tuple[Answer, Answer | None]:
+        """Return the answers of the policy and of its shadow, if any. Ask neither if all engines are pinned."""
+        answer = await self._policy.decide(snapshot) if snapshot.engines else Answer(Decision())
+        self.counts.decisions += 1
+        self.counts.faults += answer.fault is not None
+        shadow = await self._shadow.decide(snapshot) if self._shadow and snapshot.engines else None
+        return answer, shadow
 
     async def _apply(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, ResizeOutcome]:
-        """Move what the grants change."""
+        """Resize the engines whose grants change."""
         changed = {name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant}
         return await self._sharing.resize(changed, self._grace_s) if changed else {}
 
-    def _count(self, record: Record) -> None:
-        for outcome in record.outcomes.values():
-            self.counts.resizes += outcome.state != "rejected"
-            self.counts.rejected += outcome.state == "rejected"
-            self.counts.moved_bytes += outcome.moved_bytes
-            self.counts.preempted += outcome.preempted
+    def _note_decision(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:
+        in_flight = {name: view.in_flight for name, view in snapshot.engines.items()}
+        self._bursts.note_decision(in_flight, burst.capacity(snapshot, grants))
+
+    def _start_timing(self, since_s: float, outcomes: Mapping[str, ResizeOutcome]) -> None:
+        task = asyncio.create_task(self._time_reaction(since_s, outcomes), name="time a reaction")
+        self._timing.add(task)
+        task.add_done_callback(self._timing.discard)
 
     async def _time_reaction(self, since_s: float, outcomes: Mapping[str, ResizeOutcome]) -> None:
-        """Note when all memory of a decision is where it should be; not where a newer one came first."""
-        # Shielded: what is settled belongs to those who settle it, also when this task is cancelled.
+        """Record the reaction time once all memory of a decision is in place, unless a newer decision replaced it."""
+        # Shielded: cancelling this task must not cancel a future that the engines and other waiters share.
         settled = [await asyncio.shield(o.settled) if isinstance(o, Deferred) else o for o in outcomes.values()]
         if all(isinstance(outcome, Applied) for outcome in settled):
             self.counts.reactions_s.append(asyncio.get_running_loop().time() - since_s)
 
-    def _note_room(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:
-        """How many calls each engine has memory or already calls for, with what it is granted now: more than that is a
-        burst."""
-        views = snapshot.engines
-        sizes = {name: view.kv_cache_bytes for name, view in views.items()}
-        sizes |= {n: views[n].limits.kv_cache_bytes(grant.gpu_memory_utilization) for n, grant in grants.items()}
-        room = {name: int(sizes[name] / max(view.sequence_bytes, 1)) for name, view in views.items()}
-        self._fitting = {name: max(room[name], view.in_flight) for name, view in views.items()}
-        self._short = self._fitting != room
+    def _warn_of_unfit_pins(self, unfit: Mapping[str, str]) -> None:
+        """Log each pin once when it stops fitting."""
+        for name in unfit.keys() - self._unfit.keys():
+            logging.getLogger(__name__).warning("the pin of engine %s is not in force: %s", name, unfit[name])
+        self._unfit = unfit
 
-    def _tell(self, record: Record) -> None:
+    def _write(self, record: Record) -> None:
+        """Log and publish a record."""
         if self._log is not None:
             try:
                 self._log.write(record)
-            except TroupeError as error:  # a full disk is no reason to stop moving memory
+            except TroupeError as error:  # memory must keep moving when the disk is full
                 logging.getLogger(__name__).warning("%s; decisions are no longer logged", error)
                 self._log = None
         self._publish(record)

@@ -1,5 +1,4 @@
-"""The log of decisions: a line of JSON each, with all that was seen, decided and done; read back for `troupe
-replay`."""
+"""The decision log: one JSON line per decision with what was seen, decided and done. `troupe replay` reads it back."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +13,12 @@ from runtime.engines.grant import Applied, Deferred, Rejected, ResizeOutcome
 from runtime.errors import InputError, TroupeError
 
 ROTATE_BYTES = 64 << 20
-"""A log of this size becomes NAME.1, and the one that had that name before goes."""
+"""A log that exceeds this size is renamed to NAME.1, replacing an older NAME.1."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a grant: "applied", "deferred" or "rejected", with the reason; bytes, seconds and counts."""
+    """What became of a grant: `state` is "applied", "deferred" or "rejected", `reason` says why if not applied."""
 
     state: str
     moved_bytes: int = 0
@@ -30,7 +29,7 @@ class Outcome:
 
     @classmethod
     def of(cls, outcome: ResizeOutcome) -> Self:
-        """The line's form of an engine's answer."""
+        """Convert the outcome of a resize."""
         match outcome:
             case Applied():
                 return cls("applied", outcome.moved_bytes, outcome.seconds, outcome.stall_seconds, outcome.preempted)
@@ -42,8 +41,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Record:
-    """One tick of the controller. `fault` says why there is no decision; `shadow` is what the second policy would have
-    done; `seconds` from the snapshot to the last outcome; `unfit_pins` why pins were not in force, by engine."""
+    """One tick of the controller.
+
+    `cause` says why it decided now. `fault` says why there is no decision. `outcomes` are of the grants that changed.
+    `seconds` is from the cause (if there is none, from the snapshot) to the last outcome. `shadow` is what the shadow
+    policy would have done, or None and `shadow_fault`. `unfit_pins` says, by engine, why pins were not in force.
+    """
 
     policy: str
     cause: str
@@ -59,7 +62,7 @@ class Record:
 
     @property
     def moved_bytes(self) -> int:
-        """What all engines together gave back and took."""
+        """The sum of the bytes that engines released and the bytes that they gained."""
         return sum(outcome.moved_bytes for outcome in self.outcomes.values())
 
 
@@ -67,7 +70,10 @@ _RECORD = TypeAdapter(Record)
 
 
 class DecisionLog:
-    """Appends records to a file, which is rotated once. A context manager. Raises TroupeError when it cannot write."""
+    """A file to which records are appended, and which keeps one rotated predecessor.
+
+    A context manager that owns the open file. Entering and `write` raise TroupeError if the file cannot be written.
+    """
 
     def __init__(self, path: Path, rotate_bytes: int = ROTATE_BYTES) -> None:
         self.path = path
@@ -86,10 +92,10 @@ class DecisionLog:
         try:
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise TroupeError(f"the log of decisions {self.path}: {error.strerror}") from None
+            raise self._write_error(error) from None
 
     def write(self, record: Record) -> None:
-        """One line."""
+        """Append a record as one line; rotate the file first if it is too large."""
         assert self._file is not None
         try:
             if self._file.tell() > self._rotate_bytes:
@@ -98,11 +104,14 @@ class DecisionLog:
                 self._open()
             self._file.write(_RECORD.dump_json(record) + b"\n")
         except OSError as error:
-            raise TroupeError(f"the log of decisions {self.path}: {error.strerror}") from None
+            raise self._write_error(error) from None
+
+    def _write_error(self, error: OSError) -> TroupeError:
+        return TroupeError(f"cannot write the decision log {self.path}: {error.strerror}")
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a log, a last line that was cut left out. Raises InputError with the line and the key."""
+    """Yield the records of a log, without a last line that is incomplete. Raises InputError with the line and key."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -111,10 +120,10 @@ def read(path: Path) -> Iterator[Record]:
                 try:
                     yield _RECORD.validate_json(line)
                 except ValidationError as error:
-                    if not line.endswith(b"\n"):  # the writer ended in the middle of it
+                    if not line.endswith(b"\n"):  # the writer was killed while it wrote this line
                         return
                     first = error.errors()[0]
                     place = ".".join(map(str, first["loc"])) or "the line"
                     raise InputError(f"{path}, line {number}: {place}: {first['msg']}") from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"cannot read the decision log {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""What the jobs under way will ask of the engines next: from their workflows, and from how jobs went before."""
+"""Predicts which calls the current jobs will make next, from their workflows and from how earlier jobs went."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from runtime.events import Event, JobAdvanced, JobEnded
 
-FORGETTING = 0.05
-"""The weight of the newest in a running mean."""
+NEWEST_WEIGHT = 0.05
+"""Weight of the newest value in a running mean."""
 
 
 @dataclass
 class _Progress:
-    """A job under way: its calls so far and now, by seat, and what is certain to come (None: not known)."""
+    """A running job: its calls made so far, its open calls, and those certain to come (None if unknown), by seat."""
 
     made: Counter[str] = field(default_factory=Counter)
     open: Counter[str] = field(default_factory=Counter)
@@ -20,8 +20,10 @@ class _Progress:
 
 
 class Forecast:
-    """A listener. Counts of requests by engine; `soon` is what follows directly on the calls that run, `coming`
-    all that the jobs under way will still make, as far as they know it, else as jobs made on average."""
+    """A listener that counts calls by engine: those open now, and those expected.
+
+    Its callers first declare the seats with `seat`, then send it every event with `hear`.
+    """
 
     def __init__(self) -> None:
         self._engine_of: dict[str, str] = {}
@@ -29,15 +31,15 @@ class Forecast:
         self._open: Counter[str] = Counter()
         self._ahead: Counter[str] = Counter()
         self._unplanned: dict[str, _Progress] = {}
-        self._calls_of_a_job: dict[str, float] = {}
-        self._follow: dict[str, dict[str, float]] = defaultdict(dict)
+        self._mean_calls_of_job: dict[str, float] = {}
+        self._mean_followers: dict[str, dict[str, float]] = defaultdict(dict)
 
     def seat(self, engine_of: Mapping[str, str]) -> None:
-        """Make seats known, and the engine that each calls on."""
+        """Declare seats and the engine that each one calls."""
         self._engine_of.update(engine_of)
 
     def hear(self, event: Event) -> None:
-        """Take note of a job that begins, goes on or ends."""
+        """Update the counts when a job starts, advances or ends."""
         match event:
             case JobAdvanced():
                 self._advance(event)
@@ -45,28 +47,33 @@ class Forecast:
                 self._end(event.job)
 
     def open_calls(self) -> dict[str, int]:
-        """Calls that are due and not answered, by engine; those that are about to be made are among them."""
+        """Return the calls that are due and not answered, by engine. Calls that are about to be sent are included."""
         calls: dict[str, int] = defaultdict(int)
         for seat, count in self._open.items():
             calls[self._engine_of[seat]] += count
         return calls
 
     def soon(self, running: Mapping[str, float]) -> dict[str, float]:
-        """Calls that will be due when those that run now are answered, by engine; `running` is the part of each
-        engine's calls that does."""
+        """Return the calls expected to follow directly on those running now, by engine.
+
+        `running` is the fraction of each engine's open calls that run.
+        """
         expected: dict[str, float] = defaultdict(float)
         for seat, count in self._open.items():
-            for follower, mean in self._follow[seat].items():
+            for follower, mean in self._mean_followers[seat].items():
                 expected[self._engine_of[follower]] += count * mean * running.get(self._engine_of[seat], 0.0)
         return expected
 
     def coming(self) -> dict[str, float]:
-        """Calls that jobs under way will make after those that are open, by engine."""
+        """Return the calls that running jobs will make after their open ones, by engine.
+
+        A job whose workflow does not know its calls yet is expected to make as many as earlier jobs did on average.
+        """
         expected: dict[str, float] = defaultdict(float)
         for seat, count in self._ahead.items():
             expected[self._engine_of[seat]] += count
         for progress in self._unplanned.values():
-            for seat, mean in self._calls_of_a_job.items():
+            for seat, mean in self._mean_calls_of_job.items():
                 expected[self._engine_of[seat]] += max(mean - progress.made[seat], 0.0)
         return expected
 
@@ -76,7 +83,7 @@ class Forecast:
         self._ahead.subtract(progress.ahead or {})
         if event.replied:
             progress.open[event.replied] -= 1
-            self._learn(event.replied, event.due)
+            self._learn_followers(event.replied, event.due)
         progress.made.update(event.due)
         progress.open.update(event.due)
         progress.ahead = event.ahead
@@ -87,11 +94,11 @@ class Forecast:
         else:
             self._unplanned.pop(event.job, None)
 
-    def _learn(self, replied: str, due: Mapping[str, int]) -> None:
-        """How many calls to each seat follow on a reply."""
-        follow = self._follow[replied]
-        for seat in {*follow, *due}:
-            follow[seat] = _mean(follow.get(seat), due.get(seat, 0))
+    def _learn_followers(self, replied: str, due: Mapping[str, int]) -> None:
+        """Update how many calls to each seat follow on a reply of this one."""
+        followers = self._mean_followers[replied]
+        for seat in {*followers, *due}:
+            followers[seat] = _updated_mean(followers.get(seat), due.get(seat, 0))
 
     def _end(self, job: str) -> None:
         progress = self._jobs.pop(job, None)
@@ -100,9 +107,10 @@ class Forecast:
         self._unplanned.pop(job, None)
         self._open.subtract(progress.open)
         self._ahead.subtract(progress.ahead or {})
-        for seat in {*self._calls_of_a_job, *progress.made}:
-            self._calls_of_a_job[seat] = _mean(self._calls_of_a_job.get(seat), progress.made[seat])
+        for seat in {*self._mean_calls_of_job, *progress.made}:
+            mean = self._mean_calls_of_job.get(seat)
+            self._mean_calls_of_job[seat] = _updated_mean(mean, progress.made[seat])
 
 
-def _mean(before: float | None, new: float) -> float:
-    return new if before is None else before + FORGETTING * (new - before)
+def _updated_mean(mean: float | None, newest: float) -> float:
+    return newest if mean is None else mean + NEWEST_WEIGHT * (newest - mean)

@@ -1,5 +1,4 @@
-"""Pins: engines that a user holds at a grant, and which of these grants fit at a moment. Pure; nothing here moves
-memory."""
+"""Pins: grants at which a user holds engines, and which of them fit a snapshot. Pure; nothing here moves memory."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from runtime.engines.grant import Grant
 
 @dataclass(frozen=True)
 class Pinned:
-    """What becomes of the pins: the grants in force, by engine, and why each of the other pins does not fit."""
+    """Pins checked against a snapshot: the grants in force, by engine, and why each of the other pins does not fit."""
 
     in_force: Mapping[str, Grant]
     unfit: Mapping[str, str]
@@ -29,14 +28,14 @@ class Pinned:
 
 
 def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
-    """Put pins in force, in their order, as long as the others keep their floors and the pins before it.
+    """Put pins in force in their order, as long as the other engines keep their floors and the pins before it.
 
-    A pin of an engine that is not in the snapshot is left out. The budget, an engine's floor and what it holds besides
-    its KV cache can all change while a pin is held, so that a pin that fitted may not fit now, and may fit again later.
+    Leave out a pin whose engine is not in the snapshot. A pin that fitted may stop fitting, and may fit again later:
+    the budget, an engine's floor and what it holds besides its KV cache can all change while the pin exists.
     """
     if not pins:
         return Pinned({}, {})
-    spare = snapshot.budget_bytes - sum(
+    spare_bytes = snapshot.budget_bytes - sum(
         view.limits.fixed_bytes + view.limits.kv_floor_bytes for view in snapshot.engines.values()
     )
     in_force: dict[str, Grant] = {}
@@ -48,20 +47,20 @@ def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
         if complaint := limits.complaint(grant):
             unfit[name] = complaint
             continue
-        more = limits.kv_cache_bytes(grant.gpu_memory_utilization) - limits.kv_floor_bytes
-        if more > max(spare, 0):
+        above_floor = limits.kv_cache_bytes(grant.gpu_memory_utilization) - limits.kv_floor_bytes
+        if above_floor > max(spare_bytes, 0):
             floor = limits.share(limits.kv_floor_bytes)
-            most = max(_below(limits.share(limits.kv_floor_bytes + max(spare, 0))), floor)
+            most = max(_rounded_down(limits.share(limits.kv_floor_bytes + max(spare_bytes, 0))), floor)
             unfit[name] = (
                 f"gpu_memory_utilization {grant.gpu_memory_utilization:g} would leave the other engines less than their"
                 f" floors and pins; at most {most} fits"
             )
             continue
         in_force[name] = grant
-        spare -= more
+        spare_bytes -= above_floor
     return Pinned(in_force, unfit)
 
 
-def _below(share: float) -> float:
-    """Round down to digits that are worth reading, so that what is said to fit does."""
+def _rounded_down(share: float) -> float:
+    """Round to four digits, downwards, so that the share named in an error message does fit."""
     return math.floor(share * 1e4) / 1e4

@@ -1,13 +1,15 @@
-"""The contract of a policy, and the steps that policies are put together from: want, bound, damp, fit to budget.
-`decision` makes whole blocks of what they give.
+"""The interface of allocation policies, and the steps that policies share.
 
-A policy is pure: no clock, no I/O, no memory of its own; the same snapshot gives the same decision. Sizes are bytes of
-KV cache, which is what moves; a grant's share of the device follows from it. They are plain lists in the order of the
-snapshot's engines, since a decision about a thousand of them is to take no more than a millisecond.
+A policy is pure: no clock, no I/O, no state between decisions. The same snapshot always gives the same decision.
+
+Policies compute bytes of KV cache, because only the KV cache can be resized; an engine's share of the device follows
+from it. Sizes are plain lists in the order of the snapshot's engines, because a decision about 1,000 engines should
+take at most a millisecond. A policy usually computes what each engine wants, applies `bound`, `damp` and `fit`, and
+returns `decision`, which rounds to whole KV blocks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -19,22 +21,25 @@ from runtime.control.snapshot import Snapshot
 from runtime.engines.grant import Grant
 
 Sizes = list[float]
-"""Bytes of KV cache of every engine, in the snapshot's order."""
+"""Bytes of KV cache for every engine, in the snapshot's order."""
 
 
 class Reasons(Mapping[str, str]):
-    """A reason for every engine, put into words when it is read. `word` is a pure function of the engine's place."""
+    """Reasons by engine, formatted only when they are read.
 
-    def __init__(self, engines: Mapping[str, object], word: Callable[[int], str]) -> None:
+    `reason` returns the text for an engine's index in the snapshot's order. It must be a pure function.
+    """
+
+    def __init__(self, engines: Mapping[str, object], reason: Callable[[int], str]) -> None:
         self._engines = engines
-        self._word = word
+        self._reason = reason
 
     @cached_property
-    def _places(self) -> Mapping[str, int]:
-        return {engine: place for place, engine in enumerate(self._engines)}
+    def _index(self) -> Mapping[str, int]:
+        return {engine: index for index, engine in enumerate(self._engines)}
 
     def __getitem__(self, engine: str) -> str:
-        return self._word(self._places[engine])
+        return self._reason(self._index[engine])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._engines)
@@ -44,103 +49,116 @@ class Reasons(Mapping[str, str]):
 
 
 Worded = Annotated[Mapping[str, str], PlainSerializer(dict, return_type=dict[str, str])]
-"""Reasons in a record, which are put into words where the record is written."""
+"""The type of reasons in a record: `Reasons` are formatted when the record is written."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A grant and a reason for every engine; "no change" has a reason too."""
+    """A grant and a reason for every engine. An engine whose grant does not change has a reason too."""
 
     grants: Mapping[str, Grant] = field(default_factory=dict)
     reasons: Worded = field(default_factory=dict)
 
 
 class Policy(ABC):
-    """Decides who gets how much. `Options` are its settings in a configuration."""
+    """An allocation rule. `Options` are its keys in the configuration."""
 
     class Options(Value):
-        """A policy without settings."""
+        """The options of a policy that has none."""
 
     def __init__(self, options: Value) -> None:
         self.options = options
 
     @abstractmethod
     def decide(self, snapshot: Snapshot) -> Decision:
-        """A grant for every engine of the snapshot, together within its budget; O(N) in engines."""
+        """Return grants for the snapshot's engines that fit its budget together, in O(N) of the number of engines."""
+
+
+# Calls of min() and max() in these two loops would make a decision about 1,000 engines 40% slower.
+
+
+def at_most(sizes: Sequence[float], caps: Sequence[float]) -> Sizes:
+    """Cut each size to its cap."""
+    return [cap if size > cap else size for size, cap in zip(sizes, caps, strict=True)]  # noqa: FURB136
+
+
+def at_least(sizes: Sequence[float], floors: Sequence[float]) -> Sizes:
+    """Raise each size to its floor."""
+    return [floor if size < floor else size for size, floor in zip(sizes, floors, strict=True)]  # noqa: FURB136
 
 
 def bound(snapshot: Snapshot, wanted: Sizes) -> Sizes:
-    """No less than each engine's floor, no more than its ceiling."""
-    return [
-        low
-        if size < (low := view.limits.kv_floor_bytes)
-        else high
-        if size > (high := view.limits.kv_ceiling_bytes)
-        else size
-        for view, size in zip(snapshot.views, wanted, strict=True)
-    ]
+    """Raise each size to its engine's floor or cut it to the ceiling. NaN stays NaN, so that it is refused later."""
+    floors = [view.limits.kv_floor_bytes for view in snapshot.views]
+    ceilings = [view.limits.kv_ceiling_bytes for view in snapshot.views]
+    return at_least(at_most(wanted, ceilings), floors)
 
 
 def damp(snapshot: Snapshot, wanted: Sizes, least: float) -> Sizes:
-    """Leave an engine as it is where the change is less than that part of what it has."""
+    """Keep the current size of every engine that would change by less than the fraction `least` of it."""
     return [
-        has if -least * (has := view.kv_cache_bytes) < size - has < least * has else size
+        view.kv_cache_bytes if abs(size - view.kv_cache_bytes) < least * view.kv_cache_bytes else size
         for view, size in zip(snapshot.views, wanted, strict=True)
     ]
 
 
 def fit(snapshot: Snapshot, wanted: Sizes) -> Sizes:
-    """Within the budget: where it does not hold them all, everything above the floors is cut in proportion."""
-    whole = sum(wanted)
-    if whole <= snapshot.movable_bytes:
+    """Return sizes within the budget: if `wanted` exceeds it, cut everything above the floors in proportion."""
+    total = sum(wanted)
+    if total <= snapshot.movable_bytes:
         return wanted
     floors = [view.limits.kv_floor_bytes for view in snapshot.views]
     least = sum(floors)
-    part = max(snapshot.movable_bytes - least, 0) / (whole - least) if whole > least else 0.0
-    return [floor + (size - floor) * part for floor, size in zip(floors, wanted, strict=True)]
+    scale = max(snapshot.movable_bytes - least, 0) / (total - least) if total > least else 0.0
+    return [floor + (size - floor) * scale for floor, size in zip(floors, wanted, strict=True)]
 
 
 def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
-    """In whole blocks: what an engine would have a part of one for goes on to the next, until it makes one."""
-    found, over = [], 0.0
+    """Round sizes down to whole KV blocks within floors and ceilings; carry what is cut off to the next engine."""
+    rounded, carried = [], 0.0
     for view, size in zip(snapshot.views, sizes, strict=True):
-        limits, whole = view.limits, size
-        if block := limits.block_bytes:
-            there_is = size + over
-            most = high if there_is > (high := limits.kv_ceiling_bytes) else there_is
-            whole = low if (rounded := most - most % block) < (low := limits.kv_floor_bytes) else rounded
-            over = there_is - whole
-        found.append(whole)
-    return found
+        limits = view.limits
+        if not limits.block_bytes:
+            rounded.append(size)
+            continue
+        available = size + carried
+        whole = min(available, limits.kv_ceiling_bytes)
+        whole -= whole % limits.block_bytes
+        if whole < limits.kv_floor_bytes:
+            whole = limits.kv_floor_bytes
+        carried = available - whole
+        rounded.append(whole)
+    return rounded
 
 
-def decision(snapshot: Snapshot, sizes: Sizes, word: Callable[[int], str]) -> Decision:
+def decision(snapshot: Snapshot, sizes: Sizes, reason: Callable[[int], str]) -> Decision:
     """Return the decision that gives every engine its size in whole blocks, at full concurrency.
 
-    `sizes` are within the engines' bounds and, together, the budget. `word` returns the reason for the engine at a
-    place in the snapshot's order.
+    `sizes` must be within the engines' bounds and, together, within the budget. `reason` returns the reason for the
+    engine at an index in the snapshot's order.
     """
     grants = {}
     for view, size in zip(snapshot.views, whole_blocks(snapshot, sizes), strict=True):
-        limits, has = view.limits, view.grant
-        if size == view.kv_cache_bytes and has.max_active_seqs == limits.seqs_ceiling:
-            grants[view.name] = has
+        limits, current = view.limits, view.grant
+        if size == view.kv_cache_bytes and current.max_active_seqs == limits.seqs_ceiling:
+            grants[view.name] = current
         else:
             grants[view.name] = Grant(limits.share(int(size)), limits.seqs_ceiling, limits.step_tokens_ceiling)
-    return Decision(grants, Reasons(snapshot.engines, word))
+    return Decision(grants, Reasons(snapshot.engines, reason))
 
 
 def unchanged(snapshot: Snapshot, reason: str) -> Decision:
-    """Return the decision that leaves every grant as it is.
+    """Return the decision that keeps every grant.
 
-    If a cut of the budget leaves less than the engines hold, shrink them with `fit`.
+    If the budget was cut below what the engines hold, shrink them with `fit`.
     """
     sizes = [float(view.kv_cache_bytes) for view in snapshot.views]
     if sum(sizes) > snapshot.movable_bytes:
-        return decision(snapshot, fit(snapshot, bound(snapshot, sizes)), lambda place: f"{reason}; the budget was cut")
+        sizes = fit(snapshot, bound(snapshot, sizes))
+        return decision(snapshot, sizes, lambda index: f"{reason}; shrunk because the budget was cut")
     return Decision({view.name: view.grant for view in snapshot.views}, dict.fromkeys(snapshot.engines, reason))
 
 
 def mib(nbytes: float) -> str:
-    """Bytes as a reason says them."""
+    """Format bytes for a reason: "12.5 MiB"."""
     return f"{nbytes / (1 << 20):.1f} MiB"

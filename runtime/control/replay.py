@@ -1,6 +1,6 @@
-"""Another policy over a log of decisions: where it would have decided otherwise on what was seen then.
+"""Runs another policy over a decision log and finds where it would have decided differently on the same snapshots.
 
-What it would have led to is not in a log: every snapshot is what came of the policy that ran.
+It cannot say what that would have led to: every snapshot in a log is a consequence of the policy that ran.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,10 @@ from runtime.control.policy import Decision
 
 @dataclass(frozen=True)
 class Difference:
-    """One engine at one record, counted from 1: what it was granted, as a share of the device, and what it would have
-    been, each with the reason."""
+    """One engine that the other policy would have granted another share of the device, with both reasons.
+
+    `record` is the number of the record in the log, counted from 1.
+    """
 
     record: int
     at_s: float
@@ -27,11 +29,14 @@ class Difference:
 
 @dataclass
 class Replay:
-    """Goes over records; counts are of all that were gone over."""
+    """A run of a policy over records, with the counts of all records so far.
 
-    guard: ContainedPolicy
+    `least` is the fraction of an engine's KV cache below which a difference is ignored; `largest` is the largest
+    fraction seen.
+    """
+
+    policy: ContainedPolicy
     least: float = 0.01
-    """Differences of less than this part of a grant are none."""
     records: int = 0
     without_a_decision: int = 0
     faults: int = 0
@@ -39,39 +44,40 @@ class Replay:
     largest: float = 0.0
 
     async def over(self, records: Iterable[Record]) -> list[Difference]:
-        """Every difference, in the log's order."""
+        """Return every difference, in the order of the log."""
         found: list[Difference] = []
         for record in records:
             self.records += 1
             if record.decision is None:
                 self.without_a_decision += 1
                 continue
-            judged = await self.guard.decide(record.snapshot)
-            if judged.decision is None:
+            answer = await self.policy.decide(record.snapshot)
+            if answer.decision is None:
                 self.faults += 1
                 continue
-            differences = list(self._differences(record, record.decision, judged.decision))
+            differences = list(self._differences(record, record.decision, answer.decision))
             self.differing += bool(differences)
             found += differences
         return found
 
-    def _differences(self, record: Record, decided: Decision, other: Decision) -> Iterator[Difference]:
+    def _differences(self, record: Record, logged: Decision, other: Decision) -> Iterator[Difference]:
         for name, grant in other.grants.items():
-            mine = decided.grants.get(name)
-            if mine is None:
+            logged_grant = logged.grants.get(name)
+            if logged_grant is None:
                 continue
             limits = record.snapshot.engines[name].limits
-            before, after = (limits.kv_cache_bytes(g.gpu_memory_utilization) for g in (mine, grant))
-            part = abs(after - before) / max(before, 1)
-            if part < self.least:
+            logged_bytes = limits.kv_cache_bytes(logged_grant.gpu_memory_utilization)
+            other_bytes = limits.kv_cache_bytes(grant.gpu_memory_utilization)
+            fraction = abs(other_bytes - logged_bytes) / max(logged_bytes, 1)
+            if fraction < self.least:
                 continue
-            self.largest = max(self.largest, part)
+            self.largest = max(self.largest, fraction)
             yield Difference(
                 self.records,
                 record.snapshot.now_s,
                 name,
-                mine.gpu_memory_utilization,
+                logged_grant.gpu_memory_utilization,
                 grant.gpu_memory_utilization,
-                decided.reasons.get(name, ""),
+                logged.reasons.get(name, ""),
                 other.reasons.get(name, ""),
             )

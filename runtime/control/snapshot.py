@@ -1,5 +1,4 @@
-"""What a policy sees: the engines and their device at one moment. Plain data, which goes to the decision log as it
-is."""
+"""What a policy sees: the engines and their device at one moment. The decision log stores these values unchanged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +9,18 @@ from runtime.engines.grant import EngineLimits, Grant
 
 @dataclass(frozen=True)
 class EngineView:
-    """One engine as a policy sees it. Counts are of requests; bytes and tokens are of its KV cache.
+    """One engine as a policy sees it. Counts are of requests; bytes are of its KV cache.
 
-    `in_flight` have come and not ended: `running` of them in the engine, the others waiting. `peak_in_flight` is the
-    most that there were lately, sinking slowly to what there is. `soon` will follow on what
-    runs now in any engine, and `coming` are all that the jobs under way will still make, `soon` among them;
-    both are expectations. `sequence_bytes` is what one sequence takes, `reply_tokens` what it writes, on average.
-    `priority` 1 is the most urgent; `minimum_share` is of the memory that can move.
+    - `in_flight`: requests that have arrived and not ended. `running` of them are in the engine, the others wait.
+    - `peak_in_flight`: the recent maximum of `in_flight`, which decays slowly towards it.
+    - `soon`: requests expected to follow directly on those running now in any engine.
+    - `coming`: all requests that the current jobs are still expected to make, including `soon`.
+    - `preemptions`: count since the engine started.
+    - `oldest_wait_s`: waiting time of the oldest request that does not run, in seconds; 0 if none waits.
+    - `sequence_bytes`: average KV cache of one sequence.
+    - `priority`: 1 is the most urgent.
+    - `minimum_share`: of the memory that can move; None if not configured.
+    - `slo_s`: the tightest latency objective of its roles, in seconds; None if not configured.
     """
 
     name: str
@@ -40,14 +44,16 @@ class EngineView:
 
     @property
     def waiting(self) -> int:
-        """Requests that have come and do not run."""
+        """Requests that have arrived and do not run."""
         return max(self.in_flight - self.running, 0)
 
 
 @dataclass(frozen=True)
 class EngineMoment:
-    """What is shown and kept of an engine at a moment: its share of the device, bytes of KV cache, counts of requests,
-    and how many it may run at once."""
+    """One engine at one moment, as it is displayed and recorded.
+
+    `share` is of the device, `running` and `waiting` count requests, and `max_active_seqs` is how many may run at once.
+    """
 
     share: float
     kv_cache_bytes: int
@@ -58,7 +64,7 @@ class EngineMoment:
 
     @classmethod
     def of(cls, view: EngineView) -> "EngineMoment":
-        """As a policy saw it."""
+        """Summarize an engine's view."""
         return cls(
             share=view.grant.gpu_memory_utilization,
             kv_cache_bytes=view.kv_cache_bytes,
@@ -71,10 +77,11 @@ class EngineMoment:
 
 @dataclass(frozen=True)
 class DeviceView:
-    """The engines' device as telemetry last saw it. `utilization` 0 to 1; None and empty where it does not say.
+    """The engines' device in telemetry's latest reading. Values that telemetry does not report are None or empty.
 
-    `uuid` is that of the GPU or MIG instance; see DeviceReading. `fault` also says that telemetry does not list the
-    device that the engines run on; then there are no figures.
+    `utilization` is from 0 to 1. `foreign_bytes` is what other processes hold on a GPU. `uuid` is that of the GPU or
+    MIG instance (see DeviceReading). `fault` says why figures are missing or old; if telemetry does not list the
+    engines' device, there are no figures.
     """
 
     kind: str = "host"
@@ -91,10 +98,9 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Engines by name, what they may hold together (bytes, all included), and the time in seconds.
+    """The engines by name, their common budget in bytes (everything that they hold included), and the time in seconds.
 
-    `movable_bytes` is the part of the budget that the engines' KV caches share: what is left once everything that they
-    hold besides is taken off.
+    Only engines that can take a grant now are in it.
     """
 
     now_s: float
@@ -109,5 +115,5 @@ class Snapshot:
 
     @cached_property
     def movable_bytes(self) -> int:
-        """What the KV caches share."""
+        """The part of the budget that the KV caches share: what the engines hold besides is subtracted."""
         return self.budget_bytes - sum([view.limits.fixed_bytes for view in self.views])

@@ -1,4 +1,4 @@
-"""Makes snapshots: what the engines say of themselves, smoothed where a moment says little, and what telemetry says."""
+"""Takes snapshots: engine statistics, smoothed rates, the forecast, and the telemetry of the engines' device."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,17 +9,19 @@ from runtime.control.snapshot import DeviceView, EngineView, Snapshot
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
 from runtime.telemetry.reading import Reading
 
-MEMORY_S = 1.0
-"""How long a moment counts in a mean over time: seconds, until its weight has fallen to 1/e."""
-PEAK_S = 0.1
-"""How slowly a peak sinks: seconds until it is at 1/e."""
+RATE_DECAY_S = 1.0
+"""Seconds until the weight of a moment in an average rate has fallen to 1/e."""
+PEAK_DECAY_S = 0.1
+"""Seconds until a peak has fallen to 1/e."""
+SEQUENCE_BYTES_WEIGHT = 0.1
+"""Weight of the newest value in the running mean of `sequence_bytes`."""
 HEADROOM = 0.02
-"""The part of a device that is to stay free for what nobody announces."""
+"""Fraction of a device that is kept free for allocations that nobody announces."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a configuration says of an engine's roles: see EngineView."""
+    """What the configuration says about the roles of an engine; see EngineView for each field."""
 
     priority: int = 1
     minimum_share: float | None = None
@@ -27,8 +29,8 @@ class Terms:
 
 
 @dataclass
-class _Seen:
-    """One engine over time."""
+class _History:
+    """What is remembered of an engine between snapshots: the last counts, and averages over time."""
 
     at_s: float
     arrived: int
@@ -40,7 +42,10 @@ class _Seen:
 
 
 class Snapshotter:
-    """Looks at engines each time it is asked, and remembers what means over time need."""
+    """A source of snapshots that keeps the averages over time which a single look at an engine cannot give.
+
+    `reading` returns the latest telemetry; without it, snapshots have no figures of the device.
+    """
 
     def __init__(
         self,
@@ -53,101 +58,92 @@ class Snapshotter:
         self._forecast = forecast
         self._terms = terms or {}
         self._reading = reading
-        self._seen: dict[str, _Seen] = {}
+        self._history: dict[str, _History] = {}
         self._uuids: set[str] = set()
         self._reachable_bytes: int | None = None
 
-    def observe(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
-        """The engines that can be granted anything now. Bytes: what they may hold together at most, and what they do.
+    def take(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
+        """Return a snapshot of the engines that can take a grant now.
 
-        The budget is cut where the device has less free than that: a foreign process has taken it.
+        `budget_bytes` is the most that all engines may hold together, `held_bytes` what they hold now. The snapshot's
+        budget is smaller if another process has taken so much of the device that the full budget cannot be reached.
         """
-        up = {
+        ready = {
             name: stats
             for name, engine in self._engines.items()
             if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
         }
         in_flight = self.in_flight()
-        running = {name: min(stats.running / max(in_flight[name], 1), 1.0) for name, stats in up.items()}
+        running = {name: min(stats.running / max(in_flight[name], 1), 1.0) for name, stats in ready.items()}
         soon, coming = self._forecast.soon(running), self._forecast.coming()
         views = {
             name: self._view(name, stats, now_s, in_flight[name], soon.get(name, 0.0), coming.get(name, 0.0))
-            for name, stats in up.items()
+            for name, stats in ready.items()
         }
-        if up:
-            self._uuids = {self._engines[name].limits.device_uuid for name in up}
+        if ready:
+            self._uuids = {self._engines[name].limits.device_uuid for name in ready}
         device = self._device(held_bytes)
-        if device.total_bytes and device.fault is None:
-            free = device.total_bytes - device.used_bytes - int(HEADROOM * device.total_bytes)
-            self._reachable_bytes = held_bytes + free
-        if self._reachable_bytes is not None:  # also while telemetry is silent: what others took, they may still have
-            budget_bytes = min(budget_bytes, self._reachable_bytes)
-        return Snapshot(now_s, budget_bytes, views, device)
+        return Snapshot(now_s, self._reachable_budget(budget_bytes, held_bytes, device), views, device)
 
     def in_flight(self) -> dict[str, int]:
-        """Requests that each engine has, or that are about to be sent to it."""
-        opened = self._forecast.open_calls()
-        return {name: max(engine.usage.in_flight, opened.get(name, 0)) for name, engine in self._engines.items()}
+        """Return the requests of each engine, including those that are about to be sent to it."""
+        open_calls = self._forecast.open_calls()
+        return {name: max(engine.usage.in_flight, open_calls.get(name, 0)) for name, engine in self._engines.items()}
+
+    def _reachable_budget(self, budget_bytes: int, held_bytes: int, device: DeviceView) -> int:
+        """Return the part of the budget that the device has free or that the engines hold.
+
+        While telemetry has a fault, the last known limit stays in force: memory that others had taken may still be
+        taken.
+        """
+        if device.total_bytes and device.fault is None:
+            free_bytes = device.total_bytes - device.used_bytes - int(HEADROOM * device.total_bytes)
+            self._reachable_bytes = held_bytes + free_bytes
+        return budget_bytes if self._reachable_bytes is None else min(budget_bytes, self._reachable_bytes)
 
     def _view(
         self, name: str, stats: EngineStats, now_s: float, in_flight: int, soon: float, coming: float
     ) -> EngineView:
         engine = self._engines[name]
         usage = engine.usage
-        seen = self._seen.get(name)
-        if seen is None:
-            seen = self._seen[name] = _Seen(now_s, usage.arrived, usage.finished)
-        used = int(stats.kv_cache_usage * stats.kv_cache_bytes)
-        seen.peak_in_flight = max(in_flight, seen.peak_in_flight * math.exp((seen.at_s - now_s) / PEAK_S))
-        self._update(seen, engine, stats, now_s, used)
+        history = self._history.get(name)
+        if history is None:
+            history = self._history[name] = _History(now_s, usage.arrived, usage.finished)
+        used_bytes = int(stats.kv_cache_usage * stats.kv_cache_bytes)
+        decayed_peak = history.peak_in_flight * math.exp((history.at_s - now_s) / PEAK_DECAY_S)
+        history.peak_in_flight = max(in_flight, decayed_peak)
+        _update(history, engine, stats, now_s, used_bytes)
+        waiting_since_s = usage.waiting_since_s(stats.running)
         assert stats.grant is not None
         terms = self._terms.get(name, Terms())
         return EngineView(
             name=name,
             limits=engine.limits,
             grant=stats.grant,
-            # What its grant comes to: what backs it is less by a part of a block, and would not add up to the budget.
+            # Not stats.kv_cache_bytes: that is less by a part of a block, so the sum would miss the budget.
             kv_cache_bytes=engine.limits.kv_cache_bytes(stats.grant.gpu_memory_utilization),
-            kv_used_bytes=used,
+            kv_used_bytes=used_bytes,
             in_flight=in_flight,
-            peak_in_flight=seen.peak_in_flight,
+            peak_in_flight=history.peak_in_flight,
             running=min(stats.running, in_flight),
             soon=soon,
             coming=coming,
-            arrivals_per_s=seen.arrivals_per_s,
-            completions_per_s=seen.completions_per_s,
+            arrivals_per_s=history.arrivals_per_s,
+            completions_per_s=history.completions_per_s,
             preemptions=stats.preemptions,
-            oldest_wait_s=now_s - (now_s if (since_s := usage.waiting_since_s(stats.running)) is None else since_s),
-            sequence_bytes=seen.sequence_bytes,
+            oldest_wait_s=0.0 if waiting_since_s is None else now_s - waiting_since_s,
+            sequence_bytes=history.sequence_bytes,
             priority=terms.priority,
             minimum_share=terms.minimum_share,
             slo_s=terms.slo_s,
         )
 
-    def _update(self, seen: _Seen, engine: EngineHandle, stats: EngineStats, now_s: float, used: int) -> None:
-        usage, running = engine.usage, stats.running
-        if running and used:
-            held = max(used / running, engine.limits.block_bytes)
-            seen.sequence_bytes = (
-                held if not seen.sequence_bytes else seen.sequence_bytes + 0.1 * (held - seen.sequence_bytes)
-            )
-        elif not seen.sequence_bytes:  # nothing seen yet: as long as its floor, which holds a sequence of full length
-            seen.sequence_bytes = float(engine.limits.kv_floor_bytes)
-        seconds = now_s - seen.at_s
-        if seconds <= 0:
-            return
-        new = 1 - math.exp(-seconds / MEMORY_S)
-        arrived, finished = usage.arrived - seen.arrived, usage.finished - seen.finished
-        seen.arrivals_per_s += new * (arrived / seconds - seen.arrivals_per_s)
-        seen.completions_per_s += new * (finished / seconds - seen.completions_per_s)
-        seen.at_s, seen.arrived, seen.finished = now_s, usage.arrived, usage.finished
-
     def _device(self, held_bytes: int) -> DeviceView:
-        """Return what telemetry says of the device that the engines say they run on."""
+        """Return telemetry's view of the device that the engines report to run on."""
         if self._reading is None:
             return DeviceView()
         reading = self._reading()
-        # The host is one device, and is also that of a GPU without memory of its own.
+        # A host reading always counts: a GPU without memory of its own uses the host's.
         ours = [device for device in reading.devices if reading.kind == "host" or device.uuid in self._uuids]
         if len(ours) != 1:
             return DeviceView(kind=reading.kind, fault=reading.fault or self._mismatch(reading))
@@ -166,7 +162,26 @@ class Snapshotter:
         )
 
     def _mismatch(self, reading: Reading) -> str:
-        """Say why no device is known to be that of the engines."""
+        """Return the fault of a reading that does not list exactly one device of the engines."""
         engines = ", ".join(sorted(self._uuids - {""})) or "a device that they do not name"
         listed = ", ".join(device.uuid or device.name for device in reading.devices) or "no device"
-        return f"the engines run on {engines}; telemetry lists {listed}, and exactly one of these has to be theirs"
+        return f"the engines run on {engines}; telemetry lists {listed}; exactly one must be the engines' device"
+
+
+def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: float, used_bytes: int) -> None:
+    """Update an engine's averages from its counters."""
+    usage, running = engine.usage, stats.running
+    if running and used_bytes:
+        newest = max(used_bytes / running, engine.limits.block_bytes)
+        mean = history.sequence_bytes or newest
+        history.sequence_bytes = mean + SEQUENCE_BYTES_WEIGHT * (newest - mean)
+    elif not history.sequence_bytes:  # no sequence seen yet: assume the floor, which holds one of full length
+        history.sequence_bytes = float(engine.limits.kv_floor_bytes)
+    elapsed_s = now_s - history.at_s
+    if elapsed_s <= 0:
+        return
+    weight = 1 - math.exp(-elapsed_s / RATE_DECAY_S)
+    arrived, finished = usage.arrived - history.arrived, usage.finished - history.finished
+    history.arrivals_per_s += weight * (arrived / elapsed_s - history.arrivals_per_s)
+    history.completions_per_s += weight * (finished / elapsed_s - history.completions_per_s)
+    history.at_s, history.arrived, history.finished = now_s, usage.arrived, usage.finished

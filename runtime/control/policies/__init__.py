@@ -1,1 +1,1 @@
-"""The policies that ship: one file each. A third party's register through the entry-point group `troupe.policies`."""
+"""The built-in policies, one module each. Third parties register theirs in the entry-point group `troupe.policies`."""

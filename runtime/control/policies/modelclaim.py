@@ -1,4 +1,4 @@
-"""`modelclaim`: the rule of AIBrix's ModelClaim controller, which sets the limits of engines on kvcached.
+"""`modelclaim`: the rule of AIBrix's ModelClaim controller, which sets memory limits of engines on kvcached.
 
 Source: `computePoolKVTargets` in `pkg/controller/modelclaim/pool_policy.go`, and `observe` in
 `pool_policy_controller.go`, at commit e3e10f9 of AIBrix (2026-08-22).
@@ -12,21 +12,24 @@ from runtime.control.snapshot import Snapshot
 
 
 class ModelClaim(Policy):
-    """Each engine has its base, max(floor, KV cache in use); active engines share the remainder by weight.
+    """Give each engine its base, max(floor, KV cache in use), and share the rest among active engines by weight.
 
     An engine is active if it has requests in flight or has just completed some. Its weight is
-    1 + min(in flight, 4) + min(completions, 4). An idle engine keeps its base. If no engine is active, nothing changes.
+    1 + min(in flight, cap) + min(completions, cap). An idle engine keeps its base. If no engine is active, nothing
+    changes.
 
-    Three things differ. AIBrix counts the completions between two of its decisions, 10 s apart; here they are those of
-    the last second, rounded, because the controller decides far more often. AIBrix's floor is one percentage of the
-    pool; here it is each engine's own. AIBrix has no ceilings and makes no plan if the bases exceed the pool; here
-    sizes are bounded, and cut to a budget that has shrunk.
+    Three things differ from AIBrix:
+    - AIBrix counts the completions between two of its decisions, 10 s apart. This policy counts those of the last
+      second, rounded, because the controller decides far more often.
+    - AIBrix's floor is one percentage of the pool. Here each engine has its own.
+    - AIBrix has no ceilings, and makes no plan if the bases exceed the pool. Here sizes are bounded, and are cut if the
+      budget has shrunk.
     """
 
     class Options(Value):
-        """`cap` of each term of a weight."""
+        """Options of `modelclaim`."""
 
-        cap: int = Field(default=4, ge=0)
+        cap: int = Field(default=4, ge=0, description="Upper limit of each of the two counts in an engine's weight.")
 
     options: Options
 
@@ -34,16 +37,18 @@ class ModelClaim(Policy):
         cap, views = self.options.cap, snapshot.views
         completions = [round(view.completions_per_s) for view in views]
         weights = [
-            1 + min(view.in_flight, cap) + min(done, cap) if view.in_flight or done else 0
-            for view, done in zip(views, completions, strict=True)
+            1 + min(view.in_flight, cap) + min(completed, cap) if view.in_flight or completed else 0
+            for view, completed in zip(views, completions, strict=True)
         ]
-        whole = sum(weights)
-        if not whole:
+        total = sum(weights)
+        if not total:
             return unchanged(snapshot, "no engine is active")
         bases = [max(view.limits.kv_floor_bytes, view.kv_used_bytes) for view in views]
         remainder = max(snapshot.movable_bytes - sum(bases), 0)
-        wanted = [base + remainder * weight / whole for base, weight in zip(bases, weights, strict=True)]
-        sizes = fit(snapshot, bound(snapshot, wanted))
-        return decision(
-            snapshot, sizes, lambda place: f"weight {weights[place]} of {whole}" if weights[place] else "idle"
-        )
+        wanted = [base + remainder * weight / total for base, weight in zip(bases, weights, strict=True)]
+
+        def reason(index: int) -> str:
+            weight = weights[index]
+            return f"active with weight {weight} of {total}" if weight else "idle: keeps only what it uses"
+
+        return decision(snapshot, fit(snapshot, bound(snapshot, wanted)), reason)

@@ -1,4 +1,4 @@
-"""`round_robin`: the whole budget to one engine after another."""
+"""`round_robin`: the whole budget goes to one engine after another."""
 
 from pydantic import Field
 
@@ -8,12 +8,17 @@ from runtime.control.snapshot import Snapshot
 
 
 class RoundRobin(Policy):
-    """Turns of `turn_s` seconds (the paper's are 1 s); who is not at turn keeps its floor."""
+    """Give each engine in turn all memory that can move; the others keep their floors."""
 
     class Options(Value):
-        """How long a turn is: seconds."""
+        """Options of `round_robin`."""
 
-        turn_s: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+        turn_s: float = Field(
+            default=1.0,
+            gt=0,
+            allow_inf_nan=False,
+            description="Length of a turn in seconds. The default is that of arXiv 2512.22149.",
+        )
 
     options: Options
 
@@ -22,7 +27,8 @@ class RoundRobin(Policy):
         turn = int(snapshot.now_s / self.options.turn_s) % len(views)
         wanted = [0.0] * len(views)
         wanted[turn] = float(snapshot.movable_bytes)
-        sizes = fit(snapshot, bound(snapshot, wanted))
-        return decision(
-            snapshot, sizes, lambda place: "its turn" if place == turn else f"the turn is {views[turn].name}'s"
-        )
+
+        def reason(index: int) -> str:
+            return "its turn" if index == turn else f"{views[turn].name}'s turn"
+
+        return decision(snapshot, fit(snapshot, bound(snapshot, wanted)), reason)

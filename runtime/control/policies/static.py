@@ -1,4 +1,4 @@
-"""`static`: shares that never move, equal or as configured."""
+"""`static`: fixed shares, equal or as configured."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -11,23 +11,33 @@ from runtime.control.snapshot import Snapshot
 
 
 class Static(Policy):
-    """Every engine has the same part of the movable memory, or what `shares` say, or what it began with."""
+    """Divide the memory that can move once: equally, by weight, or as the engines started.
+
+    With weights or equal parts, sizes change only if the budget or an engine's bounds do. With "configured" they never
+    change.
+    """
 
     class Options(Value):
-        """`shares`: "equal"; "configured", which leaves every engine at the share that it began with; or a weight for
-        each engine (1 for those that are not named)."""
+        """Options of `static`."""
 
-        shares: Literal["equal", "configured"] | Mapping[str, float] = Field(default="equal")
+        shares: Literal["equal", "configured"] | Mapping[str, float] = Field(
+            default="equal",
+            description=(
+                'How memory is divided: "equal"; "configured", which keeps the share that each engine started with; or'
+                " a weight for each engine (1 for an engine that is not named)."
+            ),
+        )
 
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        if self.options.shares == "configured":
-            engines = snapshot.engines
-            return Decision({name: view.grant for name, view in engines.items()}, dict.fromkeys(engines, "as it began"))
-        given = self.options.shares if isinstance(self.options.shares, Mapping) else {}
+        shares = self.options.shares
+        if shares == "configured":
+            grants = {name: view.grant for name, view in snapshot.engines.items()}
+            return Decision(grants, dict.fromkeys(grants, "keeps its configured share"))
+        given = shares if isinstance(shares, Mapping) else {}
         weights = [max(given.get(view.name, 1.0), 0.0) for view in snapshot.views]
-        whole = sum(weights) or 1.0
-        wanted = [snapshot.movable_bytes * weight / whole for weight in weights]
+        total = sum(weights) or 1.0
+        wanted = [snapshot.movable_bytes * weight / total for weight in weights]
         sizes = fit(snapshot, bound(snapshot, wanted))
-        return decision(snapshot, sizes, lambda place: f"a fixed {weights[place] / whole:.1%}")
+        return decision(snapshot, sizes, lambda index: f"fixed at {weights[index] / total:.1%} of the movable memory")

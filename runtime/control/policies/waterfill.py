@@ -1,81 +1,97 @@
-"""`waterfill`, the default: max-min fair. Nobody gets more than it can use, and what is short is shared equally.
+"""`waterfill`, the default: max-min fair shares.
 
-Memory beyond the sequences that an engine has buys nothing; so each can use as much as its calls in flight need. Where
-that is more than there is, all engines are filled to the same number of sequences, and those that need fewer leave the
-rest to the others. What is left then goes ahead of the work: to where the calls will come that follow on what runs now.
-What nobody expects to use is spread evenly, for whoever needs it first.
+Memory for more sequences than an engine has buys nothing, so an engine can use what its calls in flight need:
 
-The bottleneck of a team is the engine with the longest queue, so it is the one that is filled last and most, and is
-found again at every decision: while work passes from role to role, memory goes with it. Tried in simulation and worse:
-weighing engines by what is queued or by the work in it, which starves the next engine, behind which jobs then wait;
-filling the engine of the oldest calls first, which leaves all but one idle; and keeping memory for expected calls where
-it is short. Weighing them more mildly, by roots of their queues, by age or by role, makes no difference.
+1. If all needs fit, every engine gets its need. If not, all engines are filled to the same number of sequences (divided
+   by priority); an engine that needs fewer leaves the rest to the others.
+2. What is left goes ahead of the work, to the engines that will get the calls that follow on those running now.
+3. What is still left is spread evenly, for whichever engine needs it first.
+
+The engine with the longest queue is the bottleneck of a team. This rule fills it last and most, and finds it again at
+every decision, so memory follows the work from role to role.
+
+Alternatives that were tried in simulation and were worse: weighting engines by their queues or by the work in them,
+because it starves the next engine, where jobs then wait; filling the engine of the oldest calls first, because all
+others then idle; and keeping memory for expected calls while it is short. Milder weights (roots of queue lengths, age,
+role) make no difference.
+
+Source: max-min fairness, computed by progressive filling.
 """
 
 from pydantic import Field
 
 from agents.role import Value
-from runtime.control.policy import Decision, Policy, Sizes, bound, damp, decision, fit, mib
+from runtime.control.policy import Decision, Policy, Sizes, at_most, bound, damp, decision, fit, mib
 from runtime.control.snapshot import Snapshot
 
-PASSES = 16
-"""The level rises from pass to pass, and is found in a few; after so many it is short of the highest, never above
-it."""
+MAX_PASSES = 16
+"""`water_fill` raises the level from pass to pass and usually finds it in a few. After this many passes the level may
+be too low, but never too high."""
 
 
 class Waterfill(Policy):
-    """Max-min fair shares, in sequences, of what each engine can use."""
+    """Share memory max-min fairly, counted in sequences, and give no engine more than it can use."""
 
     class Options(Value):
-        """`damping`: a change of less than this part of what an engine has is not made. `spare`: sequences that an
-        engine keeps room for beyond those it has."""
+        """Options of `waterfill`."""
 
-        damping: float = Field(default=0.05, ge=0, lt=1)
-        spare: float = Field(default=1, ge=0, allow_inf_nan=False)
+        damping: float = Field(
+            default=0.05, ge=0, lt=1, description="Changes below this fraction of an engine's KV cache are not made."
+        )
+        spare: float = Field(
+            default=1,
+            ge=0,
+            allow_inf_nan=False,
+            description="Sequences that an engine keeps room for beyond those that it has.",
+        )
 
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
         views = snapshot.views
         weights = [view.sequence_bytes / view.priority for view in views]
-        present = bound(snapshot, self._need(snapshot))
-        filled = water_fill(snapshot.movable_bytes, weights, present)
+        usable = bound(snapshot, self._usable(snapshot))
+        filled = water_fill(snapshot.movable_bytes, weights, usable)
         wanted, ahead = filled, [0.0] * len(views)
-        if (left := snapshot.movable_bytes - sum(filled)) > 0:
-            ahead = water_fill(left, weights, [view.soon * view.sequence_bytes for view in views])
-            spread = max(left - sum(ahead), 0.0) / max(len(views), 1)
+        remaining = snapshot.movable_bytes - sum(filled)
+        if remaining > 0:
+            ahead = water_fill(remaining, weights, [view.soon * view.sequence_bytes for view in views])
+            spread = max(remaining - sum(ahead), 0.0) / max(len(views), 1)
             wanted = [size + more + spread for size, more in zip(filled, ahead, strict=True)]
 
-        def word(place: int) -> str:
-            view, part, most = views[place], filled[place], present[place]
-            got = f"all that it can use, {mib(most)}" if part >= most else f"{mib(part)} of the {mib(most)} it can use"
-            return f"{view.in_flight} in flight: {got}; {view.soon:.1f} expected: {mib(ahead[place])}"
+        def reason(index: int) -> str:
+            view, size, most = views[index], filled[index], usable[index]
+            given = f"all {mib(most)} they can use" if size >= most else f"{mib(size)} of {mib(most)} they can use"
+            return f"{view.in_flight} in flight: {given}; {view.soon:.1f} expected next: {mib(ahead[index])}"
 
-        wanted = damp(snapshot, bound(snapshot, wanted), self.options.damping)
-        return decision(snapshot, fit(snapshot, wanted), word)
+        sizes = damp(snapshot, bound(snapshot, wanted), self.options.damping)
+        return decision(snapshot, fit(snapshot, sizes), reason)
 
-    def _need(self, snapshot: Snapshot) -> Sizes:
-        """Bytes for every sequence that an engine has, and one to spare, as far as it may run them at once."""
+    def _usable(self, snapshot: Snapshot) -> Sizes:
+        """Return bytes for the recent peak of calls and the spare ones, at most for as many as may run at once."""
         spare = self.options.spare
-        return [
-            (most if (n := view.peak_in_flight + spare) > (most := view.limits.seqs_ceiling) else n)
-            * view.sequence_bytes
-            for view in snapshot.views
-        ]
+        sequences = at_most(
+            [view.peak_in_flight + spare for view in snapshot.views],
+            [view.limits.seqs_ceiling for view in snapshot.views],
+        )
+        return [count * view.sequence_bytes for count, view in zip(sequences, snapshot.views, strict=True)]
 
 
-def water_fill(whole: float, weights: Sizes, caps: Sizes) -> Sizes:
-    """Divide `whole` in proportion to weights, nobody above its cap; what a cap leaves goes to the others."""
-    if whole <= 0:
+def water_fill(total: float, weights: Sizes, caps: Sizes) -> Sizes:
+    """Divide `total` in proportion to weights, and none above its cap; what a cap cuts off goes to the others."""
+    if total <= 0:
         return [0.0] * len(caps)
-    if (capped := sum(caps)) <= whole:
+    cap_sum = sum(caps)
+    if cap_sum <= total:
         return caps
-    left, still_open, level = whole, list(zip(caps, weights, strict=True)), 0.0
-    for _ in range(PASSES):
-        level = left / (sum([weight for _, weight in still_open]) or 1.0)
-        above = [engine for engine in still_open if engine[0] > level * engine[1]]
-        if len(above) == len(still_open):
+    remaining, open_cap_sum, level = total, cap_sum, 0.0
+    uncapped = list(zip(caps, weights, strict=True))
+    for _ in range(MAX_PASSES):
+        level = remaining / (sum([weight for _, weight in uncapped]) or 1.0)
+        above = [(cap, weight) for cap, weight in uncapped if cap > level * weight]
+        if len(above) == len(uncapped):
             break
-        still_open, before, capped = above, capped, sum([cap for cap, _ in above])
-        left -= before - capped
-    return [cap if cap <= (part := level * weight) else part for cap, weight in zip(caps, weights, strict=True)]
+        above_cap_sum = sum([cap for cap, _ in above])
+        remaining -= open_cap_sum - above_cap_sum
+        uncapped, open_cap_sum = above, above_cap_sum
+    return at_most([level * weight for weight in weights], caps)

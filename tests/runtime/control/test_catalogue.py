@@ -1,4 +1,4 @@
-"""A third party's policy is found by the public entry point, and what is wrong with one is said."""
+"""Third-party policies are found by their entry points, and errors name the policy and the key."""
 
 import threading
 from pathlib import Path
@@ -10,7 +10,7 @@ from runtime.control import catalogue
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.errors import ConfigError, PluginError
 from tests.plugins import lay_out
-from tests.runtime.control.views import sizes, snapshot, view
+from tests.runtime.control.builders import sizes, snapshot, view
 
 GROUP = "troupe.policies"
 SOURCE = """
@@ -27,7 +27,7 @@ class First(Policy):
     def decide(self, snapshot):
         wanted = [0.0] * len(snapshot.views)
         wanted[0] = snapshot.movable_bytes * self.options.part
-        return decision(snapshot, fit(snapshot, bound(snapshot, wanted)), lambda place: "first come")
+        return decision(snapshot, fit(snapshot, bound(snapshot, wanted)), lambda index: "first engine first")
 
 
 class Partial(Policy):
@@ -58,7 +58,7 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(lay_out(tmp_path, "first-kit", {GROUP: TARGETS}, {"first_kit": SOURCE}))
 
 
-def test_it_is_listed_made_with_its_options_and_decides() -> None:
+def test_third_party_policy_is_listed_and_decides_with_its_options() -> None:
     assert "first" in catalogue.names()
     seen = snapshot(view("a"), view("b"))
     assert sizes(catalogue.make("first", {"part": 0.8}).decide(seen), seen) == {"a": 240, "b": 10}
@@ -67,25 +67,25 @@ def test_it_is_listed_made_with_its_options_and_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("partial", r"Partial lacks decide\(\) of runtime.control.policy.Policy"),
-        ("loose", "class Loose is no policy: it has to be a subclass of runtime.control.policy.Policy"),
-        ("unmade", r"policy unmade could not be made: RuntimeError\('no licence'\)"),
+        ("loose", "class Loose .* a subclass of runtime.control.policy.Policy"),
+        ("unmade", r"policy 'unmade' cannot be created: its constructor raised RuntimeError\('no licence'\)"),
     ],
 )
-def test_a_broken_one_is_named(name: str, says: str) -> None:
-    with pytest.raises(PluginError, match=says):
+def test_error_names_a_broken_policy(name: str, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
         catalogue.make(name)
 
 
-def test_a_configuration_s_policies_are_made_before_any_engine() -> None:
+def test_unknown_shadow_policy_is_refused_before_any_engine_starts() -> None:
     choice = PolicyChoice(name="nothing")
     with pytest.raises(ConfigError, match=r"control\.shadow\.name: no policy is named 'nothing'"):
         ContainedPolicies(Control().policy, choice, threads=False)
 
 
-async def test_a_third_partys_policy_is_given_up_on_and_ours_need_no_thread() -> None:
+async def test_only_third_party_policies_get_a_thread_and_a_time_limit() -> None:
     seen = snapshot(view("a"), view("b"))
     policies = ContainedPolicies(Control().policy)
     threads = threading.active_count()

@@ -1,4 +1,4 @@
-"""The loop over fake engines, on a clock that jumps: it moves memory to where the work is, and nothing stops it."""
+"""The control loop over fake engines on a virtual clock: memory follows the work, and no fault stops the loop."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ from runtime.engines.ledger import Ledger
 from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
-from runtime.errors import InputError, TroupeError
+from runtime.errors import InputError, NotFound
 from runtime.events import JobAdvanced
 from runtime.simulation import virtual_time
 from runtime.telemetry.reading import DeviceReading, Reading
@@ -33,13 +33,13 @@ from runtime.telemetry.reading import DeviceReading, Reading
 MIB = 1 << 20
 DEVICE = 1000 * MIB
 MEMORY = FakeMemory(device=DEVICE, fixed=100 * MIB, floor=10 * MIB, token=MIB // 100, block_tokens=100)
-"""A request of a prompt and up to 99 tokens takes 1 MiB."""
+"""A sequence of up to 100 tokens, prompt included, takes 1 MiB."""
 WORDS = " ".join(["word"] * 20)
 TIMES = ServiceTime(step_s=0.01, token_s=0, prefill_s=0)
 
 
 class Rig:
-    """Engines that share 0.8 of the device equally, their controller, and what it published."""
+    """A controller over engines that share 80% of the device equally, and the records that it published."""
 
     def __init__(self, names: str) -> None:
         self.engines = {name: Slow(name, 0.8 / len(names)) for name in names}
@@ -55,37 +55,37 @@ class Rig:
         return round(self.engines[name].grant.gpu_memory_utilization, 3)
 
     async def ask(self, name: str, count: int) -> None:
-        """So many requests to an engine at once, until all are answered."""
+        """Send `count` requests to an engine at once, and wait for all replies."""
 
-        async def one(number: int) -> None:
+        async def send(number: int) -> None:
             request = GenerateRequest(f"{name}{number}", (Message("user", "hello"),), 0.0, 1.0, 50)
             async for _ in self.engines[name].generate(request):
                 pass
 
-        await asyncio.gather(*(one(number) for number in range(count)))
+        await asyncio.gather(*(send(number) for number in range(count)))
 
     async def keep_busy(self, name: str) -> None:
-        """More than it can run at once, for ever."""
+        """Send an engine more requests than it can run at once, until cancelled."""
         while True:
             await self.ask(name, 1000)
 
 
 class Slow(FakeEngine):
-    """A fake engine whose resizes can be made to hang or be killed."""
+    """A fake engine whose resizes hang while `may_resize` is not set."""
 
     def __init__(self, name: str, share: float) -> None:
         grant = Grant(share, 500, 2048)
         super().__init__(name, lambda request: WORDS, 500, TIMES, time_scale=1, memory=MEMORY, grant=grant)
-        self.hang = asyncio.Event()
-        self.hang.set()
+        self.may_resize = asyncio.Event()
+        self.may_resize.set()
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
-        await self.hang.wait()
+        await self.may_resize.wait()
         return await super().resize(grant, grace_s)
 
 
 class Broken(Policy):
-    """Raises."""
+    """A policy that raises."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
         raise RuntimeError("broken")
@@ -123,7 +123,7 @@ def simulated(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
 
 
 @simulated
-async def test_memory_goes_where_the_work_is_and_comes_back() -> None:
+async def test_memory_moves_to_the_busy_engine_and_back() -> None:
     async with rig() as at:
         work = asyncio.create_task(at.keep_busy("a"))
         await asyncio.sleep(0.5)
@@ -131,14 +131,14 @@ async def test_memory_goes_where_the_work_is_and_comes_back() -> None:
         assert at.share("b") < 0.15
         work.cancel()
         await asyncio.sleep(0.5)
-        assert at.share("a") == pytest.approx(0.4, abs=0.02)  # small changes are not made
+        assert at.share("a") == pytest.approx(0.4, abs=0.02)  # damping skips small changes
         assert at.share("b") == pytest.approx(0.4, abs=0.02)
         assert at.controller.counts.faults == 0
         assert all(record.snapshot.budget_bytes == 800 * MIB for record in at.records)
 
 
 @simulated
-async def test_it_decides_every_tick_and_at_once_on_a_burst() -> None:
+async def test_decides_every_tick_and_at_once_on_a_burst() -> None:
     async with rig(every_s=10) as at:
         await asyncio.sleep(25)
         assert [record.cause for record in at.records] == ["start", "tick", "tick"]
@@ -154,25 +154,25 @@ async def test_it_decides_every_tick_and_at_once_on_a_burst() -> None:
 
 
 @simulated
-async def test_a_burst_that_comes_while_it_decides_is_decided_about_next() -> None:
+async def test_burst_during_a_decision_causes_the_next_decision() -> None:
     async with rig(every_s=10) as at:
         await asyncio.sleep(1)
-        at.engines["b"].hang.clear()
+        at.engines["b"].may_resize.clear()
         first = asyncio.create_task(at.ask("a", 400))
         await asyncio.sleep(0.001)
         at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
-        await asyncio.sleep(0.1)  # deciding: the donor hangs
+        await asyncio.sleep(0.1)  # the first decision waits for its donor
         second = asyncio.create_task(at.ask("b", 700))
         await asyncio.sleep(0.001)
         at.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
-        at.engines["b"].hang.set()
+        at.engines["b"].may_resize.set()
         await asyncio.sleep(0.1)
         assert [record.cause for record in at.records] == ["start", BURST, BURST]
         await asyncio.gather(first, second)
 
 
 @simulated
-async def test_calls_to_an_engine_whose_memory_was_just_given_away_are_a_burst() -> None:
+async def test_calls_to_an_engine_that_just_shrank_are_a_burst() -> None:
     async with rig(every_s=10) as at:
         await asyncio.sleep(1)
         first = asyncio.create_task(at.ask("a", 700))
@@ -180,7 +180,7 @@ async def test_calls_to_an_engine_whose_memory_was_just_given_away_are_a_burst()
         at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.05)
         assert at.share("b") < 0.15
-        second = asyncio.create_task(at.ask("b", 200))  # it had room for them before
+        second = asyncio.create_task(at.ask("b", 200))  # these would have fitted before it shrank
         await asyncio.sleep(0.001)
         at.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
         await asyncio.sleep(0.05)
@@ -190,7 +190,7 @@ async def test_calls_to_an_engine_whose_memory_was_just_given_away_are_a_burst()
 
 
 @simulated
-async def test_it_decides_twice_as_often_while_memory_is_short() -> None:
+async def test_ticks_twice_as_often_while_memory_is_short() -> None:
     async with rig(every_s=0.1) as at:
         await asyncio.sleep(1.05)
         calm = len(at.records)
@@ -203,7 +203,7 @@ async def test_it_decides_twice_as_often_while_memory_is_short() -> None:
 
 
 @simulated
-async def test_with_every_engine_pinned_there_is_nothing_to_decide() -> None:
+async def test_policy_is_not_asked_if_all_engines_are_pinned() -> None:
     async with rig("round_robin") as at:
         at.controller.pin("a", Grant(0.5, 500, 2048))
         at.controller.pin("b", Grant(0.2, 500, 2048))
@@ -213,13 +213,13 @@ async def test_with_every_engine_pinned_there_is_nothing_to_decide() -> None:
 
 
 @simulated
-async def test_a_foreign_process_shrinks_the_budget_before_memory_runs_out() -> None:
+async def test_memory_taken_by_another_process_shrinks_the_budget() -> None:
     async with rig() as at:
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 900 * MIB),))
-        await asyncio.sleep(0.3)  # 100 free: 80 more than is held, but no more than the budget
+        await asyncio.sleep(0.3)  # 100 MiB free: the engines could hold more, but not more than the budget
         assert at.share("a") == 0.4
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
-        await asyncio.sleep(0.15)  # nothing free: the reserve of 20 MiB is taken from ours, again at every tick
+        await asyncio.sleep(0.15)  # nothing free: the engines give up the headroom of 20 MiB at every tick
         assert at.share("a") + at.share("b") < 0.8
         assert at.records[-1].snapshot.device.foreign_bytes > 0
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
@@ -228,7 +228,7 @@ async def test_a_foreign_process_shrinks_the_budget_before_memory_runs_out() -> 
 
 
 @simulated
-async def test_the_hosts_memory_counts_for_engines_on_a_gpu_without_its_own() -> None:
+async def test_host_reading_counts_for_a_gpu_without_its_own_memory() -> None:
     async with rig() as at:
         for engine in at.engines.values():
             engine._limits = replace(engine.limits, device_uuid="11111111-1111-1111-1111-111111111111")
@@ -240,8 +240,8 @@ async def test_the_hosts_memory_counts_for_engines_on_a_gpu_without_its_own() ->
 
 
 @simulated
-async def test_while_telemetry_is_silent_the_budget_stays_cut() -> None:
-    """What another process took, it may still have."""
+async def test_budget_stays_cut_while_telemetry_has_a_fault() -> None:
+    """Memory that another process had taken may still be taken."""
     async with rig() as at:
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
         await asyncio.sleep(0.5)
@@ -260,7 +260,7 @@ async def test_while_telemetry_is_silent_the_budget_stays_cut() -> None:
 
 
 @simulated
-async def test_a_lost_gpu_leaves_the_budget_and_is_in_the_record() -> None:
+async def test_lost_gpu_keeps_the_budget_and_is_recorded() -> None:
     async with rig() as at:
         at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))
         await asyncio.sleep(0.5)
@@ -272,7 +272,7 @@ async def test_a_lost_gpu_leaves_the_budget_and_is_in_the_record() -> None:
 
 
 @simulated
-async def test_a_policy_that_raises_leaves_the_last_grants_and_is_named() -> None:
+async def test_policy_that_raises_keeps_the_last_grants_and_is_named() -> None:
     async with rig(Broken(Value())) as at:
         await asyncio.sleep(1)
         assert at.share("a") == 0.4
@@ -290,18 +290,18 @@ async def test_a_policy_that_raises_leaves_the_last_grants_and_is_named() -> Non
 
 
 @simulated
-async def test_an_engine_that_hangs_in_a_resize_stops_neither_the_loop_nor_the_others() -> None:
+async def test_memory_moves_between_the_others_while_an_engine_hangs_in_a_resize() -> None:
     async with rig(names="abc") as at:
-        at.engines["b"].hang.clear()
+        at.engines["b"].may_resize.clear()
         work = asyncio.create_task(at.keep_busy("a"))
         await asyncio.sleep(3)
         assert set(at.records[-1].snapshot.engines) == {"a", "c"}
-        assert at.share("a") > 0.4  # from c: what b was to give has not come
+        assert at.share("a") > 0.4  # from c, because b has not released its part
         assert sum(at.ledger.held.values()) <= 800 * MIB
         before = len(at.records)
         await asyncio.sleep(3)
         assert len(at.records) > before + 20
-        at.engines["b"].hang.set()
+        at.engines["b"].may_resize.set()
         await asyncio.sleep(1)
         assert set(at.records[-1].snapshot.engines) == {"a", "b", "c"}
         assert at.share("a") > 0.5
@@ -310,7 +310,7 @@ async def test_an_engine_that_hangs_in_a_resize_stops_neither_the_loop_nor_the_o
 
 
 @simulated
-async def test_a_dead_engine_is_left_out_and_its_memory_kept_for_it() -> None:
+async def test_memory_of_a_dead_engine_is_reserved() -> None:
     async with rig() as at:
         at.engines["b"].kill()
         work = asyncio.create_task(at.keep_busy("a"))
@@ -322,7 +322,7 @@ async def test_a_dead_engine_is_left_out_and_its_memory_kept_for_it() -> None:
 
 
 @simulated
-async def test_pause_pin_and_another_policy_while_it_runs() -> None:
+async def test_pause_pin_and_policy_change_take_effect_while_running() -> None:
     async with rig() as at:
         at.controller.pin("b")
         work = asyncio.create_task(at.keep_busy("a"))
@@ -349,19 +349,21 @@ async def test_pause_pin_and_another_policy_while_it_runs() -> None:
 
 
 @simulated
-async def test_what_cannot_be_pinned_says_why() -> None:
+async def test_invalid_pin_is_refused_with_its_reason() -> None:
     async with rig() as at:
-        with pytest.raises(TroupeError, match="there is no engine 'c'; there are a, b"):
+        with pytest.raises(NotFound, match="there is no engine 'c'; the engines are a, b"):
             at.controller.pin("c")
-        with pytest.raises(TroupeError, match=r"engine a: gpu_memory_utilization 0\.01 is below"):
+        with pytest.raises(NotFound, match="there is no engine 'c'"):
+            at.controller.unpin("c")
+        with pytest.raises(InputError, match=r"engine a: gpu_memory_utilization 0\.01 is below"):
             at.controller.pin("a", Grant(0.01, 1, 2048))
         assert not at.controller.pinned
 
 
 @simulated
-async def test_a_pin_that_leaves_others_less_than_their_floors_is_refused_with_what_fits() -> None:
+async def test_pin_that_leaves_others_below_their_floors_is_refused_with_what_fits() -> None:
     async with rig(names="abc") as at:
-        with pytest.raises(InputError) as refused:  # floors of 110 MiB each: 800 - 220 are left for a
+        with pytest.raises(InputError) as refused:  # the others keep floors of 110 MiB: 580 of 800 MiB are left
             at.controller.pin("a", Grant(0.6, 500, 2048))
         assert str(refused.value) == (
             "engine a: gpu_memory_utilization 0.6 would leave the other engines less than their floors and pins;"
@@ -374,36 +376,37 @@ async def test_a_pin_that_leaves_others_less_than_their_floors_is_refused_with_w
 
 
 @simulated
-async def test_pins_are_refused_for_what_they_leave_together() -> None:
+async def test_pin_must_fit_together_with_the_other_pins() -> None:
     async with rig(names="abc") as at:
         at.controller.pin("a", Grant(0.4, 500, 2048))
         with pytest.raises(InputError, match=r"engine b: .* at most 0\.29 fits"):
             at.controller.pin("b", Grant(0.3, 500, 2048))
         at.controller.pin("b", Grant(0.29, 500, 2048))
-        at.controller.pin("a", Grant(0.2, 500, 2048))  # in place of the first
+        at.controller.pin("a", Grant(0.2, 500, 2048))  # replaces the first pin
         await asyncio.sleep(0.5)
         assert [at.share(name) for name in "abc"] == [0.2, 0.29, 0.31]
         assert at.controller.counts.rejected == 0
 
 
 @simulated
-async def test_a_pin_that_no_longer_fits_a_cut_budget_is_reported_and_stalls_nothing() -> None:
+async def test_pin_that_no_longer_fits_a_cut_budget_is_reported_and_suspended() -> None:
     async with rig(names="abc") as at:
         at.controller.pin("a", Grant(0.3, 500, 2048))
         at.controller.pin("b", Grant(0.35, 500, 2048))
         await asyncio.sleep(0.5)
         work = asyncio.create_task(at.keep_busy("c"))
-        at.controller.use(at.controller._guard, 600 * MIB)  # 270 above the floors: 190 for a's pin, not 240 for b's
+        # 600 MiB are 270 above the floors: enough for a's pin, which needs 190, but not also for b's, which needs 240.
+        at.controller.use(at.controller._policy, 600 * MIB)
         await asyncio.sleep(1)
         assert at.share("a") == 0.3
-        assert at.share("c") > 0.15  # policies decide about b and c
+        assert at.share("c") > 0.15  # the policy decides about b and c
         assert sum(at.ledger.held.values()) <= 600 * MIB
         assert [*at.controller.pinned] == ["a", "b"]
         assert [*at.controller.unfit_pins] == ["b"]
         assert "at most 0.19 fits" in at.controller.unfit_pins["b"]
         assert at.records[-1].unfit_pins == at.controller.unfit_pins
         before = at.controller.counts.rejected
-        at.controller.use(at.controller._guard, 800 * MIB)
+        at.controller.use(at.controller._policy, 800 * MIB)
         await asyncio.sleep(1)
         assert (at.share("a"), at.share("b")) == (0.3, 0.35)
         assert at.controller.unfit_pins == {}
@@ -412,7 +415,7 @@ async def test_a_pin_that_no_longer_fits_a_cut_budget_is_reported_and_stalls_not
 
 
 @simulated
-async def test_a_foreign_process_that_leaves_no_room_for_a_pin_stalls_nothing() -> None:
+async def test_pin_is_suspended_while_another_process_takes_its_memory() -> None:
     async with rig() as at:
         at.controller.pin("a", Grant(0.6, 500, 2048))
         await asyncio.sleep(0.5)
@@ -431,7 +434,7 @@ async def test_a_foreign_process_that_leaves_no_room_for_a_pin_stalls_nothing() 
 
 
 @simulated
-async def test_a_pin_below_the_floor_of_an_engine_that_restarted_larger_stalls_nothing() -> None:
+async def test_pin_below_the_floor_of_an_engine_that_restarted_larger_is_suspended() -> None:
     async with rig(names="abc") as at:
         at.controller.pin("a", Grant(0.15, 500, 2048))
         await asyncio.sleep(0.5)
@@ -446,7 +449,7 @@ async def test_a_pin_below_the_floor_of_an_engine_that_restarted_larger_stalls_n
 
 
 @simulated
-async def test_an_engine_that_takes_no_grants_cannot_be_pinned() -> None:
+async def test_engine_that_takes_no_grants_cannot_be_pinned() -> None:
     async with rig() as at:
         at.engines["a"].kill()
         with pytest.raises(InputError, match="engine a is dead and takes no grant now; pin it once it is ready"):
@@ -454,7 +457,7 @@ async def test_an_engine_that_takes_no_grants_cannot_be_pinned() -> None:
 
 
 @simulated
-async def test_a_shadow_decides_and_moves_nothing() -> None:
+async def test_shadow_decides_without_resizing() -> None:
     async with rig("static", shadow="round_robin") as at:
         await asyncio.sleep(3)
         assert (at.share("a"), at.share("b")) == (0.4, 0.4)
@@ -465,7 +468,7 @@ async def test_a_shadow_decides_and_moves_nothing() -> None:
 
 
 @simulated
-async def test_telemetry_that_raises_costs_ticks_and_not_the_loop() -> None:
+async def test_loop_survives_telemetry_that_raises() -> None:
     async with rig() as at:
         good, at.reading = at.reading, None  # type: ignore[assignment]
         await asyncio.sleep(0.5)
@@ -477,8 +480,8 @@ async def test_telemetry_that_raises_costs_ticks_and_not_the_loop() -> None:
 
 
 @simulated
-async def test_memory_moves_between_the_others_while_an_engine_is_started_again() -> None:
-    async with rig(names="abc") as found:
+async def test_memory_moves_between_the_others_while_an_engine_restarts() -> None:
+    async with rig(names="abc") as at:
         may_start = asyncio.Event()
         may_start.set()
 
@@ -488,56 +491,56 @@ async def test_memory_moves_between_the_others_while_an_engine_is_started_again(
                 await super().start()
 
         supervised = SupervisedEngine("a", lambda grant: Restarting("a", 0.8 / 3), patience=Patience(backoff_s=(0,)))
-        found.handles["a"] = supervised
+        at.handles["a"] = supervised
         await supervised.start()
         may_start.clear()
         supervised.kill()
-        work = asyncio.create_task(found.keep_busy("b"))
+        work = asyncio.create_task(at.keep_busy("b"))
         await asyncio.sleep(5)
         assert supervised.stats().state is EngineState.STARTING
-        assert found.controller.counts.faults == 0
-        assert found.share("b") > 0.4  # of 0.27 at first
-        assert found.ledger.held["a"] == int(0.8 / 3 * DEVICE)
+        assert at.controller.counts.faults == 0
+        assert at.share("b") > 0.4  # it started with 0.27
+        assert at.ledger.held["a"] == int(0.8 / 3 * DEVICE)
         may_start.set()
         await asyncio.sleep(5)
         assert supervised.stats().state is EngineState.READY
-        assert found.controller.counts.faults == 0
+        assert at.controller.counts.faults == 0
         work.cancel()
         await supervised.close()
 
 
 @simulated
-async def test_a_failing_tick_is_tried_again_at_its_time_and_logged_once() -> None:
-    async with rig(every_s=0.1) as found:
+async def test_failing_tick_is_retried_at_the_next_interval_and_logged_once() -> None:
+    async with rig(every_s=0.1) as at:
         await asyncio.sleep(0.5)
         with pytest.MonkeyPatch.context() as patch:
-            failed = 0
+            failures = 0
 
             def fail(*arguments: object) -> Snapshot:
-                nonlocal failed
-                failed += 1
+                nonlocal failures
+                failures += 1
                 raise RuntimeError("no snapshot")
 
-            patch.setattr(found.controller, "_observe", fail)
-            with logged("runtime.control.controller") as lines:
+            patch.setattr(at.controller, "_take_snapshot", fail)
+            with logged("runtime.control.controller") as messages:
                 for _ in range(500):
-                    found.controller.wake(BURST)
+                    at.controller.wake(BURST)
                     await asyncio.sleep(0.01)
-        assert 0 < failed <= 5 / 0.1
-        assert lines == ["a tick of the controller failed"]
-        decided = found.controller.counts.decisions
+        assert 0 < failures <= 5 / 0.1
+        assert messages == ["a tick of the controller failed"]
+        before = at.controller.counts.decisions
         await asyncio.sleep(0.5)
-        assert found.controller.counts.decisions > decided
+        assert at.controller.counts.decisions > before
 
 
 @contextmanager
 def logged(name: str) -> Iterator[list[str]]:
-    """The messages that a logger gets."""
-    lines: list[str] = []
+    """Yield the list of messages that a logger receives."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger(name).addHandler(handler)
     try:
-        yield lines
+        yield messages
     finally:
         logging.getLogger(name).removeHandler(handler)

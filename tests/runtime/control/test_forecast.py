@@ -1,4 +1,4 @@
-"""What is coming is counted from what workflows know, and from how jobs went before."""
+"""The forecast counts calls from what workflows know and from how earlier jobs went."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def forecast() -> Forecast:
 
 
 def play(forecast: Forecast, job: str = "j") -> None:
-    """A plan of two steps, one after the other, with two critics on one engine."""
+    """Send the events of a whole job: two steps in sequence, with two critics on one engine."""
     forecast.hear(JobAdvanced(job, "", {"planner": 1}, None))
     forecast.hear(JobAdvanced(job, "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
     forecast.hear(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {"solver": 1, "critic": 1, "second": 1}))
@@ -29,7 +29,7 @@ def play(forecast: Forecast, job: str = "j") -> None:
     forecast.hear(JobEnded(job, "42", None, 1.0))
 
 
-def test_what_a_workflow_knows_is_counted_by_engine(forecast: Forecast) -> None:
+def test_coming_counts_what_workflows_know_by_engine(forecast: Forecast) -> None:
     forecast.hear(JobAdvanced("j", "", {"planner": 1}, None))
     assert not forecast.coming()
     forecast.hear(JobAdvanced("j", "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
@@ -40,13 +40,13 @@ def test_what_a_workflow_knows_is_counted_by_engine(forecast: Forecast) -> None:
     assert {name: count for name, count in forecast.coming().items() if count} == {"c": 1}
 
 
-def test_a_job_without_a_plan_is_expected_to_go_as_jobs_did(forecast: Forecast) -> None:
+def test_coming_expects_a_job_without_a_plan_to_resemble_earlier_jobs(forecast: Forecast) -> None:
     play(forecast)
     forecast.hear(JobAdvanced("k", "", {"planner": 1}, None))
     assert {name: count for name, count in forecast.coming().items() if count} == {"s": 2, "c": 4}
 
 
-def test_soon_is_what_followed_before_on_what_runs_now(forecast: Forecast) -> None:
+def test_soon_expects_the_calls_that_followed_earlier_replies(forecast: Forecast) -> None:
     for number in range(200):
         play(forecast, str(number))
     forecast.hear(JobAdvanced("a", "", {"planner": 4}, None))
@@ -54,11 +54,11 @@ def test_soon_is_what_followed_before_on_what_runs_now(forecast: Forecast) -> No
     assert {name: count for name, count in forecast.open_calls().items() if count} == {"p": 4, "s": 2}
     soon = forecast.soon(ALL_RUN)
     assert soon["s"] == pytest.approx(4, rel=0.2)
-    assert soon["c"] == pytest.approx(4, rel=0.2)  # both critics, for each of the two
+    assert soon["c"] == pytest.approx(4, rel=0.2)  # two calls to solve, each followed by both critics
     assert forecast.soon({"p": 0.5, "s": 0.0, "c": 0.0})["s"] == pytest.approx(2, rel=0.2)
 
 
-def test_nothing_is_left_of_jobs_that_ended(forecast: Forecast) -> None:
+def test_ended_jobs_leave_no_expected_calls(forecast: Forecast) -> None:
     for number in range(5):
         play(forecast, str(number))
     assert not any(forecast.coming().values())

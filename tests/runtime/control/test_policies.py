@@ -1,5 +1,6 @@
-"""Every policy keeps the budget and the bounds, and does what its name says."""
+"""Every policy respects the budget and the engines' bounds, and follows its rule."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from runtime.control.policies.waterfill import water_fill
 from runtime.control.policy import bound, damp, decision, fit, unchanged, whole_blocks
 from runtime.control.snapshot import EngineView, Snapshot
 from runtime.errors import ConfigError
-from tests.runtime.control.views import LIMITS, MIB, sizes, snapshot, snapshots, view
+from tests.runtime.control.builders import LIMITS, MIB, sizes, snapshot, snapshots, view
 
 ALL = ("static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill")
 
@@ -22,14 +23,14 @@ def decide(name: str, seen: Snapshot, **options: Any) -> dict[str, float]:
     return sizes(catalogue.make(name, options).decide(seen), seen)
 
 
-def test_all_are_registered() -> None:
+def test_every_built_in_policy_is_registered() -> None:
     assert set(ALL) <= set(catalogue.names())
 
 
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60, deadline=None)
 @given(seen=snapshots())
-def test_a_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen: Snapshot) -> None:
+def test_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen: Snapshot) -> None:
     decision = catalogue.make(name).decide(seen)
     assert set(decision.grants) == set(decision.reasons) == set(seen.engines)
     held = 0
@@ -43,7 +44,7 @@ def test_a_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen:
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60, deadline=None)
 @given(seen=snapshots())
-def test_every_policy_gives_whole_blocks(name: str, seen: Snapshot) -> None:
+def test_new_grants_are_whole_blocks(name: str, seen: Snapshot) -> None:
     decision = catalogue.make(name).decide(seen)
     for engine, grant in decision.grants.items():
         limits = seen.engines[engine].limits
@@ -52,42 +53,48 @@ def test_every_policy_gives_whole_blocks(name: str, seen: Snapshot) -> None:
             assert size % limits.block_bytes == 0 or size == limits.kv_floor_bytes
 
 
-def test_a_policy_that_uses_decision_gets_whole_blocks_without_asking() -> None:
+def test_decision_rounds_to_whole_blocks() -> None:
     seen = snapshot(*(view(name, block_bytes=3 * MIB) for name in "ab"))
-    assert sizes(decision(seen, [100 * MIB, 99 * MIB], lambda place: "so"), seen) == {"a": 99, "b": 99}
+    assert sizes(decision(seen, [100 * MIB, 99 * MIB], lambda index: "because"), seen) == {"a": 99, "b": 99}
 
 
-def test_unchanged_gives_way_only_where_the_budget_was_cut() -> None:
+def test_unchanged_shrinks_only_if_the_budget_was_cut() -> None:
     seen = snapshot(view("a", 150.5, block_bytes=MIB), view("b", 149, block_bytes=MIB))
-    assert unchanged(seen, "so").grants == {n: v.grant for n, v in seen.engines.items()}
+    assert unchanged(seen, "because").grants == {name: v.grant for name, v in seen.engines.items()}
     cut = snapshot(view("a", 190), view("b", 110), movable_mib=160)
-    assert sizes(unchanged(cut, "so"), cut) == {"a": 100, "b": 60}
-    assert decide("static", cut, shares="configured") == {"a": 190, "b": 110}  # it gives nothing away, ever
+    shrunk = unchanged(cut, "because")
+    assert sizes(shrunk, cut) == {"a": 100, "b": 60}
+    assert shrunk.reasons["a"] == "because; shrunk because the budget was cut"
+
+
+def test_static_configured_keeps_its_grants_when_the_budget_is_cut() -> None:
+    cut = snapshot(view("a", 190), view("b", 110), movable_mib=160)
+    assert decide("static", cut, shares="configured") == {"a": 190, "b": 110}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_is_pure(name: str) -> None:
+def test_same_snapshot_gives_the_same_decision(name: str) -> None:
     seen = snapshot(view("a", in_flight=9, arrivals_per_s=3), view("b", soon=2.5, arrivals_per_s=1))
     policy = catalogue.make(name)
     assert policy.decide(seen).grants == policy.decide(seen).grants
 
 
-def test_static_is_equal_or_weighted_or_as_it_began() -> None:
+def test_static_divides_equally_or_by_weight_or_as_configured() -> None:
     seen = snapshot(view("a", 200), view("b", 100, in_flight=50))
     assert decide("static", seen) == {"a": 150, "b": 150}
     assert decide("static", seen, shares={"a": 3}) == {"a": 225, "b": 75}
     assert decide("static", seen, shares="configured") == {"a": 200, "b": 100}
 
 
-def test_round_robin_gives_all_that_can_move_to_whose_turn_it_is() -> None:
+def test_round_robin_gives_all_movable_memory_to_one_engine_per_turn() -> None:
     views = [view("a"), view("b"), view("c")]
-    found = [decide("round_robin", snapshot(*views, now_s=now), turn_s=2) for now in (0, 1.9, 2, 4, 6)]
-    assert found[0] == found[1] == found[4] == {"a": 280, "b": 10, "c": 10}
-    assert found[2] == {"a": 10, "b": 280, "c": 10}
-    assert found[3] == {"a": 10, "b": 10, "c": 280}
+    at = {now_s: decide("round_robin", snapshot(*views, now_s=now_s), turn_s=2) for now_s in (0, 1.9, 2, 4, 6)}
+    assert at[0] == at[1.9] == at[6] == {"a": 280, "b": 10, "c": 10}
+    assert at[2] == {"a": 10, "b": 280, "c": 10}
+    assert at[4] == {"a": 10, "b": 10, "c": 280}
 
 
-def test_algorithm_1_gives_the_shares_of_the_paper() -> None:
+def test_algorithm_1_gives_the_shares_in_the_paper() -> None:
     shares = algorithm_1([80, 40, 45, 25], [0.10, 0.30, 0.25, 0.35], [1, 2, 2, 1])
     assert [round(share, 4) for share in shares] == [0.2385, 0.2538, 0.2115, 0.2961]
     assert algorithm_1([0, 0], [0.1, 0.2], [1, 1]) == [0, 0]
@@ -95,7 +102,7 @@ def test_algorithm_1_gives_the_shares_of_the_paper() -> None:
     assert sum(algorithm_1([1, 9], [0.9, 0.9], [1, 1])) == pytest.approx(1)
 
 
-def test_paper_follows_arrivals_minimum_and_priority() -> None:
+def test_paper_uses_arrivals_minimum_shares_and_priorities() -> None:
     seen = snapshot(
         view("a", arrivals_per_s=30, minimum_share=0.1), view("b", arrivals_per_s=30, minimum_share=0.1, priority=2)
     )
@@ -104,28 +111,29 @@ def test_paper_follows_arrivals_minimum_and_priority() -> None:
 
 
 def idle(name: str, kv_mib: float = 100, used_mib: float = 0) -> EngineView:
-    """An engine without requests."""
+    """Return an engine without requests."""
     return replace(view(name, kv_mib), kv_used_bytes=int(used_mib * MIB))
 
 
-# The cases below are AIBrix's rule (computePoolKVTargets, pool_policy.go at e3e10f9), worked out by hand.
+# The sizes in the modelclaim tests were computed by hand from AIBrix's rule: computePoolKVTargets in pool_policy.go at
+# commit e3e10f9.
 
 
-def test_modelclaim_gives_the_remainder_to_active_engines_only() -> None:
+def test_modelclaim_gives_the_remainder_only_to_active_engines() -> None:
     busy = view("a", 100, in_flight=100, completions_per_s=50)
     assert decide("modelclaim", snapshot(busy, idle("b"), idle("c"))) == {"a": 280, "b": 10, "c": 10}
-    # An idle engine keeps what it uses where that is more than its floor.
+    # An idle engine keeps what it uses if that is more than its floor.
     assert decide("modelclaim", snapshot(busy, idle("b", used_mib=40))) == {"a": 260, "b": 40}
 
 
-def test_modelclaim_weighs_active_engines_by_capped_whole_counts() -> None:
+def test_modelclaim_weights_active_engines_by_capped_integer_counts() -> None:
     many = view("a", 100, in_flight=100, completions_per_s=50)
     few = view("b", 100, in_flight=1, completions_per_s=1.6)
-    # 50 MiB are in use by each; of the other 200, weights 1 + 4 + 4 and 1 + 1 + 2
+    # Each uses 50 MiB. The other 200 MiB are divided by the weights 1 + 4 + 4 and 1 + 1 + 2.
     assert decide("modelclaim", snapshot(many, few)) == {"a": 188.5, "b": 111.5}
 
 
-def test_modelclaim_counts_an_engine_that_has_just_completed_requests_as_active() -> None:
+def test_modelclaim_treats_an_engine_with_recent_completions_as_active() -> None:
     finished = view("a", 100, completions_per_s=2)
     assert decide("modelclaim", snapshot(finished, idle("b"))) == {"a": 290, "b": 10}
     long_ago = view("a", 100, completions_per_s=0.2)
@@ -134,38 +142,43 @@ def test_modelclaim_counts_an_engine_that_has_just_completed_requests_as_active(
 
 def test_modelclaim_changes_nothing_while_no_engine_is_active() -> None:
     seen = snapshot(idle("a", 180.5), idle("b", 30))
-    found = catalogue.make("modelclaim").decide(seen)
-    assert found.grants == {name: one.grant for name, one in seen.engines.items()}
-    assert dict(found.reasons) == {"a": "no engine is active", "b": "no engine is active"}
+    decision = catalogue.make("modelclaim").decide(seen)
+    assert decision.grants == {name: view.grant for name, view in seen.engines.items()}
+    assert dict(decision.reasons) == {"a": "no engine is active", "b": "no engine is active"}
 
 
-def test_on_demand_serves_who_waits_longest_and_takes_from_nobody_what_it_uses() -> None:
+def test_on_demand_serves_the_longest_wait_and_takes_no_memory_in_use() -> None:
     waits = view("a", 100, in_flight=64, running=40, oldest_wait_s=1)
     waits_longer = view("b", 100, in_flight=300, running=50, oldest_wait_s=2)
-    found = decide("on_demand", snapshot(waits, waits_longer, movable_mib=160))
-    assert found == {"a": 50, "b": 110}
+    assert decide("on_demand", snapshot(waits, waits_longer, movable_mib=160)) == {"a": 50, "b": 110}
 
 
-def test_waterfill_gives_nobody_more_than_it_can_use_and_shares_what_is_short() -> None:
-    little, much, more = view("a", in_flight=4, soon=5), view("b", in_flight=50), view("c", in_flight=90)
-    assert decide("waterfill", snapshot(little, much, more, movable_mib=70), damping=0) == {"a": 10, "b": 30, "c": 30}
-    enough = decide("waterfill", snapshot(little, much, more, movable_mib=200), damping=0)
-    # 10, 51 and 64 MiB are used now, 5 more are expected by the first, and of the 70 left a third is for each
-    assert enough == {"a": 38.3, "b": 74.3, "c": 87.3}
+def test_waterfill_shares_scarce_memory_equally_and_spreads_what_is_left() -> None:
+    views = view("a", in_flight=4, soon=5), view("b", in_flight=50), view("c", in_flight=90)
+    assert decide("waterfill", snapshot(*views, movable_mib=70), damping=0) == {"a": 10, "b": 30, "c": 30}
+    # The engines can use 10, 51 and 64 MiB now, the first expects 5 MiB more, and the other 70 MiB are spread evenly.
+    assert decide("waterfill", snapshot(*views, movable_mib=200), damping=0) == {"a": 38.3, "b": 74.3, "c": 87.3}
 
 
-def test_waterfill_prefers_the_urgent() -> None:
+def test_waterfill_reasons_state_what_engines_can_use_and_get() -> None:
+    seen = snapshot(view("a", in_flight=4, soon=5), view("b", in_flight=50), view("c", in_flight=90), movable_mib=70)
+    reasons = catalogue.make("waterfill").decide(seen).reasons
+    assert reasons["a"] == "4 in flight: all 10.0 MiB they can use; 5.0 expected next: 0.0 MiB"
+    assert reasons["b"] == "50 in flight: 30.0 MiB of 51.0 MiB they can use; 0.0 expected next: 0.0 MiB"
+
+
+def test_waterfill_favours_urgent_engines() -> None:
     seen = snapshot(view("a", in_flight=60), view("b", in_flight=60, priority=2), movable_mib=60)
     assert decide("waterfill", seen, damping=0) == {"a": 40, "b": 20}
 
 
-def test_waterfill_leaves_small_changes() -> None:
+def test_waterfill_makes_no_small_changes() -> None:
     seen = snapshot(view("a", 148, in_flight=60), view("b", 152, in_flight=60))
     assert decide("waterfill", seen) == {"a": 148, "b": 152}
     assert decide("waterfill", seen, damping=0) == {"a": 150, "b": 150}
 
 
-def test_water_fill_passes_on_what_caps_leave() -> None:
+def test_water_fill_gives_the_others_what_a_cap_cuts_off() -> None:
     assert water_fill(100, [1, 1, 1], [10, 1000, 20]) == [10, 70, 20]
     assert water_fill(100, [1, 3], [1000, 1000]) == [25, 75]
     assert water_fill(100, [1, 1], [5, 5]) == [5, 5]
@@ -174,19 +187,19 @@ def test_water_fill_passes_on_what_caps_leave() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    whole=st.floats(0, 1e6),
+    total=st.floats(0, 1e6),
     engines=st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 1e5)), min_size=1, max_size=12),
 )
-def test_water_fill_divides_all_that_can_be_used_and_no_more(whole: float, engines: list[tuple[float, float]]) -> None:
+def test_water_fill_uses_everything_up_to_the_caps(total: float, engines: list[tuple[float, float]]) -> None:
     weights, caps = [weight for weight, _ in engines], [cap for _, cap in engines]
-    filled = water_fill(whole, weights, caps)
+    filled = water_fill(total, weights, caps)
     assert all(size <= cap for size, cap in zip(filled, caps, strict=True))
-    assert sum(filled) == pytest.approx(min(whole, sum(caps)), rel=1e-6, abs=1e-6)
+    assert sum(filled) == pytest.approx(min(total, sum(caps)), rel=1e-6, abs=1e-6)
     levels = [size / weight for size, weight, cap in zip(filled, weights, caps, strict=True) if size < cap]
     assert not levels or max(levels) == pytest.approx(min(levels))
 
 
-def test_the_steps_bound_damp_and_fit() -> None:
+def test_bound_damp_and_fit() -> None:
     seen = snapshot(view("a", 100), view("b", 100), movable_mib=100)
     assert bound(seen, [0, 1e12]) == [LIMITS.kv_floor_bytes, LIMITS.kv_ceiling_bytes]
     assert damp(seen, [104 * MIB, 90 * MIB], 0.05) == [100 * MIB, 90 * MIB]
@@ -195,20 +208,28 @@ def test_the_steps_bound_damp_and_fit() -> None:
     assert fit(snapshot(view("a"), movable_mib=0), [50 * MIB]) == [10 * MIB]
 
 
-def test_whole_blocks_pass_on_what_makes_none_and_keep_floors_and_ceilings() -> None:
+def test_bound_passes_nan_on() -> None:
+    """A ceiling in place of NaN would hide the fault of a third-party policy."""
+    assert math.isnan(bound(snapshot(view("a")), [math.nan])[0])
+
+
+def test_whole_blocks_carries_remainders_and_keeps_floors_and_ceilings() -> None:
     seen = snapshot(*(view(name, block_bytes=4 * MIB) for name in "abc"), view("d"), movable_mib=400)
-    found = [size / MIB for size in whole_blocks(seen, [n * MIB for n in (99, 99, 99, 103)])]
-    assert found == [96, 100, 100, 103]  # 3, then 2, then 1 left over; d hands out memory as finely as one likes
-    assert [size / MIB for size in whole_blocks(seen, [n * MIB for n in (10, 899, 900, 10)])] == [10, 896, 900, 10]
+
+    def rounded(*sizes_mib: int) -> list[float]:
+        return [size / MIB for size in whole_blocks(seen, [size * MIB for size in sizes_mib])]
+
+    assert rounded(99, 99, 99, 103) == [96, 100, 100, 103]  # 3, 2 and 1 MiB are carried; d has no blocks
+    assert rounded(10, 899, 900, 10) == [10, 896, 900, 10]
 
 
-def test_waterfill_gives_whole_blocks() -> None:
+def test_waterfill_grants_whole_blocks() -> None:
     views = [view(name, in_flight=80, block_bytes=3 * MIB) for name in "abc"]
     assert decide("waterfill", snapshot(*views)) == {"a": 99, "b": 99, "c": 102}
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "says"),
+    ("name", "options", "message"),
     [
         ("waterfil", {}, "did you mean waterfill"),
         ("round_robin", {"turn_s": 0}, "control.policy.turn_s"),
@@ -216,6 +237,6 @@ def test_waterfill_gives_whole_blocks() -> None:
         ("static", {"shares": "fair"}, "control.policy.shares"),
     ],
 )
-def test_a_wrong_choice_names_the_key(name: str, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_invalid_choice_names_the_key(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         catalogue.make(name, options)

@@ -229,7 +229,7 @@ async def main():
         engine._limits = replace(engine.limits, device_uuid=uuid)
         engines[str(number)] = engine
     with NvmlSource() as source:
-        snapshot = Snapshotter(engines, Forecast(), reading=source.read).observe(1.0, 20 << 30, 10 << 30)
+        snapshot = Snapshotter(engines, Forecast(), reading=source.read).take(1.0, 20 << 30, 10 << 30)
     print(json.dumps({"budget": snapshot.budget_bytes >> 30, **asdict(snapshot.device)}))
 
 asyncio.run(main())

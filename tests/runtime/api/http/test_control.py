@@ -51,7 +51,7 @@ async def test_a_pin_that_cannot_be_changes_nothing(served: Served, body: dict[s
 async def test_there_is_no_such_engine(served: Served) -> None:
     for method in ("PUT", "DELETE"):
         answer = await served.client.request(method, "/control/pins/nobody", json={})
-        assert (answer.status_code, "there are planner, solver" in answer.text) == (404, True)
+        assert (answer.status_code, "the engines are planner, solver" in answer.text) == (404, True)
 
 
 async def test_the_policy_changes_and_the_controller_pauses(served: Served) -> None:

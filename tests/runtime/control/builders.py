@@ -1,12 +1,15 @@
-"""Snapshots for tests of policies."""
+"""Builders of snapshots, and of records of the decision log, for tests."""
 
 from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 
+from runtime.control import catalogue
+from runtime.control.decision_log import Outcome, Record
+from runtime.control.policy import Decision
 from runtime.control.snapshot import EngineView, Snapshot
-from runtime.engines.grant import EngineLimits, Grant
+from runtime.engines.grant import Applied, EngineLimits, Grant, Rejected
 
 MIB = 1 << 20
 LIMITS = EngineLimits(
@@ -21,7 +24,7 @@ LIMITS = EngineLimits(
 
 
 def view(name: str, kv_mib: float = 100, block_bytes: int = 0, **changes: Any) -> EngineView:
-    """An engine that holds so much KV cache; a sequence takes 1 MiB."""
+    """Return an engine with a KV cache of `kv_mib`, half of it in use; a sequence takes 1 MiB."""
     kv = int(kv_mib * MIB)
     grant = Grant(LIMITS.share(kv), LIMITS.seqs_ceiling, LIMITS.step_tokens_ceiling)
     return EngineView(
@@ -35,22 +38,22 @@ def view(name: str, kv_mib: float = 100, block_bytes: int = 0, **changes: Any) -
 
 
 def snapshot(*views: EngineView, movable_mib: float = 300, now_s: float = 0) -> Snapshot:
-    """Engines that share so much KV cache."""
+    """Return a snapshot of engines that share `movable_mib` of KV cache."""
     fixed = sum(v.limits.fixed_bytes for v in views)
     return Snapshot(now_s, fixed + int(movable_mib * MIB), {v.name: v for v in views})
 
 
-def sizes(found: Any, given: Snapshot) -> dict[str, float]:
-    """What a decision gives each engine: MiB of KV cache."""
+def sizes(decision: Decision, snapshot: Snapshot) -> dict[str, float]:
+    """Return the MiB of KV cache that a decision grants to each engine."""
     return {
-        name: round(given.engines[name].limits.kv_cache_bytes(grant.gpu_memory_utilization) / MIB, 1)
-        for name, grant in found.grants.items()
+        name: round(snapshot.engines[name].limits.kv_cache_bytes(grant.gpu_memory_utilization) / MIB, 1)
+        for name, grant in decision.grants.items()
     }
 
 
 @st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
-    """Any number of engines in any state, and a budget that holds their floors at least."""
+    """Draw one to six engines in any state, and a budget that holds at least their floors."""
     count = draw(st.integers(1, 6))
     views = [
         view(
@@ -71,3 +74,13 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         for number in range(count)
     ]
     return snapshot(*views, movable_mib=draw(st.floats(count * 10 + 1, 2000)), now_s=draw(st.floats(0, 1e6)))
+
+
+def record(policy: str = "static", now_s: float = 1.0, in_flight: int = 60) -> Record:
+    """Return a record of a policy's decision over two engines; the first has requests in flight."""
+    seen = snapshot(view("a", 150, in_flight=in_flight), view("b", 150), now_s=now_s)
+    decision = catalogue.make(policy).decide(seen)
+    decision = Decision(dict(decision.grants), dict(decision.reasons))
+    grant = Grant(0.2, 64, 2048)
+    outcomes = {"a": Outcome.of(Applied(grant, 1, 2, 0.5, 0.1, 3)), "b": Outcome.of(Rejected(grant, "no"))}
+    return Record(policy, "tick", seen, decision, outcomes=outcomes, seconds=0.01)
