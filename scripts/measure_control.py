@@ -1,14 +1,16 @@
-"""What a tick of the controller costs: the figures of the README.
+"""Measure what a tick of the controller costs. The figures are in runtime/control/README.md.
 
-    python scripts/measure_control.py tick    microseconds of a tick for 3 to 10,000 roles, for every policy
+    python scripts/measure_control.py tick    microseconds per tick for 3 to 10,000 roles, for every policy
 
-The real controller ticks over engines that answer at once: it observes, asks the policy under guard, resizes, writes
-the line of the log and publishes to the service's status. Every engine has requests in flight, and together they need
-more memory than there is. "moves" are ticks before which every engine was given another size, so that the policy's
-decision changes almost all of them; "still" are ticks that find the engines as the policy wants them. `moved` is the
-median part of the engines that a tick resized. Times are of the processor, which is all that such a tick needs: what
-else runs on the machine does not come in. The slope is fitted through the logarithms from 10 roles on: 1 is
-linear. --json prints the record.
+The real controller ticks over engines that answer at once: it takes a snapshot ("observe"), asks the contained policy
+("decide"), resizes, writes the line of the decision log, and publishes to the service's monitor. Every engine has
+requests in flight, and together they need more memory than there is.
+
+Before each tick of "moves", every engine is resized at random, so that the policy changes almost every grant. Ticks of
+"still" find the engines as the policy wants them. `moved` is the median fraction of the engines that a tick resized.
+
+Times are processor time, which is all that such a tick needs; other load on the machine does not count. The slope is
+that of a line fitted through the logarithms from 10 roles on: 1 is linear.
 """
 
 import argparse
@@ -51,10 +53,12 @@ MEMORY = FakeMemory(device=1 << 50, fixed=1 << 30, floor=MIB, token=4096, block_
 EACH_BYTES = 6 * MIB
 REQUEST = GenerateRequest("", (Message("user", ""),), 0.0, 1.0, 1)
 PARTS = ("observe", "decide", "resize", "log", "publish")
+WARM_UP = 2
+"""Ticks before the measured ones, which settle what the policy before left."""
 
 
 class Still(FakeEngine):
-    """An engine whose figures do not change: requests in flight, `running` of them with a block each."""
+    """An engine whose statistics do not change: requests in flight, `running` of them with one KV block each."""
 
     def __init__(self, name: str, in_flight: int, running: int, open_requests: ExitStack) -> None:
         super().__init__(name, lambda request: "", memory=MEMORY, grant=grant(EACH_BYTES))
@@ -64,7 +68,7 @@ class Still(FakeEngine):
 
     def stats(self) -> EngineStats:
         size = self.limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
-        usage = self._active * self.limits.block_bytes / size  # two blocks are the floor
+        usage = self._active * self.limits.block_bytes / size  # at most 1: the floor is two blocks
         waiting = self.usage.in_flight - self._active
         return EngineStats(EngineState.READY, self.grant, size, self._active, waiting, usage, 0, 0, 0, 0)
 
@@ -74,7 +78,10 @@ def grant(kv_cache_bytes: int) -> Grant:
 
 
 class Rig:
-    """So many engines under a controller that does not run by itself; seconds of each part of its ticks in `parts`."""
+    """A controller whose loop does not run, over modelled engines.
+
+    `parts` has the seconds that each part of the last tick took.
+    """
 
     def __init__(self, roles: int, owned: ExitStack) -> None:
         self.rng = random.Random(roles)
@@ -82,40 +89,38 @@ class Rig:
             name: Still(name, self.rng.randint(0, 40), self.rng.randint(0, 2), owned)
             for name in (f"role-{number}" for number in range(roles))
         }
-        ledger = Ledger(roles * (MEMORY.fixed + EACH_BYTES))
-        for name, engine in self.engines.items():
-            ledger.claim(name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
-        self.sharing = Sharing(self.engines, ledger)
+        self.sharing = Sharing(self.engines, Ledger(roles * (MEMORY.fixed + EACH_BYTES)))
         terms = {name: Terms(minimum_share=1 / roles) for name in self.engines}
-        self.observer = Snapshotter(self.engines, Forecast(), terms)
-        self.status = Monitor(dict)
+        self.snapshotter = Snapshotter(self.engines, Forecast(), terms)
+        self.monitor = Monitor(dict)
         folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))
         self.log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
         self.parts: dict[str, float] = defaultdict(float)
-        self.moved: list[float] = []
 
     async def start(self) -> None:
-        """Start the engines, and let requests come and go, so that every engine has rates."""
-        for engine in self.engines.values():
+        """Start the engines, and add finished requests, so that every engine has an arrival rate."""
+        for name, engine in self.engines.items():
             await engine.start()
+            held_bytes = engine.limits.held_bytes(engine.grant.gpu_memory_utilization)
+            self.sharing.ledger.claim(name, held_bytes)
         clock = asyncio.get_running_loop().time
-        self.observer.observe(clock(), 0, 0)
+        self.snapshotter.take(clock(), 0, 0)
         for engine in self.engines.values():
-            many = self.rng.randint(1, 10**9)  # rates sink from here on, all alike, and stay above every policy's cap
-            engine.usage.arrived += many
-            engine.usage.finished += many
+            count = self.rng.randint(1, 10**9)  # rates decay alike from here on, and stay above every policy's cap
+            engine.usage.arrived += count
+            engine.usage.finished += count
 
     def controller(self, policy: str) -> Controller:
-        """A controller that is asked to tick, each part of it timed."""
-        guard = ContainedPolicy(policy, catalogue.make(policy))
+        """Return a controller with a policy, whose parts are timed."""
+        contained = ContainedPolicy(policy, catalogue.make(policy))
         controller = Controller(
-            self.engines, self.sharing, self.observer, guard, log=self.log, publish=self.status.record
+            self.engines, self.sharing, self.snapshotter, contained, log=self.log, publish=self.monitor.record
         )
-        self._time(self.observer, "observe", "observe")
-        self._time(guard, "decide", "decide")
+        self._time(self.snapshotter, "take", "observe")
+        self._time(contained, "decide", "decide")
         self._time(self.sharing, "resize", "resize")
         self._time(self.log, "write", "log")
-        controller._publish = self._timed(self.status.record, "publish")
+        controller._publish = self._timed(self.monitor.record, "publish")
         return controller
 
     def _time(self, owner: Any, method: str, part: str) -> None:
@@ -140,54 +145,61 @@ class Rig:
         return asynchronous if asyncio.iscoroutinefunction(function) else synchronous
 
     async def disturb(self) -> None:
-        """Give every engine another size; together within the budget."""
+        """Give every engine a random size; together they fit the budget."""
         sizes = {name: self.rng.randrange(MIB, 2 * EACH_BYTES - MIB, MIB // 2) for name in self.engines}
-        part = min(1.0, len(sizes) * EACH_BYTES / sum(sizes.values()))
-        await self.sharing.resize({name: grant(max(MIB, int(size * part))) for name, size in sizes.items()})
+        scale = min(1.0, len(sizes) * EACH_BYTES / sum(sizes.values()))
+        await self.sharing.resize({name: grant(max(MIB, int(size * scale))) for name, size in sizes.items()})
 
 
 async def measure(roles: int, repeats: int, record: dict[str, Any]) -> None:
-    """Add the figures for so many roles."""
+    """Add the figures for a number of roles to the record, for every policy."""
     with ExitStack() as owned:
         rig = Rig(roles, owned)
         await rig.start()
         for policy in catalogue.names():
             controller = rig.controller(policy)
             for kind in ("moves", "still"):
-                found = defaultdict(list)
-                for repeat in range(repeats + 2):
-                    if kind == "moves":
-                        await rig.disturb()
-                    seconds, resized = await tick(rig, controller)
-                    if repeat >= 2:  # those before settle what comes from the policy before
-                        found["whole"].append(seconds)
-                        found["moved"].append(resized / roles)
-                        for part in PARTS:
-                            found[part].append(rig.parts[part])
-                for part, values in found.items():
+                measured = await measure_ticks(rig, controller, repeats, disturbed=kind == "moves")
+                for part, values in measured.items():
                     median = statistics.median(values)
                     figure = round(median, 3) if part == "moved" else round(median * 1e6, 1)
                     record[kind].setdefault(policy, {}).setdefault(part, {})[str(roles)] = figure
             print(f"{roles} roles, {policy}", file=sys.stderr, flush=True)
 
 
+async def measure_ticks(rig: Rig, controller: Controller, repeats: int, disturbed: bool) -> dict[str, list[float]]:
+    """Return the seconds of ticks and of their parts, and the fraction of engines that each one moved."""
+    measured = defaultdict(list)
+    for repeat in range(WARM_UP + repeats):
+        if disturbed:
+            await rig.disturb()
+        seconds, resized = await tick(rig, controller)
+        if repeat < WARM_UP:
+            continue
+        measured["whole"].append(seconds)
+        measured["moved"].append(resized / len(rig.engines))
+        for part in PARTS:
+            measured[part].append(rig.parts[part])
+    return measured
+
+
 async def tick(rig: Rig, controller: Controller) -> tuple[float, int]:
-    """Seconds of one tick, and how many engines it resized."""
+    """Return the seconds of one tick, and the number of engines that it resized."""
     rig.parts.clear()
     before = controller.counts.resizes
     gc.disable()
     started = time.process_time()
     await controller.tick()
-    took = time.process_time() - started
+    seconds = time.process_time() - started
     gc.enable()
     if controller.counts.faults or controller.counts.rejected:
-        raise RuntimeError(f"a tick went wrong: {controller.counts}")
-    return took, controller.counts.resizes - before
+        raise RuntimeError(f"a tick had a fault or a rejected grant: {controller.counts}")
+    return seconds, controller.counts.resizes - before
 
 
-def slope(found: dict[str, float]) -> float:
-    """Of the logarithm of time over that of roles, from 10 roles on."""
-    points = [(math.log(int(roles)), math.log(max(value, 0.1))) for roles, value in found.items() if int(roles) >= 10]
+def slope(figures: dict[str, float]) -> float:
+    """Return the slope of log(time) over log(roles), from 10 roles on."""
+    points = [(math.log(int(roles)), math.log(max(value, 0.1))) for roles, value in figures.items() if int(roles) >= 10]
     return round(statistics.linear_regression(*zip(*points, strict=True)).slope, 3)
 
 
@@ -195,7 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tick"])
     parser.add_argument(
-        "--repeats", type=int, default=5, help="ticks of 10,000 roles; of fewer roles up to 40 times as many"
+        "--repeats",
+        type=int,
+        default=5,
+        help="number of measured ticks with 1,000 roles or more; up to ten times as many with fewer",
     )
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
     options = parser.parse_args()
