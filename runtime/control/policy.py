@@ -74,7 +74,7 @@ class Policy(ABC):
         """Return grants for the snapshot's engines that fit its budget together, in O(N) of the number of engines."""
 
 
-# Calls of min() and max() in these two loops would make a decision about 1,000 engines 40% slower.
+# These loops and `whole_blocks` avoid min() and max(): their calls made a decision about 1,000 engines 40% slower.
 
 
 def at_most(sizes: Sequence[float], caps: Sequence[float]) -> Sizes:
@@ -122,7 +122,9 @@ def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
             rounded.append(size)
             continue
         available = size + carried
-        whole = min(available, limits.kv_ceiling_bytes)
+        whole = available
+        if whole > limits.kv_ceiling_bytes:
+            whole = limits.kv_ceiling_bytes
         whole -= whole % limits.block_bytes
         if whole < limits.kv_floor_bytes:
             whole = limits.kv_floor_bytes
