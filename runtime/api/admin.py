@@ -20,8 +20,8 @@ class Policy(Value):
 class Change(Value):
     """A change of the controller: whether it is paused, and which policy decides. Omitted keys change nothing."""
 
-    paused: StrictBool | None = None
-    policy: Policy | None = None
+    paused: StrictBool | None = Field(default=None, description="True stops deciding; grants stay. False resumes.")
+    policy: Policy | None = Field(default=None, description="The policy that decides from now on.")
 
     def apply(self, running_team: RunningTeam) -> None:
         """Apply the change. Raises ConfigError or PluginError, and then nothing has changed."""
@@ -36,9 +36,11 @@ class Change(Value):
 class Pin(Value):
     """The grant at which to hold an engine. Omitted keys keep their current values."""
 
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    max_active_seqs: int | None = Field(default=None, ge=1, le=2**31)
-    max_step_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, allow_inf_nan=False, description="Share of the device's memory, weights included."
+    )
+    max_active_seqs: int | None = Field(default=None, ge=1, le=2**31, description="Sequences that may run at once.")
+    max_step_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Tokens that a step may carry.")
 
     def apply(self, running_team: RunningTeam, engine: str) -> None:
         """Pin an engine; policies divide the rest. Raises what Controller.pin raises, and then nothing has changed."""

@@ -84,7 +84,7 @@ class Monitor:
         await self._changed.wait()
 
     def _announce(self) -> None:
-        """Wake everybody who waits now; who waits later waits for the next change."""
+        """Wake the current waiters; later ones wait for the next change."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

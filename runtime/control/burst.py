@@ -7,7 +7,7 @@ from runtime.engines.grant import Grant
 
 
 class BurstDetector:
-    """A comparison of the calls in flight with those at the last decision.
+    """A detector that compares the calls in flight with those that the last decision took into account.
 
     An engine is short if it has more calls than its KV cache can hold. It is newly short if it was not short at the
     last decision, or if it has more calls now than it had then.

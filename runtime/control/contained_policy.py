@@ -34,7 +34,7 @@ class Answer:
 
 
 class ContainedPolicy:
-    """A policy that never raises and whose decisions are valid.
+    """A wrapper of a policy that never raises and returns only decisions that can be applied.
 
     With an `executor`, it decides in the executor's thread within `limit_s` seconds, so that a policy that hangs blocks
     nothing. Without one (built-in policies, and simulations on a virtual clock), it decides in the caller's thread,

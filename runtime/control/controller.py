@@ -192,7 +192,7 @@ class Controller:
 
     async def _run(self) -> None:
         while True:
-            self._wake.clear()  # first, so that a burst after the snapshot of this tick causes another tick
+            self._wake.clear()  # before the snapshot, so that a burst after it causes another tick
             if not self.paused:
                 try:
                     await self.tick()
