@@ -42,7 +42,7 @@ class Rig:
     """A controller over engines that share 80% of the device equally, and the records that it published."""
 
     def __init__(self, names: str) -> None:
-        self.engines = {name: Slow(name, 0.8 / len(names)) for name in names}
+        self.engines = {name: StallingEngine(name, 0.8 / len(names)) for name in names}
         self.handles: dict[str, EngineHandle] = {**self.engines}
         self.ledger = Ledger(800 * MIB)
         self.sharing = Sharing(self.handles, self.ledger)
@@ -70,7 +70,7 @@ class Rig:
             await self.ask(name, 1000)
 
 
-class Slow(FakeEngine):
+class StallingEngine(FakeEngine):
     """A fake engine whose resizes hang while `may_resize` is not set."""
 
     def __init__(self, name: str, share: float) -> None:
@@ -92,9 +92,10 @@ class Broken(Policy):
 
 
 @asynccontextmanager
-async def rig(
+async def start_rig(
     policy: str | Policy = "waterfill", shadow: str | None = None, names: str = "ab", **options: Any
 ) -> AsyncIterator[Rig]:
+    """Run a controller over started engines, one per letter of `names`; engine b is less urgent."""
     rig = Rig(names)
     for engine in rig.engines.values():
         await engine.start()
@@ -115,6 +116,8 @@ async def rig(
 
 
 def simulated(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run a test on the virtual clock."""
+
     def run() -> None:
         virtual_time.run(test())
 
@@ -124,394 +127,394 @@ def simulated(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
 
 @simulated
 async def test_memory_moves_to_the_busy_engine_and_back() -> None:
-    async with rig() as at:
-        work = asyncio.create_task(at.keep_busy("a"))
+    async with start_rig() as rig:
+        work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(0.5)
-        assert at.share("a") > 0.65
-        assert at.share("b") < 0.15
+        assert rig.share("a") > 0.65
+        assert rig.share("b") < 0.15
         work.cancel()
         await asyncio.sleep(0.5)
-        assert at.share("a") == pytest.approx(0.4, abs=0.02)  # damping skips small changes
-        assert at.share("b") == pytest.approx(0.4, abs=0.02)
-        assert at.controller.counts.faults == 0
-        assert all(record.snapshot.budget_bytes == 800 * MIB for record in at.records)
+        assert rig.share("a") == pytest.approx(0.4, abs=0.02)  # damping skips small changes
+        assert rig.share("b") == pytest.approx(0.4, abs=0.02)
+        assert rig.controller.counts.faults == 0
+        assert all(record.snapshot.budget_bytes == 800 * MIB for record in rig.records)
 
 
 @simulated
 async def test_decides_every_tick_and_at_once_on_a_burst() -> None:
-    async with rig(every_s=10) as at:
+    async with start_rig(every_s=10) as rig:
         await asyncio.sleep(25)
-        assert [record.cause for record in at.records] == ["start", "tick", "tick"]
-        work = asyncio.create_task(at.ask("a", 400))
+        assert [record.cause for record in rig.records] == ["start", "tick", "tick"]
+        work = asyncio.create_task(rig.ask("a", 400))
         await asyncio.sleep(0.001)
-        at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        rig.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.02)
-        assert at.records[-1].cause == BURST
-        assert at.share("a") > 0.4
+        assert rig.records[-1].cause == BURST
+        assert rig.share("a") > 0.4
         await work
         await asyncio.sleep(0.1)
-        assert len(at.controller.counts.reactions_s) == 1
+        assert len(rig.controller.counts.reactions_s) == 1
 
 
 @simulated
 async def test_burst_during_a_decision_causes_the_next_decision() -> None:
-    async with rig(every_s=10) as at:
+    async with start_rig(every_s=10) as rig:
         await asyncio.sleep(1)
-        at.engines["b"].may_resize.clear()
-        first = asyncio.create_task(at.ask("a", 400))
+        rig.engines["b"].may_resize.clear()
+        first = asyncio.create_task(rig.ask("a", 400))
         await asyncio.sleep(0.001)
-        at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        rig.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.1)  # the first decision waits for its donor
-        second = asyncio.create_task(at.ask("b", 700))
+        second = asyncio.create_task(rig.ask("b", 700))
         await asyncio.sleep(0.001)
-        at.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
-        at.engines["b"].may_resize.set()
+        rig.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
+        rig.engines["b"].may_resize.set()
         await asyncio.sleep(0.1)
-        assert [record.cause for record in at.records] == ["start", BURST, BURST]
+        assert [record.cause for record in rig.records] == ["start", BURST, BURST]
         await asyncio.gather(first, second)
 
 
 @simulated
 async def test_calls_to_an_engine_that_just_shrank_are_a_burst() -> None:
-    async with rig(every_s=10) as at:
+    async with start_rig(every_s=10) as rig:
         await asyncio.sleep(1)
-        first = asyncio.create_task(at.ask("a", 700))
+        first = asyncio.create_task(rig.ask("a", 700))
         await asyncio.sleep(0.001)
-        at.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        rig.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.05)
-        assert at.share("b") < 0.15
-        second = asyncio.create_task(at.ask("b", 200))  # these would have fitted before it shrank
+        assert rig.share("b") < 0.15
+        second = asyncio.create_task(rig.ask("b", 200))  # these would have fitted before it shrank
         await asyncio.sleep(0.001)
-        at.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
+        rig.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
         await asyncio.sleep(0.05)
-        assert [record.cause for record in at.records] == ["start", BURST, BURST]
-        assert at.share("b") > 0.15
+        assert [record.cause for record in rig.records] == ["start", BURST, BURST]
+        assert rig.share("b") > 0.15
         await asyncio.gather(first, second)
 
 
 @simulated
 async def test_ticks_twice_as_often_while_memory_is_short() -> None:
-    async with rig(every_s=0.1) as at:
+    async with start_rig(every_s=0.1) as rig:
         await asyncio.sleep(1.05)
-        calm = len(at.records)
-        work = asyncio.create_task(at.keep_busy("a"))
+        calm = len(rig.records)
+        work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(0.5)
-        before = len(at.records)
+        before = len(rig.records)
         await asyncio.sleep(1)
-        assert (calm, len(at.records) - before) == (11, 20)
+        assert (calm, len(rig.records) - before) == (11, 20)
         work.cancel()
 
 
 @simulated
 async def test_policy_is_not_asked_if_all_engines_are_pinned() -> None:
-    async with rig("round_robin") as at:
-        at.controller.pin("a", Grant(0.5, 500, 2048))
-        at.controller.pin("b", Grant(0.2, 500, 2048))
+    async with start_rig("round_robin") as rig:
+        rig.controller.pin("a", Grant(0.5, 500, 2048))
+        rig.controller.pin("b", Grant(0.2, 500, 2048))
         await asyncio.sleep(1)
-        assert (at.share("a"), at.share("b")) == (0.5, 0.2)
-        assert at.controller.counts.faults == 0
+        assert (rig.share("a"), rig.share("b")) == (0.5, 0.2)
+        assert rig.controller.counts.faults == 0
 
 
 @simulated
 async def test_memory_taken_by_another_process_shrinks_the_budget() -> None:
-    async with rig() as at:
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 900 * MIB),))
+    async with start_rig() as rig:
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 900 * MIB),))
         await asyncio.sleep(0.3)  # 100 MiB free: the engines could hold more, but not more than the budget
-        assert at.share("a") == 0.4
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
+        assert rig.share("a") == 0.4
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
         await asyncio.sleep(0.15)  # nothing free: the engines give up the headroom of 20 MiB at every tick
-        assert at.share("a") + at.share("b") < 0.8
-        assert at.records[-1].snapshot.device.foreign_bytes > 0
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
+        assert rig.share("a") + rig.share("b") < 0.8
+        assert rig.records[-1].snapshot.device.foreign_bytes > 0
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
         await asyncio.sleep(1)
-        assert at.share("a") == at.share("b") == 0.4
+        assert rig.share("a") == rig.share("b") == 0.4
 
 
 @simulated
 async def test_host_reading_counts_for_a_gpu_without_its_own_memory() -> None:
-    async with rig() as at:
-        for engine in at.engines.values():
+    async with start_rig() as rig:
+        for engine in rig.engines.values():
             engine._limits = replace(engine.limits, device_uuid="11111111-1111-1111-1111-111111111111")
-        at.reading = Reading("host", (DeviceReading("host", 1000 * MIB, 1000 * MIB),))
+        rig.reading = Reading("host", (DeviceReading("host", 1000 * MIB, 1000 * MIB),))
         await asyncio.sleep(0.15)
-        device = at.records[-1].snapshot.device
+        device = rig.records[-1].snapshot.device
         assert (device.fault, device.used_bytes) == (None, 1000 * MIB)
-        assert at.share("a") + at.share("b") < 0.8
+        assert rig.share("a") + rig.share("b") < 0.8
 
 
 @simulated
 async def test_budget_stays_cut_while_telemetry_has_a_fault() -> None:
     """Memory that another process had taken may still be taken."""
-    async with rig() as at:
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
+    async with start_rig() as rig:
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB),))
         await asyncio.sleep(0.5)
-        cut = at.records[-1].snapshot.budget_bytes
+        cut = rig.records[-1].snapshot.budget_bytes
         assert cut < 800 * MIB
         for silent in (
             Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),)),
             Reading("gpu", (), "driver not loaded"),
         ):
-            at.reading = silent
+            rig.reading = silent
             await asyncio.sleep(0.5)
-            assert at.records[-1].snapshot.budget_bytes == cut
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 100 * MIB),))
+            assert rig.records[-1].snapshot.budget_bytes == cut
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 100 * MIB),))
         await asyncio.sleep(0.5)
-        assert at.records[-1].snapshot.budget_bytes == 800 * MIB
+        assert rig.records[-1].snapshot.budget_bytes == 800 * MIB
 
 
 @simulated
 async def test_lost_gpu_keeps_the_budget_and_is_recorded() -> None:
-    async with rig() as at:
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))
+    async with start_rig() as rig:
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))
         await asyncio.sleep(0.5)
-        assert at.records[-1].snapshot.device.fault == "GPU is lost"
-        assert at.share("a") == 0.4
-        at.reading = Reading("gpu", (), "driver not loaded")
+        assert rig.records[-1].snapshot.device.fault == "GPU is lost"
+        assert rig.share("a") == 0.4
+        rig.reading = Reading("gpu", (), "driver not loaded")
         await asyncio.sleep(0.5)
-        assert at.records[-1].snapshot.device.fault == "driver not loaded"
+        assert rig.records[-1].snapshot.device.fault == "driver not loaded"
 
 
 @simulated
 async def test_policy_that_raises_keeps_the_last_grants_and_is_named() -> None:
-    async with rig(Broken(Value())) as at:
+    async with start_rig(Broken(Value())) as rig:
         await asyncio.sleep(1)
-        assert at.share("a") == 0.4
-        assert at.records[-1].fault == "policy chosen raised RuntimeError('broken')"
-        assert at.controller.counts.faults == at.controller.counts.decisions > 5
-        at.controller.pin("b", Grant(0.3, 500, 2048))
+        assert rig.share("a") == 0.4
+        assert rig.records[-1].fault == "policy chosen raised RuntimeError('broken')"
+        assert rig.controller.counts.faults == rig.controller.counts.decisions > 5
+        rig.controller.pin("b", Grant(0.3, 500, 2048))
         await asyncio.sleep(0.5)
-        assert at.share("b") == 0.3
-        at.controller.unpin("b")
-        at.controller.use(ContainedPolicy("waterfill", catalogue.make("waterfill")))
-        work = asyncio.create_task(at.keep_busy("a"))
+        assert rig.share("b") == 0.3
+        rig.controller.unpin("b")
+        rig.controller.use(ContainedPolicy("waterfill", catalogue.make("waterfill")))
+        work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(0.5)
-        assert at.share("a") > 0.6
+        assert rig.share("a") > 0.6
         work.cancel()
 
 
 @simulated
 async def test_memory_moves_between_the_others_while_an_engine_hangs_in_a_resize() -> None:
-    async with rig(names="abc") as at:
-        at.engines["b"].may_resize.clear()
-        work = asyncio.create_task(at.keep_busy("a"))
+    async with start_rig(names="abc") as rig:
+        rig.engines["b"].may_resize.clear()
+        work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(3)
-        assert set(at.records[-1].snapshot.engines) == {"a", "c"}
-        assert at.share("a") > 0.4  # from c, because b has not released its part
-        assert sum(at.ledger.held.values()) <= 800 * MIB
-        before = len(at.records)
+        assert set(rig.records[-1].snapshot.engines) == {"a", "c"}
+        assert rig.share("a") > 0.4  # from c, because b has not released its part
+        assert sum(rig.ledger.held.values()) <= 800 * MIB
+        before = len(rig.records)
         await asyncio.sleep(3)
-        assert len(at.records) > before + 20
-        at.engines["b"].may_resize.set()
+        assert len(rig.records) > before + 20
+        rig.engines["b"].may_resize.set()
         await asyncio.sleep(1)
-        assert set(at.records[-1].snapshot.engines) == {"a", "b", "c"}
-        assert at.share("a") > 0.5
-        assert at.controller.counts.faults == 0
+        assert set(rig.records[-1].snapshot.engines) == {"a", "b", "c"}
+        assert rig.share("a") > 0.5
+        assert rig.controller.counts.faults == 0
         work.cancel()
 
 
 @simulated
 async def test_memory_of_a_dead_engine_is_reserved() -> None:
-    async with rig() as at:
-        at.engines["b"].kill()
-        work = asyncio.create_task(at.keep_busy("a"))
+    async with start_rig() as rig:
+        rig.engines["b"].kill()
+        work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(0.5)
-        assert set(at.records[-1].snapshot.engines) == {"a"}
-        assert at.records[-1].snapshot.budget_bytes == 400 * MIB
-        assert at.share("a") == 0.4
+        assert set(rig.records[-1].snapshot.engines) == {"a"}
+        assert rig.records[-1].snapshot.budget_bytes == 400 * MIB
+        assert rig.share("a") == 0.4
         work.cancel()
 
 
 @simulated
 async def test_pause_pin_and_policy_change_take_effect_while_running() -> None:
-    async with rig() as at:
-        at.controller.pin("b")
-        work = asyncio.create_task(at.keep_busy("a"))
+    async with start_rig() as rig:
+        rig.controller.pin("b")
+        work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(0.5)
-        assert (at.share("a"), at.share("b")) == (0.4, 0.4)
-        at.controller.pin("b", Grant(0.3, 500, 2048))
+        assert (rig.share("a"), rig.share("b")) == (0.4, 0.4)
+        rig.controller.pin("b", Grant(0.3, 500, 2048))
         await asyncio.sleep(0.5)
-        assert (at.share("a"), at.share("b")) == (0.5, 0.3)
-        at.controller.pause()
+        assert (rig.share("a"), rig.share("b")) == (0.5, 0.3)
+        rig.controller.pause()
         await asyncio.sleep(0.2)
-        at.controller.unpin("b")
-        before = len(at.records)
+        rig.controller.unpin("b")
+        before = len(rig.records)
         await asyncio.sleep(1)
-        assert len(at.records) == before
-        assert (at.share("a"), at.share("b")) == (0.5, 0.3)
-        at.controller.resume()
+        assert len(rig.records) == before
+        assert (rig.share("a"), rig.share("b")) == (0.5, 0.3)
+        rig.controller.resume()
         await asyncio.sleep(0.5)
-        assert at.share("b") < 0.15
-        at.controller.use(ContainedPolicy("static", catalogue.make("static")))
+        assert rig.share("b") < 0.15
+        rig.controller.use(ContainedPolicy("static", catalogue.make("static")))
         await asyncio.sleep(1)
-        assert (at.share("a"), at.share("b")) == (0.4, 0.4)
-        assert at.controller.policy == at.records[-1].policy == "static"
+        assert (rig.share("a"), rig.share("b")) == (0.4, 0.4)
+        assert rig.controller.policy == rig.records[-1].policy == "static"
         work.cancel()
 
 
 @simulated
 async def test_invalid_pin_is_refused_with_its_reason() -> None:
-    async with rig() as at:
+    async with start_rig() as rig:
         with pytest.raises(NotFound, match="there is no engine 'c'; the engines are a, b"):
-            at.controller.pin("c")
+            rig.controller.pin("c")
         with pytest.raises(NotFound, match="there is no engine 'c'"):
-            at.controller.unpin("c")
+            rig.controller.unpin("c")
         with pytest.raises(InputError, match=r"engine a: gpu_memory_utilization 0\.01 is below"):
-            at.controller.pin("a", Grant(0.01, 1, 2048))
-        assert not at.controller.pinned
+            rig.controller.pin("a", Grant(0.01, 1, 2048))
+        assert not rig.controller.pinned
 
 
 @simulated
 async def test_pin_that_leaves_others_below_their_floors_is_refused_with_what_fits() -> None:
-    async with rig(names="abc") as at:
+    async with start_rig(names="abc") as rig:
         with pytest.raises(InputError) as refused:  # the others keep floors of 110 MiB: 580 of 800 MiB are left
-            at.controller.pin("a", Grant(0.6, 500, 2048))
+            rig.controller.pin("a", Grant(0.6, 500, 2048))
         assert str(refused.value) == (
             "engine a: gpu_memory_utilization 0.6 would leave the other engines less than their floors and pins;"
             " at most 0.58 fits"
         )
-        assert not at.controller.pinned
-        at.controller.pin("a", Grant(0.58, 500, 2048))
+        assert not rig.controller.pinned
+        rig.controller.pin("a", Grant(0.58, 500, 2048))
         await asyncio.sleep(0.5)
-        assert [at.share(name) for name in "abc"] == [0.58, 0.11, 0.11]
+        assert [rig.share(name) for name in "abc"] == [0.58, 0.11, 0.11]
 
 
 @simulated
 async def test_pin_must_fit_together_with_the_other_pins() -> None:
-    async with rig(names="abc") as at:
-        at.controller.pin("a", Grant(0.4, 500, 2048))
+    async with start_rig(names="abc") as rig:
+        rig.controller.pin("a", Grant(0.4, 500, 2048))
         with pytest.raises(InputError, match=r"engine b: .* at most 0\.29 fits"):
-            at.controller.pin("b", Grant(0.3, 500, 2048))
-        at.controller.pin("b", Grant(0.29, 500, 2048))
-        at.controller.pin("a", Grant(0.2, 500, 2048))  # replaces the first pin
+            rig.controller.pin("b", Grant(0.3, 500, 2048))
+        rig.controller.pin("b", Grant(0.29, 500, 2048))
+        rig.controller.pin("a", Grant(0.2, 500, 2048))  # replaces the first pin
         await asyncio.sleep(0.5)
-        assert [at.share(name) for name in "abc"] == [0.2, 0.29, 0.31]
-        assert at.controller.counts.rejected == 0
+        assert [rig.share(name) for name in "abc"] == [0.2, 0.29, 0.31]
+        assert rig.controller.counts.rejected == 0
 
 
 @simulated
 async def test_pin_that_no_longer_fits_a_cut_budget_is_reported_and_suspended() -> None:
-    async with rig(names="abc") as at:
-        at.controller.pin("a", Grant(0.3, 500, 2048))
-        at.controller.pin("b", Grant(0.35, 500, 2048))
+    async with start_rig(names="abc") as rig:
+        rig.controller.pin("a", Grant(0.3, 500, 2048))
+        rig.controller.pin("b", Grant(0.35, 500, 2048))
         await asyncio.sleep(0.5)
-        work = asyncio.create_task(at.keep_busy("c"))
+        work = asyncio.create_task(rig.keep_busy("c"))
         # 600 MiB are 270 above the floors: enough for a's pin, which needs 190, but not also for b's, which needs 240.
-        at.controller.use(at.controller._policy, 600 * MIB)
+        rig.controller.use(rig.controller._policy, 600 * MIB)
         await asyncio.sleep(1)
-        assert at.share("a") == 0.3
-        assert at.share("c") > 0.15  # the policy decides about b and c
-        assert sum(at.ledger.held.values()) <= 600 * MIB
-        assert [*at.controller.pinned] == ["a", "b"]
-        assert [*at.controller.unfit_pins] == ["b"]
-        assert "at most 0.19 fits" in at.controller.unfit_pins["b"]
-        assert at.records[-1].unfit_pins == at.controller.unfit_pins
-        before = at.controller.counts.rejected
-        at.controller.use(at.controller._policy, 800 * MIB)
+        assert rig.share("a") == 0.3
+        assert rig.share("c") > 0.15  # the policy decides about b and c
+        assert sum(rig.ledger.held.values()) <= 600 * MIB
+        assert [*rig.controller.pinned] == ["a", "b"]
+        assert [*rig.controller.unfit_pins] == ["b"]
+        assert "at most 0.19 fits" in rig.controller.unfit_pins["b"]
+        assert rig.records[-1].unfit_pins == rig.controller.unfit_pins
+        before = rig.controller.counts.rejected
+        rig.controller.use(rig.controller._policy, 800 * MIB)
         await asyncio.sleep(1)
-        assert (at.share("a"), at.share("b")) == (0.3, 0.35)
-        assert at.controller.unfit_pins == {}
-        assert at.controller.counts.rejected == before == 0
+        assert (rig.share("a"), rig.share("b")) == (0.3, 0.35)
+        assert rig.controller.unfit_pins == {}
+        assert rig.controller.counts.rejected == before == 0
         work.cancel()
 
 
 @simulated
 async def test_pin_is_suspended_while_another_process_takes_its_memory() -> None:
-    async with rig() as at:
-        at.controller.pin("a", Grant(0.6, 500, 2048))
+    async with start_rig() as rig:
+        rig.controller.pin("a", Grant(0.6, 500, 2048))
         await asyncio.sleep(0.5)
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1080 * MIB),))
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1080 * MIB),))
         await asyncio.sleep(0.15)
-        assert [*at.controller.unfit_pins] == ["a"]
-        assert sum(at.ledger.held.values()) <= at.records[-1].snapshot.budget_bytes < 800 * MIB
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
+        assert [*rig.controller.unfit_pins] == ["a"]
+        assert sum(rig.ledger.held.values()) <= rig.records[-1].snapshot.budget_bytes < 800 * MIB
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 200 * MIB),))
         await asyncio.sleep(0.5)
-        assert (at.share("a"), at.controller.unfit_pins) == (0.6, {})
-        at.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1080 * MIB),))
+        assert (rig.share("a"), rig.controller.unfit_pins) == (0.6, {})
+        rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1080 * MIB),))
         await asyncio.sleep(0.15)
-        at.controller.pause()
-        at.controller.unpin("a")
-        assert at.controller.unfit_pins == {}
+        rig.controller.pause()
+        rig.controller.unpin("a")
+        assert rig.controller.unfit_pins == {}
 
 
 @simulated
 async def test_pin_below_the_floor_of_an_engine_that_restarted_larger_is_suspended() -> None:
-    async with rig(names="abc") as at:
-        at.controller.pin("a", Grant(0.15, 500, 2048))
+    async with start_rig(names="abc") as rig:
+        rig.controller.pin("a", Grant(0.15, 500, 2048))
         await asyncio.sleep(0.5)
-        at.engines["a"]._limits = replace(at.engines["a"].limits, fixed_bytes=160 * MIB)
-        at.engines["a"].grant = Grant(0.17, 500, 2048)
-        work = asyncio.create_task(at.keep_busy("b"))
+        rig.engines["a"]._limits = replace(rig.engines["a"].limits, fixed_bytes=160 * MIB)
+        rig.engines["a"].grant = Grant(0.17, 500, 2048)
+        work = asyncio.create_task(rig.keep_busy("b"))
         await asyncio.sleep(1)
-        assert at.controller.unfit_pins == {"a": "gpu_memory_utilization 0.15 is below the engine's floor of 0.1700"}
-        assert at.share("b") > 0.4
-        assert at.controller.counts.rejected == 0
+        assert rig.controller.unfit_pins == {"a": "gpu_memory_utilization 0.15 is below the engine's floor of 0.1700"}
+        assert rig.share("b") > 0.4
+        assert rig.controller.counts.rejected == 0
         work.cancel()
 
 
 @simulated
 async def test_engine_that_takes_no_grants_cannot_be_pinned() -> None:
-    async with rig() as at:
-        at.engines["a"].kill()
+    async with start_rig() as rig:
+        rig.engines["a"].kill()
         with pytest.raises(InputError, match="engine a is dead and takes no grant now; pin it once it is ready"):
-            at.controller.pin("a")
+            rig.controller.pin("a")
 
 
 @simulated
 async def test_shadow_decides_without_resizing() -> None:
-    async with rig("static", shadow="round_robin") as at:
+    async with start_rig("static", shadow="round_robin") as rig:
         await asyncio.sleep(3)
-        assert (at.share("a"), at.share("b")) == (0.4, 0.4)
-        assert at.records[-1].shadow_policy == "round_robin"
-        shadow = at.records[-1].shadow
+        assert (rig.share("a"), rig.share("b")) == (0.4, 0.4)
+        assert rig.records[-1].shadow_policy == "round_robin"
+        shadow = rig.records[-1].shadow
         assert shadow is not None
         assert {round(grant.gpu_memory_utilization, 2) for grant in shadow.grants.values()} == {0.11, 0.69}
 
 
 @simulated
 async def test_loop_survives_telemetry_that_raises() -> None:
-    async with rig() as at:
-        good, at.reading = at.reading, None  # type: ignore[assignment]
+    async with start_rig() as rig:
+        good, rig.reading = rig.reading, None  # type: ignore[assignment]
         await asyncio.sleep(0.5)
-        assert at.controller.counts.faults > 2
-        at.reading = good
-        before = len(at.records)
+        assert rig.controller.counts.faults > 2
+        rig.reading = good
+        before = len(rig.records)
         await asyncio.sleep(0.5)
-        assert len(at.records) > before
+        assert len(rig.records) > before
 
 
 @simulated
 async def test_memory_moves_between_the_others_while_an_engine_restarts() -> None:
-    async with rig(names="abc") as at:
+    async with start_rig(names="abc") as rig:
         may_start = asyncio.Event()
         may_start.set()
 
-        class Restarting(Slow):
+        class Restarting(StallingEngine):
             async def start(self) -> None:
                 await may_start.wait()
                 await super().start()
 
         supervised = SupervisedEngine("a", lambda grant: Restarting("a", 0.8 / 3), patience=Patience(backoff_s=(0,)))
-        at.handles["a"] = supervised
+        rig.handles["a"] = supervised
         await supervised.start()
         may_start.clear()
         supervised.kill()
-        work = asyncio.create_task(at.keep_busy("b"))
+        work = asyncio.create_task(rig.keep_busy("b"))
         await asyncio.sleep(5)
         assert supervised.stats().state is EngineState.STARTING
-        assert at.controller.counts.faults == 0
-        assert at.share("b") > 0.4  # it started with 0.27
-        assert at.ledger.held["a"] == int(0.8 / 3 * DEVICE)
+        assert rig.controller.counts.faults == 0
+        assert rig.share("b") > 0.4  # it started with 0.27
+        assert rig.ledger.held["a"] == int(0.8 / 3 * DEVICE)
         may_start.set()
         await asyncio.sleep(5)
         assert supervised.stats().state is EngineState.READY
-        assert at.controller.counts.faults == 0
+        assert rig.controller.counts.faults == 0
         work.cancel()
         await supervised.close()
 
 
 @simulated
 async def test_failing_tick_is_retried_at_the_next_interval_and_logged_once() -> None:
-    async with rig(every_s=0.1) as at:
+    async with start_rig(every_s=0.1) as rig:
         await asyncio.sleep(0.5)
         with pytest.MonkeyPatch.context() as patch:
             failures = 0
@@ -521,16 +524,16 @@ async def test_failing_tick_is_retried_at_the_next_interval_and_logged_once() ->
                 failures += 1
                 raise RuntimeError("no snapshot")
 
-            patch.setattr(at.controller, "_take_snapshot", fail)
+            patch.setattr(rig.controller, "_take_snapshot", fail)
             with logged("runtime.control.controller") as messages:
                 for _ in range(500):
-                    at.controller.wake(BURST)
+                    rig.controller.wake(BURST)
                     await asyncio.sleep(0.01)
         assert 0 < failures <= 5 / 0.1
         assert messages == ["a tick of the controller failed"]
-        before = at.controller.counts.decisions
+        before = rig.controller.counts.decisions
         await asyncio.sleep(0.5)
-        assert at.controller.counts.decisions > before
+        assert rig.controller.counts.decisions > before
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""The monitor keeps samples at intervals, decisions that changed something, and the engines' states."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from runtime.api.monitor import Monitor
+from runtime.engines.handle import EngineState
+from runtime.events import EngineChanged
+from tests.runtime.control.builders import record
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of the monitor; a test sets its only element."""
+    seconds = [1000.0]
+    monkeypatch.setattr("runtime.api.monitor.time.time", lambda: seconds[0])
+    return seconds
+
+
+def test_samples_are_half_a_second_apart(now: list[float]) -> None:
+    kept = Monitor(lambda: {"running": 3})
+    for _ in range(11):
+        kept.record(record())
+        now[0] += 0.125
+    assert [sample.at for sample in kept.samples] == [1000, 1000.5, 1001]
+    assert kept.samples[0].jobs == {"running": 3}
+    assert set(kept.samples[0].engines) == {"a", "b"}
+
+
+def test_only_decisions_with_outcomes_or_a_fault_are_kept(now: list[float]) -> None:
+    kept = Monitor(dict)
+    kept.record(record())
+    kept.record(replace(record(), outcomes={}))
+    kept.record(replace(record(), outcomes={}, decision=None, fault="policy mine raised"))
+    assert [(decision.number, decision.fault) for decision in kept.decisions] == [(1, None), (2, "policy mine raised")]
+    assert kept.decisions[0].engines["b"]["outcome"]["state"] == "rejected"
+    assert kept.decisions[1].engines == {}
+
+
+async def test_news_ends_when_an_engine_changes_its_state() -> None:
+    kept = Monitor(dict)
+    waiting = asyncio.create_task(kept.news())
+    await asyncio.sleep(0)
+    kept.hear(EngineChanged("a", EngineState.READY, 1.0))
+    async with asyncio.timeout(60):
+        await waiting
+    assert kept.states == {"a": EngineState.READY}
