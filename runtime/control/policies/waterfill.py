@@ -61,8 +61,9 @@ class Waterfill(Policy):
 
         def reason(index: int) -> str:
             view, size, most = views[index], filled[index], usable[index]
-            given = f"all {mib(most)} they can use" if size >= most else f"{mib(size)} of {mib(most)} they can use"
-            return f"{view.in_flight} in flight: {given}; {view.soon:.1f} expected next: {mib(ahead[index])}"
+            part = f"all {mib(most)}" if size >= most else f"{mib(size)} of the {mib(most)}"
+            now = f"{view.in_flight} in flight: {part} it can use"
+            return f"{now}; {view.soon:.1f} expected next: {mib(ahead[index])} more"
 
         sizes = damp(snapshot, bound(snapshot, wanted), self.options.damping)
         return decision(snapshot, fit(snapshot, sizes), reason)

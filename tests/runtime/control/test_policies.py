@@ -163,8 +163,8 @@ def test_waterfill_shares_scarce_memory_equally_and_spreads_what_is_left() -> No
 def test_waterfill_reasons_state_what_engines_can_use_and_get() -> None:
     seen = snapshot(view("a", in_flight=4, soon=5), view("b", in_flight=50), view("c", in_flight=90), movable_mib=70)
     reasons = catalogue.make("waterfill").decide(seen).reasons
-    assert reasons["a"] == "4 in flight: all 10.0 MiB they can use; 5.0 expected next: 0.0 MiB"
-    assert reasons["b"] == "50 in flight: 30.0 MiB of 51.0 MiB they can use; 0.0 expected next: 0.0 MiB"
+    assert reasons["a"] == "4 in flight: all 10.0 MiB it can use; 5.0 expected next: 0.0 MiB more"
+    assert reasons["b"] == "50 in flight: 30.0 MiB of the 51.0 MiB it can use; 0.0 expected next: 0.0 MiB more"
 
 
 def test_waterfill_favours_urgent_engines() -> None:
