@@ -1,6 +1,6 @@
-"""What happens, as typed events; whoever wants to hear registers a listener.
+"""Owns the typed events that engines and jobs send to listeners.
 
-Listeners are called at once, in the event loop, in the order of registration; they must not block.
+A listener is called directly in the event loop, before the sender continues. It must not block.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from runtime.engines.usage import Usage
 
 @dataclass(frozen=True)
 class EngineChanged:
-    """An engine entered a state; `seconds` since its fleet began to start."""
+    """An engine entered a state. `seconds` is the time since its fleet began to start."""
 
     engine: str
     state: EngineState
@@ -23,8 +23,11 @@ class EngineChanged:
 
 @dataclass(frozen=True)
 class RoleReplied:
-    """A seat replied in a job: the reply to its call of that number, what the call used, and the lines that the reply
-    added to the transcript. Those taken again, in a job that is resumed, are not told again."""
+    """A seat replied to a call of a job.
+
+    `number` identifies the call, `usage` is what it used, and `entries` are what the reply added to the transcript.
+    A job that resumes does not repeat the events of the replies that it replays.
+    """
 
     job: str
     number: int
@@ -35,16 +38,19 @@ class RoleReplied:
 
 
 @dataclass(frozen=True)
-class JobBegunAnew:
-    """The replies that a job had before do not fit its workflow any more: they are dropped."""
+class JobRestarted:
+    """A job starts from its beginning, because its recorded replies do not fit its workflow."""
 
     job: str
 
 
 @dataclass(frozen=True)
 class JobAdvanced:
-    """A job begins, or a seat of it has replied: the calls that are due now, by seat, and those that are certain to
-    come after those that are open (None where the workflow does not know yet). `replied` is empty at the beginning."""
+    """A job started, or took a reply.
+
+    `replied` is the seat that replied, empty at the start. `due` counts the calls that are made now, by seat. `ahead`
+    counts the calls that are certain to follow those that are open, by seat; it is None if the workflow cannot tell.
+    """
 
     job: str
     replied: str
@@ -54,8 +60,11 @@ class JobAdvanced:
 
 @dataclass(frozen=True)
 class CallEnded:
-    """A seat's call to its engine is over. Times on the event loop's clock, in seconds; a time for every chunk of
-    tokens that came, and the tokens of each."""
+    """A seat's call to its engine has ended.
+
+    Times are seconds on the event loop's clock. The reply came in chunks: `chunk_times_s` and `chunk_tokens` have one
+    value for each.
+    """
 
     job: str
     seat: str
@@ -68,7 +77,7 @@ class CallEnded:
 
 @dataclass(frozen=True)
 class JobEnded:
-    """A job has its answer, or failed, or was cancelled."""
+    """A job ended after `seconds`: with an answer, or with an error, which is "cancelled" for a cancelled job."""
 
     job: str
     answer: str | None
@@ -76,16 +85,16 @@ class JobEnded:
     seconds: float
 
 
-Event = EngineChanged | RoleReplied | JobBegunAnew | JobAdvanced | CallEnded | JobEnded
+Event = EngineChanged | RoleReplied | JobRestarted | JobAdvanced | CallEnded | JobEnded
 Listener = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The listener of those who do not want to hear."""
+    """Do nothing: the default listener."""
 
 
 def fan_out(*listeners: Listener) -> Listener:
-    """One listener that tells all of them, in order."""
+    """Return a listener that passes each event to all listeners, in order."""
 
     def tell(event: Event) -> None:
         for listener in listeners:

@@ -96,7 +96,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "fastapi": ("runtime/api/http/", "runtime/api/serve.py"),
     "uvicorn": ("runtime/api/serve.py",),
     "prometheus_client": ("runtime/api/http/metrics.py",),
-    "sqlite3": ("runtime/jobs/journal.py",),
+    "sqlite3": ("runtime/jobs/journal/database.py",),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""
 

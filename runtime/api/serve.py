@@ -25,7 +25,7 @@ from runtime.assembly import Publish, RunningTeam
 from runtime.config import Config, Mqtt, Service
 from runtime.errors import TroupeError
 from runtime.events import Listener, fan_out, ignore
-from runtime.jobs.service import JobService, Keeping
+from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
 
 Announce = Callable[[str], None]
@@ -49,9 +49,8 @@ async def serving(
     told where it listens as soon as it does, `tell` of the broker. Raises TroupeError where something cannot be had."""
     service = config.service
     gate = guard(service, Tokens(paths.tokens(service)))
-    keeping = Keeping(service.jobs_at_once, service.queue_max, service.keep_days, service.keep_jobs)
     async with AsyncExitStack() as owned:
-        jobs = await owned.enter_async_context(JobService(paths.journal(service), team, keeping))
+        jobs = await owned.enter_async_context(JobService(paths.journal(service), team, service))
         if with_broker or config.mqtt is not None:
             await begin_cursor(jobs.journal)
         metrics = Metrics()

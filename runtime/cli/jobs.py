@@ -1,4 +1,4 @@
-"""`troupe jobs`: the jobs in the journal, whether the service runs or not."""
+"""`troupe jobs`: list, show, cancel and export the jobs in the journal, whether the service runs or not."""
 
 import json
 import time
@@ -14,17 +14,21 @@ from rich.table import Table
 from runtime import config as configuration
 from runtime import paths
 from runtime.errors import InputError
-from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import Connection, JobRecord
+from runtime.jobs.journal import queries
+from runtime.jobs.journal.database import Connection, connect
+from runtime.jobs.journal.records import JobEvent, JobRecord
+from runtime.jobs.journal.transaction import open_transaction
 
 _config = click.option(
-    "--config", "-c", default=configuration.DEFAULT, show_default=True, help="Whose jobs: a file, or a shipped name."
+    "--config",
+    "-c",
+    default=configuration.DEFAULT,
+    show_default=True,
+    help="The service's configuration: a file, or the name of a shipped one.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON: an object a line.")
-_state = click.option(
-    "--state", type=click.Choice([str(state) for state in JobState]), help="Only those in this state."
-)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+_state = click.option("--state", type=click.Choice([str(state) for state in JobState]), help="Only jobs in this state.")
 
 
 @click.group()
@@ -35,19 +39,19 @@ def jobs() -> None:
 @jobs.command("list")
 @_config
 @_state
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many, the newest.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="List at most this many jobs.")
 @_json
 def list_(config: str, state: str | None, limit: int, as_json: bool) -> None:
-    """The newest jobs; of each id its beginning, which is enough to name it."""
+    """List the newest jobs. The other commands take the beginning of an id, as printed here, for the whole id."""
     with _journal(config) as sql:
-        found = store.jobs(sql, JobState(state) if state else None, limit=limit)
-        counts = store.counts(sql)
+        records = queries.jobs(sql, JobState(state) if state else None, limit=limit)
+        counts = queries.counts(sql)
     if as_json:
-        for record in found:
+        for record in records:
             click.echo(json.dumps(record.as_json()))
         return
     table = Table("id", "state", "submitted", "took", "problem", "answer", box=None, pad_edge=False)
-    for record in found:
+    for record in records:
         took = f"{record.ended_at - record.submitted_at:.2f} s" if record.ended_at else ""
         answer = str((record.result or {}).get("answer") or "")
         problem = escape(record.submission.problem)
@@ -62,22 +66,17 @@ def list_(config: str, state: str | None, limit: int, as_json: bool) -> None:
 @_config
 @_json
 def show(id: str, config: str, as_json: bool) -> None:
-    """One job, by its id or the beginning of it: what was asked, what happened, and its result."""
+    """Show a job's problem, events and result. ID may be the beginning of its id."""
     with _journal(config) as sql:
-        record = _found(sql, id)
-        events = store.events(sql, job=record.id, limit=1_000_000)
+        record = _find(sql, id)
+        events = queries.events(sql, job=record.id, limit=None)
     if as_json:
         click.echo(json.dumps({**record.as_json(), "events": [event.as_json() for event in events]}))
         return
     screen = Console(highlight=False)
     screen.print(f"{record.id}  {record.state}  {escape(record.submission.problem)}")
     for event in events:
-        why = event.data.get("why")
-        entries = event.data.get("entries", [])
-        lines = [f"{e['role']}: {e['input']} → {e['output']}" for e in entries] or [
-            f"{event.kind}{f': {why}' if why else ''}"
-        ]
-        for line in lines:
+        for line in _event_lines(event):
             screen.print(f"  {_when(event.at)}  {escape(line)}", soft_wrap=True)
     if record.result:
         screen.print(f"answer: {escape(str(record.result.get('answer')))}")
@@ -87,13 +86,13 @@ def show(id: str, config: str, as_json: bool) -> None:
 @click.argument("ids", nargs=-1, required=True)
 @_config
 def cancel(ids: tuple[str, ...], config: str) -> None:
-    """Cancel jobs; a service that runs stops working them within a second."""
+    """Cancel jobs. A running service stops working on them within a second."""
     with _journal(config) as sql:
-        found = [_found(sql, id) for id in ids]
-    with store.transaction(_path(config)) as transaction:
-        cancelled = {record.id: transaction.move(record.id, JobState.CANCELLED, why="cancelled") for record in found}
-    for id, was in cancelled.items():
-        click.echo(f"{id}  {'cancelled' if was else 'had ended already'}")
+        records = [_find(sql, id) for id in ids]
+    with open_transaction(_path(config)) as transaction:
+        cancelled = {record.id: transaction.move(record.id, JobState.CANCELLED, why="cancelled") for record in records}
+    for id, is_cancelled in cancelled.items():
+        click.echo(f"{id}  {'cancelled' if is_cancelled else 'had already ended'}")
 
 
 @jobs.command()
@@ -101,10 +100,10 @@ def cancel(ids: tuple[str, ...], config: str) -> None:
 @_config
 @_state
 def export(out: Path, config: str, state: str | None) -> None:
-    """Write all jobs to OUT, a line of JSON each, the oldest first; `-` for standard output."""
+    """Write all jobs to OUT as one line of JSON each, oldest first. OUT may be `-` for standard output."""
     count = 0
     with _journal(config) as sql, click.open_file(str(out), "w", encoding="utf-8") as file:
-        for record in store.all_jobs(sql, JobState(state) if state else None):
+        for record in queries.all_jobs(sql, JobState(state) if state else None):
             file.write(json.dumps(record.as_json()) + "\n")
             count += 1
     click.echo(f"{count} jobs", err=True)
@@ -113,23 +112,36 @@ def export(out: Path, config: str, state: str | None) -> None:
 def _path(config: str) -> Path:
     path = paths.journal(configuration.load(config).service)
     if not path.exists():
-        raise InputError(f"there is no journal at {path}: no service of this configuration has run yet")
+        raise InputError(f"there is no journal at {path}: start `troupe serve` with this configuration first")
     return path
 
 
 @contextmanager
 def _journal(config: str) -> Iterator[Connection]:
-    with closing(store.connect(_path(config))) as sql:
+    with closing(connect(_path(config))) as sql:
         yield sql
 
 
-def _found(sql: Connection, id: str) -> JobRecord:
-    found = store.job(sql, id) or next(iter(store.jobs_like(sql, id)), None)
-    if found is None:
-        raise InputError(f"there is no job {id!r}")
-    if found.id != id and len(store.jobs_like(sql, id)) > 1:
-        raise InputError(f"several jobs begin with {id!r}: give more of the id")
-    return found
+def _find(sql: Connection, id: str) -> JobRecord:
+    """Return the job whose id is, or starts with, `id`. Raises InputError if there is none, or more than one."""
+    record = queries.job(sql, id)
+    if record is not None:
+        return record
+    records = queries.jobs_with_prefix(sql, id)
+    if not records:
+        raise InputError(f"there is no job {id!r}; `troupe jobs list` prints the ids")
+    if len(records) > 1:
+        raise InputError(f"the ids of several jobs start with {id!r}; give more of the id")
+    return records[0]
+
+
+def _event_lines(event: JobEvent) -> list[str]:
+    """Return what to print for an event: the transcript's new entries if there are any, else its kind and reason."""
+    entries = event.data.get("entries", [])
+    if entries:
+        return [f"{entry['role']}: {entry['input']} → {entry['output']}" for entry in entries]
+    why = event.data.get("why")
+    return [f"{event.kind}: {why}" if why else event.kind]
 
 
 def _when(at: float) -> str:

@@ -1,7 +1,7 @@
-"""What happens to jobs, for any number of readers, each at its own pace.
+"""Owns the stream of job events, which any number of readers follow at their own pace.
 
-Nothing is kept for a reader: it has a place in the journal, and the latest events are in memory for all. So a reader
-that is slow, or gone, costs nothing, and one that comes back goes on from where it was.
+It keeps the latest events in memory once for all readers, and nothing for a single one. A reader that falls behind, or
+comes back, reads the rest from the journal, starting after the last event that it has seen.
 """
 
 import asyncio
@@ -11,47 +11,49 @@ from contextlib import aclosing
 from functools import partial
 from itertools import takewhile
 
-from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import Connection, JobEvent, Journal
+from runtime.jobs.journal import queries
+from runtime.jobs.journal.database import Connection
+from runtime.jobs.journal.journal import Journal
+from runtime.jobs.journal.records import JobEvent
 
-RECENT = 10_000
-"""Events in memory."""
+RECENT_MAX_EVENTS = 10_000
 ENDS = frozenset(str(state) for state in JobState if state.ended)
+"""The kinds of event that end a job."""
 
 
 class EventStream:
-    """Readers of a journal's events. `publish` is called in their order, with each once."""
+    """The events of a journal, for many readers. `publish` must be called once for each event, in order."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._recent: deque[JobEvent] = deque(maxlen=RECENT)
+        self._recent: deque[JobEvent] = deque(maxlen=RECENT_MAX_EVENTS)
         self._news = asyncio.Event()
-        self._of_jobs: dict[str, set[asyncio.Event]] = {}
+        self._job_readers: dict[str, set[asyncio.Event]] = {}
 
     def publish(self, events: Sequence[JobEvent]) -> None:
-        """These are on the disk: wake those who wait for them."""
+        """Add events that are on the disk, and wake the readers that wait for them."""
         self._recent.extend(events)
         news, self._news = self._news, asyncio.Event()
         news.set()
         for event in events:
-            for reader in self._of_jobs.get(event.job, ()):
+            for reader in self._job_readers.get(event.job, ()):
                 reader.set()
 
     async def follow(self, after: int) -> AsyncGenerator[JobEvent, None]:
-        """All events after one, and on as they come; never ends."""
+        """Yield all events after an id, then new ones as they come. Never ends."""
         async with aclosing(self.batches(after)) as batches:
             async for batch in batches:
                 for event in batch:
                     yield event
 
     async def batches(self, after: int) -> AsyncGenerator[list[JobEvent], None]:
-        """As `follow`, those together that are there together."""
+        """Yield what `follow` yields, as lists of the events that are available together."""
         while True:
             news = self._news
-            batch = self._since(after)
+            batch = self._recent_after(after)
             if batch is None:
-                batch = await self._journal.read(partial(store.events, after=after))
+                batch = await self._journal.read(partial(queries.events, after=after))
             if batch:
                 after = batch[-1].id
                 yield batch
@@ -59,41 +61,44 @@ class EventStream:
                 await news.wait()
 
     async def follow_job(self, job: str, after: int = 0) -> AsyncGenerator[JobEvent, None]:
-        """A job's events after one, and on as they come, until it has ended."""
+        """Yield a job's events after an id, then new ones as they come, until the job has ended."""
         news = asyncio.Event()
-        self._of_jobs.setdefault(job, set()).add(news)
+        self._job_readers.setdefault(job, set()).add(news)
         try:
             while True:
                 news.clear()
-                ended, batch = await self._journal.read(partial(_of_job, job=job, after=after))
+                ended, batch = await self._journal.read(partial(_job_events, job=job, after=after))
                 for event in batch:
                     after = event.id
                     yield event
                     if event.kind in ENDS:
                         return
-                if ended and not batch:
-                    return  # before what was asked for; or it was forgotten
+                if ended and not batch:  # it ended at or before `after`, or was deleted
+                    return
                 if not batch:
                     await news.wait()
         finally:
-            readers = self._of_jobs[job]
+            readers = self._job_readers[job]
             readers.discard(news)
             if not readers:
-                del self._of_jobs[job]
+                del self._job_readers[job]
 
     def latest(self) -> int | None:
-        """The id of the latest event, None where none has come yet."""
+        """Return the id of the latest event since this stream was made, or None."""
         return self._recent[-1].id if self._recent else None
 
-    def _since(self, after: int) -> list[JobEvent] | None:
-        """The events after one as far as they are in memory; None where some are not."""
+    def _recent_after(self, after: int) -> list[JobEvent] | None:
+        """Return the events after an id from memory, or None if some of them are no longer there."""
         if not self._recent or self._recent[0].id > after + 1:
             return None
-        new = list(takewhile(lambda event: event.id > after, reversed(self._recent)))
-        return new[::-1]
+        newest_first = takewhile(lambda event: event.id > after, reversed(self._recent))
+        return list(newest_first)[::-1]
 
 
-def _of_job(sql: Connection, job: str, after: int) -> tuple[bool, list[JobEvent]]:
-    """Whether the job has ended, and its events after one: asked in this order, they hold its end if it has."""
-    record = store.job(sql, job)
-    return record is None or record.state.ended, store.events(sql, after, job)
+def _job_events(sql: Connection, job: str, after: int) -> tuple[bool, list[JobEvent]]:
+    """Return whether a job has ended, and its events after an id.
+
+    The state is read first, so that the events of a job that has ended include its end.
+    """
+    record = queries.job(sql, job)
+    return record is None or record.state.ended, queries.events(sql, after, job)

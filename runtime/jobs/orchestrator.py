@@ -1,7 +1,6 @@
-"""Runs workflows over engines: each call of a workflow becomes a request, each reply goes back to it.
+"""Runs a job's workflow on the engines: each role call becomes a request, and each reply goes back to the workflow.
 
-Owns nothing that outlives a job. A job never raises for what is wrong with it alone: its result says so, and other
-jobs go on.
+Keeps no state between jobs. What is wrong with one job is reported in its result and affects no other job.
 """
 
 import asyncio
@@ -19,14 +18,17 @@ from runtime.engines.handle import EngineHandle
 from runtime.engines.request import GenerateRequest
 from runtime.engines.usage import Usage
 from runtime.errors import BudgetSpent, EngineError, InputError, PluginError, RequestRefused
-from runtime.events import CallEnded, JobAdvanced, JobBegunAnew, JobEnded, Listener, RoleReplied, ignore
+from runtime.events import CallEnded, JobAdvanced, JobEnded, JobRestarted, Listener, RoleReplied, ignore
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.team import Seat, Team
 
 STREAM_INTERVAL = 64
-"""Tokens of a reply that come together: nobody reads them one by one, and taking each from the engine costs as much as
-writing it, where models are small. A reply whose engine died goes on from the last that came."""
+"""Tokens that an engine sends at once.
+
+A job only uses whole replies, and with small models, receiving a token costs as much as generating it. If the engine
+dies, the reply resumes from the last tokens received.
+"""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,28 +36,28 @@ T = TypeVar("T")
 
 @dataclass
 class Run:
-    """A job at work: when it began (the loop's clock), and what its seats have used so far."""
+    """A job that runs: its start on the event loop's clock, and what each seat has used so far."""
 
     job: Job
     since_s: float
     usage: dict[str, Usage] = field(default_factory=dict)
 
     def check_budget(self) -> None:
-        """Raise BudgetSpent when the job's calls have used up its tokens."""
-        used = sum(one.prompt_tokens + one.completion_tokens for one in self.usage.values())
+        """Raise BudgetSpent if the job has used up its `max_tokens`."""
+        used = sum(usage.prompt_tokens + usage.completion_tokens for usage in self.usage.values())
         if self.job.max_tokens is not None and used >= self.job.max_tokens:
             raise BudgetSpent(f"the job has used {used} tokens; its max_tokens is {self.job.max_tokens}")
 
     def add(self, seat: str, used: Usage) -> None:
-        """Count what a call of a seat took."""
+        """Add what a seat used for a call."""
         self.usage.setdefault(seat, Usage()).add(used)
 
 
 class Orchestrator:
-    """Works jobs with one team over the engines that its seats name; any number of jobs at once.
+    """Runs any number of jobs at once with one team, on the engines that its seats name.
 
-    `price` is what the whole device costs for an hour: a call costs its part of the device's memory for its time.
-    `stream_interval` is how many tokens of a reply come together; 1 streams every token, for who measures them.
+    `price` is the cost of the whole device per hour, of which a call is charged for its share of the memory over time.
+    `stream_interval` is the number of tokens that an engine sends at once; benchmarks use 1, to time every token.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Orchestrator:
         self._requests = count()
 
     async def run(self, job: Job, past: Sequence[ReplyRecord] = ()) -> JobResult:
-        """Work one job to its end, going on after the replies that it got before. Cancelling it aborts its open
-        requests."""
+        """Run a job to its end and return its result. `past` are replies from an earlier run, from which it resumes.
+
+        Cancelling this aborts the job's open requests.
+        """
         clock = asyncio.get_running_loop().time
         started = clock()
         run = Run(job, started)
@@ -85,8 +89,8 @@ class Orchestrator:
             self.team.check(job.problem)
             workflow, due = self._begin(run, past)
             await self._work(run, workflow, due)
-        except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as refusal:
-            failure = refusal
+        except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as error:
+            failure = error
         except asyncio.CancelledError:
             self._tell(JobEnded(job.id, None, "cancelled", clock() - started))
             raise
@@ -108,29 +112,31 @@ class Orchestrator:
         return result
 
     def _begin(self, run: Run, past: Sequence[ReplyRecord]) -> tuple[Workflow, list[RoleCall]]:
-        """The workflow after the replies that the job has, and the calls that are due. From its beginning where they do
-        not fit: it is another workflow now, or one that does not do the same twice."""
+        """Replay the past replies in a new workflow; return it with the calls that are due now.
+
+        Start from the beginning if a reply does not fit, because the configuration names another workflow now, or
+        because the workflow is not deterministic. What the past replies used counts in both cases.
+        """
         for recorded in past:
             run.add(recorded.seat, recorded.used)
-        workflow = _plugged("the workflow", self.team.begin, run.job.problem)
-        due = {call.number: call for call in _plugged("the workflow's begin()", lambda: list(workflow.begin()))}
+        workflow = _call_plugin("the workflow", self.team.begin, run.job.problem)
+        due = {call.number: call for call in _call_plugin("the workflow's begin()", lambda: list(workflow.begin()))}
         for recorded in past:
             call = due.pop(recorded.number, None)
             if call is None or call.seat != recorded.seat:
-                self._tell(JobBegunAnew(run.job.id))
+                self._tell(JobRestarted(run.job.id))
                 return self._begin(run, ())
-            following = _plugged("the workflow's take()", lambda c=call, r=recorded: list(workflow.take(c, r.reply)))  # type: ignore[misc]
-            due.update((call.number, call) for call in following)
+            due.update((following.number, following) for following in _following(workflow, call, recorded))
         return workflow, list(due.values())
 
     async def _work(self, run: Run, workflow: Workflow, due: list[RoleCall]) -> None:
-        """Ask what is due and take what comes, in the order it comes, until the workflow has an outcome."""
+        """Make the calls that are due and take their replies as they come, until the workflow has an outcome."""
         job = run.job
         self._advanced(job, workflow, "", due)
         open_calls: dict[asyncio.Task[ReplyRecord], RoleCall] = {}
         try:
             while workflow.outcome is None:
-                if len(due) == 1 and not open_calls:  # the usual case, without a task of its own
+                if len(due) == 1 and not open_calls:  # the usual case, which needs no task
                     call = due.pop()
                     due = self._take(job, workflow, call, await self._ask(run, call))
                     continue
@@ -138,9 +144,9 @@ class Orchestrator:
                     task = asyncio.create_task(self._ask(run, call), name=f"{job.id} {call.seat} {call.number}")
                     open_calls[task] = call
                 if not open_calls:
-                    raise PluginError("the workflow has no outcome and asks for nothing")
+                    raise PluginError("the workflow has no outcome and asks for no call")
                 done, _ = await asyncio.wait(open_calls, return_when=asyncio.FIRST_COMPLETED)
-                # By number, not as the set has them: the same replies must lead to the same state.
+                # Sorted by call number, because sets are unordered and the same replies must lead to the same state.
                 due = [
                     next_call
                     for task in sorted(done, key=lambda task: open_calls[task].number)
@@ -153,21 +159,22 @@ class Orchestrator:
                 await asyncio.wait(open_calls)
 
     def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
-        known = len(workflow.transcript)
-        due = _plugged("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))
-        entries = tuple(replace(entry) for entry in workflow.transcript[known:])
+        """Give a reply to the workflow and tell the listeners. Return the calls that are due now."""
+        known_entries = len(workflow.transcript)
+        due = _following(workflow, call, recorded)
+        entries = tuple(replace(entry) for entry in workflow.transcript[known_entries:])
         self._tell(RoleReplied(job.id, recorded.number, recorded.seat, recorded.reply, recorded.used, entries))
         self._advanced(job, workflow, call.seat, due)
         return due
 
     def _advanced(self, job: Job, workflow: Workflow, replied: str, due: list[RoleCall]) -> None:
-        ahead = _plugged("the workflow's ahead()", workflow.ahead)
+        ahead = _call_plugin("the workflow's ahead()", workflow.ahead)
         self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead))
 
     async def _ask(self, run: Run, call: RoleCall) -> ReplyRecord:
-        """One request: the role's messages to its engine, the text that comes back to the role."""
+        """Make one call: send the role's messages to its engine, and let the role parse the text."""
         run.check_budget()
-        seat = _plugged(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
+        seat = _call_plugin(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
         request = self._request(run, seat, call)
         used = Usage()
         try:
@@ -175,17 +182,17 @@ class Orchestrator:
         finally:
             run.add(seat.name, used)
         try:
-            reply = _plugged(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
+            reply = _call_plugin(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, call.task))
         except ReplyUnusable as error:
-            cut = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
-            return ReplyRecord(call.number, seat.name, Unusable(f"{error}{cut}"), used)
+            cut_off = f" (cut off at {seat.sampling.max_tokens} tokens)" if finish == "length" else ""
+            return ReplyRecord(call.number, seat.name, Unusable(f"{error}{cut_off}"), used)
         return ReplyRecord(call.number, seat.name, reply, used)
 
     async def _generate(self, job: Job, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
-        """The whole reply and why it ended; what it took is added to `usage`, whatever happens."""
+        """Return the whole text of a reply and its finish reason. Add what it used to `usage`, even if it fails."""
         clock = asyncio.get_running_loop().time
         engine = self._engines[seat.engine]
-        asked_s, spent = clock(), engine.usage.charged()
+        asked_s, charged_before = clock(), engine.usage.charged()
         pieces: list[str] = []
         times_s: list[float] = []
         tokens: list[int] = []
@@ -200,12 +207,11 @@ class Orchestrator:
                     tokens.append(len(chunk.token_ids))
                     finish = chunk.finish
         finally:
-            spent = engine.usage.charged() - spent
+            charge = engine.usage.charged() - charged_before
             price = self._price
-            cost = None if price is None else price / 3600 * spent.byte_seconds / engine.limits.device_bytes
+            cost = None if price is None else price / 3600 * charge.byte_seconds / engine.limits.device_bytes
             seconds = clock() - asked_s
-            used = Usage(prompt_tokens, sum(tokens), seconds, spent.byte_seconds, spent.engine_seconds, cost)
-            usage.add(used)
+            usage.add(Usage(prompt_tokens, sum(tokens), seconds, charge.byte_seconds, charge.engine_seconds, cost))
         self._tell(CallEnded(job.id, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
         return "".join(pieces), finish
 
@@ -216,21 +222,21 @@ class Orchestrator:
             temperature = max(temperature, sampling.retry_temperature)
         return GenerateRequest(
             request_id=f"{job.id}/{next(self._requests)}",
-            messages=_plugged(f"the role at {seat.name}: messages()", lambda: _messages(seat.role, call.task)),
+            messages=_call_plugin(f"the role at {seat.name}: messages()", lambda: _messages(seat.role, call.task)),
             temperature=temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop=sampling.stop,
             seed=None if job.seed is None or not temperature else _seed(job.seed, call),
-            schema=_plugged(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task)),
+            schema=_call_plugin(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task)),
             priority=job.priority,
             since_s=run.since_s,
             stream_interval=self._stream_interval,
         )
 
 
-def _plugged(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a role or a workflow, which may be a third party's: whatever it raises fails this job and no other."""
+def _call_plugin(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a role or a workflow. Raise its errors as PluginError, because a third party may have written it."""
     try:
         return function(*args, **kwargs)
     except (TaskRefused, ReplyUnusable):
@@ -239,14 +245,18 @@ def _plugged(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         raise PluginError(f"{what} raised {error!r}") from error
 
 
+def _following(workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
+    return _call_plugin("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))
+
+
 def _messages(role: Role, task: Task) -> tuple[Message, ...]:
     messages = tuple(role.messages(task))
     if not messages or not all(isinstance(message, Message) for message in messages):
-        raise TypeError(f"{messages!r} is no list of Message")
+        raise TypeError(f"{messages!r} is not a list of Message, or is empty")
     return messages
 
 
 def _seed(seed: int, call: RoleCall) -> int:
-    """A seed for one call, from what is asked and not from when: jobs that run beside it do not change a reply."""
+    """Derive a call's seed from its content, so that jobs that run at the same time do not change its reply."""
     text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}/{call.retries}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

@@ -1,16 +1,16 @@
-"""Jobs as they are shown to others, by HTTP and MQTT alike: the models that their schemas are made from."""
+"""Owns how HTTP and MQTT show jobs and events: pydantic models, from which the published schemas are made."""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobRecord
+from runtime.jobs.journal.records import JobRecord
 from runtime.jobs.submission import Submission
 
 
 class JobView(Submission):
-    """A job: what was asked, where it stands, and its result once it has one. Times are seconds since 1970."""
+    """A job: its submission, its state, and its result once it has ended. Times are seconds since 1970."""
 
     id: str
     state: JobState
@@ -22,16 +22,19 @@ class JobView(Submission):
 
     @classmethod
     def of(cls, record: JobRecord) -> "JobView":
-        """A job as the journal has it."""
+        """Return the view of a job in the journal."""
         return cls.model_validate(record.as_json())
 
 
 class EventView(BaseModel):
-    """What happened to a job, in the order of `id`, at a time in seconds since 1970. `kind` is the state that it has
-    come into, or "replied", or "anew": the replies before are not taken again.
+    """One change to a job. Events are ordered by `id`; `at` is seconds since 1970.
 
-    A new job has the beginning of its `problem`, one that is done its `answer`, another end `why`, and a reply the
-    call's `number`, `seat`, `reply`, what it `used`, and the `entries` that it added to the transcript.
+    `kind` is the state that the job entered, or "replied" (a seat replied), or "anew" (the job starts from its
+    beginning, and its earlier replies no longer count).
+
+    Further fields depend on the kind. "queued" has the beginning of the `problem` if the job is new, "done" has the
+    `answer`, and every other end has `why`. "replied" has the call's `number`, the `seat`, the `reply`, what it `used`,
+    and the `entries` that it added to the transcript.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -12,7 +12,7 @@ from runtime.api.http.backend import Backend, Backing
 from runtime.api.http.limits import Limits
 from runtime.api.http.metrics import CONTENT_TYPE
 from runtime.config import Service
-from runtime.jobs import journal as store
+from runtime.jobs.journal import queries
 
 _of_the_service = APIRouter(tags=["service"])
 
@@ -38,7 +38,7 @@ async def ready(backing: Backing) -> JSONResponse:
 )
 async def metrics(backing: Backing) -> Response:
     """Figures for Prometheus."""
-    counts = await backing.jobs.journal.read(store.counts)
+    counts = await backing.jobs.journal.read(queries.counts)
     return Response(backing.metrics.text(counts), media_type=CONTENT_TYPE)
 
 

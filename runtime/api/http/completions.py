@@ -21,7 +21,7 @@ from runtime.api.http.openai_schemas import ChatRequest, CompletionRequest, Samp
 from runtime.engines.request import Chunk, GenerateRequest, TokenLogprob
 from runtime.errors import InputError, NotFound, TroupeError
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobEvent
+from runtime.jobs.journal.records import JobEvent
 from runtime.jobs.submission import Submission
 
 TEAM = "team"

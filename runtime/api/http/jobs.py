@@ -16,9 +16,9 @@ from runtime.api.http.backend import Backend, Backing
 from runtime.api.http.connection import unless_gone
 from runtime.api.http.errors import ERRORS
 from runtime.errors import NotFound
-from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobEvent, JobRecord
+from runtime.jobs.journal import queries
+from runtime.jobs.journal.records import JobEvent, JobRecord
 from runtime.jobs.schemas import JobView
 from runtime.jobs.submission import Submission
 
@@ -56,7 +56,7 @@ async def listed(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JobPage:
     """Jobs, the newest first."""
-    records = await backing.jobs.journal.read(partial(store.jobs, state=state, before=before, limit=limit))
+    records = await backing.jobs.journal.read(partial(queries.jobs, state=state, before=before, limit=limit))
     following = records[-1].number if len(records) == limit else None
     return JobPage(jobs=[JobView.of(record) for record in records], next=following)
 
@@ -119,7 +119,7 @@ async def events(
     """What happens to all jobs: server-sent events, from the one after Last-Event-ID on, by default from now on."""
     since = last_event_id if last_event_id is not None else after
     if since is None:
-        since = max(await backing.jobs.journal.read(store.last_event) - last, 0)
+        since = max(await backing.jobs.journal.read(queries.last_event) - last, 0)
     return sse.stream(_lines(backing.jobs.feed.follow(since)))
 
 

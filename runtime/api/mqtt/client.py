@@ -40,9 +40,11 @@ from runtime.api.mqtt.messages import (
 from runtime.assembly import RunningTeam
 from runtime.config import Mqtt
 from runtime.errors import ConfigError, JournalError, NotFound, TroupeError
-from runtime.jobs import journal as store
 from runtime.jobs.event_stream import ENDS
-from runtime.jobs.journal import JobEvent, JobRecord, Journal, Transaction
+from runtime.jobs.journal import queries
+from runtime.jobs.journal.journal import Journal
+from runtime.jobs.journal.records import JobEvent, JobRecord
+from runtime.jobs.journal.transaction import Transaction
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
 
@@ -221,7 +223,7 @@ class MqttClient:
         connection, says that they have come, too. After a break all since the last result is sent again.
         """
         if self._sent is None:
-            self._sent = await self._jobs.journal.read(partial(store.cursor, name=CURSOR))
+            self._sent = await self._jobs.journal.read(partial(queries.cursor, name=CURSOR))
             assert self._sent is not None, "begin_cursor was not called"
 
         def acknowledged(event: int) -> None:
@@ -248,7 +250,7 @@ class MqttClient:
         found: dict[str, JobRecord] = {}
         for start in range(0, len(ended), AT_ONCE):
             some = ended[start : start + AT_ONCE]
-            found |= await self._jobs.journal.read(partial(store.jobs_by_id, ids=some))
+            found |= await self._jobs.journal.read(partial(queries.jobs_by_id, ids=some))
         return found
 
     async def _save_cursor(self) -> None:

@@ -1,4 +1,4 @@
-"""Jobs over the shipped fake engine: what comes out, what failures cost, what may run beside what."""
+"""Running jobs on fake engines: results, failures, concurrency, and what each call costs."""
 
 import asyncio
 from collections import Counter
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.virtual_time
 PROBLEM = "(12+7)*3-(45-5)"
 
 
-async def test_a_job_is_answered_with_its_steps_and_usage() -> None:
+async def test_job_returns_answer_steps_and_usage() -> None:
     events: list[Event] = []
     result = await Orchestrator(embedded_team(), await engines(), events.append).run(Job("j", PROBLEM, expected="17"))
     assert (result.answer, result.confirmed, result.correct, result.error) == ("17", True, True, None)
@@ -44,7 +44,7 @@ async def test_a_job_is_answered_with_its_steps_and_usage() -> None:
 
 
 @pytest.mark.parametrize("workflow", ["deliberate", "vote", "solo"])
-async def test_what_a_workflow_says_is_ahead_is_what_comes(workflow: str) -> None:
+async def test_calls_announced_ahead_are_the_calls_made(workflow: str) -> None:
     events: list[Event] = []
     team = embedded_team(workflow)
     await Orchestrator(team, await engines(), events.append).run(Job("j", "12+7" if workflow == "solo" else PROBLEM))
@@ -56,14 +56,14 @@ async def test_what_a_workflow_says_is_ahead_is_what_comes(workflow: str) -> Non
         later: Counter[str] = Counter()
         for after in advanced[place + 1 :]:
             later.update(after.due)
-        # nobody slips: the same critic of a vote sees one distinct result a step
+        # The solver makes no errors, so the critic of a vote judges one distinct result for each step.
         assert +Counter(event.ahead) == +later, (place, event)
         known += 1
     assert known > 0
     assert sum(sum(event.due.values()) for event in advanced) == sum(isinstance(e, CallEnded) for e in events)
 
 
-async def test_every_call_is_told_with_its_times_and_charged() -> None:
+async def test_call_is_reported_with_times_and_charged() -> None:
     events: list[Event] = []
     handles = await engines(time_scale=1)
     result = await Orchestrator(embedded_team(), handles, events.append, price=3600.0).run(Job("j", PROBLEM))
@@ -75,23 +75,23 @@ async def test_every_call_is_told_with_its_times_and_charged() -> None:
     for seat, used in result.usage.items():
         assert used.completion_tokens == sum(sum(call.chunk_tokens) for call in calls if call.seat == seat)
         assert 0 < used.engine_seconds <= used.seconds + 1e-6
-        # each fake engine holds the whole device: at 3,600 an hour that is 1 a second
+        # Each fake engine holds the whole device, which costs 3,600 an hour, or 1 a second.
         assert used.cost == pytest.approx(used.engine_seconds)
         assert used.byte_seconds == pytest.approx(used.engine_seconds * handles[seat].limits.device_bytes)
     assert result.as_json()["usage"]["solver"]["cost"] > 0
 
 
-async def test_every_call_says_when_its_job_began_and_how_urgent_it_is() -> None:
+async def test_requests_carry_the_start_and_priority_of_their_job() -> None:
     asked: list[GenerateRequest] = []
 
-    class Asked(FakeEngine):
+    class Recording(FakeEngine):
         async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
             asked.append(request)
             async for chunk in super().generate(request):
                 yield chunk
 
     handles = {
-        name: Asked(name, lambda r: oracle.reply(r.messages[-1].content), time_scale=1)
+        name: Recording(name, lambda r: oracle.reply(r.messages[-1].content), time_scale=1)
         for name in ("planner", "solver", "critic")
     }
     for handle in handles.values():
@@ -104,12 +104,12 @@ async def test_every_call_says_when_its_job_began_and_how_urgent_it_is() -> None
     assert {request.priority for request in asked} == {3}
 
 
-async def test_without_a_price_nothing_costs() -> None:
+async def test_usage_has_no_cost_without_a_price() -> None:
     result = await Orchestrator(embedded_team(), await engines()).run(Job("j", PROBLEM))
     assert {used.cost for used in result.usage.values()} == {None}
 
 
-async def test_of_several_plans_the_most_common_is_followed() -> None:
+async def test_most_common_of_several_plans_is_followed() -> None:
     handles = await engines()
     team = embedded_team()
     team = replace(team, options=team.options.model_copy(update={"plans": 5}))
@@ -118,7 +118,7 @@ async def test_of_several_plans_the_most_common_is_followed() -> None:
     assert handles["planner"].stats().requests == 5
 
 
-async def test_steps_that_do_not_wait_for_each_other_run_at_once() -> None:
+async def test_independent_steps_run_at_the_same_time() -> None:
     handles = await engines(time_scale=1)
     most = 0
 
@@ -135,15 +135,15 @@ async def test_steps_that_do_not_wait_for_each_other_run_at_once() -> None:
 
 
 @pytest.mark.parametrize("workflow", ["deliberate", "vote"])
-async def test_a_team_mends_the_solvers_slips(workflow: str) -> None:
+async def test_team_corrects_errors_of_its_solver(workflow: str) -> None:
     orchestrator = Orchestrator(embedded_team(workflow), await engines(slip_in_the_units(0.3)))
     results = [await orchestrator.run(Job(str(n), f"{n}+7*3-2", str(n + 19), temperature=1.0)) for n in range(200)]
     right = sum(bool(result.correct) for result in results)
-    assert right >= 180  # three steps; 0.3 ** 3 of them find no right result in three tries
+    assert right >= 180  # of the three steps, 0.3 ** 3 find no right result in three tries
     assert any(entry.verdict == "rejected" for result in results for entry in result.steps)
 
 
-async def test_without_critics_the_slips_stay() -> None:
+async def test_team_without_critics_keeps_errors() -> None:
     team = embedded_team()
     unchecked = replace(team, options=team.options.model_copy(update={"critics": ()}))
     orchestrator = Orchestrator(unchecked, await engines(slip_in_the_units(0.3)))
@@ -151,12 +151,12 @@ async def test_without_critics_the_slips_stay() -> None:
     assert sum(bool(result.correct) for result in results) < 40
 
 
-async def test_a_solver_that_is_always_wrong_ends_unconfirmed_after_bounded_rounds() -> None:
+async def test_answer_that_is_always_wrong_ends_unconfirmed_after_three_rounds() -> None:
     result = await Orchestrator(embedded_team(), await engines(slip_in_the_units(1.0))).run(Job("j", "12+7"))
     assert (result.answer, result.confirmed, result.rounds) == ("10", False, 3)
 
 
-async def test_the_same_seed_gives_the_same_result_whatever_runs_beside_it() -> None:
+async def test_concurrent_jobs_do_not_change_a_seeded_result() -> None:
     orchestrator = Orchestrator(embedded_team(), await engines(slip_in_the_units(0.5)))
     job = Job("j", PROBLEM, temperature=1.0, seed=7)
     alone = await orchestrator.run(job)
@@ -166,14 +166,14 @@ async def test_the_same_seed_gives_the_same_result_whatever_runs_beside_it() -> 
 
 
 @pytest.mark.parametrize("problem", ["", "5 apples?", "1000+1"])
-async def test_a_refused_problem_costs_no_other_its_result(problem: str) -> None:
+async def test_refused_problem_does_not_affect_other_jobs(problem: str) -> None:
     results: list[JobResult] = []
     jobs = [Job("good", "1+2", "3"), Job("bad", problem), Job("fine", "2+3", "5")]
     await work_all(Orchestrator(embedded_team(), await engines()), jobs, 2, results.append)
     assert {result.id: result.error is None for result in results} == {"good": True, "bad": False, "fine": True}
 
 
-async def test_a_result_that_cannot_be_taken_ends_the_work() -> None:
+async def test_error_while_taking_a_result_stops_the_batch() -> None:
     def full(result: JobResult) -> None:
         raise TroupeError("no space")
 
@@ -184,7 +184,7 @@ async def test_a_result_that_cannot_be_taken_ends_the_work() -> None:
     assert handles["planner"].stats().requests < 100
 
 
-async def test_a_role_that_raises_fails_the_job_and_no_other() -> None:
+async def test_role_that_raises_fails_its_job() -> None:
     class Broken(ArithmeticCritic):
         def messages(self, task: Task) -> list[Message]:
             raise KeyError("a defect")
@@ -196,7 +196,7 @@ async def test_a_role_that_raises_fails_the_job_and_no_other() -> None:
 
 
 class Mute(Workflow):
-    """Asks for nothing and has no outcome."""
+    """A workflow that asks for no call and has no outcome."""
 
     @classmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
@@ -210,30 +210,30 @@ class Mute(Workflow):
 
 
 class Stranger(Mute):
-    """Calls on somebody who is not there."""
+    """A workflow that calls on a seat that the team does not have."""
 
     def begin(self) -> list[RoleCall]:
         return [RoleCall(1, "stranger", PlanTask(self.problem))]
 
 
 class Unmade(Mute):
-    """Cannot be made."""
+    """A workflow whose constructor raises."""
 
     def __init__(self, problem: str, options: Value) -> None:
         raise RuntimeError("a defect")
 
 
 @pytest.mark.parametrize(
-    ("workflow", "told"), [(Mute, "asks for nothing"), (Stranger, "'stranger'"), (Unmade, "a defect")]
+    ("workflow", "error"), [(Mute, "asks for no call"), (Stranger, "'stranger'"), (Unmade, "a defect")]
 )
-async def test_a_workflow_that_misbehaves_fails_the_job_and_no_other(workflow: type[Workflow], told: str) -> None:
+async def test_faulty_workflow_fails_its_job(workflow: type[Workflow], error: str) -> None:
     team = replace(embedded_team(), workflow=workflow)
     result = await Orchestrator(team, await engines()).run(Job("j", "1+2"))
     assert result.answer is None
-    assert told in str(result.error)
+    assert error in str(result.error)
 
 
-async def test_no_two_tries_share_a_seed() -> None:
+async def test_every_try_has_its_own_seed() -> None:
     seeds: list[int | None] = []
 
     class Unreadable(FakeEngine):
@@ -250,7 +250,7 @@ async def test_no_two_tries_share_a_seed() -> None:
     assert len(set(seeds)) == len(seeds) == 5
 
 
-async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:
+async def test_dead_engine_fails_the_jobs_that_need_it() -> None:
     handles = await engines()
     critic = handles["critic"]
     assert isinstance(critic, FakeEngine)
@@ -260,7 +260,7 @@ async def test_a_dead_engine_fails_the_jobs_that_need_it() -> None:
     assert "critic is dead" in str(result.error)
 
 
-async def test_cancelling_a_job_frees_its_places_in_the_engines() -> None:
+async def test_cancelled_job_aborts_its_requests() -> None:
     handles = await engines(time_scale=50)
     job = asyncio.create_task(Orchestrator(embedded_team(), handles).run(Job("j", PROBLEM)))
     await asyncio.sleep(0.01)
@@ -271,7 +271,7 @@ async def test_cancelling_a_job_frees_its_places_in_the_engines() -> None:
     assert all(handle.stats().running == handle.stats().waiting == 0 for handle in handles.values())
 
 
-async def test_an_unusable_reply_that_was_cut_off_says_so() -> None:
+async def test_cut_off_reply_is_reported_with_its_limit() -> None:
     class Cut(FakeEngine):
         async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
             yield Chunk("A=1+", (1,), 0.0, 1, "length")
@@ -283,7 +283,7 @@ async def test_an_unusable_reply_that_was_cut_off_says_so() -> None:
     assert f"cut off at {ArithmeticPlanner.sampling.max_tokens} tokens" in str(result.error)
 
 
-async def test_a_summary_counts_what_was_right_and_what_it_took() -> None:
+async def test_summary_counts_correct_answers_and_usage() -> None:
     results: list[JobResult] = []
     jobs = [Job("a", "1+2", "3"), Job("b", "1+2", "4"), Job("c", "x", "4"), Job("d", "1+2")]
     await work_all(Orchestrator(embedded_team(), await engines(time_scale=1)), jobs, 4, results.append)

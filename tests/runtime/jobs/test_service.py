@@ -1,4 +1,4 @@
-"""Accepted jobs come to their end, once each, whatever happens on the way. Over fake engines and a real journal."""
+"""Every accepted job ends once, through failures, cancellations, restarts and kills. Fake engines, a real journal."""
 
 import asyncio
 import os
@@ -16,32 +16,34 @@ from typing import Any
 import pytest
 
 from agents.workflow import Unusable
+from runtime.config import Service
 from runtime.engines.fake import FakeEngine, ServiceTime
 from runtime.engines.handle import EngineHandle
 from runtime.engines.request import GenerateRequest
 from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.usage import Usage
 from runtime.errors import Busy, EngineError, InputError, JournalError
-from runtime.jobs import journal as store
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobRecord, Transaction
+from runtime.jobs.journal import queries
+from runtime.jobs.journal.records import JobRecord, StartedJob
+from runtime.jobs.journal.transaction import Transaction, open_transaction
 from runtime.jobs.orchestrator import Orchestrator
 from runtime.jobs.reply_record import ReplyRecord
-from runtime.jobs.service import JobService, Keeping
+from runtime.jobs.service import JobService
 from runtime.jobs.submission import Submission
 from tests.runtime.fakes import embedded_team, engines
 
 PROBLEM = Submission(problem="(12+7)*3-(45-5)", expected="17")
 STEPS = 9
-"""Replies that it takes."""
+"""Replies that a team needs for PROBLEM."""
 
 
 @asynccontextmanager
 async def service(
-    folder: Path, handles: Mapping[str, EngineHandle] | None = None, keeping: Keeping | None = None
+    folder: Path, handles: Mapping[str, EngineHandle] | None = None, settings: Service | None = None
 ) -> AsyncIterator[JobService]:
     team = embedded_team()
-    async with JobService(folder / "jobs.db", team, keeping) as jobs:
+    async with JobService(folder / "jobs.db", team, settings) as jobs:
         jobs.use(Orchestrator(team, handles or await engines(), jobs.hear))
         yield jobs
 
@@ -55,8 +57,8 @@ async def ended(jobs: JobService, id: str) -> JobRecord:
     return record
 
 
-async def begun(jobs: JobService, id: str) -> None:
-    """Wait until a job runs and the journal says so."""
+async def wait_for_start(jobs: JobService, id: str) -> None:
+    """Wait until a job is RUNNING in the journal."""
     async with asyncio.timeout(60):
         async for event in jobs.feed.follow_job(id):
             if event.kind == "running":
@@ -65,18 +67,22 @@ async def begun(jobs: JobService, id: str) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110  no event stands for it
+        while not condition():  # noqa: ASYNC110  there is no event to wait for
             await asyncio.sleep(0.01)
 
 
 async def replies(jobs: JobService) -> int:
     """Count the replies that the journal has."""
-    events = await jobs.journal.read(partial(store.events, limit=10**6))
+    events = await jobs.journal.read(partial(queries.events, limit=10**6))
     return sum(event.kind == "replied" for event in events)
 
 
 class Counting:
-    """Counts what engines are asked, and may hold them up, or fail the next requests once so many were served."""
+    """Counts the requests to engines, and holds or fails some of them.
+
+    While `go` is not set, requests wait; it is cleared once `hold_after` requests were made. Once `failing_after`
+    requests were made, the next `failures` requests fail.
+    """
 
     def __init__(self, handles: Mapping[str, EngineHandle]) -> None:
         self.asked = 0
@@ -93,13 +99,13 @@ class Counting:
         await self.go.wait()
         if self.failures and self.asked >= self.failing_after:
             self.failures -= 1
-            raise EngineError("the engine is not well")
+            raise EngineError("the engine failed")
         self.asked += 1
         async for chunk in generate(request):
             yield chunk
 
 
-async def test_a_job_is_accepted_worked_and_kept(tmp_path: Path) -> None:
+async def test_job_is_accepted_worked_and_stored(tmp_path: Path) -> None:
     async with service(tmp_path) as jobs:
         record, new = await jobs.submit(PROBLEM)
         assert new
@@ -112,7 +118,7 @@ async def test_a_job_is_accepted_worked_and_kept(tmp_path: Path) -> None:
         assert record.submitted_at <= record.started_at <= record.ended_at  # type: ignore[operator]
 
 
-async def test_a_key_makes_two_submissions_one_job(tmp_path: Path) -> None:
+async def test_submissions_with_the_same_key_are_one_job(tmp_path: Path) -> None:
     asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
     async with service(tmp_path) as jobs:
         (one, new), (two, newer) = await asyncio.gather(jobs.submit(asked), jobs.submit(asked))
@@ -124,21 +130,21 @@ async def test_a_key_makes_two_submissions_one_job(tmp_path: Path) -> None:
             await jobs.submit(asked.model_copy(update={"problem": "1+1"}))
 
 
-async def test_what_cannot_be_worked_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_problem_that_the_team_cannot_work_is_refused_and_not_stored(tmp_path: Path) -> None:
     async with service(tmp_path) as jobs:
         with pytest.raises(InputError, match="1000"):
             await jobs.submit(Submission(problem="1000+1"))
-        assert await jobs.journal.read(store.jobs) == []
+        assert await jobs.journal.read(queries.jobs) == []
 
 
-async def test_a_full_queue_says_so_and_knows_its_jobs_still(tmp_path: Path) -> None:
+async def test_full_queue_refuses_new_jobs_and_finds_known_keys(tmp_path: Path) -> None:
     asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
     team = embedded_team()
-    async with JobService(tmp_path / "jobs.db", team, Keeping(queue_max=3)) as jobs:
+    async with JobService(tmp_path / "jobs.db", team, Service(queue_max=3)) as jobs:
         first, _ = await jobs.submit(asked)
         outcomes = await asyncio.gather(*(jobs.submit(PROBLEM) for _ in range(10)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [tuple] * 2 + [Busy] * 8
-        with pytest.raises(Busy, match="the queue is full: 3 jobs wait; try again later"):
+        with pytest.raises(Busy, match=r"the queue is full: 3 jobs wait \(service\.queue_max\); try again later"):
             await jobs.submit(PROBLEM)
         assert (await jobs.submit(asked))[0].id == first.id
         jobs.use(Orchestrator(team, await engines(), jobs.hear))
@@ -146,26 +152,26 @@ async def test_a_full_queue_says_so_and_knows_its_jobs_still(tmp_path: Path) -> 
         assert (await jobs.submit(PROBLEM))[1]
 
 
-async def test_the_urgent_go_first(tmp_path: Path) -> None:
+async def test_jobs_start_in_order_of_priority(tmp_path: Path) -> None:
     team = embedded_team()
-    async with JobService(tmp_path / "jobs.db", team, Keeping(jobs_at_once=1)) as jobs:
+    async with JobService(tmp_path / "jobs.db", team, Service(jobs_at_once=1)) as jobs:
         ids = {p: (await jobs.submit(PROBLEM.model_copy(update={"priority": p})))[0].id for p in (5, 9, 1, 7)}
         jobs.use(Orchestrator(team, await engines(), jobs.hear))
         for id in ids.values():
             await ended(jobs, id)
-        began = [e.job for e in await jobs.journal.read(store.events) if e.kind == "running"]
+        began = [e.job for e in await jobs.journal.read(queries.events) if e.kind == "running"]
         assert began == [ids[p] for p in (1, 5, 7, 9)]
 
 
-async def test_a_cancel_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
+async def test_cancel_ends_running_and_queued_jobs(tmp_path: Path) -> None:
     handles = await engines()
     counting = Counting(handles)
     counting.go.clear()
-    async with service(tmp_path, handles, Keeping(jobs_at_once=1)) as jobs:
+    async with service(tmp_path, handles, Service(jobs_at_once=1)) as jobs:
         running, _ = await jobs.submit(PROBLEM)
         waiting, _ = await jobs.submit(PROBLEM)
         last, _ = await jobs.submit(PROBLEM)
-        await begun(jobs, running.id)
+        await wait_for_start(jobs, running.id)
         for id in (waiting.id, running.id):
             cancelled = await jobs.cancel(id)
             assert cancelled is not None
@@ -175,40 +181,40 @@ async def test_a_cancel_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
         assert (counting.asked, jobs.counts) == (STEPS, {JobState.QUEUED: 0, JobState.RUNNING: 0})
         again = await jobs.cancel(last.id)
         assert again is not None
-        assert again.state is JobState.DONE  # it had ended
+        assert again.state is JobState.DONE  # it had already ended
         assert await jobs.cancel("no such job") is None
 
 
-async def test_a_cancel_from_another_process_is_seen(tmp_path: Path) -> None:
+async def test_cancel_from_another_process_stops_the_job(tmp_path: Path) -> None:
     handles = await engines()
     Counting(handles).go.clear()
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM)
-        with store.transaction(tmp_path / "jobs.db") as elsewhere:
+        with open_transaction(tmp_path / "jobs.db") as elsewhere:
             elsewhere.move(record.id, JobState.CANCELLED)
         assert (await ended(jobs, record.id)).state is JobState.CANCELLED
         await until(lambda: not jobs.counts[JobState.RUNNING])
 
 
 @pytest.mark.parametrize("limit", ["deadline_s", "time_s"])
-async def test_time_runs_out(tmp_path: Path, limit: str) -> None:
+async def test_running_job_expires_at_its_limit(tmp_path: Path, limit: str) -> None:
     handles = await engines()
     Counting(handles).go.clear()
-    async with service(tmp_path, handles, Keeping(jobs_at_once=1)) as jobs:
+    async with service(tmp_path, handles, Service(jobs_at_once=1)) as jobs:
         blocking, _ = await jobs.submit(PROBLEM.model_copy(update={limit: 0.2}))
         record = await ended(jobs, blocking.id)
         assert record.state is JobState.EXPIRED
         assert (record.ended_at or 0) - record.submitted_at > 0.15
 
 
-async def test_a_deadline_passes_while_a_job_waits(tmp_path: Path) -> None:
+async def test_queued_job_expires_at_its_deadline(tmp_path: Path) -> None:
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 0.05}))
         assert (await ended(jobs, record.id)).state is JobState.EXPIRED
         assert jobs.counts[JobState.QUEUED] == 0
 
 
-async def test_a_token_budget_is_held(tmp_path: Path) -> None:
+async def test_job_makes_no_call_beyond_its_token_budget(tmp_path: Path) -> None:
     handles = await engines()
     counting = Counting(handles)
     async with service(tmp_path, handles) as jobs:
@@ -220,7 +226,7 @@ async def test_a_token_budget_is_held(tmp_path: Path) -> None:
         assert 0 < counting.asked < STEPS
 
 
-async def test_an_engines_error_is_tried_again_from_the_last_reply(tmp_path: Path) -> None:
+async def test_retry_after_an_engine_error_resumes_from_the_last_reply(tmp_path: Path) -> None:
     handles = await engines()
     counting = Counting(handles)
     counting.failures, counting.failing_after = 1, 4
@@ -233,7 +239,7 @@ async def test_an_engines_error_is_tried_again_from_the_last_reply(tmp_path: Pat
         assert counting.asked == STEPS
 
 
-async def test_retries_have_a_limit(tmp_path: Path) -> None:
+async def test_job_fails_after_its_last_retry(tmp_path: Path) -> None:
     handles = await engines()
     Counting(handles).failures = 100
     async with service(tmp_path, handles) as jobs:
@@ -241,10 +247,10 @@ async def test_retries_have_a_limit(tmp_path: Path) -> None:
         record = await ended(jobs, record.id)
         assert (record.state, record.attempts) == (JobState.FAILED, 2)
         assert record.result is not None
-        assert record.result["error"] == "the engine is not well"
+        assert record.result["error"] == "the engine failed"
 
 
-async def test_an_error_of_ours_fails_the_job_and_no_other(tmp_path: Path) -> None:
+async def test_internal_error_fails_one_job_only(tmp_path: Path) -> None:
     handles = await engines()
     solver = handles.pop("solver")
     async with service(tmp_path, handles) as jobs:
@@ -257,8 +263,8 @@ async def test_an_error_of_ours_fails_the_job_and_no_other(tmp_path: Path) -> No
         assert (await ended(jobs, (await jobs.submit(PROBLEM))[0].id)).state is JobState.DONE
 
 
-async def test_what_is_left_at_the_end_goes_on_with_the_next_start(tmp_path: Path) -> None:
-    """Stopped after each number of replies in turn: what was answered is not asked again; the result is the same."""
+async def test_restart_resumes_a_job_from_its_last_reply(tmp_path: Path) -> None:
+    """Stop after each possible number of replies. No call is repeated, and the result is the same."""
     used = set()
     for stop in range(1, STEPS):
         folder = tmp_path / str(stop)
@@ -269,7 +275,7 @@ async def test_what_is_left_at_the_end_goes_on_with_the_next_start(tmp_path: Pat
             record, _ = await jobs.submit(PROBLEM)
             await until(lambda: not counting.go.is_set())  # noqa: B023
             async with asyncio.timeout(60):
-                while await replies(jobs) < counting.asked:  # noqa: ASYNC110  nothing tells of it
+                while await replies(jobs) < counting.asked:  # noqa: ASYNC110  there is no event to wait for
                     await asyncio.sleep(0.01)
         counting.hold_after = 10**9
         counting.go.set()
@@ -279,10 +285,10 @@ async def test_what_is_left_at_the_end_goes_on_with_the_next_start(tmp_path: Pat
         assert (record.state, record.result["answer"], len(record.result["steps"])) == (JobState.DONE, "17", STEPS)
         assert counting.asked == STEPS
         used.add(sum(seat["completion_tokens"] for seat in record.result["usage"].values()))
-    assert len(used) == 1  # what was used before the stop counts too
+    assert len(used) == 1  # usage before the stop counts too
 
 
-async def test_replies_that_do_not_fit_any_more_are_dropped(tmp_path: Path) -> None:
+async def test_job_restarts_if_its_replies_do_not_fit_the_workflow(tmp_path: Path) -> None:
     handles = await engines()
     counting = Counting(handles)
     counting.hold_after = 3
@@ -291,7 +297,7 @@ async def test_replies_that_do_not_fit_any_more_are_dropped(tmp_path: Path) -> N
         await until(lambda: not counting.go.is_set())
     counting.hold_after = 10**9
     counting.go.set()
-    team = embedded_team("solo")  # begins with another seat's call
+    team = embedded_team("solo")  # its first call goes to another seat
     async with JobService(tmp_path / "jobs.db", team) as jobs:
         jobs.use(Orchestrator(team, handles, jobs.hear))
         kinds = [event.kind async for event in jobs.feed.follow_job(record.id)]
@@ -299,17 +305,17 @@ async def test_replies_that_do_not_fit_any_more_are_dropped(tmp_path: Path) -> N
     assert kinds[-1] in ("done", "failed")
 
 
-async def test_a_drain_lets_what_runs_end_and_keeps_the_rest(tmp_path: Path) -> None:
+async def test_drain_ends_running_jobs_and_keeps_queued_ones(tmp_path: Path) -> None:
     handles = await engines()
     counting = Counting(handles)
     counting.go.clear()
-    async with service(tmp_path, handles, Keeping(jobs_at_once=2)) as jobs:
+    async with service(tmp_path, handles, Service(jobs_at_once=2)) as jobs:
         ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(5)]
         draining = asyncio.create_task(jobs.drain(60))
         await until(lambda: jobs.draining)
         counting.go.set()
         assert await draining == 3
-        with pytest.raises(Busy, match="the service is ending"):
+        with pytest.raises(Busy, match="the service is stopping"):
             await jobs.submit(PROBLEM)
         states = [record.state for id in ids if (record := await jobs.get(id))]
         assert states == [JobState.DONE] * 2 + [JobState.QUEUED] * 3
@@ -317,27 +323,27 @@ async def test_a_drain_lets_what_runs_end_and_keeps_the_rest(tmp_path: Path) -> 
         assert {(await ended(jobs, id)).state for id in ids} == {JobState.DONE}
 
 
-async def test_a_job_that_ends_the_runtime_each_time_fails_at_last(tmp_path: Path) -> None:
+async def test_job_that_started_too_often_without_ending_fails(tmp_path: Path) -> None:
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM)
         for _ in range(30):
-            await jobs.journal.write(lambda t: t.begin(record.id))
+            await jobs.journal.write(lambda t: t.start(record.id))
             await jobs.journal.write(lambda t: t.move(record.id, JobState.QUEUED))
     async with service(tmp_path) as jobs:
         record = await ended(jobs, record.id)
         assert record.state is JobState.FAILED
         assert record.result is not None
-        assert "never came to an end" in record.result["error"]
+        assert "times without ending" in record.result["error"]
 
 
-async def test_a_full_disk_delays_a_result_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_result_is_written_once_a_full_disk_has_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
     handles = await engines()
     counting = Counting(handles)
     counting.go.clear()
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"expected": "a long answer" * 500}))
-        await begun(jobs, record.id)
+        await wait_for_start(jobs, record.id)
         await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1").fetchall())
         counting.go.set()
         await until(lambda: jobs.journal.fault is not None)
@@ -345,17 +351,17 @@ async def test_a_full_disk_delays_a_result_and_loses_none(tmp_path: Path, monkey
         assert stuck is not None
         assert stuck.state is JobState.RUNNING
         async with asyncio.timeout(60):
-            while jobs.journal.fault is not None:  # a write that fails takes with it what was to be done beside it
+            while jobs.journal.fault is not None:  # this write may share a failed transaction
                 with suppress(JournalError):
                     await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1000000").fetchall())
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
 
-async def test_a_cancelled_submission_leaves_a_job_that_is_worked(tmp_path: Path) -> None:
+async def test_job_of_a_cancelled_submission_is_worked(tmp_path: Path) -> None:
     asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
     async with service(tmp_path) as jobs:
         caller = asyncio.create_task(jobs.submit(asked))
-        await asyncio.sleep(0)  # the write is posted, and not committed
+        await asyncio.sleep(0)  # the write is posted but not committed
         caller.cancel()
         await asyncio.wait([caller])
         assert caller.cancelled()
@@ -364,8 +370,8 @@ async def test_a_cancelled_submission_leaves_a_job_that_is_worked(tmp_path: Path
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
 
-async def test_a_cancelled_submission_keeps_its_place_in_the_count_until_it_is_written(tmp_path: Path) -> None:
-    async with JobService(tmp_path / "jobs.db", embedded_team(), Keeping(queue_max=1)) as jobs:
+async def test_cancelled_submission_counts_as_waiting_until_it_is_written(tmp_path: Path) -> None:
+    async with JobService(tmp_path / "jobs.db", embedded_team(), Service(queue_max=1)) as jobs:
         caller = asyncio.create_task(jobs.submit(PROBLEM))
         await asyncio.sleep(0)
         caller.cancel()
@@ -374,8 +380,8 @@ async def test_a_cancelled_submission_keeps_its_place_in_the_count_until_it_is_w
             await jobs.submit(PROBLEM)
 
 
-async def test_a_job_under_way_when_the_service_stops_is_worked_by_the_next(tmp_path: Path) -> None:
-    """The engines end first: that they do is no fault of a request that was alone in one."""
+async def test_job_survives_a_stop_that_closes_its_engine_first(tmp_path: Path) -> None:
+    """The engines close first. A request that runs alone in one must not be taken for the cause of its end."""
     handles = await engines()
     slow = FakeEngine("planner", lambda request: "word " * 1000, times=ServiceTime(step_s=0.01), time_scale=1)
     handles["planner"] = planner = SupervisedEngine("planner", lambda grant: slow)
@@ -389,12 +395,10 @@ async def test_a_job_under_way_when_the_service_stops_is_worked_by_the_next(tmp_
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
 
-async def test_a_journal_fault_keeps_the_queue_and_delays_its_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_jobs_start_in_order_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
     team = embedded_team()
-    async with JobService(tmp_path / "jobs.db", team, Keeping(jobs_at_once=4)) as jobs:
+    async with JobService(tmp_path / "jobs.db", team, Service(jobs_at_once=4)) as jobs:
         ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(50)]
         failures = 0
 
@@ -404,40 +408,38 @@ async def test_a_journal_fault_keeps_the_queue_and_delays_its_work(
             raise sqlite3.OperationalError("database or disk is full")
 
         with monkeypatch.context() as fault:
-            fault.setattr(Transaction, "begin", full)
+            fault.setattr(Transaction, "start", full)
             jobs.use(Orchestrator(team, await engines(), jobs.hear))
             await until(lambda: failures > 20)
             assert sum(jobs.counts.values()) == 50
             assert jobs.journal.fault is not None
         for id in ids:
             assert (await ended(jobs, id)).state is JobState.DONE
-        events = await jobs.journal.read(partial(store.events, limit=10**6))
+        events = await jobs.journal.read(partial(queries.events, limit=10**6))
     assert [event.job for event in events if event.kind == "running"] == ids
 
 
-async def test_a_job_whose_record_cannot_be_read_fails_and_the_others_are_worked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_job_with_an_unreadable_record_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with JobService(tmp_path / "jobs.db", team := embedded_team()) as jobs:
         broken, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 60}))
         whole, _ = await jobs.submit(PROBLEM)
-        begin = Transaction.begin
+        start = Transaction.start
 
-        def fail(transaction: Transaction, id: str) -> store.Begun | None:
+        def fail(transaction: Transaction, id: str) -> StartedJob | None:
             if id == broken.id:
                 raise KeyError("kind")
-            return begin(transaction, id)
+            return start(transaction, id)
 
-        monkeypatch.setattr(Transaction, "begin", fail)
+        monkeypatch.setattr(Transaction, "start", fail)
         jobs.use(Orchestrator(team, await engines(), jobs.hear))
         assert (await ended(jobs, whole.id)).state is JobState.DONE
         assert (await ended(jobs, broken.id)).state is JobState.FAILED
-        events = await jobs.journal.read(partial(store.events, job=broken.id))
+        events = await jobs.journal.read(partial(queries.events, job=broken.id))
         assert events[-1].data["why"] == "an internal error: KeyError('kind')"
         assert not jobs._deadlines
 
 
-async def test_a_journal_with_a_job_that_cannot_be_read_is_refused_and_let_go(tmp_path: Path) -> None:
+async def test_journal_with_an_unreadable_job_is_refused_and_unlocked(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     async with JobService(path, embedded_team()) as jobs:
         await jobs.submit(PROBLEM)
@@ -448,11 +450,11 @@ async def test_a_journal_with_a_job_that_cannot_be_read_is_refused_and_let_go(tm
             pass
     with closing(sqlite3.connect(path)) as sql, sql:
         sql.execute("DELETE FROM jobs")
-    async with JobService(path, embedded_team()) as jobs:  # the file is free
+    async with JobService(path, embedded_team()) as jobs:  # the file is unlocked
         await jobs.submit(PROBLEM)
 
 
-async def test_a_deadline_ends_with_the_work_and_not_with_the_writing_of_its_result(
+async def test_deadline_stops_with_the_work_before_the_result_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
@@ -474,7 +476,7 @@ async def test_a_deadline_ends_with_the_work_and_not_with_the_writing_of_its_res
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
 
-async def test_a_deadline_that_meets_a_journal_fault_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadline_is_written_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
     move, failures = Transaction.move, 3
 
@@ -492,10 +494,8 @@ async def test_a_deadline_that_meets_a_journal_fault_is_kept(tmp_path: Path, mon
     assert failures == 0
 
 
-async def test_a_time_budget_leaves_out_the_time_between_two_runtimes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock that the journal reads jumps ahead by an hour between them."""
+async def test_time_budget_excludes_downtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal's clock jumps ahead by an hour between the two runs."""
     handles = await engines()
     counting = Counting(handles)
     counting.hold_after = 3
@@ -503,24 +503,24 @@ async def test_a_time_budget_leaves_out_the_time_between_two_runtimes(
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"time_s": 60}))
         await until(lambda: not counting.go.is_set())
     now = time.time
-    monkeypatch.setattr("runtime.jobs.journal.time.time", lambda: now() + 3600)
+    monkeypatch.setattr("runtime.jobs.journal.transaction.time.time", lambda: now() + 3600)
     counting.hold_after = 10**9
     counting.go.set()
     async with service(tmp_path, handles) as jobs:
         assert (await ended(jobs, record.id)).state is JobState.DONE
 
 
-async def test_a_time_budget_counts_the_work_before_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """59.9 of 60 seconds were worked before it, so that a tenth of one is left."""
+async def test_time_budget_includes_work_before_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """59.9 of 60 seconds were worked before the restart, so 0.1 s is left."""
     handles = await engines()
     counting = Counting(handles)
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"time_s": 60}))
-        await jobs.journal.write(lambda t: t.begin(record.id))
+        await jobs.journal.write(lambda t: t.start(record.id))
         reply = ReplyRecord(1, "planner", Unusable("no plan"), Usage())
         now = time.time
-        monkeypatch.setattr("runtime.jobs.journal.time.time", lambda: now() + 59.9)
-        await jobs.journal.write(lambda t: t.replied(record.id, reply, []))
+        monkeypatch.setattr("runtime.jobs.journal.transaction.time.time", lambda: now() + 59.9)
+        await jobs.journal.write(lambda t: t.add_reply(record.id, reply, []))
     counting.go.clear()
     async with service(tmp_path, handles) as jobs:
         assert (await ended(jobs, record.id)).state is JobState.EXPIRED
@@ -547,7 +547,7 @@ asyncio.run(main())
 """
 
 
-async def test_kills_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
+async def test_kills_lose_and_repeat_no_job(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     accepted: list[str] = []
     for count in (60, 20, 80, 40):
@@ -563,7 +563,7 @@ async def test_kills_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> No
         for id in accepted:
             record = await ended(jobs, id)
             assert (record.state, record.result and record.result["answer"]) == (JobState.DONE, "17")
-        events = await jobs.journal.read(partial(store.events, limit=10**6))
+        events = await jobs.journal.read(partial(queries.events, limit=10**6))
     ends = [event.job for event in events if event.kind == "done"]
     assert len(accepted) >= 200
     assert len(ends) == len(set(ends))

@@ -60,7 +60,7 @@ async def test_a_key_is_one_job(served: Served) -> None:
     assert other.json()["error"]["param"] == "idempotency_key"
 
 
-async def test_pages_of_jobs_follow_one_another(served: Served) -> None:
+async def test_pages_job_readers_follow_one_another(served: Served) -> None:
     ids = [(await served.client.post("/jobs", json={"problem": "1+1"})).json()["id"] for _ in range(5)]
     seen: list[str] = []
     before = None
@@ -155,7 +155,7 @@ async def test_readers_that_vanish_leave_nothing(start: Start) -> None:
     async with asyncio.timeout(60):
         while len(asyncio.all_tasks()) > before + 2:  # noqa: ASYNC110  nothing tells of it
             await asyncio.sleep(0.05)
-    assert not served.backend.jobs.feed._of_jobs
+    assert not served.backend.jobs.feed._job_readers
 
 
 async def test_what_is_left_goes_on_with_the_next_start(tmp_path: Path) -> None:

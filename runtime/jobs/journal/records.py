@@ -1,0 +1,80 @@
+"""Owns what the rows of the journal mean: a job, an event, and the state from which a job resumes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.jobs.job import JobState
+from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.submission import Submission
+
+REPLIED = "replied"
+"""The kind of an event that records a reply."""
+RESTARTED = "anew"
+"""The kind of an event after which a job starts from its beginning: replies before it are not replayed."""
+INTERRUPTED = "the runtime was started anew"
+"""The `why` of a QUEUED event for a job that another runtime left RUNNING. It is stored, so it must not change."""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as stored in the journal.
+
+    Times are seconds since 1970. `number` orders jobs by acceptance. `attempts` counts how often the job has started to
+    run.
+    """
+
+    number: int
+    id: str
+    state: JobState
+    submission: Submission
+    submitted_at: float
+    started_at: float | None
+    ended_at: float | None
+    attempts: int
+    result: dict[str, Any] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the job as JSON for the API and the command line."""
+        return {
+            "id": self.id,
+            "state": str(self.state),
+            **self.submission.model_dump(mode="json"),
+            "submitted_at": self.submitted_at,
+            "started_at": self.started_at,
+            "ended_at": self.ended_at,
+            "attempts": self.attempts,
+            "result": self.result,
+        }
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One change to a job. Events are ordered by `id`; `at` is seconds since 1970.
+
+    `kind` is the name of the state that the job entered, or REPLIED, or RESTARTED. `data` depends on it:
+
+    - a new job: the beginning of its `problem`
+    - DONE: the `answer`
+    - another end, or another try: `why`
+    - REPLIED: the fields of ReplyRecord, and the `entries` that the reply added to the transcript
+    """
+
+    id: int
+    job: str
+    at: float
+    kind: str
+    data: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the event as JSON for the API and the command line."""
+        return {"id": self.id, "job": self.job, "at": self.at, "kind": self.kind, **self.data}
+
+
+@dataclass(frozen=True)
+class StartedJob:
+    """A job that has just entered RUNNING, the replies that it resumes from, and the seconds it was worked before."""
+
+    record: JobRecord
+    replies: Sequence[ReplyRecord] = ()
+    worked_s: float = 0.0
