@@ -1,1 +1,1 @@
-"""Jobs: one problem on its way through a team, and the orchestrator that runs many over a fleet."""
+"""Jobs: problems that a team works, from their acceptance to their result."""

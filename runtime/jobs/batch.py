@@ -1,6 +1,7 @@
-"""Many jobs at a time, and what they come to: rate, accuracy, job times, tokens."""
+"""Runs a list of jobs with bounded concurrency, and summarises their results."""
 
 import asyncio
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -13,27 +14,27 @@ from runtime.jobs.orchestrator import Orchestrator
 async def work_all(
     orchestrator: Orchestrator, jobs: Iterable[Job], concurrency: int, take: Callable[[JobResult], None]
 ) -> None:
-    """Work the jobs in order, at most `concurrency` at once; `take` gets each result as it comes.
+    """Run the jobs in order, at most `concurrency` at a time, and call `take` with each result as it comes.
 
-    What `take` raises ends the work and is raised.
+    If `take` raises, the other jobs are cancelled and the error is raised.
     """
     queue = iter(jobs)
 
     async def worker() -> None:
-        for job in queue:  # one iterator for all workers: each takes the next job that nobody has
+        for job in queue:  # all workers share the iterator, so each job has one worker
             take(await orchestrator.run(job))
 
     try:
         async with asyncio.TaskGroup() as group:
             for number in range(concurrency):
                 group.create_task(worker(), name=f"jobs {number}")
-    except BaseExceptionGroup as failures:  # what `take` raised; the jobs themselves raise nothing
+    except BaseExceptionGroup as failures:  # only `take` raises: a job reports its error in its result
         raise failures.exceptions[0] from None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a batch came to. Times are seconds; `accuracy` None where no answers were expected."""
+    """Totals over a batch of results. `accuracy` is None if no answers were expected."""
 
     problems: int
     failed: int
@@ -45,12 +46,12 @@ class Summary:
     usage: dict[str, Usage]
 
     def as_json(self) -> dict[str, object]:
-        """The form in which a summary is printed."""
+        """Return the summary as JSON."""
         return asdict(self)
 
 
 def summarise(results: list[JobResult]) -> Summary:
-    """The summary of at least one result."""
+    """Summarise results, of which there must be at least one. Job times leave out jobs that failed."""
     judged = [result.correct for result in results if result.correct is not None]
     answered = [result for result in results if result.error is None]
     times = sorted(result.elapsed_s for result in answered) or [0.0]
@@ -71,5 +72,6 @@ def summarise(results: list[JobResult]) -> Summary:
 
 
 def percentile(ordered: list[float], percent: float) -> float:
-    """The nearest-rank percentile of an ordered, non-empty list."""
-    return ordered[min(len(ordered) - 1, max(0, -(-int(percent * len(ordered)) // 100) - 1))]
+    """Return the nearest-rank percentile of a sorted list that is not empty."""
+    rank = math.ceil(int(percent * len(ordered)) / 100)
+    return ordered[max(rank, 1) - 1]

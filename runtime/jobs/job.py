@@ -1,4 +1,4 @@
-"""A job: one problem for the team, the states on its way, and what came of it."""
+"""Owns what a job is, the states that it passes through, and its result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,10 @@ from runtime.engines.usage import Usage
 
 
 class JobState(StrEnum):
-    """Where an accepted job stands. CANCELLED by its user, EXPIRED by its deadline or its time budget."""
+    """The state of an accepted job.
+
+    A job is CANCELLED by its user, and EXPIRED by its deadline or its time budget.
+    """
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -22,25 +25,26 @@ class JobState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing comes after it."""
+        """True if no other state follows."""
         return not TRANSITIONS[self]
 
 
-_ENDS = frozenset({JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+_WITHOUT_ANSWER = frozenset({JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: _ENDS | {JobState.RUNNING},
-    JobState.RUNNING: _ENDS | {JobState.QUEUED, JobState.DONE},  # queued again: another try, or another runtime
-    **dict.fromkeys((JobState.DONE, *_ENDS), frozenset[JobState]()),
+    JobState.QUEUED: _WITHOUT_ANSWER | {JobState.RUNNING},
+    JobState.RUNNING: _WITHOUT_ANSWER | {JobState.QUEUED, JobState.DONE},  # queued for another try, or after a restart
+    **dict.fromkeys((JobState.DONE, *_WITHOUT_ANSWER), frozenset[JobState]()),
 }
-"""What may come after each state; the journal refuses everything else."""
+"""The states that may follow each state. The journal refuses every other transition."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One accepted problem. `temperature` overrides every seat's; `seed` makes sampling repeatable.
+    """A problem for a team, and how to work it.
 
-    Once its calls have used `max_tokens` (prompts and replies) no further call is made for it, and it fails. Engines
-    serve its calls before those of jobs of a higher `priority` number, and of jobs that began later.
+    `temperature` overrides that of every seat; `seed` makes sampling repeatable. Once the job's calls have used
+    `max_tokens` (prompts and replies), the job makes no further call and fails. Engines serve the calls of jobs with a
+    lower `priority` number first, and among equals those of the job that started first.
     """
 
     id: str
@@ -54,10 +58,10 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: an answer, or an error.
+    """How a job ended: with an answer or with an error.
 
-    `confirmed` when the critics accepted every step's result; None where nobody judged. `transient` when the error was
-    an engine's, and another try may do better.
+    `confirmed` is True if the critics accepted the result of every step, False if one stayed rejected, and None if no
+    critic judged. `transient` is True if an engine caused the error, so that another try may succeed.
     """
 
     id: str
@@ -74,11 +78,11 @@ class JobResult:
 
     @property
     def correct(self) -> bool | None:
-        """Whether the answer is the expected one; None where nothing was expected."""
+        """True if the answer is the expected one; None if none was expected."""
         return None if self.expected is None else self.answer is not None and _same(self.answer, self.expected)
 
     def as_json(self) -> dict[str, Any]:
-        """The form in which results are printed and stored."""
+        """Return the result as JSON for the API, the journal and files of results."""
         return {
             "id": self.id,
             "problem": self.problem,
@@ -94,7 +98,7 @@ class JobResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """What `as_json` wrote. Raises KeyError, TypeError or AttributeError for anything else."""
+        """Return the result that `as_json` wrote. Raises KeyError, TypeError or AttributeError for anything else."""
         return cls(
             id=data["id"],
             problem=data["problem"],
@@ -110,7 +114,7 @@ class JobResult:
 
 
 def entry_as_json(entry: Entry) -> dict[str, Any]:
-    """A line of a transcript in the form in which it is printed, stored and published."""
+    """Return an entry of a transcript as JSON."""
     return {
         "role": entry.seat,
         "input": entry.input,
@@ -121,5 +125,5 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
 
 
 def _same(answer: str, expected: str) -> bool:
-    """Equal up to blanks, case and a closing full stop."""
+    """Compare without surrounding blanks, case, or a final full stop."""
     return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()

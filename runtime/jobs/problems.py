@@ -1,7 +1,7 @@
-"""Files of problems and of results: one JSON object a line.
+"""Reads files of problems, and reads and writes files of results: one JSON object a line.
 
-A line that is wrong is told with its number and costs no other line its result. Results are appended and flushed as
-they come, so that an interrupted run keeps what is done; `done` reads them back, without a last line that was cut.
+A wrong line is reported by its number and does not keep the others from being run. Results are written one by one, so
+an interrupted run keeps what it has; `done` reads them back, and ignores a last line that was cut off.
 """
 
 import json
@@ -15,7 +15,7 @@ from runtime.jobs.job import JobResult
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of a file of problems. `fault` says what is wrong with it, in which case it is not to be run."""
+    """One line of a file of problems. A problem with a `fault`, which says what is wrong, must not be run."""
 
     id: str
     problem: str
@@ -24,26 +24,32 @@ class Problem:
 
 
 def read(path: Path) -> list[Problem]:
-    """Every line of the file as a problem, faulty ones too. Raises InputError when there is no such file."""
+    """Read every line of a file of problems, including wrong ones.
+
+    Raises InputError if the file cannot be read or has no problems.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    read = [_read_line(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not read:
+    parsed = [_read_line(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not parsed:
         raise InputError(f'{path}: no problems; write a line such as {{"id": "1", "problem": "12+7"}}')
-    given: dict[str, int] = {}
-    for line in read:
-        if line.id in given:
-            line.fault = f"{path}, line {line.number}: id {line.id!r} was used in line {given[line.id]}"
+    line_of_id: dict[str, int] = {}
+    for line in parsed:
+        if line.id in line_of_id:
+            line.fault = f"{path}, line {line.number}: id {line.id!r} was used in line {line_of_id[line.id]}"
             line.id = ""
         elif line.id:
-            given[line.id] = line.number
-    return [Problem(line.id or _free_id(line, given), line.problem, line.expected, line.fault) for line in read]
+            line_of_id[line.id] = line.number
+    return [Problem(line.id or _free_id(line, line_of_id), line.problem, line.expected, line.fault) for line in parsed]
 
 
 def done(path: Path) -> Iterator[JobResult]:
-    """The whole results in a file of results; none when there is no file. Raises InputError for another file."""
+    """Yield the results in a file of results; none if there is no file.
+
+    Raises InputError if it is not a file of results.
+    """
     if not path.exists():
         return
     try:
@@ -56,19 +62,19 @@ def done(path: Path) -> Iterator[JobResult]:
         try:
             yield JobResult.from_json(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number == len(lines):  # cut off as it was written
+            if number == len(lines):  # a run was interrupted while it wrote this line
                 return
             raise InputError(f"{path}, line {number}: not a result; is this a file of results?") from None
 
 
 def line(result: JobResult) -> str:
-    """A result as one line of JSON."""
+    """Return a result as one line of JSON."""
     return json.dumps(result.as_json(), ensure_ascii=False)
 
 
 @dataclass
 class _Line:
-    """A line as it was read; an empty `id` is none."""
+    """A parsed line. `id` is empty if the line has none."""
 
     number: int
     id: str = ""
@@ -77,38 +83,44 @@ class _Line:
     fault: str | None = None
 
 
-def _free_id(line: _Line, given: Mapping[str, int]) -> str:
-    """For a line without an id: its number, written so that it is no other line's id."""
+def _free_id(line: _Line, used: Mapping[str, int]) -> str:
+    """Return an id for a line without one: its number, prefixed until no other line has that id."""
     name = f"line-{line.number}" if line.fault else str(line.number)
-    while name in given:
+    while name in used:
         name = f"line-{name}"
     return name
 
 
 def _read_line(raw: bytes, number: int, path: Path) -> _Line:
-    fault = f"{path}, line {number}: "
+    place = f"{path}, line {number}"
     try:
         data = json.loads(raw)
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeError:
-        return _Line(number, fault=fault + "not text (UTF-8)")
+        return _Line(number, fault=f"{place}: not text in UTF-8")
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return _Line(number, fault=f"{fault}not JSON ({reason})")
+        return _Line(number, fault=f"{place}: not JSON ({reason})")
     if not isinstance(data, dict):
-        return _Line(number, fault=fault + 'not an object such as {"id": "1", "problem": "12+7"}')
+        return _Line(number, fault=f'{place}: not an object such as {{"id": "1", "problem": "12+7"}}')
+    if fault := _fault(data):
+        return _Line(number, fault=f"{place}: {fault}")
+    id, expected = data.get("id"), data.get("answer")
+    return _Line(number, "" if id is None else str(id), data["problem"], None if expected is None else str(expected))
+
+
+def _fault(data: Mapping[str, object]) -> str | None:
+    """Return what is wrong with the keys or values of a line, or None."""
     unknown = sorted(set(data) - {"id", "problem", "answer"})
-    problem, identity, answer = data.get("problem"), data.get("id"), data.get("answer")
+    problem, id, answer = data.get("problem"), data.get("id"), data.get("answer")
     if unknown:
-        fault += f"unknown key {unknown[0]!r}; known are id, problem and answer"
-    elif not isinstance(problem, str):
-        fault += '"problem" is missing' if problem is None else '"problem" is not text'
-    elif isinstance(identity, bool) or not isinstance(identity, str | int | None):
-        fault += '"id" is neither text nor a whole number'
-    elif isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        fault += '"answer" is neither text nor a number'
-    else:
-        return _Line(
-            number, "" if identity is None else str(identity), problem, None if answer is None else str(answer)
-        )
-    return _Line(number, fault=fault)
+        return f"unknown key {unknown[0]!r}; known keys are id, problem and answer"
+    if problem is None:
+        return '"problem" is missing'
+    if not isinstance(problem, str):
+        return '"problem" is not text'
+    if isinstance(id, bool) or not isinstance(id, str | int | None):
+        return '"id" is neither text nor a whole number'
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        return '"answer" is neither text nor a number'
+    return None

@@ -1,4 +1,4 @@
-"""A reply that was taken, in a form that is kept: what a job resumes from."""
+"""Owns the stored form of a seat's reply, from which an interrupted job resumes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,12 +9,12 @@ from agents.workflow import Unusable
 from runtime.engines.usage import Usage
 from runtime.events import RoleReplied
 
-_KINDS: Mapping[str, type[Reply]] = {kind.__name__: kind for kind in (Plan, Solution, Verdict, Answer)}
+_REPLY_TYPES: Mapping[str, type[Reply]] = {kind.__name__: kind for kind in (Plan, Solution, Verdict, Answer)}
 
 
 @dataclass(frozen=True)
 class ReplyRecord:
-    """The reply to one call of a workflow, by the call's number, and what the seat used for it."""
+    """The reply to one call of a workflow, identified by the call's number, and what the seat used for it."""
 
     number: int
     seat: str
@@ -27,7 +27,7 @@ class ReplyRecord:
         return cls(event.number, event.seat, event.reply, event.usage)
 
     def as_json(self) -> dict[str, Any]:
-        """The form in which it is stored."""
+        """Return the record as JSON for the journal."""
         reply = self.reply
         content = {"why": reply.why} if isinstance(reply, Unusable) else reply.model_dump(mode="json")
         return {
@@ -39,8 +39,8 @@ class ReplyRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """What `as_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Return the record that `as_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         content = dict(data["reply"])
         kind = content.pop("kind")
-        reply = Unusable(**content) if kind == Unusable.__name__ else _KINDS[kind].model_validate(content)
+        reply = Unusable(**content) if kind == Unusable.__name__ else _REPLY_TYPES[kind].model_validate(content)
         return cls(data["number"], data["seat"], reply, Usage(**data["used"]))

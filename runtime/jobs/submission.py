@@ -1,4 +1,4 @@
-"""What is asked for when a job is submitted, by whichever door; held against its bounds in one place."""
+"""Owns what can be asked when a job is submitted. HTTP, MQTT and Python submit the same model with the same bounds."""
 
 from typing import Annotated, Any, Self
 
@@ -14,12 +14,15 @@ Seconds = Annotated[float, Field(gt=0, le=365 * 86400, allow_inf_nan=False)]
 
 
 class Submission(Value):
-    """One problem, and what is asked of its working.
+    """A problem to be worked as a job, and the job's limits.
 
-    Two submissions of the same `idempotency_key` are one job. Of those that wait, for their turn or for an engine,
-    `priority` 1 comes first. The job ends by `deadline_s` seconds after it was accepted, within `time_s` seconds of
-    work, and makes no further call once it has used `max_tokens`. After an engine's error it is tried again `retries`
-    times, from where it was.
+    Submissions with the same `idempotency_key` are one job. Jobs of `priority` 1 are served first, both in the queue
+    and by the engines. `expected` is the right answer, which the result is compared with. `temperature` overrides that
+    of every seat; `seed` makes sampling repeatable.
+
+    The job ends at the latest `deadline_s` seconds after it was accepted, and after `time_s` seconds of work. Once it
+    has used `max_tokens`, it makes no further call. After an engine's error it is tried again up to `retries` times,
+    from its last reply on.
     """
 
     problem: str = Field(min_length=1, max_length=PROBLEM_MAX_CHARACTERS)
@@ -35,12 +38,12 @@ class Submission(Value):
 
     @classmethod
     def read(cls, data: Any) -> Self:
-        """The submission in a JSON value. Raises InputError naming each field and what would be right."""
+        """Return the submission in a JSON value. Raises InputError that names each wrong field and what is allowed."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             raise InputError(explain(error)) from None
 
     def job(self, id: str) -> Job:
-        """The job that it asks for."""
+        """Return the job that this submission asks for."""
         return Job(id, self.problem, self.expected, self.temperature, self.seed, self.max_tokens, self.priority)

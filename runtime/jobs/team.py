@@ -1,7 +1,7 @@
-"""A team put together: every seat's role, engine and sampling, and the workflow they follow.
+"""Assembles a team from a configuration: the role, engine and sampling of each seat, and their workflow.
 
-Made from a configuration before any engine starts, so that an unknown role, a broken plug-in or a seat that nobody
-fills is told at once.
+A team is assembled before any engine starts, so an unknown role, a broken plug-in or an unfilled seat is reported at
+once.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,10 @@ PROBLEM_MAX_CHARACTERS = 100_000
 
 @dataclass(frozen=True)
 class Seat:
-    """One member at work. What it declares for the policies is said at runtime.config.Member."""
+    """A place in the team: a role, its engine and its sampling.
+
+    `priority`, `minimum_share` and `slo_s` are for the policies; runtime.config.Member describes them.
+    """
 
     name: str
     role: Role
@@ -34,22 +37,25 @@ class Seat:
 
 @dataclass(frozen=True)
 class Team:
-    """The seats by name, and the workflow's class and options."""
+    """The seats by name, and the class and options of the workflow that calls on them."""
 
     seats: Mapping[str, Seat]
     workflow: type[Workflow]
     options: Value
 
     def begin(self, problem: str) -> Workflow:
-        """A workflow at its start."""
+        """Return a new workflow for a problem."""
         return self.workflow(problem, self.options)
 
     def check(self, problem: str) -> None:
-        """Raise InputError for a problem that some member could not work, before an engine is asked."""
+        """Check that every role can work a problem, without using an engine.
+
+        Raises InputError if one cannot, or PluginError if a role's own check fails.
+        """
         if not problem.strip():
             raise InputError("the problem is empty")
         if len(problem) > PROBLEM_MAX_CHARACTERS:
-            raise InputError(f"the problem has {len(problem)} characters; at most {PROBLEM_MAX_CHARACTERS} are taken")
+            raise InputError(f"the problem has {len(problem)} characters; at most {PROBLEM_MAX_CHARACTERS} are allowed")
         for seat in self.seats.values():
             try:
                 seat.role.check(problem)
@@ -60,9 +66,10 @@ class Team:
 
 
 def assemble(config: Config) -> Team:
-    """Find every role and the workflow, and hold them against each other.
+    """Find the roles and the workflow that a configuration names, and check that they fit each other.
 
-    Raises ConfigError naming the key, PluginError for a third party's role that cannot be used.
+    Seats that the workflow does not call on are left out. Raises ConfigError that names the key, or PluginError if a
+    third party's role or workflow cannot be used.
     """
     workflow = _workflow(config)
     options = _options(config, workflow)
@@ -71,7 +78,7 @@ def assemble(config: Config) -> Team:
         if seat not in config.team:
             raise ConfigError(
                 f"{config.source}: team: the workflow {config.workflow.name} needs a {seat!r}; "
-                f"there are {', '.join(config.team)}"
+                f"the team has {', '.join(config.team)}"
             )
     seats = {name: _seat(config, name, member) for name, member in config.team.items() if name in needed}
     for name, tasks in needed.items():
@@ -80,7 +87,7 @@ def assemble(config: Config) -> Team:
             takes = ", ".join(task.__name__ for task in seats[name].role.takes)
             raise ConfigError(
                 f"{config.source}: team.{name}.role: {config.team[name].role!r} takes {takes}; "
-                f"in the workflow {config.workflow.name} this seat gets {', '.join(missing)} too"
+                f"the workflow {config.workflow.name} also gives this seat {', '.join(missing)}"
             )
     return Team(seats, workflow, options)
 

@@ -1,4 +1,4 @@
-"""Percentiles by nearest rank."""
+"""Percentiles of job times."""
 
 import pytest
 
@@ -9,5 +9,5 @@ from runtime.jobs.batch import percentile
     ("count", "percent", "rank"),
     [(1, 50, 1), (1, 99, 1), (2, 50, 1), (4, 50, 2), (100, 90, 90), (100, 99, 99), (10, 99, 10)],
 )
-def test_the_nearest_rank(count: int, percent: float, rank: int) -> None:
+def test_percentile_is_the_nearest_rank(count: int, percent: float, rank: int) -> None:
     assert percentile([float(n) for n in range(1, count + 1)], percent) == rank

@@ -1,4 +1,4 @@
-"""Files of problems and results: each wrong line is told by its number, a cut last line loses nothing else."""
+"""Files of problems and results: wrong lines are reported by number, and a cut-off last line is ignored."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ LINES = [
 ]
 
 
-def test_every_line_is_read_or_told_by_its_number(tmp_path: Path) -> None:
+def test_lines_are_read_and_wrong_ones_reported_by_number(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(line for line, _ in LINES) + "\n\n")
     read = problems.read(path)
@@ -45,7 +45,7 @@ def test_every_line_is_read_or_told_by_its_number(tmp_path: Path) -> None:
     assert len({p.id for p in read}) == len(read)
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+def test_line_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'\xff\xfe\n{"problem": "1+2"}\n')
     bad, good = problems.read(path)
@@ -54,7 +54,7 @@ def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_problems_is_told(content: str, tmp_path: Path) -> None:
+def test_file_without_problems_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match="no problems"):
@@ -63,7 +63,7 @@ def test_a_file_without_problems_is_told(content: str, tmp_path: Path) -> None:
         problems.read(tmp_path / "nowhere")
 
 
-def test_results_are_read_back_without_a_line_that_was_cut(tmp_path: Path) -> None:
+def test_results_are_read_without_a_cut_off_last_line(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     result = JobResult("a", "1+2", "3", True, 1, [Entry("solver", "1+2", "3")], {"solver": Usage(1, 2, 0.5)}, 1.5, "3")
     line = problems.line(result)
@@ -73,7 +73,7 @@ def test_results_are_read_back_without_a_line_that_was_cut(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", ["{\n{}\n", '{"id": 1}\n', "1\n", "[]\n"])
-def test_another_kind_of_file_is_no_file_of_results(content: str, tmp_path: Path) -> None:
+def test_file_of_something_else_is_refused_as_results(content: str, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match="file of results"):
