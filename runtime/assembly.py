@@ -1,7 +1,7 @@
-"""A team at work: its engines, the controller that resizes them, and the orchestrator that runs jobs on them."""
+"""Puts a running team together: its engines, the controller that resizes them, and the orchestrator that runs jobs."""
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -18,19 +18,18 @@ from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec
 from runtime.events import EngineChanged, Event, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
-from runtime.jobs.team import Team
+from runtime.jobs.team import Seat, Team
 from runtime.telemetry.reading import Reading
 from runtime.telemetry.sampler import Sampler, best_source
 
 Publish = Callable[[Record], None]
-"""Called with the record of every decision of the controller."""
+"""A function that the controller calls with the record of each decision."""
 
 
 class RunningTeam:
-    """A team whose engines are ready, with the controller and the orchestrator over them.
+    """A team whose engines are ready, with their controller and orchestrator. The engines may be real or modelled.
 
-    `orchestrator` runs jobs of `team`. `controller` resizes the engines while it is entered. The engines may be real or
-    modelled.
+    `orchestrator` runs jobs of `team`. `controller` resizes the engines while its context is entered.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class RunningTeam:
         self.controller = Controller(
             engines,
             sharing,
-            Snapshotter(engines, self._forecast, terms(team), reading),
+            Snapshotter(engines, self._forecast, engine_terms(team), reading),
             policies.policy,
             every_s=control.every_s,
             grace_s=control.grace_s,
@@ -68,18 +67,18 @@ class RunningTeam:
     def orchestrate(self, team: Team, stream_interval: int = STREAM_INTERVAL) -> Orchestrator:
         """Return an orchestrator that runs jobs of a team on these engines.
 
-        Its events go to the forecast, the controller and the listener. `stream_interval` is the number of tokens of a
-        reply that an engine sends at once.
+        Its events go to the forecast, the controller and the listener. `stream_interval` is the number of tokens that
+        an engine sends at once.
         """
         self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
         return Orchestrator(team, self.engines, self._hear, self._price, stream_interval)
 
     def use_policy(self, choice: PolicyChoice) -> None:
-        """Replace the policy that decides. Raises ConfigError or PluginError and keeps the old one if it is invalid."""
+        """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
         self.controller.use(self._policies.contain(choice, "policy"))
 
     def generate(self, engine: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream the reply to a request that belongs to no job. The controller checks at once for a burst of them."""
+        """Stream the reply to a request that belongs to no job. The controller checks for a burst at once."""
         self.controller.look()
         return self.engines[engine].generate(request)
 
@@ -97,10 +96,10 @@ async def start_team(
     listener: Listener = ignore,
     publish: Publish = lambda record: None,
 ) -> AsyncIterator[RunningTeam]:
-    """Start the engines that a team needs, telemetry and the controller; stop them on leaving.
+    """Start a team's engines, telemetry and controller; stop them when the context is left.
 
-    Logs go to `folder`, decisions to `decisions.jsonl` in it. Raises ConfigError or PluginError for a policy that
-    cannot be made, before any engine starts, and EngineError if an engine does not start.
+    The engines log to `folder`, and the controller writes its decisions to `decisions.jsonl` in it. Raises ConfigError
+    or PluginError if a policy cannot be used, before any engine starts, and EngineError if an engine does not start.
     """
 
     def on_state(engine: str, state: EngineState, seconds: float) -> None:
@@ -136,20 +135,26 @@ async def start_team(
 
 
 def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:
-    """Return the engines that the team's seats use; a workflow without critics starts no engine for them."""
+    """Return the engines that the team's seats use. An engine that only a left-out seat names is not started."""
     return {name: config.engines[name] for name in dict.fromkeys(seat.engine for seat in team.seats.values())}
 
 
-def terms(team: Team) -> dict[str, Terms]:
-    """What the seats of each engine declare: the most urgent priority, minimum shares together, the tightest SLO."""
-    seats = defaultdict(list)
+def engine_terms(team: Team) -> dict[str, Terms]:
+    """Return what each engine's seats declare together.
+
+    That is the most urgent priority, the sum of the minimum shares, and the shortest SLO.
+    """
+    seats_of: defaultdict[str, list[Seat]] = defaultdict(list)
     for seat in team.seats.values():
-        seats[seat.engine].append(seat)
-    return {
-        engine: Terms(
-            priority=min(seat.priority for seat in members),
-            minimum_share=sum(least) if (least := [m for s in members if (m := s.minimum_share) is not None]) else None,
-            slo_s=min((s.slo_s for s in members if s.slo_s is not None), default=None),
-        )
-        for engine, members in seats.items()
-    }
+        seats_of[seat.engine].append(seat)
+    return {engine: _combined_terms(seats) for engine, seats in seats_of.items()}
+
+
+def _combined_terms(seats: Sequence[Seat]) -> Terms:
+    minimum_shares = [seat.minimum_share for seat in seats if seat.minimum_share is not None]
+    slos_s = [seat.slo_s for seat in seats if seat.slo_s is not None]
+    return Terms(
+        priority=min(seat.priority for seat in seats),
+        minimum_share=sum(minimum_shares) if minimum_shares else None,
+        slo_s=min(slos_s, default=None),
+    )
