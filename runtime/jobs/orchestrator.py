@@ -174,7 +174,9 @@ class Orchestrator:
     async def _ask(self, run: Run, call: RoleCall) -> ReplyRecord:
         """Make one call: send the role's messages to its engine, and let the role parse the text."""
         run.check_budget()
-        seat = _call_plugin(f"the workflow calls on {call.seat!r}:", self.team.seats.__getitem__, call.seat)
+        seat = _call_plugin("the workflow's call", self.team.seats.get, call.seat)
+        if seat is None:
+            raise PluginError(f"the workflow calls on the seat {call.seat!r}; the team has {', '.join(self.team.seats)}")
         request = self._request(run, seat, call)
         used = Usage()
         try:
