@@ -176,7 +176,9 @@ class Orchestrator:
         run.check_budget()
         seat = _call_plugin("the workflow's call", self.team.seats.get, call.seat)
         if seat is None:
-            raise PluginError(f"the workflow calls on the seat {call.seat!r}; the team has {', '.join(self.team.seats)}")
+            raise PluginError(
+                f"the workflow calls on the seat {call.seat!r}; the team has {', '.join(self.team.seats)}"
+            )
         request = self._request(run, seat, call)
         used = Usage()
         try:
