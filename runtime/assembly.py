@@ -10,7 +10,7 @@ from runtime.control.contained_policy import ContainedPolicies
 from runtime.control.controller import Controller
 from runtime.control.decision_log import DecisionLog, Record
 from runtime.control.forecast import Forecast
-from runtime.control.snapshotter import Snapshotter, Terms
+from runtime.control.snapshotter import EngineRequirements, Snapshotter
 from runtime.engines.fleet import Fleet
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk, GenerateRequest
@@ -54,7 +54,7 @@ class RunningTeam:
         self.controller = Controller(
             engines,
             sharing,
-            Snapshotter(engines, self._forecast, engine_terms(team), reading),
+            Snapshotter(engines, self._forecast, engine_requirements(team), reading),
             policies.policy,
             every_s=control.every_s,
             grace_s=control.grace_s,
@@ -139,7 +139,7 @@ def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:
     return {name: config.engines[name] for name in dict.fromkeys(seat.engine for seat in team.seats.values())}
 
 
-def engine_terms(team: Team) -> dict[str, Terms]:
+def engine_requirements(team: Team) -> dict[str, EngineRequirements]:
     """Return what each engine's seats declare together.
 
     That is the most urgent priority, the sum of the minimum shares, and the shortest SLO.
@@ -147,13 +147,13 @@ def engine_terms(team: Team) -> dict[str, Terms]:
     seats_of: defaultdict[str, list[Seat]] = defaultdict(list)
     for seat in team.seats.values():
         seats_of[seat.engine].append(seat)
-    return {engine: _combined_terms(seats) for engine, seats in seats_of.items()}
+    return {engine: _combined_requirements(seats) for engine, seats in seats_of.items()}
 
 
-def _combined_terms(seats: Sequence[Seat]) -> Terms:
+def _combined_requirements(seats: Sequence[Seat]) -> EngineRequirements:
     minimum_shares = [seat.minimum_share for seat in seats if seat.minimum_share is not None]
     slos_s = [seat.slo_s for seat in seats if seat.slo_s is not None]
-    return Terms(
+    return EngineRequirements(
         priority=min(seat.priority for seat in seats),
         minimum_share=sum(minimum_shares) if minimum_shares else None,
         slo_s=min(slos_s, default=None),

@@ -39,7 +39,7 @@ from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import Controller
 from runtime.control.decision_log import DecisionLog
 from runtime.control.forecast import Forecast
-from runtime.control.snapshotter import Snapshotter, Terms
+from runtime.control.snapshotter import EngineRequirements, Snapshotter
 from runtime.engines.fake import FakeEngine, FakeMemory
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState, EngineStats
@@ -90,7 +90,7 @@ class Rig:
             for name in (f"role-{number}" for number in range(roles))
         }
         self.sharing = Sharing(self.engines, Ledger(roles * (MEMORY.fixed + EACH_BYTES)))
-        terms = {name: Terms(minimum_share=1 / roles) for name in self.engines}
+        terms = {name: EngineRequirements(minimum_share=1 / roles) for name in self.engines}
         self.snapshotter = Snapshotter(self.engines, Forecast(), terms)
         self.monitor = Monitor(dict)
         folder = Path(owned.enter_context(tempfile.TemporaryDirectory()))

@@ -20,7 +20,7 @@ HEADROOM = 0.02
 
 
 @dataclass(frozen=True)
-class Terms:
+class EngineRequirements:
     """What the configuration says about the roles of an engine; see EngineView for each field."""
 
     priority: int = 1
@@ -51,7 +51,7 @@ class Snapshotter:
         self,
         engines: Mapping[str, EngineHandle],
         forecast: Forecast,
-        terms: Mapping[str, Terms] | None = None,
+        terms: Mapping[str, EngineRequirements] | None = None,
         reading: Callable[[], Reading] | None = None,
     ) -> None:
         self._engines = engines
@@ -115,7 +115,7 @@ class Snapshotter:
         _update(history, engine, stats, now_s, used_bytes)
         waiting_since_s = usage.waiting_since_s(stats.running)
         assert stats.grant is not None
-        terms = self._terms.get(name, Terms())
+        terms = self._terms.get(name, EngineRequirements())
         return EngineView(
             name=name,
             limits=engine.limits,

@@ -17,7 +17,7 @@ from runtime.control.decision_log import Record
 from runtime.control.forecast import Forecast
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
-from runtime.control.snapshotter import Snapshotter, Terms
+from runtime.control.snapshotter import EngineRequirements, Snapshotter
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.grant import Grant, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState
@@ -104,7 +104,7 @@ async def start_rig(
     rig.controller = Controller(
         rig.handles,
         rig.sharing,
-        Snapshotter(rig.handles, rig.forecast, {"b": Terms(priority=2)}, lambda: rig.reading),
+        Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, lambda: rig.reading),
         ContainedPolicy("chosen", chosen),
         shadow=ContainedPolicy(shadow, catalogue.make(shadow)) if shadow else None,
         publish=rig.records.append,
