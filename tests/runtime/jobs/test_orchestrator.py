@@ -13,10 +13,8 @@ from agents.role import Message, PlanTask, Reply, Task, Value
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.fake import FakeEngine
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.errors import TroupeError
 from runtime.events import CallEnded, Event, JobAdvanced, JobEnded, RoleReplied
-from runtime.jobs.batch import summarise, work_all
-from runtime.jobs.job import Job, JobResult
+from runtime.jobs.job import Job
 from runtime.jobs.orchestrator import Orchestrator
 from tests.runtime.fakes import embedded_team, engines, slip_in_the_units
 
@@ -165,25 +163,6 @@ async def test_concurrent_jobs_do_not_change_a_seeded_result() -> None:
     assert len({str([e.output for e in result.steps]) for result in crowd}) > 1
 
 
-@pytest.mark.parametrize("problem", ["", "5 apples?", "1000+1"])
-async def test_refused_problem_does_not_affect_other_jobs(problem: str) -> None:
-    results: list[JobResult] = []
-    jobs = [Job("good", "1+2", "3"), Job("bad", problem), Job("fine", "2+3", "5")]
-    await work_all(Orchestrator(embedded_team(), await engines()), jobs, 2, results.append)
-    assert {result.id: result.error is None for result in results} == {"good": True, "bad": False, "fine": True}
-
-
-async def test_error_while_taking_a_result_stops_the_batch() -> None:
-    def full(result: JobResult) -> None:
-        raise TroupeError("no space")
-
-    jobs = [Job(str(n), "1+2") for n in range(100)]
-    handles = await engines()
-    with pytest.raises(TroupeError, match="no space"):
-        await work_all(Orchestrator(embedded_team(), handles), jobs, 4, full)
-    assert handles["planner"].stats().requests < 100
-
-
 async def test_role_that_raises_fails_its_job() -> None:
     class Broken(ArithmeticCritic):
         def messages(self, task: Task) -> list[Message]:
@@ -281,14 +260,3 @@ async def test_cut_off_reply_is_reported_with_its_limit() -> None:
     result = await Orchestrator(embedded_team(), handles).run(Job("j", "1+2"))
     assert "planner's reply could not be read 3 times" in str(result.error)
     assert f"cut off at {ArithmeticPlanner.sampling.max_tokens} tokens" in str(result.error)
-
-
-async def test_summary_counts_correct_answers_and_usage() -> None:
-    results: list[JobResult] = []
-    jobs = [Job("a", "1+2", "3"), Job("b", "1+2", "4"), Job("c", "x", "4"), Job("d", "1+2")]
-    await work_all(Orchestrator(embedded_team(), await engines(time_scale=1)), jobs, 4, results.append)
-    summary = summarise(results)
-    assert (summary.problems, summary.failed) == (4, 1)
-    assert summary.accuracy == pytest.approx(1 / 3)
-    assert summary.usage["planner"].completion_tokens == 3 * 4
-    assert 0 < summary.job_time_p50_s <= summary.job_time_p99_s

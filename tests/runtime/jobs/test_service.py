@@ -48,7 +48,7 @@ async def service(
         yield jobs
 
 
-async def ended(jobs: JobService, id: str) -> JobRecord:
+async def wait_for_end(jobs: JobService, id: str) -> JobRecord:
     async with asyncio.timeout(60):
         async for _ in jobs.feed.follow_job(id):
             pass
@@ -65,7 +65,7 @@ async def wait_for_start(jobs: JobService, id: str) -> None:
                 return
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  there is no event to wait for
             await asyncio.sleep(0.01)
@@ -85,7 +85,7 @@ class Counting:
     """
 
     def __init__(self, handles: Mapping[str, EngineHandle]) -> None:
-        self.asked = 0
+        self.requests = 0
         self.failures = self.failing_after = 0
         self.hold_after = 10**9
         self.go = asyncio.Event()
@@ -94,13 +94,13 @@ class Counting:
             handle.generate = partial(self._generate, handle.generate)  # type: ignore[method-assign]
 
     async def _generate(self, generate, request: GenerateRequest):  # type: ignore[no-untyped-def]
-        if self.asked >= self.hold_after:
+        if self.requests >= self.hold_after:
             self.go.clear()
         await self.go.wait()
-        if self.failures and self.asked >= self.failing_after:
+        if self.failures and self.requests >= self.failing_after:
             self.failures -= 1
             raise EngineError("the engine failed")
-        self.asked += 1
+        self.requests += 1
         async for chunk in generate(request):
             yield chunk
 
@@ -111,7 +111,7 @@ async def test_job_is_accepted_worked_and_stored(tmp_path: Path) -> None:
         assert new
         kinds = [event.kind async for event in jobs.feed.follow_job(record.id)]
         assert kinds == ["queued", "running", *["replied"] * STEPS, "done"]
-        record = await ended(jobs, record.id)
+        record = await wait_for_end(jobs, record.id)
         assert (record.state, record.attempts) == (JobState.DONE, 1)
         assert record.result is not None
         assert (record.result["answer"], record.result["correct"], len(record.result["steps"])) == ("17", True, STEPS)
@@ -119,15 +119,15 @@ async def test_job_is_accepted_worked_and_stored(tmp_path: Path) -> None:
 
 
 async def test_submissions_with_the_same_key_are_one_job(tmp_path: Path) -> None:
-    asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
+    submission = PROBLEM.model_copy(update={"idempotency_key": "k"})
     async with service(tmp_path) as jobs:
-        (one, new), (two, newer) = await asyncio.gather(jobs.submit(asked), jobs.submit(asked))
-        assert (one.id, {new, newer}) == (two.id, {True, False})
-        assert (await ended(jobs, one.id)).state is JobState.DONE
-        late, new = await jobs.submit(asked)
-        assert (late.id, late.state, new) == (one.id, JobState.DONE, False)
-        with pytest.raises(InputError, match=f"idempotency_key: 'k' was used for another submission .job {one.id}"):
-            await jobs.submit(asked.model_copy(update={"problem": "1+1"}))
+        (first, new), (second, also_new) = await asyncio.gather(jobs.submit(submission), jobs.submit(submission))
+        assert (first.id, {new, also_new}) == (second.id, {True, False})
+        assert (await wait_for_end(jobs, first.id)).state is JobState.DONE
+        late, new = await jobs.submit(submission)
+        assert (late.id, late.state, new) == (first.id, JobState.DONE, False)
+        with pytest.raises(InputError, match=f"idempotency_key: 'k' was used for another submission .job {first.id}"):
+            await jobs.submit(submission.model_copy(update={"problem": "1+1"}))
 
 
 async def test_problem_that_the_team_cannot_work_is_refused_and_not_stored(tmp_path: Path) -> None:
@@ -138,17 +138,17 @@ async def test_problem_that_the_team_cannot_work_is_refused_and_not_stored(tmp_p
 
 
 async def test_full_queue_refuses_new_jobs_and_finds_known_keys(tmp_path: Path) -> None:
-    asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
+    submission = PROBLEM.model_copy(update={"idempotency_key": "k"})
     team = embedded_team()
     async with JobService(tmp_path / "jobs.db", team, Service(queue_max=3)) as jobs:
-        first, _ = await jobs.submit(asked)
+        first, _ = await jobs.submit(submission)
         outcomes = await asyncio.gather(*(jobs.submit(PROBLEM) for _ in range(10)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [tuple] * 2 + [Busy] * 8
         with pytest.raises(Busy, match=r"the queue is full: 3 jobs wait \(service\.queue_max\); try again later"):
             await jobs.submit(PROBLEM)
-        assert (await jobs.submit(asked))[0].id == first.id
+        assert (await jobs.submit(submission))[0].id == first.id
         jobs.use(Orchestrator(team, await engines(), jobs.hear))
-        assert (await ended(jobs, first.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, first.id)).state is JobState.DONE
         assert (await jobs.submit(PROBLEM))[1]
 
 
@@ -158,9 +158,9 @@ async def test_jobs_start_in_order_of_priority(tmp_path: Path) -> None:
         ids = {p: (await jobs.submit(PROBLEM.model_copy(update={"priority": p})))[0].id for p in (5, 9, 1, 7)}
         jobs.use(Orchestrator(team, await engines(), jobs.hear))
         for id in ids.values():
-            await ended(jobs, id)
-        began = [e.job for e in await jobs.journal.read(queries.events) if e.kind == "running"]
-        assert began == [ids[p] for p in (1, 5, 7, 9)]
+            await wait_for_end(jobs, id)
+        started = [e.job for e in await jobs.journal.read(queries.events) if e.kind == "running"]
+        assert started == [ids[p] for p in (1, 5, 7, 9)]
 
 
 async def test_cancel_ends_running_and_queued_jobs(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ async def test_cancel_ends_running_and_queued_jobs(tmp_path: Path) -> None:
             assert cancelled is not None
             assert cancelled.state is JobState.CANCELLED
         counting.go.set()
-        assert (await ended(jobs, last.id)).state is JobState.DONE
-        assert (counting.asked, jobs.counts) == (STEPS, {JobState.QUEUED: 0, JobState.RUNNING: 0})
+        assert (await wait_for_end(jobs, last.id)).state is JobState.DONE
+        assert (counting.requests, jobs.counts) == (STEPS, {JobState.QUEUED: 0, JobState.RUNNING: 0})
         again = await jobs.cancel(last.id)
         assert again is not None
         assert again.state is JobState.DONE  # it had already ended
@@ -192,8 +192,8 @@ async def test_cancel_from_another_process_stops_the_job(tmp_path: Path) -> None
         record, _ = await jobs.submit(PROBLEM)
         with open_transaction(tmp_path / "jobs.db") as elsewhere:
             elsewhere.move(record.id, JobState.CANCELLED)
-        assert (await ended(jobs, record.id)).state is JobState.CANCELLED
-        await until(lambda: not jobs.counts[JobState.RUNNING])
+        assert (await wait_for_end(jobs, record.id)).state is JobState.CANCELLED
+        await wait_until(lambda: not jobs.counts[JobState.RUNNING])
 
 
 @pytest.mark.parametrize("limit", ["deadline_s", "time_s"])
@@ -202,7 +202,7 @@ async def test_running_job_expires_at_its_limit(tmp_path: Path, limit: str) -> N
     Counting(handles).go.clear()
     async with service(tmp_path, handles, Service(jobs_at_once=1)) as jobs:
         blocking, _ = await jobs.submit(PROBLEM.model_copy(update={limit: 0.2}))
-        record = await ended(jobs, blocking.id)
+        record = await wait_for_end(jobs, blocking.id)
         assert record.state is JobState.EXPIRED
         assert (record.ended_at or 0) - record.submitted_at > 0.15
 
@@ -210,7 +210,7 @@ async def test_running_job_expires_at_its_limit(tmp_path: Path, limit: str) -> N
 async def test_queued_job_expires_at_its_deadline(tmp_path: Path) -> None:
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 0.05}))
-        assert (await ended(jobs, record.id)).state is JobState.EXPIRED
+        assert (await wait_for_end(jobs, record.id)).state is JobState.EXPIRED
         assert jobs.counts[JobState.QUEUED] == 0
 
 
@@ -219,11 +219,11 @@ async def test_job_makes_no_call_beyond_its_token_budget(tmp_path: Path) -> None
     counting = Counting(handles)
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"max_tokens": 30}))
-        record = await ended(jobs, record.id)
+        record = await wait_for_end(jobs, record.id)
         assert record.state is JobState.FAILED
         assert record.result is not None
         assert "tokens; its max_tokens is 30" in record.result["error"]
-        assert 0 < counting.asked < STEPS
+        assert 0 < counting.requests < STEPS
 
 
 async def test_retry_after_an_engine_error_resumes_from_the_last_reply(tmp_path: Path) -> None:
@@ -232,11 +232,11 @@ async def test_retry_after_an_engine_error_resumes_from_the_last_reply(tmp_path:
     counting.failures, counting.failing_after = 1, 4
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM)
-        record = await ended(jobs, record.id)
+        record = await wait_for_end(jobs, record.id)
         assert (record.state, record.attempts) == (JobState.DONE, 2)
         assert record.result is not None
         assert (record.result["answer"], len(record.result["steps"])) == ("17", STEPS)
-        assert counting.asked == STEPS
+        assert counting.requests == STEPS
 
 
 async def test_job_fails_after_its_last_retry(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ async def test_job_fails_after_its_last_retry(tmp_path: Path) -> None:
     Counting(handles).failures = 100
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"retries": 1}))
-        record = await ended(jobs, record.id)
+        record = await wait_for_end(jobs, record.id)
         assert (record.state, record.attempts) == (JobState.FAILED, 2)
         assert record.result is not None
         assert record.result["error"] == "the engine failed"
@@ -255,12 +255,12 @@ async def test_internal_error_fails_one_job_only(tmp_path: Path) -> None:
     solver = handles.pop("solver")
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM)
-        record = await ended(jobs, record.id)
+        record = await wait_for_end(jobs, record.id)
         assert record.state is JobState.FAILED
         assert record.result is not None
         assert "internal error" in record.result["error"]
         handles["solver"] = solver
-        assert (await ended(jobs, (await jobs.submit(PROBLEM))[0].id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, (await jobs.submit(PROBLEM))[0].id)).state is JobState.DONE
 
 
 async def test_restart_resumes_a_job_from_its_last_reply(tmp_path: Path) -> None:
@@ -273,17 +273,17 @@ async def test_restart_resumes_a_job_from_its_last_reply(tmp_path: Path) -> None
         counting.hold_after = stop
         async with service(folder, handles) as jobs:
             record, _ = await jobs.submit(PROBLEM)
-            await until(lambda: not counting.go.is_set())  # noqa: B023
+            await wait_until(lambda: not counting.go.is_set())  # noqa: B023
             async with asyncio.timeout(60):
-                while await replies(jobs) < counting.asked:  # noqa: ASYNC110  there is no event to wait for
+                while await replies(jobs) < counting.requests:  # noqa: ASYNC110  there is no event to wait for
                     await asyncio.sleep(0.01)
         counting.hold_after = 10**9
         counting.go.set()
         async with service(folder, handles) as jobs:
-            record = await ended(jobs, record.id)
+            record = await wait_for_end(jobs, record.id)
         assert record.result is not None
         assert (record.state, record.result["answer"], len(record.result["steps"])) == (JobState.DONE, "17", STEPS)
-        assert counting.asked == STEPS
+        assert counting.requests == STEPS
         used.add(sum(seat["completion_tokens"] for seat in record.result["usage"].values()))
     assert len(used) == 1  # usage before the stop counts too
 
@@ -294,7 +294,7 @@ async def test_job_restarts_if_its_replies_do_not_fit_the_workflow(tmp_path: Pat
     counting.hold_after = 3
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM)
-        await until(lambda: not counting.go.is_set())
+        await wait_until(lambda: not counting.go.is_set())
     counting.hold_after = 10**9
     counting.go.set()
     team = embedded_team("solo")  # its first call goes to another seat
@@ -312,7 +312,7 @@ async def test_drain_ends_running_jobs_and_keeps_queued_ones(tmp_path: Path) -> 
     async with service(tmp_path, handles, Service(jobs_at_once=2)) as jobs:
         ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(5)]
         draining = asyncio.create_task(jobs.drain(60))
-        await until(lambda: jobs.draining)
+        await wait_until(lambda: jobs.draining)
         counting.go.set()
         assert await draining == 3
         with pytest.raises(Busy, match="the service is stopping"):
@@ -320,7 +320,7 @@ async def test_drain_ends_running_jobs_and_keeps_queued_ones(tmp_path: Path) -> 
         states = [record.state for id in ids if (record := await jobs.get(id))]
         assert states == [JobState.DONE] * 2 + [JobState.QUEUED] * 3
     async with service(tmp_path) as jobs:
-        assert {(await ended(jobs, id)).state for id in ids} == {JobState.DONE}
+        assert {(await wait_for_end(jobs, id)).state for id in ids} == {JobState.DONE}
 
 
 async def test_job_that_started_too_often_without_ending_fails(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ async def test_job_that_started_too_often_without_ending_fails(tmp_path: Path) -
             await jobs.journal.write(lambda t: t.start(record.id))
             await jobs.journal.write(lambda t: t.move(record.id, JobState.QUEUED))
     async with service(tmp_path) as jobs:
-        record = await ended(jobs, record.id)
+        record = await wait_for_end(jobs, record.id)
         assert record.state is JobState.FAILED
         assert record.result is not None
         assert "times without ending" in record.result["error"]
@@ -346,7 +346,7 @@ async def test_result_is_written_once_a_full_disk_has_space(tmp_path: Path, monk
         await wait_for_start(jobs, record.id)
         await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1").fetchall())
         counting.go.set()
-        await until(lambda: jobs.journal.fault is not None)
+        await wait_until(lambda: jobs.journal.fault is not None)
         stuck = await jobs.get(record.id)
         assert stuck is not None
         assert stuck.state is JobState.RUNNING
@@ -354,20 +354,20 @@ async def test_result_is_written_once_a_full_disk_has_space(tmp_path: Path, monk
             while jobs.journal.fault is not None:  # this write may share a failed transaction
                 with suppress(JournalError):
                     await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1000000").fetchall())
-        assert (await ended(jobs, record.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
 
 
 async def test_job_of_a_cancelled_submission_is_worked(tmp_path: Path) -> None:
-    asked = PROBLEM.model_copy(update={"idempotency_key": "k"})
+    submission = PROBLEM.model_copy(update={"idempotency_key": "k"})
     async with service(tmp_path) as jobs:
-        caller = asyncio.create_task(jobs.submit(asked))
+        caller = asyncio.create_task(jobs.submit(submission))
         await asyncio.sleep(0)  # the write is posted but not committed
         caller.cancel()
         await asyncio.wait([caller])
         assert caller.cancelled()
-        record, new = await jobs.submit(asked)
+        record, new = await jobs.submit(submission)
         assert not new
-        assert (await ended(jobs, record.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
 
 
 async def test_cancelled_submission_counts_as_waiting_until_it_is_written(tmp_path: Path) -> None:
@@ -388,11 +388,11 @@ async def test_job_survives_a_stop_that_closes_its_engine_first(tmp_path: Path) 
     await planner.start()
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM)
-        await until(lambda: slow.stats().running > 0)
+        await wait_until(lambda: slow.stats().running > 0)
         await planner.close()
-        await until(lambda: planner.usage.in_flight == 0)
+        await wait_until(lambda: planner.usage.in_flight == 0)
     async with service(tmp_path) as jobs:
-        assert (await ended(jobs, record.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
 
 
 async def test_jobs_start_in_order_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,11 +410,11 @@ async def test_jobs_start_in_order_after_a_journal_fault(tmp_path: Path, monkeyp
         with monkeypatch.context() as fault:
             fault.setattr(Transaction, "start", full)
             jobs.use(Orchestrator(team, await engines(), jobs.hear))
-            await until(lambda: failures > 20)
+            await wait_until(lambda: failures > 20)
             assert sum(jobs.counts.values()) == 50
             assert jobs.journal.fault is not None
         for id in ids:
-            assert (await ended(jobs, id)).state is JobState.DONE
+            assert (await wait_for_end(jobs, id)).state is JobState.DONE
         events = await jobs.journal.read(partial(queries.events, limit=10**6))
     assert [event.job for event in events if event.kind == "running"] == ids
 
@@ -432,8 +432,8 @@ async def test_job_with_an_unreadable_record_fails_alone(tmp_path: Path, monkeyp
 
         monkeypatch.setattr(Transaction, "start", fail)
         jobs.use(Orchestrator(team, await engines(), jobs.hear))
-        assert (await ended(jobs, whole.id)).state is JobState.DONE
-        assert (await ended(jobs, broken.id)).state is JobState.FAILED
+        assert (await wait_for_end(jobs, whole.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, broken.id)).state is JobState.FAILED
         events = await jobs.journal.read(partial(queries.events, job=broken.id))
         assert events[-1].data["why"] == "an internal error: KeyError('kind')"
         assert not jobs._deadlines
@@ -470,10 +470,10 @@ async def test_deadline_stops_with_the_work_before_the_result_is_written(
     monkeypatch.setattr(Transaction, "move", faulty)
     async with service(tmp_path) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 600}))
-        await until(lambda: failures > 0)
+        await wait_until(lambda: failures > 0)
         assert not jobs._deadlines
         full = False
-        assert (await ended(jobs, record.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
 
 
 async def test_deadline_is_written_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +490,7 @@ async def test_deadline_is_written_after_a_journal_fault(tmp_path: Path, monkeyp
     monkeypatch.setattr(Transaction, "move", faulty)
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 0.01}))
-        assert (await ended(jobs, record.id)).state is JobState.EXPIRED
+        assert (await wait_for_end(jobs, record.id)).state is JobState.EXPIRED
     assert failures == 0
 
 
@@ -501,13 +501,13 @@ async def test_time_budget_excludes_downtime(tmp_path: Path, monkeypatch: pytest
     counting.hold_after = 3
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM.model_copy(update={"time_s": 60}))
-        await until(lambda: not counting.go.is_set())
+        await wait_until(lambda: not counting.go.is_set())
     now = time.time
     monkeypatch.setattr("runtime.jobs.journal.transaction.time.time", lambda: now() + 3600)
     counting.hold_after = 10**9
     counting.go.set()
     async with service(tmp_path, handles) as jobs:
-        assert (await ended(jobs, record.id)).state is JobState.DONE
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
 
 
 async def test_time_budget_includes_work_before_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,7 +523,7 @@ async def test_time_budget_includes_work_before_a_restart(tmp_path: Path, monkey
         await jobs.journal.write(lambda t: t.add_reply(record.id, reply, []))
     counting.go.clear()
     async with service(tmp_path, handles) as jobs:
-        assert (await ended(jobs, record.id)).state is JobState.EXPIRED
+        assert (await wait_for_end(jobs, record.id)).state is JobState.EXPIRED
 
 
 KILLED = """
@@ -561,7 +561,7 @@ async def test_kills_lose_and_repeat_no_job(tmp_path: Path) -> None:
         await process.wait()
     async with service(tmp_path) as jobs:
         for id in accepted:
-            record = await ended(jobs, id)
+            record = await wait_for_end(jobs, id)
             assert (record.state, record.result and record.result["answer"]) == (JobState.DONE, "17")
         events = await jobs.journal.read(partial(queries.events, limit=10**6))
     ends = [event.job for event in events if event.kind == "done"]
