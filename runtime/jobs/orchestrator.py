@@ -16,7 +16,7 @@ from agents.role import Message, ReplyUnusable, Role, Task, TaskRefused
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.handle import EngineHandle
 from runtime.engines.request import GenerateRequest
-from runtime.engines.usage import Usage
+from runtime.engines.usage import Charge, Usage
 from runtime.errors import BudgetSpent, EngineError, InputError, PluginError, RequestRefused
 from runtime.events import CallEnded, JobAdvanced, JobEnded, JobRestarted, Listener, RoleReplied, ignore
 from runtime.jobs.job import Job, JobResult
@@ -94,20 +94,7 @@ class Orchestrator:
         except asyncio.CancelledError:
             self._tell(JobEnded(job.id, None, "cancelled", clock() - started))
             raise
-        outcome = workflow.outcome if workflow else None
-        result = JobResult(
-            id=job.id,
-            problem=job.problem,
-            answer=outcome.answer if outcome else None,
-            confirmed=outcome.confirmed if outcome else None,
-            rounds=outcome.rounds if outcome else 0,
-            steps=workflow.transcript if workflow else [],
-            usage=run.usage,
-            elapsed_s=clock() - started,
-            expected=job.expected,
-            error=str(failure) if failure else (outcome.failure if outcome else None),
-            transient=isinstance(failure, EngineError) and not isinstance(failure, RequestRefused),
-        )
+        result = _result(run, workflow, failure, clock() - started)
         self._tell(JobEnded(job.id, result.answer, result.error, result.elapsed_s))
         return result
 
@@ -212,12 +199,17 @@ class Orchestrator:
                     finish = chunk.finish
         finally:
             charge = engine.usage.charged() - charged_before
-            price = self._price
-            cost = None if price is None else price / 3600 * charge.byte_seconds / engine.limits.device_bytes
+            cost = self._cost(charge, engine)
             seconds = clock() - asked_s
             usage.add(Usage(prompt_tokens, sum(tokens), seconds, charge.byte_seconds, charge.engine_seconds, cost))
         self._tell(CallEnded(job.id, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
         return "".join(pieces), finish
+
+    def _cost(self, charge: Charge, engine: EngineHandle) -> float | None:
+        """Return the price of the memory that a call was charged for, or None if the device has no price."""
+        if self._price is None:
+            return None
+        return self._price / 3600 * charge.byte_seconds / engine.limits.device_bytes
 
     def _request(self, run: Run, seat: Seat, call: RoleCall) -> GenerateRequest:
         job, sampling = run.job, seat.sampling
@@ -237,6 +229,24 @@ class Orchestrator:
             since_s=run.since_s,
             stream_interval=self._stream_interval,
         )
+
+
+def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elapsed_s: float) -> JobResult:
+    """Return a job's result. `workflow` is None if it could not be made; `failure` is None if the workflow ended."""
+    outcome = workflow.outcome if workflow else None
+    return JobResult(
+        id=run.job.id,
+        problem=run.job.problem,
+        answer=outcome.answer if outcome else None,
+        confirmed=outcome.confirmed if outcome else None,
+        rounds=outcome.rounds if outcome else 0,
+        steps=workflow.transcript if workflow else [],
+        usage=run.usage,
+        elapsed_s=elapsed_s,
+        expected=run.job.expected,
+        error=str(failure) if failure else (outcome.failure if outcome else None),
+        transient=isinstance(failure, EngineError) and not isinstance(failure, RequestRefused),
+    )
 
 
 def _call_plugin(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
