@@ -1,4 +1,4 @@
-"""`troupe serve`: the team as a service."""
+"""`troupe serve`: run the team as a service."""
 
 import json
 from functools import partial
@@ -17,43 +17,56 @@ from runtime.errors import ConfigError
 from runtime.events import EngineChanged, Event
 from runtime.jobs.team import Team, assemble
 
+MQTT_PORT = 1883
+
 
 @click.command()
-@click.option("--config", "-c", default=configuration.DEFAULT, show_default=True, help="A file, or a shipped name.")
-@click.option("--host", help="Listen on this address instead of the configured one (127.0.0.1).")
-@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead of the configured one (8000).")
-@click.option("--mqtt", help="`embedded` for a broker in this process, for a first try; or HOST[:PORT] of another.")
-@click.option("--json", "as_json", is_flag=True, help="Say what happens as a line of JSON each.")
+@click.option(
+    "--config",
+    "-c",
+    default=configuration.DEFAULT,
+    show_default=True,
+    help="A configuration file, or the name of a shipped one.",
+)
+@click.option("--host", help="The address to listen on, instead of `service.host` (127.0.0.1 by default).")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="The port to listen on, instead of `service.port` (8000 by default). 0 picks a free port.",
+)
+@click.option("--mqtt", help="`embedded` to run a broker in this process for a first try, or the HOST[:PORT] of yours.")
+@click.option("--json", "as_json", is_flag=True, help="Report progress as one JSON object per line.")
 def serve(config: str, host: str | None, port: int | None, mqtt: str | None, as_json: bool) -> None:
-    """Serve the team by HTTP (OpenAI's API, jobs, control, a live page) and, where configured, by MQTT.
+    """Serve the team over HTTP (OpenAI's API, jobs, control, a live page) and, if configured, over MQTT.
 
     \b
     troupe serve
     curl localhost:8000/jobs -H 'content-type: application/json' -d '{"problem": "(12+7)*3-45"}'
 
-    SIGTERM and Ctrl-C let what runs come to its end; jobs that are left go on with the next start.
+    On SIGTERM or Ctrl-C, running jobs get `service.drain_s` seconds to finish. The next start resumes unfinished jobs.
     """
-    chosen = _chosen(configuration.load(config), host, port, mqtt)
+    chosen = _with_options(configuration.load(config), host, port, mqtt)
     team = assemble(chosen)
     stop = interrupt.Stop()
     interrupt.run(_serve(chosen, team, mqtt == "embedded", stop, as_json), stop)
 
 
-def _chosen(config: Config, host: str | None, port: int | None, mqtt: str | None) -> Config:
-    """The configuration with what the command line says instead."""
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    config = config.model_copy(update={"service": config.service.model_copy(update=given)})
-    if mqtt is not None and mqtt != "embedded":
-        name, _, number = mqtt.rpartition(":") if ":" in mqtt else (mqtt, "", "1883")
-        if not number.isdecimal() or not 0 < int(number) < 65536:
-            raise ConfigError(f"--mqtt: {mqtt!r} is neither `embedded` nor HOST[:PORT]")
-        known = config.mqtt or Mqtt()
-        config = config.model_copy(update={"mqtt": known.model_copy(update={"host": name, "port": int(number)})})
-    return config
+def _with_options(config: Config, host: str | None, port: int | None, mqtt: str | None) -> Config:
+    """Return the configuration with the command line's options in it. Raises ConfigError for an invalid --mqtt."""
+    options = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    config = config.model_copy(update={"service": config.service.model_copy(update=options)})
+    if mqtt is None or mqtt == "embedded":
+        return config
+    broker_host, _, broker_port = mqtt.rpartition(":") if ":" in mqtt else (mqtt, "", str(MQTT_PORT))
+    if not broker_port.isdecimal() or not 0 < int(broker_port) < 65536:
+        raise ConfigError(f"--mqtt: {mqtt!r} is not valid; give `embedded` or HOST[:PORT]")
+    configured = config.mqtt or Mqtt()
+    broker = configured.model_copy(update={"host": broker_host, "port": int(broker_port)})
+    return config.model_copy(update={"mqtt": broker})
 
 
-async def _serve(config: Config, team: Team, embedded: bool, stop: interrupt.Stop, as_json: bool) -> None:
-    from runtime.api.serve import drain, serving
+async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interrupt.Stop, as_json: bool) -> None:
+    from runtime.api.serve import drain, serving  # takes long to import, and other commands do not need it
 
     screen = Console(stderr=True, highlight=False)
     folder = run_folder.create()
@@ -61,34 +74,36 @@ async def _serve(config: Config, team: Team, embedded: bool, stop: interrupt.Sto
     spinner = Spinner("starting", console=screen)
     states: dict[str, EngineState] = {}
 
-    def say(event: str, text: str, **figures: object) -> None:
+    def report(event: str, text: str, **details: object) -> None:
         if as_json:
-            click.echo(json.dumps({"event": event, **figures}))
+            click.echo(json.dumps({"event": event, **details}))
         else:
             screen.print(text, soft_wrap=True)
 
-    def show(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if isinstance(event, EngineChanged):
             states[event.engine] = event.state
             spinner.update(", ".join(f"{name} {state}" for name, state in states.items()))
             if event.state in (EngineState.DEAD, EngineState.FAILED) or (as_json and event.state is EngineState.READY):
-                say("engine", f"[red]engine {event.engine} {event.state}[/]", engine=event.engine, state=event.state)
+                text = f"[red]engine {event.engine} is {event.state}[/]"
+                report("engine", text, engine=event.engine, state=event.state)
 
-    def announce(where: str) -> None:
-        say("listening", f"listening on [bold]{where}[/] (logs: {folder})", url=where, logs=str(folder))
+    def on_listening(url: str) -> None:
+        report("listening", f"listening on [bold]{url}[/] (logs: {folder})", url=url, logs=str(folder))
         spinner.start()
 
-    def tell(what: str) -> None:
-        say("broker", what, what=what)
+    def on_broker(text: str) -> None:
+        report("broker", text, what=text)
 
     try:
         open_engines = partial(start_team, config, team, folder)
-        async with serving(config, team, open_engines, announce, show, embedded, tell) as backend:
+        async with serving(config, team, open_engines, on_listening, on_event, embedded_broker, on_broker) as backend:
             spinner.stop()
-            say("ready", "ready")
+            report("ready", "ready")
             stop.ready = True
             await stop.asked.wait()
-            left = await drain(backend, config.service.drain_s)
-            say("ending", f"{left} jobs are left to the next start" if left else "all jobs have ended", jobs_left=left)
+            unfinished = await drain(backend, config.service.drain_s)
+            text = f"{unfinished} jobs are unfinished; the next start resumes them" if unfinished else "all jobs ended"
+            report("ending", text, jobs_left=unfinished)
     finally:
         spinner.stop()

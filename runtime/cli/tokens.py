@@ -1,4 +1,4 @@
-"""`troupe tokens`: who may do what with the service."""
+"""`troupe tokens`: manage the tokens that a service accepts."""
 
 import click
 
@@ -7,13 +7,21 @@ from runtime import paths
 from runtime.api.auth import Scope, Tokens
 
 _config = click.option(
-    "--config", "-c", default=configuration.DEFAULT, show_default=True, help="Whose tokens: a file, or a shipped name."
+    "--config",
+    "-c",
+    default=configuration.DEFAULT,
+    show_default=True,
+    help="The configuration of the service: a file, or the name of a shipped one.",
 )
 
 
 @click.group()
 def tokens() -> None:
-    """Add, list and remove the tokens of `troupe serve`. With the first, everything needs one."""
+    """Add, list and remove the tokens of `troupe serve`.
+
+    Once a token exists, every request needs one, except for /health, /ready, /openapi.json and the files of the live
+    page.
+    """
 
 
 @tokens.command()
@@ -24,18 +32,19 @@ def tokens() -> None:
     type=click.Choice([str(scope) for scope in Scope]),
     default=("read", "submit"),
     show_default=True,
-    help="What it may: read what is there; submit jobs and requests; control engines and policies. Repeat it.",
+    help="A scope: `read` reads state and results, `submit` submits jobs and requests, `control` controls engines and"
+    " policies. Repeat the option for several scopes.",
 )
 @_config
 def add(name: str, may: tuple[str, ...], config: str) -> None:
-    """Make a token. It is printed once, and kept only as a hash."""
+    """Create a token and print it. It cannot be shown again, because only its hash is stored."""
     click.echo(_tokens(config).add(name, tuple(Scope(scope) for scope in may)))
 
 
 @tokens.command("list")
 @_config
 def list_(config: str) -> None:
-    """The names of all tokens, and what each may."""
+    """List the names and scopes of all tokens."""
     for token in _tokens(config).all:
         click.echo(f"{token.name}  {', '.join(token.scopes)}")
 
@@ -44,14 +53,14 @@ def list_(config: str) -> None:
 @click.argument("name")
 @_config
 def remove(name: str, config: str) -> None:
-    """Take a token away; a service that runs refuses it from now on."""
+    """Remove a token. A running service rejects it from then on."""
     tokens = _tokens(config)
     tokens.remove(name)
     if not tokens.all:
         click.echo(
-            "That was the last token. A service that listens beyond localhost refuses every request until you add one;"
-            " on localhost, a service that has seen a token refuses until then, or until it is restarted. With `open:"
-            " true` a service admits everybody.",
+            "This was the last token. A service that listens beyond localhost rejects every request until you add one."
+            " A service on localhost that has seen a token rejects every request until you add one or restart it."
+            " With `open: true`, a service accepts every request.",
             err=True,
         )
 
