@@ -1,1 +1,1 @@
-"""The service's doors: HTTP and MQTT over the same jobs and the same controller."""
+"""The service API: HTTP and MQTT over the same job service, engines and controller."""

@@ -1,4 +1,4 @@
-"""Who may do what: bearer tokens, kept as hashes in a file, each with what it may do."""
+"""Bearer tokens: the file that stores their hashes, and the gate that checks each request's token and scope."""
 
 import hashlib
 import json
@@ -19,7 +19,12 @@ PREFIX = "troupe-"
 
 
 class Scope(StrEnum):
-    """What a token may: read what is there; submit jobs and requests; control engines, policies and others' jobs."""
+    """What a token allows.
+
+    READ: read jobs, events, engines, decisions and metrics.
+    SUBMIT: submit and cancel jobs, and send requests to the OpenAI API.
+    CONTROL: pin engines, pause the controller and change its policy.
+    """
 
     READ = "read"
     SUBMIT = "submit"
@@ -27,7 +32,10 @@ class Scope(StrEnum):
 
 
 class Token(Value):
-    """A token by its name; `sha256` of what its holder sends. It is random, so that a plain hash keeps it."""
+    """A stored token: its name, the SHA-256 hash of its secret, and its scopes.
+
+    The secret is random, so an unsalted hash protects it.
+    """
 
     name: str
     sha256: str
@@ -39,143 +47,154 @@ class _File(Value):
 
 
 class Tokens:
-    """The tokens of a file. A file that is missing has none."""
+    """The tokens in a file. A missing file has no tokens."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: dict[str, Token] = {}
-        self._read_at: tuple[int, ...] | None = None
+        self._by_sha256: dict[str, Token] = {}
+        self._version: tuple[int, ...] | None = None
         self.reload()
 
     def reload(self) -> Self:
-        """Read the file if it has changed, so that a removed token opens nothing any more.
+        """Read the file again if it has changed, so that removed tokens stop working.
 
-        Raises ConfigError if the file cannot be read or holds something else; no token is known then.
+        Raises ConfigError if the file cannot be read or is not a valid token file. All tokens are forgotten then.
         """
         try:
             status = self.path.stat()
             version = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-            if version != self._read_at:
+            if version != self._version:
                 self._forget()
-                found = _File.model_validate_json(self.path.read_bytes())
-                self._known = {token.sha256: token for token in found.tokens}
-                self._read_at = version
+                stored = _File.model_validate_json(self.path.read_bytes())
+                self._by_sha256 = {token.sha256: token for token in stored.tokens}
+                self._version = version
         except FileNotFoundError:
             self._forget()
         except OSError as error:
             self._forget()
-            raise ConfigError(f"{self.path}: {error.strerror}; it has to be a file that this user can read") from None
+            raise ConfigError(
+                f"{self.path}: cannot read the token file: {error.strerror}; it must be a regular file that this user"
+                " can read"
+            ) from None
         except ValidationError as error:
             raise ConfigError(
-                f"{self.path}: not a file of tokens: {error.errors()[0]['msg']}; restore it, or remove it and make new"
-                " tokens with `troupe tokens add NAME`"
+                f"{self.path}: not a valid token file: {error.errors()[0]['msg']}; restore it, or delete it and create"
+                " new tokens with `troupe tokens add NAME`"
             ) from None
         return self
 
     def _forget(self) -> None:
-        self._known, self._read_at = {}, None
+        self._by_sha256, self._version = {}, None
 
     def find(self, secret: str | None) -> Token | None:
-        """Return the token whose holder sends this secret, as of the last `reload`."""
-        # Found by its hash: how long a lookup takes says nothing of what would be right.
-        return self._known.get(_hash(secret)) if secret else None
+        """Return the token with this secret as of the last `reload`, or None."""
+        # Looking up the hash, not the secret, keeps the lookup's duration from revealing anything about valid secrets.
+        return self._by_sha256.get(_hash(secret)) if secret else None
 
     @property
     def all(self) -> tuple[Token, ...]:
-        """Every token, without what its holder sends."""
-        return tuple(self._known.values())
+        """All tokens, without their secrets."""
+        return tuple(self._by_sha256.values())
 
     def add(self, name: str, scopes: tuple[Scope, ...]) -> str:
-        """A new token; what its holder is to send is returned here, and kept nowhere."""
+        """Create a token and return its secret, which is not stored.
+
+        Raises ConfigError if the name is taken or the file cannot be written.
+        """
         if any(token.name == name for token in self.all):
-            raise ConfigError(f"{self.path}: there is a token {name!r} already")
+            raise ConfigError(f"{self.path}: a token named {name!r} already exists; choose another name or remove it")
         secret = PREFIX + secrets.token_urlsafe(32)
         self._write((*self.all, Token(name=name, sha256=_hash(secret), scopes=scopes)))
         return secret
 
     def remove(self, name: str) -> None:
-        """Take a token away. Raises ConfigError where there is none of the name."""
-        rest = tuple(token for token in self.all if token.name != name)
-        if len(rest) == len(self.all):
+        """Delete a token. Raises ConfigError if no token has this name or the file cannot be written."""
+        remaining = tuple(token for token in self.all if token.name != name)
+        if len(remaining) == len(self.all):
             names = ", ".join(token.name for token in self.all) or "none"
-            raise ConfigError(f"{self.path}: there is no token {name!r}; there are {names}")
-        self._write(rest)
+            raise ConfigError(f"{self.path}: no token is named {name!r}; existing tokens: {names}")
+        self._write(remaining)
 
     def _write(self, tokens: tuple[Token, ...]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, fresh = tempfile.mkstemp(prefix=".tokens-", dir=self.path.parent)  # read by its owner alone
+            handle, temporary = tempfile.mkstemp(prefix=".tokens-", dir=self.path.parent)  # readable by its owner only
             with os.fdopen(handle, "w") as file:
                 json.dump(_File(tokens=tokens).model_dump(mode="json"), file, indent=1)
-            Path(fresh).replace(self.path)
+            Path(temporary).replace(self.path)
         except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror}") from None
+            raise ConfigError(f"{self.path}: cannot write the token file: {error.strerror}") from None
         self.reload()
 
 
-class Unguarded(StrEnum):
-    """Whether a service without tokens admits everybody."""
+class OpenAccess(StrEnum):
+    """When a service that has no tokens accepts requests without one."""
 
     ALWAYS = "always"
-    UNTIL_A_TOKEN = "until there was a token"
+    UNTIL_FIRST_TOKEN = "until the first token"
     NEVER = "never"
 
 
 class Gate:
-    """Decides at every request who may do what.
+    """A check of every request's token against the token file.
 
-    If there are tokens, a request needs one of them. If there is none, `unguarded` decides. A gate that has seen a
-    token stays shut after the last one is gone, unless `unguarded` is ALWAYS: a lost file must not open what its owner
-    had locked. A file that cannot be read lets nobody in.
+    If tokens exist, a request needs one of them. If none exists, `open_access` decides. Once a gate has seen a token,
+    it stays closed after the last token is gone, unless `open_access` is ALWAYS: losing the file must not open a
+    service that its owner had locked. While the file cannot be read, the gate rejects every request.
     """
 
-    def __init__(self, tokens: Tokens, unguarded: Unguarded) -> None:
+    def __init__(self, tokens: Tokens, open_access: OpenAccess) -> None:
         self._tokens = tokens
-        self._unguarded = unguarded
+        self._open_access = open_access
         self._fault: str | None = None
         self._reload()
 
     def name(self, secret: str | None) -> str | None:
-        """Return the name of the token with this secret, None if there is no such token."""
+        """Return the name of the token with this secret, or None if no token has it."""
         self._reload()
         token = self._tokens.find(secret)
         return token.name if token else None
 
     def check(self, secret: str | None, scope: Scope) -> None:
-        """Raise Forbidden unless the holder of this secret has this scope."""
+        """Raise Forbidden unless the token with this secret has this scope."""
         self._reload()
         if self._fault is not None:
             raise Forbidden(
-                "the service cannot read its file of tokens, so nobody is let in; its log names the file and what is"
-                " wrong with it",
+                "the service cannot read its token file, so it rejects every request; its log names the file and the"
+                " problem",
                 known=True,
             )
         if not self._tokens.all:
-            if self._unguarded is Unguarded.NEVER:
+            if self._open_access is OpenAccess.NEVER:
                 raise Forbidden(
-                    "this service has no token, and lets nobody in without one; its owner makes one with `troupe tokens"
-                    " add NAME`",
+                    "this service has no tokens and rejects requests without one; its owner can create one with"
+                    " `troupe tokens add NAME`",
                     known=False,
                 )
             return
         token = self._tokens.find(secret)
         if token is None:
-            raise Forbidden("a token is needed: Authorization: Bearer troupe-...", known=False)
+            raise Forbidden(
+                "a valid token is required; send it in the header `Authorization: Bearer troupe-...`", known=False
+            )
         if scope not in token.scopes:
-            raise Forbidden(f"the token {token.name!r} may {', '.join(token.scopes)}; this needs {scope}", known=True)
+            raise Forbidden(
+                f"the token {token.name!r} has the scopes {', '.join(token.scopes)}; this request needs {scope}",
+                known=True,
+            )
 
     def _reload(self) -> None:
-        """Read the file if it has changed; log a fault once, not at every request."""
+        """Read the file again if it has changed. Log a fault once, not at every request."""
         fault = None
         try:
             self._tokens.reload()
         except ConfigError as error:
             fault = str(error)
         if fault != self._fault:
-            logging.getLogger(__name__).error("tokens: %s", fault or f"{self._tokens.path} can be read again")
+            logging.getLogger(__name__).error("tokens: %s", fault or f"{self._tokens.path} is readable again")
             self._fault = fault
-        if self._tokens.all and self._unguarded is Unguarded.UNTIL_A_TOKEN:
-            self._unguarded = Unguarded.NEVER
+        if self._tokens.all and self._open_access is OpenAccess.UNTIL_FIRST_TOKEN:
+            self._open_access = OpenAccess.NEVER
 
 
 def _hash(secret: str) -> str:

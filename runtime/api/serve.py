@@ -1,5 +1,4 @@
-"""The service: journal, HTTP, MQTT and engines of a configuration, brought up in this order and taken down in the
-other."""
+"""The service: starts the journal, HTTP, MQTT and the engines of a configuration, and stops them in reverse order."""
 
 import asyncio
 import errno
@@ -14,8 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from runtime import paths
-from runtime.api.http import app as application
-from runtime.api.http.auth import Tokens, guard
+from runtime.api.auth import Tokens
+from runtime.api.http import app as http_app
+from runtime.api.http.auth import gate_for
 from runtime.api.http.backend import Backend
 from runtime.api.http.metrics import Metrics
 from runtime.api.monitor import Monitor
@@ -28,11 +28,10 @@ from runtime.events import Listener, fan_out, ignore
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
 
-Announce = Callable[[str], None]
 OpenTeam = Callable[[Listener, Publish], AbstractAsyncContextManager[RunningTeam]]
-"""Brings engines up, which tell the listener and publish the controller's decisions."""
-GRACE_S = 3
-"""Seconds that open streams have to end when the service does."""
+"""Starts the engines. They report events to the listener; the controller publishes its decisions."""
+SHUTDOWN_GRACE_S = 3
+"""Seconds that open connections get to finish when the service shuts down."""
 
 
 @asynccontextmanager
@@ -40,32 +39,37 @@ async def serving(
     config: Config,
     team: Team,
     open_team: OpenTeam,
-    announce: Announce = lambda where: None,
+    announce: Callable[[str], None] = lambda url: None,
     listener: Listener = ignore,
     with_broker: bool = False,
-    tell: Callable[[str], None] = lambda what: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Backend]:
-    """A service that is up. Jobs are accepted, and health is answered, while its engines still start; `announce` is
-    told where it listens as soon as it does, `tell` of the broker. Raises TroupeError where something cannot be had."""
+    """Run a service; enter the context once its engines are ready.
+
+    The service already accepts jobs and answers `/health` while its engines start. `announce` receives its URL as soon
+    as it listens. `tell` receives a text whenever the connection to the MQTT broker changes. `with_broker` starts the
+    embedded broker. Raises TroupeError if a part of the service cannot start.
+    """
     service = config.service
-    gate = guard(service, Tokens(paths.tokens(service)))
+    gate = gate_for(service, Tokens(paths.tokens(service)))
+    keeping = Keeping(service.jobs_at_once, service.queue_max, service.keep_days, service.keep_jobs)
     async with AsyncExitStack() as owned:
         jobs = await owned.enter_async_context(JobService(paths.journal(service), team, service))
         if with_broker or config.mqtt is not None:
             await begin_cursor(jobs.journal)
         metrics = Metrics()
-        status = Monitor(lambda: {str(state): count for state, count in jobs.counts.items()})
-        backend = Backend(config, team, jobs, status, metrics)
-        listeners = fan_out(jobs.hear, status.hear, metrics.hear, listener)
-        where = await owned.enter_async_context(_http(application.make(backend, gate, service), service))
-        announce(where)
+        monitor = Monitor(lambda: {str(state): count for state, count in jobs.counts.items()})
+        backend = Backend(config, team, jobs, monitor, metrics)
+        listeners = fan_out(jobs.hear, monitor.hear, metrics.hear, listener)
+        url = await owned.enter_async_context(_http(http_app.create_app(backend, gate, service), service))
+        announce(url)
         mqtt = config.mqtt
         if with_broker:
             mqtt = await owned.enter_async_context(embedded_broker.broker(mqtt or Mqtt(), paths.home()))
         if mqtt is not None:
-            bus = MqttClient(mqtt, team, jobs, status, lambda: backend.running, tell)
-            await owned.enter_async_context(background(bus.run(), "mqtt"))
-        running_team = await owned.enter_async_context(open_team(listeners, status.record))
+            client = MqttClient(mqtt, team, jobs, monitor, backend.ready_team, tell)
+            await owned.enter_async_context(background(client.run(), "mqtt"))
+        running_team = await owned.enter_async_context(open_team(listeners, monitor.record))
         metrics.engines, metrics.controller = running_team.engines, running_team.controller
         backend.running_team = running_team
         jobs.use(running_team.orchestrator)
@@ -78,19 +82,19 @@ async def serving(
 
 @asynccontextmanager
 async def background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
-    """Work that goes on beside; ended with what it goes on beside."""
+    """Run a coroutine in a task of this name; cancel the task on leaving and wait until it has ended."""
     task = asyncio.create_task(work, name=name)
     try:
         yield
     finally:
-        while not task.done():  # again and again: a wait_for of Python 3.11 can swallow a cancellation
+        while not task.done():  # cancel repeatedly, because Python 3.11's wait_for can swallow a cancellation
             task.cancel()
             await asyncio.wait([task], timeout=1)
 
 
 @asynccontextmanager
 async def _http(app: FastAPI, service: Service) -> AsyncIterator[str]:
-    """The application on its port; where it is reached."""
+    """Serve the application on the configured address; yield its URL."""
     listening = _listen(service)
     host, port = listening.getsockname()[:2]
     server = _Server(
@@ -100,17 +104,18 @@ async def _http(app: FastAPI, service: Service) -> AsyncIterator[str]:
             access_log=False,
             lifespan="off",
             limit_concurrency=service.connections_max,
-            timeout_graceful_shutdown=GRACE_S,
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
             h11_max_incomplete_event_size=64 << 10,
             server_header=False,
-            # uvicorn's default believes localhost, where any client could name a new address at every request.
+            # uvicorn trusts X-Forwarded-For from localhost by default. A local client could then evade the rate limit
+            # by sending a new address with every request.
             forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", ""),
             ws="none",
         )
     )
     task = asyncio.create_task(server.serve(sockets=[listening]), name="http")
     try:
-        while not server.started and not task.done():  # noqa: ASYNC110  uvicorn has no event for it
+        while not server.started and not task.done():  # noqa: ASYNC110  uvicorn has no event for this
             await asyncio.sleep(0.005)
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
@@ -127,14 +132,15 @@ def _listen(service: Service) -> socket.socket:
         listening.bind((service.host, service.port))
     except OSError as error:
         listening.close()
-        remedy = "; give another with --port" if error.errno == errno.EADDRINUSE else ""
-        raise TroupeError(f"service.port: {service.host}:{service.port}: {error.strerror}{remedy}") from None
+        remedy = "; choose another port with --port" if error.errno == errno.EADDRINUSE else ""
+        address = f"{service.host}:{service.port}"
+        raise TroupeError(f"service.port: cannot listen on {address}: {error.strerror}{remedy}") from None
     listening.setblocking(False)
     return listening
 
 
 class _Server(uvicorn.Server):
-    """Signals are the command's business."""
+    """A uvicorn server that installs no signal handlers, because the `serve` command handles signals."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -142,7 +148,10 @@ class _Server(uvicorn.Server):
 
 
 async def drain(backend: Backend, seconds: float) -> int:
-    """Take no more, and let what runs end within a time; how many jobs are left to the next start."""
-    left = await backend.jobs.drain(seconds)
-    logging.getLogger(__name__).info("%d jobs are left to the next start", left)
-    return left
+    """Stop accepting and starting jobs; wait up to `seconds` for running jobs to finish.
+
+    Returns the number of unfinished jobs. The next start resumes them.
+    """
+    unfinished = await backend.jobs.drain(seconds)
+    logging.getLogger(__name__).info("%d jobs are unfinished; the next start resumes them", unfinished)
+    return unfinished

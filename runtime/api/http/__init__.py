@@ -1,1 +1,1 @@
-"""HTTP: OpenAI's API over the team and its engines, jobs, control, metrics, and the live page."""
+"""The HTTP API: OpenAI-compatible endpoints, jobs, events, control, metrics and the live page."""

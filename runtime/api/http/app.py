@@ -1,4 +1,4 @@
-"""The application: all routes, who may use them, and what a request may be."""
+"""The HTTP application: it combines all routes, error handlers and limits."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,57 +6,59 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from runtime.api.http import completions, control, errors, jobs, live
-from runtime.api.http.auth import LOCAL, Gate, Scope, may
-from runtime.api.http.backend import Backend, Backing
+from runtime.api.auth import Gate, Scope
+from runtime.api.http import control, errors, jobs, live, openai_routes
+from runtime.api.http.auth import LOCAL_HOSTS, require
+from runtime.api.http.backend import Backend, BackendDep
 from runtime.api.http.limits import Limits
 from runtime.api.http.metrics import CONTENT_TYPE
 from runtime.config import Service
 from runtime.jobs.journal import queries
 
-_of_the_service = APIRouter(tags=["service"])
+_service_router = APIRouter(tags=["service"])
 
 
-@_of_the_service.get("/health")
+@_service_router.get("/health")
 async def health() -> dict[str, str]:
-    """Whether the process lives: it answers."""
+    """Return 200 if the process is alive, even while the engines start."""
     return {"status": "ok"}
 
 
-@_of_the_service.get("/ready", responses={503: {"description": "why not"}})
-async def ready(backing: Backing) -> JSONResponse:
-    """Whether work can be done now."""
-    why = backing.unready
-    return JSONResponse({"status": "ready" if why is None else why}, 200 if why is None else 503)
+@_service_router.get("/ready", responses={503: {"description": "The service cannot run work now; `status` says why."}})
+async def ready(backend: BackendDep) -> JSONResponse:
+    """Return 200 if the service can run work now, and 503 with the reason otherwise."""
+    reason = backend.why_not_ready()
+    return JSONResponse({"status": reason or "ready"}, 503 if reason else 200)
 
 
-@_of_the_service.get(
+@_service_router.get(
     "/metrics",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors.ERRORS},
-    dependencies=[Depends(may(Scope.READ))],
+    dependencies=[Depends(require(Scope.READ))],
 )
-async def metrics(backing: Backing) -> Response:
-    """Figures for Prometheus."""
-    counts = await backing.jobs.journal.read(queries.counts)
-    return Response(backing.metrics.text(counts), media_type=CONTENT_TYPE)
+async def metrics(backend: BackendDep) -> Response:
+    """Return metrics in Prometheus' text format."""
+    counts = await backend.jobs.journal.read(queries.counts)
+    return Response(backend.metrics.text(counts), media_type=CONTENT_TYPE)
 
 
-def make(backend: Backend, gate: Gate, service: Service) -> FastAPI:
-    """The application over a backend."""
+def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:
+    """Return the application that serves a backend."""
     app = FastAPI(
         title="Troupe",
         version=_version(),
-        description="A team of language models, each role on its own vLLM engine, on one GPU.",
-        docs_url=None,  # they load their scripts from elsewhere
+        description="A team of language models that solve problems together, each role on its own vLLM engine.",
+        # FastAPI's documentation pages load their scripts from another site.
+        docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
-        strict_content_type=True,  # a form of another site cannot say that it is JSON
+        strict_content_type=True,  # an HTML form of another site cannot send application/json
     )
     app.state.backend = backend
     app.state.gate = gate
     errors.register(app)
-    for router in (completions.router, jobs.router, control.router, live.router, _of_the_service):
+    for router in (openai_routes.router, jobs.router, control.router, live.router, _service_router):
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=live.PAGE), name="page")
 
@@ -64,9 +66,11 @@ def make(backend: Backend, gate: Gate, service: Service) -> FastAPI:
     async def page() -> FileResponse:
         return FileResponse(live.PAGE / "index.html")
 
-    local = service.host in LOCAL
-    hosts = tuple(dict.fromkeys((*LOCAL, *service.names))) if local else None
-    app.add_middleware(Limits, body_bytes=service.body_max_bytes, gate=gate, per_s=service.requests_per_s, hosts=hosts)
+    local = service.host in LOCAL_HOSTS
+    hosts = tuple(dict.fromkeys((*LOCAL_HOSTS, *service.names))) if local else None
+    app.add_middleware(
+        Limits, body_max_bytes=service.body_max_bytes, gate=gate, per_s=service.requests_per_s, hosts=hosts
+    )
     return app
 
 

@@ -1,48 +1,45 @@
-"""Who may use a route, and who may use the service at all."""
+"""HTTP authorization: the gate that a service's configuration asks for, and the dependency that checks a request."""
 
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
 from starlette.datastructures import Headers
 
-from runtime.api.auth import Gate, Scope, Tokens, Unguarded
+from runtime.api.auth import Gate, OpenAccess, Scope, Tokens
 from runtime.config import Service
 from runtime.errors import ConfigError
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
-def guard(service: Service, tokens: Tokens) -> Gate:
-    """Return the gate of a service, for as long as it runs.
+def gate_for(service: Service, tokens: Tokens) -> Gate:
+    """Return the gate for a service.
 
-    Raises ConfigError if the service listens beyond localhost, has no token, and is not told to be `open`.
+    Raises ConfigError if the service listens beyond localhost, has no tokens, and is not configured as `open`.
     """
     if service.open:
-        return Gate(tokens, Unguarded.ALWAYS)
-    if service.host in LOCAL:
-        return Gate(tokens, Unguarded.UNTIL_A_TOKEN)
+        return Gate(tokens, OpenAccess.ALWAYS)
+    if service.host in LOCAL_HOSTS:
+        return Gate(tokens, OpenAccess.UNTIL_FIRST_TOKEN)
     if not tokens.all:
         raise ConfigError(
-            f"service.host: {service.host} is beyond localhost, and there is no token: whoever reaches it could do"
-            " everything. Make one with `troupe tokens add NAME`, or say `open: true` in the section service"
+            f"service.host: {service.host} is reachable beyond localhost, but no token exists, so anyone who reaches it"
+            " would have full control; create a token with `troupe tokens add NAME`, or set `service.open: true`"
         )
-    return Gate(tokens, Unguarded.NEVER)
+    return Gate(tokens, OpenAccess.NEVER)
 
 
-def secret_of(headers: Headers) -> str | None:
-    """Return the bearer token that a request sends, None if it sends none."""
+def bearer_secret(headers: Headers) -> str | None:
+    """Return the secret of a request's bearer token, or None if it sends none."""
     kind, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if kind.lower() == "bearer" else None
 
 
-def may(scope: Scope) -> Callable[[Request], Awaitable[None]]:
+def require(scope: Scope) -> Callable[[Request], Awaitable[None]]:
     """Return a FastAPI dependency that requires a token with this scope."""
 
     async def check(request: Request) -> None:
         gate: Gate = request.app.state.gate
-        gate.check(secret_of(request.headers), scope)
+        gate.check(bearer_secret(request.headers), scope)
 
     return check
-
-
-__all__ = ["LOCAL", "Gate", "Scope", "Tokens", "guard", "may", "secret_of"]

@@ -1,4 +1,4 @@
-"""What the routes stand on: the jobs, and the engines once they are up."""
+"""The parts of a running service that routes use, as a FastAPI dependency."""
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -20,51 +20,49 @@ from runtime.jobs.team import Team
 
 @dataclass
 class Backend:
-    """The parts of a running service. `running_team` is None until its engines are up."""
+    """The parts of a running service. `running_team` is None while the engines start or stop."""
 
     config: Config
     team: Team
     jobs: JobService
-    status: Monitor
+    monitor: Monitor
     metrics: Metrics
     running_team: RunningTeam | None = None
 
-    @property
-    def unready(self) -> str | None:
-        """Why work cannot be done now; None when it can."""
+    def why_not_ready(self) -> str | None:
+        """Return why the service cannot run work now, or None if it can."""
         if self.jobs.draining:
-            return "the service is ending"
+            return "the service is shutting down"
         if self.running_team is None:
-            states = ", ".join(f"{name} {state}" for name, state in self.status.states.items())
+            states = ", ".join(f"{name} {state}" for name, state in self.monitor.states.items())
             return f"the engines are starting ({states})" if states else "the engines are starting"
         return self.jobs.journal.fault
 
-    @property
-    def running(self) -> RunningTeam:
-        """The engines and who moves memory between them. Raises Busy where they are not up."""
+    def ready_team(self) -> RunningTeam:
+        """Return the running team. Raises Busy while the engines start, and once the service shuts down."""
         if self.running_team is None or self.jobs.draining:
-            raise Busy(f"{self.unready}; try again later")
+            raise Busy(f"{self.why_not_ready()}; try again later")
         return self.running_team
 
     @property
     def engines(self) -> Mapping[str, EngineHandle]:
-        """The engines that are up."""
+        """The running engines by name; empty while they start or stop."""
         return self.running_team.engines if self.running_team else {}
 
     async def generate(self, seat: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """One request to the engine that serves a seat. Raises Busy, EngineError."""
+        """Stream the reply of a seat's engine to a request. Raises Busy or EngineError."""
         engine = self.team.seats[seat].engine
-        with self.metrics.request(engine) as timed:
-            async with aclosing(self.running.generate(engine, request)) as chunks:
+        with self.metrics.timed_request(engine) as timer:
+            async with aclosing(self.ready_team().generate(engine, request)) as chunks:
                 async for chunk in chunks:
-                    timed.chunk(chunk)
+                    timer.record(chunk)
                     yield chunk
 
 
 def _backend(request: Request) -> Backend:
-    found: Backend = request.app.state.backend
-    return found
+    backend: Backend = request.app.state.backend
+    return backend
 
 
-Backing = Annotated[Backend, Depends(_backend)]
-"""What a route stands on."""
+BackendDep = Annotated[Backend, Depends(_backend)]
+"""The type of a route's parameter that receives the Backend."""

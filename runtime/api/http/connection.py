@@ -1,4 +1,4 @@
-"""Work for as long as somebody waits for it."""
+"""Cancellation of a request's work when its client disconnects."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -7,23 +7,26 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-GONE = 499
-"""Nobody reads it; nginx's number for a client that has closed the connection."""
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that closed the connection. No client receives it."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """Do the work, and cancel it when the client goes away before it is done. The request's body has been read."""
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return the response that `work` produces; cancel `work` if the client disconnects first.
+
+    The request's body must have been read already.
+    """
     task = asyncio.create_task(work, name=f"{request.method} {request.url.path}")
-    gone = asyncio.create_task(_gone(request), name="wait for the client to go")
+    disconnect = asyncio.create_task(_wait_for_disconnect(request), name="wait for disconnect")
     try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=GONE)
+        await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.wait([task, gone])
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.wait([task, disconnect])
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,34 +1,35 @@
-"""The engines and who gets how much: look, pin, pause, change the policy."""
+"""Routes that show the engines and the controller, and that pin engines, pause the controller and change its policy."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from runtime.api import admin
 from runtime.api.admin import Change, Pin
-from runtime.api.http.auth import Scope, may
-from runtime.api.http.backend import Backend, Backing
+from runtime.api.auth import Scope
+from runtime.api.http.auth import require
+from runtime.api.http.backend import Backend, BackendDep
 from runtime.api.http.errors import ERRORS
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
 
 router = APIRouter(tags=["control"], responses=ERRORS)
-_READS = [Depends(may(Scope.READ))]
-_CONTROLS = [Depends(may(Scope.CONTROL))]
+_READ = [Depends(require(Scope.READ))]
+_CONTROL = [Depends(require(Scope.CONTROL))]
 
 
 class GrantView(BaseModel):
-    """What an engine may use: its share of the device, sequences at once, tokens a step."""
+    """What an engine may use."""
 
-    gpu_memory_utilization: float
-    max_active_seqs: int
-    max_step_tokens: int
+    gpu_memory_utilization: float = Field(description="The engine's share of the device, weights included.")
+    max_active_seqs: int = Field(description="How many sequences it may run at once.")
+    max_step_tokens: int = Field(description="How many tokens it may process in one step.")
 
 
 class LimitsView(BaseModel):
-    """How far an engine's grants can go."""
+    """The lowest and highest value of each part of an engine's grant."""
 
     gpu_memory_utilization: tuple[float, float]
     max_active_seqs: tuple[int, int]
@@ -36,54 +37,56 @@ class LimitsView(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    """One engine: its state, its seats, its grant and how far that can go, and what it does."""
+    """An engine: its seats, its state, its grant and limits, and its load."""
 
     name: str
-    model: str
-    seats: list[str]
+    model: str = Field(description="The model's name or path.")
+    seats: list[str] = Field(description="The seats of the team that this engine serves.")
     state: EngineState
-    pinned: bool
-    grant: GrantView | None
-    limits: LimitsView | None
-    kv_cache_bytes: int
-    kv_cache_usage: float
-    running: int
-    waiting: int
-    preemptions: int
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    pinned: bool = Field(description="Whether a pin holds the engine's grant.")
+    grant: GrantView | None = Field(
+        description="What the engine may use, or will use once a deferred shrink has ended; null until it is up."
+    )
+    limits: LimitsView | None = Field(description="The bounds of its grant; null until it is up.")
+    kv_cache_bytes: int = Field(description="Size of the KV cache in bytes.")
+    kv_cache_usage: float = Field(description="The fraction of the KV cache in use, from 0 to 1.")
+    running: int = Field(description="Requests that the engine is running.")
+    waiting: int = Field(description="Requests that wait for the engine.")
+    preemptions: int = Field(description="Preempted requests since the engine started.")
+    requests: int = Field(description="Requests since the engine started.")
+    prompt_tokens: int = Field(description="Prompt tokens since the engine started.")
+    completion_tokens: int = Field(description="Generated tokens since the engine started.")
 
 
 class ControlView(BaseModel):
-    """Who decides, and what came of it so far. `unfit_pins` says why pins are not in force, by engine."""
+    """The controller: its policy, its pins, and counts since the service started."""
 
-    policy: str
-    paused: bool
-    pinned: dict[str, GrantView]
-    unfit_pins: dict[str, str]
-    decisions: int
-    faults: int
-    resizes: int
-    rejected: int
-    moved_bytes: int
-
-
-@router.get("/engines", dependencies=_READS)
-async def engines(backing: Backing) -> list[EngineInfo]:
-    """All engines."""
-    return [engine_info(backing, name) for name in backing.status.states]
+    policy: str = Field(description="The policy that decides.")
+    paused: bool = Field(description="Whether the controller is paused. Grants do not change while it is.")
+    pinned: dict[str, GrantView] = Field(description="The pinned engines and the grants that they are held at.")
+    unfit_pins: dict[str, str] = Field(description="For each pin that is not in force, the reason.")
+    decisions: int = Field(description="Decisions made.")
+    faults: int = Field(description="Decisions that failed.")
+    resizes: int = Field(description="Grants that engines applied.")
+    rejected: int = Field(description="Grants that engines rejected.")
+    moved_bytes: int = Field(description="Bytes of memory moved.")
 
 
-@router.get("/control", dependencies=_READS)
-async def control(backing: Backing) -> ControlView:
-    """The controller."""
-    controller = backing.running.controller
+@router.get("/engines", dependencies=_READ)
+async def list_engines(backend: BackendDep) -> list[EngineInfo]:
+    """List all engines."""
+    return [engine_info(backend, name) for name in backend.monitor.states]
+
+
+@router.get("/control", dependencies=_READ)
+async def retrieve_controller(backend: BackendDep) -> ControlView:
+    """Retrieve the controller's policy, pins and counts."""
+    controller = backend.ready_team().controller
     counts = controller.counts
     return ControlView(
         policy=controller.policy,
         paused=controller.paused,
-        pinned={name: _grant(grant) for name, grant in controller.pinned.items()},
+        pinned={name: _grant_view(grant) for name, grant in controller.pinned.items()},
         unfit_pins=dict(controller.unfit_pins),
         decisions=counts.decisions,
         faults=counts.faults,
@@ -93,46 +96,48 @@ async def control(backing: Backing) -> ControlView:
     )
 
 
-@router.get("/control/decisions", dependencies=_READS)
-async def decisions(backing: Backing, limit: Annotated[int, Query(ge=1, le=200)] = 20) -> list[dict[str, Any]]:
-    """The last decisions that changed something, with their reasons, the newest first."""
-    return [asdict(decision) for decision in [*backing.status.decisions][: -limit - 1 : -1]]
+@router.get("/control/decisions", dependencies=_READ)
+async def list_decisions(
+    backend: BackendDep,
+    limit: Annotated[int, Query(ge=1, le=200, description="The number of decisions to return at most.")] = 20,
+) -> list[dict[str, Any]]:
+    """List the latest decisions that changed a grant or failed, newest first, with the reason for each grant."""
+    return [asdict(decision) for decision in [*backend.monitor.decisions][: -limit - 1 : -1]]
 
 
-@router.patch("/control", dependencies=_CONTROLS)
-async def change(body: Change, backing: Backing) -> ControlView:
-    """Pause or resume; let another policy decide."""
-    body.apply(backing.running)
-    return await control(backing)
+@router.patch("/control", dependencies=_CONTROL)
+async def update_controller(body: Change, backend: BackendDep) -> ControlView:
+    """Pause or resume the controller, or change its policy."""
+    body.apply(backend.ready_team())
+    return await retrieve_controller(backend)
 
 
-@router.put("/control/pins/{engine}", dependencies=_CONTROLS)
-async def pin(engine: str, body: Pin, backing: Backing) -> ControlView:
-    """Hold an engine at a grant, by default the one that it has; policies divide what is left."""
-    body.apply(backing.running, engine)
-    return await control(backing)
+@router.put("/control/pins/{engine}", dependencies=_CONTROL)
+async def pin_engine(engine: str, body: Pin, backend: BackendDep) -> ControlView:
+    """Hold an engine at a grant. Values that you leave out stay as they are; the policy divides the rest."""
+    body.apply(backend.ready_team(), engine)
+    return await retrieve_controller(backend)
 
 
-@router.delete("/control/pins/{engine}", dependencies=_CONTROLS)
-async def unpin(engine: str, backing: Backing) -> ControlView:
-    """Let policies decide about an engine again."""
-    admin.unpin(backing.running, engine)
-    return await control(backing)
+@router.delete("/control/pins/{engine}", dependencies=_CONTROL)
+async def unpin_engine(engine: str, backend: BackendDep) -> ControlView:
+    """Let the policy size an engine again."""
+    admin.unpin(backend.ready_team(), engine)
+    return await retrieve_controller(backend)
 
 
-def engine_info(backing: Backend, name: str) -> EngineInfo:
-    """One engine, whatever its state."""
-    seats = [seat.name for seat in backing.team.seats.values() if seat.engine == name]
-    spec = backing.config.engines[name]
-    stats = backing.engines[name].stats() if name in backing.engines else None
+def engine_info(backend: Backend, name: str) -> EngineInfo:
+    """Return the state of an engine. Counts are 0 until it is up."""
+    running_team = backend.running_team
+    stats = backend.engines[name].stats() if name in backend.engines else None
     return EngineInfo(
         name=name,
-        model=spec.model,
-        seats=seats,
-        state=stats.state if stats else backing.status.states[name],
-        pinned=backing.running_team is not None and name in backing.running_team.controller.pinned,
-        grant=_grant(stats.grant) if stats and stats.grant else None,
-        limits=_limits(backing, name) if stats and stats.grant else None,
+        model=backend.config.engines[name].model,
+        seats=[seat.name for seat in backend.team.seats.values() if seat.engine == name],
+        state=stats.state if stats else backend.monitor.states[name],
+        pinned=running_team is not None and name in running_team.controller.pinned,
+        grant=_grant_view(stats.grant) if stats and stats.grant else None,
+        limits=_limits_view(backend, name) if stats and stats.grant else None,
         kv_cache_bytes=stats.kv_cache_bytes if stats else 0,
         kv_cache_usage=stats.kv_cache_usage if stats else 0.0,
         running=stats.running if stats else 0,
@@ -144,12 +149,12 @@ def engine_info(backing: Backend, name: str) -> EngineInfo:
     )
 
 
-def _grant(grant: Grant) -> GrantView:
+def _grant_view(grant: Grant) -> GrantView:
     return GrantView(**asdict(grant))
 
 
-def _limits(backing: Backend, name: str) -> LimitsView:
-    limits = backing.engines[name].limits
+def _limits_view(backend: Backend, name: str) -> LimitsView:
+    limits = backend.engines[name].limits
     return LimitsView(
         gpu_memory_utilization=(limits.share(limits.kv_floor_bytes), min(limits.share(limits.kv_ceiling_bytes), 1.0)),
         max_active_seqs=(1, limits.seqs_ceiling),

@@ -1,11 +1,11 @@
-"""Errors as answers: OpenAI's form, for all routes."""
+"""Error responses: the HTTP status of each error, and a body in OpenAI's format for every route."""
 
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from runtime.errors import (
@@ -22,8 +22,8 @@ from runtime.errors import (
 )
 
 
-class Refused(TroupeError):
-    """A request that no route sees: it is too large, comes too soon, or comes from where it must not."""
+class RequestBlocked(TroupeError):
+    """A request that the limits reject before it reaches a route; `status` is the HTTP status to answer with."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -31,42 +31,42 @@ class Refused(TroupeError):
 
 
 class JobFailed(TroupeError):
-    """A job that was waited for has no answer."""
+    """A job that a client waited for ended without an answer."""
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` is the field, where it is one."""
+    """What went wrong."""
 
-    message: str
-    type: str
-    param: str | None
-    code: int
+    message: str = Field(description="What is wrong, and what would be right.")
+    type: str = Field(description="The kind of error, such as `invalid_request_error` or `server_error`.")
+    param: str | None = Field(description="The request field at fault, if one field is.")
+    code: int = Field(description="The HTTP status.")
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": what}
-    for status, what in {
-        400: "the request is wrong; the message names the field",
-        401: "a token is needed",
-        403: "the token may not do this, or a page of another site asks",
-        404: "there is no such thing",
-        413: "the body is too large",
-        422: "the job has no answer",
-        429: "too many requests",
-        503: "not now; try again later",
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The request is invalid. The message names the field.",
+        401: "A valid token is required.",
+        403: "The token lacks the required scope, or the request comes from a page of another site.",
+        404: "No such job, model or engine exists.",
+        413: "The body is too large.",
+        422: "The job ended without an answer.",
+        429: "The client sent too many requests.",
+        503: "The service cannot do this now. Try again later.",
     }.items()
 }
-"""What every route may answer besides success."""
+"""The error responses that every route documents."""
 
 
 def status_of(error: TroupeError) -> int:
-    """The HTTP status that says an error."""
+    """Return the HTTP status for an error."""
     match error:
         case InputError() | ConfigError() | RequestRefused():
             return 400
@@ -76,7 +76,7 @@ def status_of(error: TroupeError) -> int:
             return 404
         case JobFailed():
             return 422
-        case Refused():
+        case RequestBlocked():
             return error.status
         case Busy() | JournalError() | EngineError():
             return 503
@@ -86,45 +86,47 @@ def status_of(error: TroupeError) -> int:
 
 
 def error_body(error: TroupeError) -> dict[str, Any]:
-    """The body that says an error."""
-    text = str(error)
-    field, colon, _ = text.partition(": ")
-    field = field if colon and field.replace(".", "").replace("_", "").isalnum() and " " not in field else ""
-    return _body(status_of(error), text, field or None)
+    """Return the response body for an error. A message such as `seed: must be ...` sets `param` to `seed`."""
+    message = str(error)
+    prefix, colon, _ = message.partition(": ")
+    names_field = colon and prefix.replace(".", "").replace("_", "").isalnum()
+    return _body(status_of(error), message, prefix if names_field else None)
 
 
 def _body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(status, kind)
-    return {"error": {"message": message, "type": kind, "param": field, "code": status}}
+    default = "invalid_request_error" if status < 500 else "server_error"
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return {"error": {"message": message, "type": kinds.get(status, default), "param": field, "code": status}}
 
 
 def register(app: FastAPI) -> None:
-    """Let the application answer every error so."""
+    """Make the application answer every error in this format."""
+    app.add_exception_handler(TroupeError, _troupe_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
 
-    async def ours(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, TroupeError)
-        status = status_of(error)
-        headers = {"Retry-After": "1"} if status in (429, 503) else {}
-        if status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(error_body(error), status, headers)
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        lines = []
-        field = None
-        for one in error.errors():
-            place = ".".join(str(part) for part in one["loc"] if part != "body")
-            message = one["msg"] if one["type"] != "json_invalid" else f"not JSON: {one['ctx']['error']}"
-            lines.append(f"{place or 'the body'}: {message[:1].lower()}{message[1:]}"[:500])
-            field = field or place or None
-        return JSONResponse(_body(400, "; ".join(lines[:5]), field), 400)
+async def _troupe_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, TroupeError)
+    status = status_of(error)
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status, headers)
 
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return JSONResponse(_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
-    app.add_exception_handler(TroupeError, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    messages = []
+    first_field = None
+    for detail in error.errors():
+        field = ".".join(str(part) for part in detail["loc"] if part != "body")
+        message = detail["msg"] if detail["type"] != "json_invalid" else f"not JSON: {detail['ctx']['error']}"
+        messages.append(f"{field or 'the body'}: {message[:1].lower()}{message[1:]}"[:500])
+        first_field = first_field or field or None
+    return JSONResponse(_body(400, "; ".join(messages[:5]), first_field), 400)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(_body(error.status_code, str(error.detail)), error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""Refuses requests before any route sees them: for another host, from another site's page, too large, or too many."""
+"""Limits on requests, checked before any route: host name, cross-site changes, body size and request rate."""
 
 import ipaddress
 import time
@@ -10,40 +10,44 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.api.http.auth import Gate, secret_of
-from runtime.api.http.errors import Refused, error_body
+from runtime.api.auth import Gate
+from runtime.api.http.auth import bearer_secret
+from runtime.api.http.cross_site import is_cross_site_change
+from runtime.api.http.errors import RequestBlocked, error_body
 
-CLIENTS = 10_000
-"""Clients whose rate is remembered; the one that has been silent longest is forgotten first.
+CLIENTS_MAX = 10_000
+"""The number of clients whose rate is remembered; the one that has been silent longest is forgotten first.
 
-Forgetting a client resets its limit, and takes requests from 10,000 other clients.
+Forgetting a client resets its limit. It takes requests from 10,000 other clients.
 """
 
 
-SAFE = ("GET", "HEAD", "OPTIONS")
-"""Methods that change nothing."""
-
-
 class Limits:
-    """An ASGI application before another.
+    """ASGI middleware that rejects requests before the application sees them.
 
-    Bodies have at most `body_bytes`. A client makes at most `per_s` requests a second: a client is a token that `gate`
-    knows, or else an address (for IPv6 its first 64 bits), so that made-up tokens are all one client. If `hosts` are
-    given, the service answers under these names alone, so that no page of another site can reach it under a name of
-    its own. Such a page changes nothing under ours either. `clock` returns seconds.
+    It rejects:
+
+    - requests under another host name than `hosts`, if given, so that a site that points a name of its own at this
+      service cannot reach it;
+    - requests from pages of other sites that may change something;
+    - bodies of more than `body_max_bytes` bytes;
+    - more than `per_s` requests a second from one client. A client is a token that `gate` knows, or else a network
+      address (for IPv6 its first 64 bits). Requests with made-up tokens therefore count for their address.
+
+    `clock` returns seconds.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        body_bytes: int,
+        body_max_bytes: int,
         gate: Gate,
         per_s: float | None = None,
         hosts: tuple[str, ...] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
-        self._body_bytes = body_bytes
+        self._body_max_bytes = body_max_bytes
         self._gate = gate
         self._per_s = per_s
         self._hosts = hosts
@@ -54,91 +58,85 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        if refusal := self._refusal(scope, headers):
-            body = error_body(refusal)
-            retry = {"Retry-After": "1"} if refusal.status == 429 else {}
-            await JSONResponse(body, refusal.status, retry)(scope, receive, send)
+        blocked = self._block(scope, Headers(scope=scope))
+        if blocked is None:
+            await self._app(scope, self._counting_bytes(receive), send)
             return
-        await self._app(scope, self._counted(receive), send)
+        retry = {"Retry-After": "1"} if blocked.status == 429 else {}
+        await JSONResponse(error_body(blocked), blocked.status, retry)(scope, receive, send)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> Refused | None:
-        host = _name(headers.get("host", ""))
+    def _block(self, scope: Scope, headers: Headers) -> RequestBlocked | None:
+        """Return why a request is blocked, or None if it may pass."""
+        host = _without_port(headers.get("host", ""))
         if self._hosts is not None and host not in self._hosts:
-            return Refused(f"this service answers under the names {', '.join(self._hosts)}; not as {host[:100]!r}", 400)
-        if scope["method"] not in SAFE and not _of_this_site(headers):
-            return Refused(
+            names = ", ".join(self._hosts)
+            return RequestBlocked(
+                f"the host name {host[:100]!r} is not allowed; use one of {names}, or add it to `service.names`", 400
+            )
+        if is_cross_site_change(scope["method"], headers):
+            return RequestBlocked(
                 "the request comes from a page of another site; only this service's own page may change anything", 403
             )
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._body_bytes:
+        if length.isdecimal() and int(length) > self._body_max_bytes:
             return self._too_large()
-        if self._per_s is not None and not self._may(self._client(scope, headers)):
-            return Refused(f"more than {self._per_s:g} requests a second", 429)
+        if self._per_s is not None and not self._take(self._client(scope, headers), self._per_s):
+            return RequestBlocked(
+                f"too many requests: at most {self._per_s:g} a second are allowed; try again later", 429
+            )
         return None
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, str]:
         """Return the token's name if the gate knows it, else the network address."""
-        if name := self._gate.name(secret_of(headers)):
+        if name := self._gate.name(bearer_secret(headers)):
             return "token", name
         host, _ = scope.get("client") or ("", 0)
         return "address", _network(host)
 
-    def _may(self, client: tuple[str, str]) -> bool:
-        """Take one from the client's bucket, which fills by `per_s` to at most one second's worth."""
-        assert self._per_s is not None
-        now = self._clock()
-        most = max(self._per_s, 1.0)
-        left, at = self._buckets.pop(client, (most, now))
-        left = min(most, left + (now - at) * self._per_s)
-        allowed = left >= 1
-        self._buckets[client] = (left - allowed, now)
-        if len(self._buckets) > CLIENTS:
+    def _take(self, client: tuple[str, str], per_s: float) -> bool:
+        """Take a request from the client's bucket; return False if it is empty.
+
+        A bucket fills at `per_s` requests a second and holds one second's worth, at least one request.
+        """
+        now_s = self._clock()
+        capacity = max(per_s, 1.0)
+        available, filled_at_s = self._buckets.pop(client, (capacity, now_s))
+        available = min(capacity, available + (now_s - filled_at_s) * per_s)
+        allowed = available >= 1
+        self._buckets[client] = (available - allowed, now_s)
+        if len(self._buckets) > CLIENTS_MAX:
             self._buckets.popitem(last=False)
         return allowed
 
-    def _counted(self, receive: Receive) -> Receive:
-        """A body that does not say how long it is is counted as it comes."""
-        seen = 0
+    def _counting_bytes(self, receive: Receive) -> Receive:
+        """Return a `receive` that raises once the body exceeds the limit: a chunked body announces no length."""
+        received_bytes = 0
 
-        async def counted() -> Message:
-            nonlocal seen
+        async def counting() -> Message:
+            nonlocal received_bytes
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._body_bytes:
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > self._body_max_bytes:
                 raise HTTPException(413, str(self._too_large()))
             return message
 
-        return counted
+        return counting
 
-    def _too_large(self) -> Refused:
-        return Refused(f"the body is too large: at most {self._body_bytes} bytes are taken", 413)
-
-
-def _of_this_site(headers: Headers) -> bool:
-    """Return True unless a browser says that the request comes from a page of another origin.
-
-    Browsers send Sec-Fetch-Site to https and localhost, and Origin with every request to another origin that is not
-    safe; other clients send neither. This is the rule of Go's net/http.CrossOriginProtection.
-    """
-    if site := headers.get("sec-fetch-site"):
-        return site in ("same-origin", "none")
-    origin = headers.get("origin")
-    return origin is None or origin.lower().partition("://")[1:] == ("://", headers.get("host", "").lower())
+    def _too_large(self) -> RequestBlocked:
+        return RequestBlocked(f"the body is too large: at most {self._body_max_bytes} bytes are allowed", 413)
 
 
-def _name(host: str) -> str:
-    """A host without its port."""
+def _without_port(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 
 def _network(host: str) -> str:
-    """Return what one client holds of an address: all of an IPv4 address, the first 64 bits of an IPv6 one."""
+    """Return the part of an address that one client holds: a whole IPv4 address, the first 64 bits of an IPv6 one."""
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a socket's path, or nothing
+    except ValueError:  # the path of a Unix socket, or empty
         return host
     if isinstance(address, ipaddress.IPv6Address):
         return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))

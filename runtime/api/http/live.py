@@ -1,4 +1,4 @@
-"""The live page, and the stream that it draws: engines, device and jobs twice a second, and decisions as they come."""
+"""The live page, and the event stream that it draws."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from fastapi.responses import StreamingResponse
 
+from runtime.api.auth import Scope
 from runtime.api.http import sse
-from runtime.api.http.auth import Scope, may
-from runtime.api.http.backend import Backend, Backing
+from runtime.api.http.auth import require
+from runtime.api.http.backend import Backend, BackendDep
 from runtime.api.http.errors import ERRORS
 
 PAGE = Path(__file__).parent / "page"
@@ -19,53 +20,60 @@ router = APIRouter(tags=["live"], responses=ERRORS)
 
 @router.get(
     "/live",
-    dependencies=[Depends(may(Scope.READ))],
+    dependencies=[Depends(require(Scope.READ))],
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
-async def live(backing: Backing) -> StreamingResponse:
-    """Server-sent events of the kinds `history` (once: the last ten minutes), `sample`, and `decision`."""
-    return sse.stream(_lines(backing))
+async def stream_live_state(backend: BackendDep) -> StreamingResponse:
+    """Stream the state of the engines, the device and the jobs as server-sent events.
+
+    The first event, of kind `history`, holds the last ten minutes. An event of kind `sample` follows at most every half
+    second and whenever an engine changes its state. An event of kind `decision` follows for every decision of the
+    controller that changes a grant.
+    """
+    return sse.response(_live_events(backend))
 
 
-async def _lines(backing: Backend) -> AsyncGenerator[str, None]:
-    status = backing.status
-    yield sse.event(
+async def _live_events(backend: Backend) -> AsyncGenerator[str, None]:
+    monitor = backend.monitor
+    yield sse.format_event(
         {
-            "team": {seat.name: seat.engine for seat in backing.team.seats.values()},
-            "samples": [asdict(sample) for sample in status.samples],
-            "decisions": [asdict(decision) for decision in status.decisions],
-            "now": _now(backing),
+            "team": {seat.name: seat.engine for seat in backend.team.seats.values()},
+            "samples": [asdict(sample) for sample in monitor.samples],
+            "decisions": [asdict(decision) for decision in monitor.decisions],
+            "now": _current_state(backend),
         },
         kind="history",
     )
-    at = status.samples[-1].at if status.samples else 0.0
-    number = status.decisions[-1].number if status.decisions else 0
-    async for item in sse.kept_alive(_news(backing)):
-        if item is None:
+    last_sample_at = monitor.samples[-1].at if monitor.samples else 0.0
+    last_number = monitor.decisions[-1].number if monitor.decisions else 0
+    async for news in sse.with_timeouts(_news(backend)):
+        if news is None:
             yield sse.PING
             continue
-        for decision in [*status.decisions]:
-            if decision.number > number:
-                number = decision.number
-                yield sse.event(asdict(decision), kind="decision")
-        sample = status.samples[-1] if status.samples and status.samples[-1].at > at else None
-        at = sample.at if sample else at
-        yield sse.event({"now": _now(backing), "sample": asdict(sample) if sample else None}, kind="sample")
+        for decision in [*monitor.decisions]:
+            if decision.number > last_number:
+                last_number = decision.number
+                yield sse.format_event(asdict(decision), kind="decision")
+        sample = None
+        if monitor.samples and monitor.samples[-1].at > last_sample_at:
+            sample = asdict(monitor.samples[-1])
+            last_sample_at = monitor.samples[-1].at
+        yield sse.format_event({"now": _current_state(backend), "sample": sample}, kind="sample")
 
 
-async def _news(backing: Backend) -> AsyncGenerator[bool, None]:
+async def _news(backend: Backend) -> AsyncGenerator[bool, None]:
     while True:
-        await backing.status.news()
+        await backend.monitor.news()
         yield True
 
 
-def _now(backing: Backend) -> dict[str, Any]:
-    """What is not history: states, pins, who decides."""
-    controller = backing.running_team.controller if backing.running_team else None
+def _current_state(backend: Backend) -> dict[str, Any]:
+    """Return what has no history: readiness, engine states, pins, and whether and by which policy the team is sized."""
+    controller = backend.running_team.controller if backend.running_team else None
     return {
-        "unready": backing.unready,
-        "states": {name: str(state) for name, state in backing.status.states.items()},
+        "unready": backend.why_not_ready(),
+        "states": {name: str(state) for name, state in backend.monitor.states.items()},
         "pinned": [*controller.pinned] if controller else [],
         "policy": controller.policy if controller else None,
         "paused": bool(controller and controller.paused),

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: vLLM's names where it has them, `troupe:` for what it has not."""
+"""Metrics for Prometheus: vLLM's names for what vLLM measures, and the prefix `troupe:` for everything else."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -15,89 +15,92 @@ from runtime.events import CallEnded, Event
 from runtime.jobs.job import JobState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_TTFT = ("vllm:time_to_first_token_seconds", "Seconds until a request's first token.")
-_E2EL = ("vllm:e2e_request_latency_seconds", "Seconds until a request's last token.")
+_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TTFT = ("vllm:time_to_first_token_seconds", "Time to first token in seconds.")
+_E2EL = ("vllm:e2e_request_latency_seconds", "End-to-end request latency in seconds.")
 
 
-class Timed:
-    """One request on its way."""
+class RequestTimer:
+    """The start of a request and the time of its first chunk, in time.monotonic seconds."""
 
     def __init__(self) -> None:
-        self.asked_s = time.monotonic()
-        self.first_s: float | None = None
+        self.start_s = time.monotonic()
+        self.first_chunk_s: float | None = None
 
-    def chunk(self, chunk: Chunk) -> None:
-        """Tokens have come."""
-        if self.first_s is None:
-            self.first_s = chunk.time_s
+    def record(self, chunk: Chunk) -> None:
+        """Note the time of a chunk if it is the first."""
+        if self.first_chunk_s is None:
+            self.first_chunk_s = chunk.time_s
 
 
 class Metrics(Collector):
-    """What has been timed, and what engines, jobs and controller say when they are asked."""
+    """Latency histograms, and gauges and counters that are read from engines, jobs and controller on each scrape.
+
+    Set `engines` and `controller` once they are up.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._ttft = Histogram(*_TTFT, ["model_name"], registry=self._registry, buckets=_SECONDS)
-        self._e2el = Histogram(*_E2EL, ["model_name"], registry=self._registry, buckets=_SECONDS)
+        self._ttft = Histogram(*_TTFT, ["model_name"], registry=self._registry, buckets=_BUCKETS_S)
+        self._e2el = Histogram(*_E2EL, ["model_name"], registry=self._registry, buckets=_BUCKETS_S)
         self._registry.register(self)
         self.engines: Mapping[str, EngineHandle] = {}
         self.controller: Controller | None = None
-        self.jobs: Mapping[JobState, int] = {}
+        self._jobs: Mapping[JobState, int] = {}
 
     def hear(self, event: Event) -> None:
-        """A listener: the calls of jobs."""
+        """Record the latency of a job's call to an engine."""
         if isinstance(event, CallEnded) and event.chunk_times_s:
             self._ttft.labels(event.engine).observe(event.chunk_times_s[0] - event.asked_s)
             self._e2el.labels(event.engine).observe(event.chunk_times_s[-1] - event.asked_s)
 
     @contextmanager
-    def request(self, engine: str) -> Iterator[Timed]:
-        """Time a request that is no job's."""
-        timed = Timed()
+    def timed_request(self, engine: str) -> Iterator[RequestTimer]:
+        """Record the latency of a request that belongs to no job, if it produced a token."""
+        timer = RequestTimer()
         try:
-            yield timed
+            yield timer
         finally:
-            if timed.first_s is not None:
-                self._ttft.labels(engine).observe(timed.first_s - timed.asked_s)
-                self._e2el.labels(engine).observe(time.monotonic() - timed.asked_s)
+            if timer.first_chunk_s is not None:
+                self._ttft.labels(engine).observe(timer.first_chunk_s - timer.start_s)
+                self._e2el.labels(engine).observe(time.monotonic() - timer.start_s)
 
     def text(self, jobs: Mapping[JobState, int]) -> bytes:
-        """All of it, in Prometheus' text format; `jobs` by their state."""
-        self.jobs = jobs
+        """Return all metrics in Prometheus' text format. `jobs` counts the jobs in the journal by state."""
+        self._jobs = jobs
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """What is asked for at the moment."""
+        """Yield the current gauges and counters."""
         yield from self._of_engines()
         jobs = GaugeMetricFamily("troupe:jobs", "Jobs in the journal by state.", labels=["state"])
-        for state, count in self.jobs.items():
+        for state, count in self._jobs.items():
             jobs.add_metric([str(state)], count)
         yield jobs
         if self.controller is not None:
             counts = self.controller.counts
             for name, help_text, value in (
                 ("decisions", "Decisions of the controller.", counts.decisions),
-                ("decision_faults", "Decisions that a policy got wrong.", counts.faults),
-                ("resizes", "Grants that engines took.", counts.resizes),
-                ("resizes_rejected", "Grants that engines refused.", counts.rejected),
-                ("moved_bytes", "Memory that was moved.", counts.moved_bytes),
+                ("decision_faults", "Decisions that failed.", counts.faults),
+                ("resizes", "Grants that engines applied.", counts.resizes),
+                ("resizes_rejected", "Grants that engines rejected.", counts.rejected),
+                ("moved_bytes", "Bytes of memory moved.", counts.moved_bytes),
             ):
                 yield CounterMetricFamily(f"troupe:{name}", help_text, value)
 
     def _of_engines(self) -> Iterator[Metric]:
         gauges = {
-            "vllm:num_requests_running": "Requests that an engine runs.",
-            "vllm:num_requests_waiting": "Requests that wait for an engine.",
-            "vllm:kv_cache_usage_perc": "Part of the KV cache that is in use, 1 being all.",
-            "troupe:engine_up": "Whether an engine serves.",
-            "troupe:gpu_memory_utilization": "An engine's share of the device.",
-            "troupe:kv_cache_bytes": "An engine's KV cache.",
+            "vllm:num_requests_running": "Requests that the engine is running.",
+            "vllm:num_requests_waiting": "Requests that wait for the engine.",
+            "vllm:kv_cache_usage_perc": "KV-cache usage; 1 means 100 percent.",
+            "troupe:engine_up": "1 if the engine is ready, else 0.",
+            "troupe:gpu_memory_utilization": "The engine's share of the device.",
+            "troupe:kv_cache_bytes": "Size of the engine's KV cache in bytes.",
         }
         counters = {
-            "vllm:num_preemptions": "Requests that had to give way.",
-            "vllm:prompt_tokens": "Tokens of prompts.",
-            "vllm:generation_tokens": "Tokens of replies.",
+            "vllm:num_preemptions": "Preempted requests.",
+            "vllm:prompt_tokens": "Prompt tokens.",
+            "vllm:generation_tokens": "Generated tokens.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             **{name: GaugeMetricFamily(name, text, labels=["model_name"]) for name, text in gauges.items()},

@@ -1,4 +1,4 @@
-"""Server-sent events: what a stream of them looks like, and how one is answered."""
+"""Server-sent events: their wire format, and responses that stream them."""
 
 import asyncio
 import json
@@ -12,46 +12,49 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 
 DONE = "[DONE]"
+"""The data of the last event of an OpenAI stream."""
 PING = ": nothing new\n\n"
+"""A comment, which clients ignore."""
 PING_S = 15.0
-"""So often a silent stream is written to, which is how a reader that has gone is noticed."""
+"""A silent stream sends a PING this often, because only a write reveals that the client has disconnected."""
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Proxies are not to hold events back."""
+"""Keep proxies from buffering events."""
 
 
-async def response(events: AsyncGenerator[dict[str, Any] | str, None]) -> StreamingResponse:
-    """Return OpenAI's kind of stream: an object an event, without ids.
+async def openai_response(events: AsyncGenerator[dict[str, Any] | str, None]) -> StreamingResponse:
+    """Return a stream in OpenAI's format: one object per event, without event ids.
 
-    Awaits the first event, so that an earlier error gets its own HTTP status, and the generator's cleanup runs if the
-    client disconnects.
+    Awaits the first event, so that an earlier error gets its own HTTP status. The response closes `events` when the
+    stream ends or the client disconnects.
     """
     first = await anext(events)
 
     async def lines() -> AsyncGenerator[str, None]:
-        yield _line(first)
-        async for data in events:
-            yield _line(data)
+        yield _data(first)
+        async for event in events:
+            yield _data(event)
 
-    return _Owning(lines(), events)
-
-
-def _line(data: dict[str, Any] | str) -> str:
-    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+    return _OwningResponse(lines(), events)
 
 
-def event(data: Any, id: int | None = None, kind: str | None = None) -> str:
-    """One event, with an id to go on from, and a kind to listen for."""
-    head = ("" if id is None else f"id: {id}\n") + ("" if kind is None else f"event: {kind}\n")
-    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n"
+def _data(event: dict[str, Any] | str) -> str:
+    return f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
 
 
-def stream(events: AsyncGenerator[str, None]) -> StreamingResponse:
-    """A stream of events that are put together already."""
-    return _Owning(events, events)
+def format_event(data: Any, id: int | None = None, kind: str | None = None) -> str:
+    """Return one event. Clients resume from its id, and tell events apart by their kind."""
+    id_line = "" if id is None else f"id: {id}\n"
+    kind_line = "" if kind is None else f"event: {kind}\n"
+    return f"{id_line}{kind_line}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-class _Owning(StreamingResponse):
-    """A stream of `lines` that closes what they come from when it ends, or its reader goes away."""
+def response(events: AsyncGenerator[str, None]) -> StreamingResponse:
+    """Return a stream of formatted events. It closes `events` when it ends or the client disconnects."""
+    return _OwningResponse(events, events)
+
+
+class _OwningResponse(StreamingResponse):
+    """A stream of `lines` that closes their source when the stream ends or the client disconnects."""
 
     def __init__(self, lines: AsyncGenerator[str, None], source: AsyncGenerator[Any, None]) -> None:
         super().__init__(lines, media_type="text/event-stream", headers=_HEADERS)
@@ -62,25 +65,25 @@ class _Owning(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def kept_alive(items: AsyncGenerator[T, None]) -> AsyncGenerator[T | None, None]:
-    """The items, and None whenever none has come for a while."""
-    following: asyncio.Future[T] | None = None
+async def with_timeouts(items: AsyncGenerator[T, None]) -> AsyncGenerator[T | None, None]:
+    """Yield the items, and None whenever PING_S seconds pass without one."""
+    upcoming: asyncio.Future[T] | None = None
     try:
         while True:
-            following = following or asyncio.ensure_future(anext(items))
-            done, _ = await asyncio.wait([following], timeout=PING_S)
+            upcoming = upcoming or asyncio.ensure_future(anext(items))
+            done, _ = await asyncio.wait([upcoming], timeout=PING_S)
             if not done:
                 yield None
                 continue
             try:
-                item = following.result()
+                item = upcoming.result()
             except StopAsyncIteration:
                 return
             finally:
-                following = None
+                upcoming = None
             yield item
     finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.wait([following])
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.wait([upcoming])
         await items.aclose()

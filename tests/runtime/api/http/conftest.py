@@ -1,4 +1,4 @@
-"""A service on a real port over modelled engines, with a real journal."""
+"""A service on a real port, with a real journal, over modelled engines."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from runtime import config
@@ -22,45 +23,55 @@ PROBLEM = "(12+7)*3-(45-5)"
 
 @dataclass
 class Served:
-    """A service that is up, a client for it, and where it listens."""
+    """A running service: its parts, a client for it, and its URL."""
 
     backend: Backend
     client: httpx.AsyncClient
     url: str
+
+    def openai_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
 Start = Callable[..., Awaitable[Served]]
 
 
 def configured(folder: Path, **service: Any) -> Config:
-    chosen = config.load("embedded")
+    """Return the embedded configuration with its files in a folder, a free port, and these settings of the service."""
+    embedded = config.load("embedded")
     places = {"port": 0, "journal": str(folder / "jobs.db"), "tokens": str(folder / "tokens.json")}
-    return chosen.model_copy(update={"service": chosen.service.model_copy(update={**places, **service})})
+    return embedded.model_copy(update={"service": embedded.service.model_copy(update={**places, **service})})
 
 
 @asynccontextmanager
 async def service(chosen: Config, time_scale: float = 0, **options: Any) -> AsyncIterator[Served]:
-    where: list[str] = []
+    """Run a service. Its engines take `time_scale` times as long as the real ones that they model."""
+    urls: list[str] = []
     team = assemble(chosen)
-    opening = partial(start_modelled_team, chosen, team, time_scale=time_scale)
+    open_team = partial(start_modelled_team, chosen, team, time_scale=time_scale)
     async with (
-        serving(chosen, team, opening, where.append, **options) as backend,
-        httpx.AsyncClient(base_url=where[0], timeout=60) as client,
+        serving(chosen, team, open_team, urls.append, **options) as backend,
+        httpx.AsyncClient(base_url=urls[0], timeout=60) as client,
     ):
-        yield Served(backend, client, where[0])
+        yield Served(backend, client, urls[0])
 
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts services, which end with the test."""
+    """A function that starts services; they stop when the test ends."""
     async with AsyncExitStack() as owned:
 
-        async def begin(time_scale: float = 0, **settings: Any) -> Served:
+        async def start_service(time_scale: float = 0, **settings: Any) -> Served:
             return await owned.enter_async_context(service(configured(tmp_path, **settings), time_scale))
 
-        yield begin
+        yield start_service
 
 
 @pytest.fixture
 async def served(start: Start) -> Served:
     return await start()
+
+
+def user_message(text: str) -> list[Any]:
+    """Return the messages of a chat with one user message."""
+    return [{"role": "user", "content": text}]

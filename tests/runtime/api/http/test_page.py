@@ -24,7 +24,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 async def opened(browser: Browser, url: str, **options: object) -> tuple[Page, list[str]]:
-    """The page, and what its console complains of."""
+    """Open the page; return it, and the list that collects the errors on its console."""
     context = await browser.new_context(**options)  # type: ignore[arg-type]
     page = await context.new_page()
     complaints: list[str] = []
@@ -34,9 +34,9 @@ async def opened(browser: Browser, url: str, **options: object) -> tuple[Page, l
     return page, complaints
 
 
-async def test_a_problem_is_submitted_and_seen_on_its_way(start: Start, browser: Browser, tmp_path: Path) -> None:
+async def test_submitted_problem_appears_with_its_steps(start: Start, browser: Browser, tmp_path: Path) -> None:
     served = await start(time_scale=1)
-    for _ in range(60):  # enough of them that memory has to move
+    for _ in range(60):  # enough load to make the controller move memory
         await served.backend.jobs.submit(Submission(problem=PROBLEM))
     for scheme, size in (("light", (1280, 900)), ("dark", (390, 844))):
         page, complaints = await opened(
@@ -44,7 +44,7 @@ async def test_a_problem_is_submitted_and_seen_on_its_way(start: Start, browser:
         )
         await expect(page.locator("#state")).to_contain_text("policy waterfill")
         await expect(page.locator("#engines tr")).to_have_count(3)
-        # by keyboard alone
+        # Use the keyboard only.
         await page.keyboard.press("Tab")
         await page.keyboard.type(PROBLEM)
         await page.keyboard.press("Enter")
@@ -58,25 +58,25 @@ async def test_a_problem_is_submitted_and_seen_on_its_way(start: Start, browser:
         await expect(page.locator("#decisions > li").first).to_contain_text("waterfill")
         assert await page.locator("#shares canvas").count() == 1
         width = await page.evaluate("document.documentElement.scrollWidth")
-        assert width <= size[0]  # nothing sticks out on a phone
+        assert width <= size[0]  # no horizontal scrolling on a phone
         await page.wait_for_timeout(1200)
         await page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
         assert complaints == []
 
 
-async def test_an_engine_is_pinned_and_unpinned(start: Start, browser: Browser) -> None:
+async def test_button_pins_and_unpins_an_engine(start: Start, browser: Browser) -> None:
     served = await start()
     page, complaints = await opened(browser, served.url)
     await page.get_by_role("button", name="pin solver", exact=True).click()
     await expect(page.get_by_role("button", name="unpin solver")).to_be_visible()
-    assert [*served.backend.running.controller.pinned] == ["solver"]
+    assert [*served.backend.ready_team().controller.pinned] == ["solver"]
     await page.get_by_role("button", name="unpin solver").click()
     await expect(page.get_by_role("button", name="pin solver", exact=True)).to_be_visible()
-    assert not served.backend.running.controller.pinned
+    assert not served.backend.ready_team().controller.pinned
     assert complaints == []
 
 
-async def test_what_is_wrong_is_said(start: Start, browser: Browser) -> None:
+async def test_rejected_problem_shows_the_error(start: Start, browser: Browser) -> None:
     served = await start()
     page, _ = await opened(browser, served.url)
     await page.get_by_label("Problem", exact=True).fill("1000+1")
@@ -84,13 +84,13 @@ async def test_what_is_wrong_is_said(start: Start, browser: Browser) -> None:
     await expect(page.locator("#submitted")).to_contain_text("999")
 
 
-async def test_what_a_problem_says_is_text_and_nothing_else(start: Start, browser: Browser) -> None:
+async def test_problem_text_is_not_interpreted_as_html(start: Start, browser: Browser) -> None:
     served = await start()
     page, _ = await opened(browser, served.url)
     await expect(page.locator("#state")).to_contain_text("ready")
     evil = "<img src=x onerror=document.title='owned'>"
-    asked = Submission(problem=evil)  # no door would take it: the embedded team cannot work it
-    await served.backend.jobs.journal.write(lambda transaction: transaction.accept("evil", asked))
+    submission = Submission(problem=evil)  # bypasses the API, which rejects problems that the team cannot solve
+    await served.backend.jobs.journal.write(lambda transaction: transaction.accept("evil", submission))
     await expect(page.locator("#jobs > li").first).to_contain_text(evil)
     await page.get_by_label("Problem", exact=True).fill(evil)
     await page.get_by_role("button", name="Solve", exact=True).click()
@@ -98,7 +98,7 @@ async def test_what_a_problem_says_is_text_and_nothing_else(start: Start, browse
     assert await page.title() == "Troupe"
 
 
-async def test_it_comes_back_after_the_service_was_away(browser: Browser, tmp_path: Path) -> None:
+async def test_page_reconnects_after_a_restart(browser: Browser, tmp_path: Path) -> None:
     chosen = configured(tmp_path)
     async with service(chosen) as served:
         port = int(served.url.rsplit(":", 1)[1])
@@ -112,7 +112,7 @@ async def test_it_comes_back_after_the_service_was_away(browser: Browser, tmp_pa
         await expect(page.locator("#jobs > li").first).to_contain_text("→ 17")
 
 
-async def test_a_token_is_asked_for(start: Start, browser: Browser, tmp_path: Path) -> None:
+async def test_page_asks_for_a_token(start: Start, browser: Browser, tmp_path: Path) -> None:
     served = await start()
     secret = Tokens(tmp_path / "tokens.json").add("me", (Scope.READ,))
     page, _ = await opened(browser, served.url)

@@ -1,4 +1,4 @@
-"""Streams of events, and those who leave them."""
+"""Event streams, and clients that disconnect from them."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -14,7 +14,7 @@ SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": [], "asgi": {
 
 
 class Source:
-    """Events that could go on for ever; `closed` when nobody waits for more of them."""
+    """Endless events; `closed` becomes True when their generator is closed."""
 
     closed = False
 
@@ -33,31 +33,31 @@ class Source:
             self.closed = True
 
 
-async def gone() -> Message:
+async def disconnected() -> Message:
     return {"type": "http.disconnect"}
 
 
-async def into_the_void(message: Message) -> None:
+async def discard(message: Message) -> None:
     await asyncio.sleep(0)
 
 
-async def test_what_a_stream_comes_from_is_closed_if_its_reader_has_gone_before_it_begins() -> None:
+async def test_disconnect_before_the_start_closes_the_source() -> None:
     source = Source()
-    response = await sse.response(source.events())
-    await response(SCOPE, gone, into_the_void)
+    response = await sse.openai_response(source.events())
+    await response(SCOPE, disconnected, discard)
     assert source.closed
 
 
-async def test_an_error_before_the_first_event_is_raised_and_not_streamed() -> None:
+async def test_error_before_the_first_event_is_raised() -> None:
     async def events() -> AsyncGenerator[dict[str, Any] | str, None]:
         raise ValueError("no")
         yield ""
 
     with pytest.raises(ValueError, match="no"):
-        await sse.response(events())
+        await sse.openai_response(events())
 
 
-async def test_a_stream_that_is_left_half_way_closes_its_source_before_it_returns() -> None:
+async def test_disconnect_midway_closes_the_source_before_the_response_returns() -> None:
     source = Source()
     sent = 0
 
@@ -67,12 +67,12 @@ async def test_a_stream_that_is_left_half_way_closes_its_source_before_it_return
         if sent == 3:
             raise OSError("the connection is gone")
 
-    async def stays() -> Message:
-        raise AssertionError("not asked: the server tells of a reader that has gone by an error of send")
+    async def receive() -> Message:
+        raise AssertionError("not called: since ASGI 2.4, a disconnect is an error that send raises")
 
-    response = sse.stream(source.lines())
-    lines = response.body_iterator  # held: collecting garbage would close it too, some time later
+    response = sse.response(source.lines())
+    lines = response.body_iterator  # keep a reference, because garbage collection would close the generator later
     with pytest.raises(ClientDisconnect):
-        await response({**SCOPE, "asgi": {"spec_version": "2.4"}}, stays, send)
+        await response({**SCOPE, "asgi": {"spec_version": "2.4"}}, receive, send)
     assert source.closed
     del lines

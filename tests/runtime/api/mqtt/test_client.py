@@ -163,7 +163,7 @@ async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
     async with service(with_broker(tmp_path, mqtt), time_scale=1) as served:
         await asyncio.gather(*(served.client.post("/jobs", json={"problem": PROBLEM}) for _ in range(60)))
         async with asyncio.timeout(60):
-            while not served.backend.status.decisions:  # noqa: ASYNC110  there is no event for it
+            while not served.backend.monitor.decisions:  # noqa: ASYNC110  there is no event for it
                 await asyncio.sleep(0.05)
         await asyncio.sleep(1)
         async with reader(mqtt) as late:
@@ -311,7 +311,7 @@ async def test_what_goes_out_is_as_the_reference_says(tmp_path: Path, mqtt: Mqtt
             await me.until(T.decision)
             for topic in [topic for topic, _ in me.messages if topic.endswith("/accepted")]:
                 await me.until(topic.replace("/accepted", "/result"))
-            assert served.backend.status.decisions
+            assert served.backend.monitor.decisions
         await me.until(T.state, state="ended")
     outgoing = {pattern(info.topic): info.payload.json_schema() for info in reference("main") if not info.comes_in}
     seen = set()
