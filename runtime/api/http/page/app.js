@@ -1,8 +1,8 @@
-// Draws what /live and /events stream; submits, pins and unpins. No build step, nothing from elsewhere.
+// Draws the streams /live and /events; submits problems, pins and unpins engines. No build step, no other site.
 
 const SAMPLES = 1200; // ten minutes
 const JOBS = 100;
-const EVENTS = 1000; // of jobs, from before this page was opened
+const EVENTS = 1000; // earlier events of jobs to show when the page opens
 const DECISIONS = 100;
 const COLOURS = ["#3b7dd8", "#d98324", "#3f9b58", "#a65bb8", "#c9484b", "#2f9e9e", "#8a7a2f", "#70757c"];
 const byId = (id) => document.getElementById(id);
@@ -14,58 +14,59 @@ let samples = [];
 let charts = null;
 const jobs = new Map();
 
-// ---- asking
+// ---- requests
 
-async function ask(path, options = {}) {
+// Sends a request with the token; asks the user for a token and sends it again if the service requires one.
+async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (token) headers.authorization = `Bearer ${token}`;
   if (options.body) headers["content-type"] = "application/json";
-  const answer = await fetch(path, { ...options, headers });
-  if (answer.status === 401) {
-    await askToken();
-    return ask(path, options);
+  const response = await fetch(path, { ...options, headers });
+  if (response.status === 401) {
+    await askForToken();
+    return request(path, options);
   }
-  return answer;
+  return response;
 }
 
-let asking = null;
+let tokenDialog = null; // the promise of the open dialog, which all waiting requests share
 
-function askToken() {
-  asking ??= new Promise((resolve) => {
+function askForToken() {
+  tokenDialog ??= new Promise((resolve) => {
     const dialog = byId("ask-token");
     dialog.showModal();
     dialog.addEventListener("close", () => {
       token = byId("token").value.trim();
       sessionStorage.setItem("token", token);
-      asking = null;
+      tokenDialog = null;
       resolve();
     }, { once: true });
   });
-  return asking;
+  return tokenDialog;
 }
 
-async function complaint(answer) {
-  const body = await answer.json().catch(() => null);
-  return body?.error?.message ?? `${answer.status} ${answer.statusText}`;
+async function errorMessage(response) {
+  const body = await response.json().catch(() => null);
+  return body?.error?.message ?? `${response.status} ${response.statusText}`;
 }
 
-// Server-sent events by fetch: EventSource cannot send a token. Comes back by itself, from the last event on.
-async function follow(path, take, lost) {
-  let last = null;
-  for (let pause = 500; ; pause = Math.min(pause * 2, 8000)) {
+// Reads server-sent events with fetch, because EventSource cannot send a token. Reconnects and resumes by itself.
+async function follow(path, onEvent, onDisconnect) {
+  let lastId = null;
+  for (let pauseMs = 500; ; pauseMs = Math.min(pauseMs * 2, 8000)) {
     try {
-      const answer = await ask(path, { headers: last === null ? {} : { "Last-Event-ID": last } });
-      if (!answer.ok) throw new Error(await complaint(answer));
-      pause = 250;
-      for await (const event of events(answer.body)) {
-        last = event.id ?? last;
-        take(event.kind, JSON.parse(event.data));
+      const response = await request(path, { headers: lastId === null ? {} : { "Last-Event-ID": lastId } });
+      if (!response.ok) throw new Error(await errorMessage(response));
+      pauseMs = 250;
+      for await (const event of events(response.body)) {
+        lastId = event.id ?? lastId;
+        onEvent(event.kind, JSON.parse(event.data));
       }
-      lost("the service has ended this stream");
+      onDisconnect("the service closed the stream");
     } catch (error) {
-      lost(error.message);
+      onDisconnect(error.message);
     }
-    await new Promise((resolve) => setTimeout(resolve, pause));
+    await new Promise((resolve) => setTimeout(resolve, pauseMs));
   }
 }
 
@@ -81,8 +82,8 @@ async function* events(body) {
     for (const block of blocks) {
       const event = { kind: "message", data: "", id: null };
       for (const line of block.split("\n")) {
-        const at = line.indexOf(": ");
-        const [name, content] = [line.slice(0, at), line.slice(at + 2)];
+        const colon = line.indexOf(": ");
+        const [name, content] = [line.slice(0, colon), line.slice(colon + 2)];
         if (name === "data") event.data += content;
         else if (name === "event") event.kind = content;
         else if (name === "id") event.id = content;
@@ -120,7 +121,7 @@ function drawCharts() {
   const percent = (_, value) => (value == null ? "" : `${(value * 100).toFixed(1)}%`);
   for (const id of ["shares", "queues", "use"]) byId(id).replaceChildren();
   charts = {
-    // stacked: each line is the sum of those up to it, and is filled down to the one below
+    // Stacked: each line is the sum of the shares up to its own, filled down to the line below it.
     shares: chart(
       "shares",
       names.map((name, place) => ({
@@ -140,7 +141,7 @@ function drawCharts() {
     use: chart(
       "use",
       [
-        { label: "busy", stroke: COLOURS[0], width: 1.5, value: percent },
+        { label: "utilization", stroke: COLOURS[0], width: 1.5, value: percent },
         { label: "memory", stroke: COLOURS[1], width: 1.5, value: percent },
       ],
       { range: () => [0, 1.02], values: (_, ticks) => ticks.map((tick) => `${Math.round(tick * 100)}%`) },
@@ -169,11 +170,11 @@ function drawSamples() {
 // ---- tables and lists
 
 function element(tag, text = "", className = "", ...children) {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
+  const node = document.createElement(tag);
+  node.textContent = text;
+  if (className) node.className = className;
+  node.append(...children);
+  return node;
 }
 
 const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
@@ -182,22 +183,22 @@ function drawEngines() {
   const last = samples.at(-1);
   const focused = document.activeElement?.dataset?.engine;
   byId("engines").replaceChildren(...engines().map((name) => {
-    const seen = last?.engines[name];
+    const moment = last?.engines[name];
     const swatch = element("span", "", "swatch");
     swatch.style.background = colour(name);
     const pinned = now.pinned.includes(name);
     const button = element("button", pinned ? "unpin" : "pin");
     button.dataset.engine = name;
     button.setAttribute("aria-label", `${pinned ? "unpin" : "pin"} ${name}`);
-    button.onclick = () => pin(name, pinned);
+    button.onclick = () => togglePin(name, pinned);
     const seats = Object.keys(team).filter((seat) => team[seat] === name);
     return element("tr", "", "",
       element("td", "", "", swatch, name),
       element("td", seats.join(", ")),
       element("td", now.states[name] ?? ""),
-      ...(seen
-        ? [`${(seen.share * 100).toFixed(1)}%`, mib(seen.kv_cache_bytes), mib(seen.kv_used_bytes), seen.running,
-           seen.waiting, seen.max_active_seqs]
+      ...(moment
+        ? [`${(moment.share * 100).toFixed(1)}%`, mib(moment.kv_cache_bytes), mib(moment.kv_used_bytes),
+           moment.running, moment.waiting, moment.max_active_seqs]
         : ["", "", "", "", "", ""]).map((value) => element("td", String(value))),
       element("td", "", "", button));
   }));
@@ -208,7 +209,7 @@ function drawState() {
   const last = samples.at(-1);
   const parts = [now.unready ?? "ready"];
   if (now.policy) parts.push(`policy ${now.policy}${now.paused ? ", paused" : ""}`);
-  if (last) parts.push(`${last.jobs.running ?? 0} jobs running, ${last.jobs.queued ?? 0} waiting`);
+  if (last) parts.push(`${last.jobs.running ?? 0} jobs running, ${last.jobs.queued ?? 0} queued`);
   byId("state").textContent = parts.join(" · ");
 }
 
@@ -223,18 +224,18 @@ function drawJob(job) {
     element("span", ` ${job.steps.length} steps`, "quiet"));
   const details = element("details", "", "", title, steps);
   details.open = open;
-  const made = element("li", "", "", details);
-  if (job.element) job.element.replaceWith(made);
+  const item = element("li", "", "", details);
+  if (job.element) job.element.replaceWith(item);
   else {
     byId("jobs").querySelector(":scope > .quiet")?.remove();
-    byId("jobs").prepend(made);
+    byId("jobs").prepend(item);
   }
-  job.element = made;
+  job.element = item;
 }
 
-function takeJobEvent(_, event) {
+function onJobEvent(_, event) {
   const job = jobs.get(event.job) ?? { id: event.job, at: event.at, steps: [] };
-  if (job.whole) return; // it had ended before
+  if (job.complete) return; // loadJobs has loaded its result already
   if (event.kind === "replied") job.steps.push(...event.entries);
   else if (event.kind === "anew") job.steps = [];
   else Object.assign(job, { state: event.kind, error: event.why });
@@ -246,16 +247,16 @@ function takeJobEvent(_, event) {
     jobs.get(oldest).element?.remove();
     jobs.delete(oldest);
   }
-  drawSoon(job);
+  scheduleDraw(job);
 }
 
-// Many events may come between two frames: each job is drawn once.
+// Many events may arrive between two frames; each job is drawn once per frame.
 const changed = new Set();
 
-function drawSoon(job) {
+function scheduleDraw(job) {
   if (!changed.size) {
     requestAnimationFrame(() => {
-      for (const one of changed) if (jobs.has(one.id)) drawJob(one);
+      for (const changedJob of changed) if (jobs.has(changedJob.id)) drawJob(changedJob);
       changed.clear();
     });
   }
@@ -273,30 +274,32 @@ function drawDecision(decision) {
   while (list.children.length > DECISIONS) list.lastElementChild.remove();
 }
 
-// ---- what is asked of the service
+// ---- commands
 
-async function pin(engine, pinned) {
-  const answer = await ask(`/control/pins/${encodeURIComponent(engine)}`,
+async function togglePin(engine, pinned) {
+  const response = await request(`/control/pins/${encodeURIComponent(engine)}`,
     pinned ? { method: "DELETE" } : { method: "PUT", body: "{}" });
-  if (answer.ok) now.pinned = Object.keys((await answer.json()).pinned);
-  else byId("state").textContent = await complaint(answer);
+  if (response.ok) now.pinned = Object.keys((await response.json()).pinned);
+  else byId("state").textContent = await errorMessage(response);
   drawEngines();
 }
 
 byId("submit").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const said = byId("submitted");
-  said.textContent = "submitting";
-  const answer = await ask("/jobs", { method: "POST", body: JSON.stringify({ problem: byId("problem").value }) })
+  const outcome = byId("submitted");
+  outcome.textContent = "submitting";
+  const response = await request("/jobs", { method: "POST", body: JSON.stringify({ problem: byId("problem").value }) })
     .catch((error) => ({ ok: false, json: async () => ({ error: { message: error.message } }) }));
-  said.textContent = answer.ok ? `accepted as ${(await answer.json()).id.slice(0, 8)}` : await complaint(answer);
-  said.className = answer.ok ? "" : "fault";
-  if (answer.ok) byId("problem").value = "";
+  outcome.textContent = response.ok
+    ? `accepted as ${(await response.json()).id.slice(0, 8)}`
+    : await errorMessage(response);
+  outcome.className = response.ok ? "" : "fault";
+  if (response.ok) byId("problem").value = "";
 });
 
-// ---- what the service says
+// ---- event streams
 
-function takeLive(kind, data) {
+function onLiveEvent(kind, data) {
   if (kind === "history") {
     ({ team, now, samples } = data);
     drawCharts();
@@ -315,12 +318,12 @@ function takeLive(kind, data) {
   drawState();
 }
 
-function lost(why) {
-  byId("state").textContent = `not connected: ${why}; trying again`;
+function onDisconnect(reason) {
+  byId("state").textContent = `not connected: ${reason}; reconnecting`;
 }
 
 addEventListener("resize", () => {
-  for (const [id, one] of Object.entries(charts ?? {})) one.setSize({ width: byId(id).clientWidth, height: 200 });
+  for (const [id, plot] of Object.entries(charts ?? {})) plot.setSize({ width: byId(id).clientWidth, height: 200 });
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   drawCharts();
@@ -328,15 +331,15 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 });
 
 async function loadJobs() {
-  const answer = await ask("/jobs?limit=20").catch(() => null);
-  if (!answer?.ok) return;
-  for (const { id, state, problem, result, submitted_at: at } of (await answer.json()).jobs.reverse()) {
-    const job = { id, state, problem, at, steps: result?.steps ?? [], whole: Boolean(result) };
+  const response = await request("/jobs?limit=20").catch(() => null);
+  if (!response?.ok) return;
+  for (const { id, state, problem, result, submitted_at: at } of (await response.json()).jobs.reverse()) {
+    const job = { id, state, problem, at, steps: result?.steps ?? [], complete: Boolean(result) };
     Object.assign(job, { answer: result?.answer, error: result?.error });
     drawJob(job);
     jobs.set(id, job);
   }
 }
 
-follow("/live", takeLive, lost);
-loadJobs().then(() => follow(`/events?last=${EVENTS}`, takeJobEvent, () => {}));
+follow("/live", onLiveEvent, onDisconnect);
+loadJobs().then(() => follow(`/events?last=${EVENTS}`, onJobEvent, () => {}));
