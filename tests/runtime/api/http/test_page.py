@@ -23,7 +23,7 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-async def opened(browser: Browser, url: str, **options: object) -> tuple[Page, list[str]]:
+async def open_page(browser: Browser, url: str, **options: object) -> tuple[Page, list[str]]:
     """Open the page; return it, and the list that collects the errors on its console."""
     context = await browser.new_context(**options)  # type: ignore[arg-type]
     page = await context.new_page()
@@ -39,7 +39,7 @@ async def test_submitted_problem_appears_with_its_steps(start: Start, browser: B
     for _ in range(60):  # enough load to make the controller move memory
         await served.backend.jobs.submit(Submission(problem=PROBLEM))
     for scheme, size in (("light", (1280, 900)), ("dark", (390, 844))):
-        page, complaints = await opened(
+        page, complaints = await open_page(
             browser, served.url, color_scheme=scheme, viewport={"width": size[0], "height": size[1]}
         )
         await expect(page.locator("#state")).to_contain_text("policy waterfill")
@@ -66,7 +66,7 @@ async def test_submitted_problem_appears_with_its_steps(start: Start, browser: B
 
 async def test_button_pins_and_unpins_an_engine(start: Start, browser: Browser) -> None:
     served = await start()
-    page, complaints = await opened(browser, served.url)
+    page, complaints = await open_page(browser, served.url)
     await page.get_by_role("button", name="pin solver", exact=True).click()
     await expect(page.get_by_role("button", name="unpin solver")).to_be_visible()
     assert [*served.backend.ready_team().controller.pinned] == ["solver"]
@@ -78,7 +78,7 @@ async def test_button_pins_and_unpins_an_engine(start: Start, browser: Browser) 
 
 async def test_rejected_problem_shows_the_error(start: Start, browser: Browser) -> None:
     served = await start()
-    page, _ = await opened(browser, served.url)
+    page, _ = await open_page(browser, served.url)
     await page.get_by_label("Problem", exact=True).fill("1000+1")
     await page.get_by_role("button", name="Solve", exact=True).click()
     await expect(page.locator("#submitted")).to_contain_text("999")
@@ -86,7 +86,7 @@ async def test_rejected_problem_shows_the_error(start: Start, browser: Browser) 
 
 async def test_problem_text_is_not_interpreted_as_html(start: Start, browser: Browser) -> None:
     served = await start()
-    page, _ = await opened(browser, served.url)
+    page, _ = await open_page(browser, served.url)
     await expect(page.locator("#state")).to_contain_text("ready")
     evil = "<img src=x onerror=document.title='owned'>"
     submission = Submission(problem=evil)  # bypasses the API, which rejects problems that the team cannot solve
@@ -102,7 +102,7 @@ async def test_page_reconnects_after_a_restart(browser: Browser, tmp_path: Path)
     chosen = configured(tmp_path)
     async with service(chosen) as served:
         port = int(served.url.rsplit(":", 1)[1])
-        page, _ = await opened(browser, served.url)
+        page, _ = await open_page(browser, served.url)
         await expect(page.locator("#state")).to_contain_text("ready")
     await expect(page.locator("#state")).to_contain_text("not connected")
     again = chosen.model_copy(update={"service": chosen.service.model_copy(update={"port": port})})
@@ -115,7 +115,7 @@ async def test_page_reconnects_after_a_restart(browser: Browser, tmp_path: Path)
 async def test_page_asks_for_a_token(start: Start, browser: Browser, tmp_path: Path) -> None:
     served = await start()
     secret = Tokens(tmp_path / "tokens.json").add("me", (Scope.READ,))
-    page, _ = await opened(browser, served.url)
+    page, _ = await open_page(browser, served.url)
     await page.get_by_label("Token", exact=True).fill(secret)
     await page.get_by_role("button", name="Use it").click()
     await expect(page.locator("#state")).to_contain_text("ready")
