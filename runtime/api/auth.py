@@ -149,7 +149,7 @@ class Gate:
         self._fault: str | None = None
         self._reload()
 
-    def name(self, secret: str | None) -> str | None:
+    def token_name(self, secret: str | None) -> str | None:
         """Return the name of the token with this secret, or None if no token has it."""
         self._reload()
         token = self._tokens.find(secret)
@@ -179,7 +179,7 @@ class Gate:
             )
         if scope not in token.scopes:
             raise Forbidden(
-                f"the token {token.name!r} has the scopes {', '.join(token.scopes)}; this request needs {scope}",
+                f"the token {token.name!r} lacks the scope {scope}; it has {', '.join(token.scopes)}",
                 known=True,
             )
 

@@ -88,7 +88,7 @@ class Limits:
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, str]:
         """Return the token's name if the gate knows it, else the network address."""
-        if name := self._gate.name(bearer_secret(headers)):
+        if name := self._gate.token_name(bearer_secret(headers)):
             return "token", name
         host, _ = scope.get("client") or ("", 0)
         return "address", _network(host)

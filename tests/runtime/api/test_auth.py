@@ -22,9 +22,9 @@ def test_file_holds_hashes_and_is_readable_by_its_owner_only(path: Path) -> None
 def test_gate_checks_the_scope_of_a_token(path: Path) -> None:
     secret = Tokens(path).add("me", (Scope.READ,))
     gate = Gate(Tokens(path), OpenAccess.NEVER)
-    assert gate.name(secret) == "me"
+    assert gate.token_name(secret) == "me"
     gate.check(secret, Scope.READ)
-    with pytest.raises(Forbidden, match="'me' has the scopes read; this request needs control"):
+    with pytest.raises(Forbidden, match="'me' lacks the scope control; it has read"):
         gate.check(secret, Scope.CONTROL)
 
 
