@@ -52,7 +52,6 @@ async def serving(
     """
     service = config.service
     gate = gate_for(service, Tokens(paths.tokens(service)))
-    keeping = Keeping(service.jobs_at_once, service.queue_max, service.keep_days, service.keep_jobs)
     async with AsyncExitStack() as owned:
         jobs = await owned.enter_async_context(JobService(paths.journal(service), team, service))
         if with_broker or config.mqtt is not None:
