@@ -26,12 +26,12 @@ from tests.runtime.api.mqtt import brokers
 
 BROKERS = {"mosquitto": brokers.mosquitto, "embedded": brokers.embedded}
 T = Topics("main")
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 KILLED = """
 import asyncio, sys
 from pathlib import Path
 from runtime.config import Mqtt
-from tests.runtime.api.mqtt.test_bus import with_broker
+from tests.runtime.api.mqtt.test_client import with_broker
 from tests.runtime.api.http.conftest import service
 
 async def serve(folder: Path) -> None:

@@ -21,7 +21,7 @@ from runtime.jobs.team import assemble
 from runtime.simulation.assembly import start_modelled_team
 from scripts.mosquitto import Mosquitto
 from tests.programs import MOSQUITTO, needs
-from tests.runtime.api.mqtt.test_bus import with_broker
+from tests.runtime.api.mqtt.test_client import with_broker
 
 pytestmark = needs(MOSQUITTO, "mosquitto")
 PASSWORD = "open-sesame"
