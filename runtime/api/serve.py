@@ -20,7 +20,8 @@ from runtime.api.http.backend import Backend
 from runtime.api.http.metrics import Metrics
 from runtime.api.monitor import Monitor
 from runtime.api.mqtt import embedded_broker
-from runtime.api.mqtt.client import MqttClient, begin_cursor
+from runtime.api.mqtt.client import MqttClient
+from runtime.api.mqtt.job_events import begin_cursor
 from runtime.assembly import Publish, RunningTeam
 from runtime.config import Config, Mqtt, Service
 from runtime.errors import TroupeError

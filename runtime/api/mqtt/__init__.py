@@ -1,1 +1,1 @@
-"""MQTT: jobs in and out, states, and commands, over a broker that is never the store."""
+"""The service's MQTT API: jobs and commands in; results, events and states out. The broker stores nothing of record."""

@@ -1,7 +1,7 @@
-"""A broker inside this process, for a first try: on localhost, with a password, MQTT 3.1.1.
+"""An MQTT 3.1.1 broker inside the service's process, for a first try: on localhost, with a password.
 
-Not for production: it keeps what a stalled subscriber does not take in memory without bound, grants shared
-subscriptions and delivers nothing to them, and forgets everything when it ends. mosquitto is (configs/mosquitto.conf).
+Not for production. It queues messages for a slow subscriber in memory without bound, accepts shared subscriptions but
+delivers nothing to them, and loses everything when it ends. Use mosquitto instead (configs/mosquitto.conf).
 """
 
 import hmac
@@ -26,10 +26,13 @@ PASSWORD_FILE = "mqtt-password"
 
 @asynccontextmanager
 async def broker(mqtt: Mqtt, home: Path) -> AsyncIterator[Mqtt]:
-    """The broker on the configured port of localhost; how it is reached. Its password is made once, and is kept in a
-    file that its owner alone reads. Raises ConfigError where the port is taken."""
+    """Run a broker on the configured port of localhost, and yield the settings with which clients reach it.
+
+    The first call generates a password and keeps it in a file in `home` that only its owner can read. Raises
+    ConfigError if the port is taken or the password file cannot be read or written.
+    """
     password_file = home / PASSWORD_FILE
-    reached = mqtt.model_copy(
+    client_settings = mqtt.model_copy(
         update={
             "host": "127.0.0.1",
             "username": USER,
@@ -40,38 +43,40 @@ async def broker(mqtt: Mqtt, home: Path) -> AsyncIterator[Mqtt]:
     )
     settings = {
         "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{mqtt.port}"}},
-        "plugins": {f"{__name__}.{OnePassword.__name__}": {"username": USER, "password": _password(password_file)}},
+        "plugins": {f"{__name__}.{PasswordPlugin.__name__}": {"username": USER, "password": _password(password_file)}},
     }
     running = Broker(settings)
     try:
         await running.start()
     except (AMQTTError, OSError) as error:
-        raise ConfigError(f"mqtt.port: no broker on 127.0.0.1:{mqtt.port}: {error.__cause__ or error}") from None
+        raise ConfigError(
+            f"mqtt.port: cannot start a broker on 127.0.0.1:{mqtt.port}: {error.__cause__ or error}; set a free port"
+        ) from None
     try:
-        yield reached
+        yield client_settings
     finally:
         await running.shutdown()
 
 
-class OnePassword(BaseAuthPlugin):  # type: ignore[misc]  # amqtt is not analysed
-    """One user, one password."""
+class PasswordPlugin(BaseAuthPlugin):  # type: ignore[misc]  # amqtt is not analysed
+    """An amqtt plug-in that accepts one user name with one password."""
 
     @dataclass
     class Config:
-        """Both of them."""
+        """The accepted credentials, which the name of this class makes amqtt fill from the plug-in's settings."""
 
         username: str
         password: str
 
     async def authenticate(self, *, session: Session) -> bool:
-        """Whether a client has said them."""
-        wanted = self.context.config
+        """Return True if a client's credentials are the accepted ones."""
+        accepted = self.context.config
         given = f"{session.username}\n{session.password}".encode()
-        return hmac.compare_digest(given, f"{wanted.username}\n{wanted.password}".encode())
+        return hmac.compare_digest(given, f"{accepted.username}\n{accepted.password}".encode())
 
 
 def _password(file: Path) -> str:
-    """What the file says, which is made where there is none."""
+    """Return the password in the file. Generate one if there is no file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not file.exists():
@@ -80,4 +85,6 @@ def _password(file: Path) -> str:
                 new.write(secrets.token_urlsafe(24) + "\n")
         return file.read_text().splitlines()[0]
     except (OSError, IndexError) as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(
+            f"{file}: cannot read or write the embedded broker's password: {error}; delete the file to get a new one"
+        ) from None

@@ -1,37 +1,44 @@
-"""Work that is done side by side and reported in the order in which it began."""
+"""Concurrent tasks whose completions are reported in the order in which the tasks were added."""
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class InOrder(Generic[T]):
-    """Calls `passed` with an item once the item's task, and the tasks of all items before it, have succeeded.
+@dataclass(frozen=True)
+class _Pending(Generic[T]):
+    item: T
+    task: asyncio.Task[Any]
 
-    The first task that fails or is cancelled stops the reports: whoever owns the tasks sees to it.
+
+class InOrder(Generic[T]):
+    """A queue of items, each with its task, that reports an item once its task and all earlier tasks have succeeded.
+
+    `on_done` is called with each reported item. A task that fails or is cancelled stops all further reports; the owner
+    of the tasks handles the failure.
     """
 
-    def __init__(self, passed: Callable[[T], None]) -> None:
-        self._passed = passed
-        self._under_way: deque[tuple[T, asyncio.Task[Any]]] = deque()
+    def __init__(self, on_done: Callable[[T], None]) -> None:
+        self._on_done = on_done
+        self._pending: deque[_Pending[T]] = deque()
 
     def add(self, item: T, task: asyncio.Task[Any]) -> None:
-        """Put an item after those that are under way."""
-        self._under_way.append((item, task))
+        """Append an item and its task."""
+        self._pending.append(_Pending(item, task))
         task.add_done_callback(self._report)
 
-    async def room(self, most: int) -> None:
-        """Wait until the item `most` places from the end has ended, if there are so many."""
-        if len(self._under_way) >= most:
-            await asyncio.wait([self._under_way[len(self._under_way) - most][1]])
+    async def wait_for_room(self, limit: int) -> None:
+        """Wait for the item `limit` places from the end, if there are that many. Fewer than `limit` items follow it."""
+        if len(self._pending) >= limit:
+            await asyncio.wait([self._pending[len(self._pending) - limit].task])
 
     def _report(self, _: asyncio.Task[Any]) -> None:
-        while self._under_way:
-            item, task = self._under_way[0]
+        while self._pending:
+            task = self._pending[0].task
             if not task.done() or task.cancelled() or task.exception() is not None:
                 return
-            self._under_way.popleft()
-            self._passed(item)
+            self._on_done(self._pending.popleft().item)

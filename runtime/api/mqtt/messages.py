@@ -1,4 +1,4 @@
-"""The topics and payloads. All payloads are JSON objects in UTF-8; those that come in are held against these models."""
+"""MQTT topics and payloads. All payloads are JSON objects in UTF-8; incoming ones must fit their models."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -20,82 +20,82 @@ Correlation = Annotated[str, Field(min_length=1, max_length=200)]
 
 @dataclass(frozen=True)
 class Topics:
-    """Every topic of a cluster, under `troupe/<cluster>/`. What each carries is in `reference`."""
+    """The topics of a cluster, all below `troupe/<cluster>/`. `reference` lists them with their payloads."""
 
     cluster: str
 
     def under(self, *levels: str) -> str:
-        """A topic below the cluster's."""
+        """Return the topic with these levels below the cluster's."""
         return "/".join(("troupe", self.cluster, *levels))
 
     @property
     def state(self) -> str:
-        """Retained: whether the service lives; the broker says "gone" when it does not."""
+        """Outgoing, retained: Liveness. The broker publishes "gone" if the service's connection breaks."""
         return self.under("state")
 
     @property
     def submit(self) -> str:
-        """In: SubmitMessage."""
+        """Incoming: SubmitMessage."""
         return self.under("jobs", "submit")
 
     @property
     def rejected(self) -> str:
-        """A submission that was not accepted: correlation_id (null where it could not be read) and error."""
+        """Outgoing: SubmissionRejected."""
         return self.under("jobs", "rejected")
 
     def accepted(self, job: str) -> str:
-        """A job is in the journal: id, correlation_id, state, and whether it is new."""
+        """Outgoing: SubmissionAccepted."""
         return self.under("jobs", job, "accepted")
 
     def events(self, job: str) -> str:
-        """What happens to a job, as /jobs/{id}/events has it."""
+        """Outgoing: the job's events, in the form of GET /jobs/{id}/events."""
         return self.under("jobs", job, "events")
 
     def result(self, job: str) -> str:
-        """A job that has ended, as /jobs/{id} has it."""
+        """Outgoing: a job that has ended, in the form of GET /jobs/{id}."""
         return self.under("jobs", job, "result")
 
     @property
     def control(self) -> str:
-        """In: a command."""
+        """Incoming: a Command."""
         return self.under("control")
 
     @property
     def control_result(self) -> str:
-        """What came of a command: correlation_id, and error where it was refused."""
+        """Outgoing: CommandAnswer."""
         return self.under("control", "result")
 
     def role(self, seat: str) -> str:
-        """Retained: a role's engine and what that does."""
+        """Outgoing, retained: RoleState."""
         return self.under("roles", _level(seat), "state")
 
     def grant(self, engine: str) -> str:
-        """Retained: what an engine may use."""
+        """Outgoing, retained: GrantState."""
         return self.under("engines", _level(engine), "grant")
 
     def device(self, number: int) -> str:
-        """Retained: what telemetry says of a device."""
+        """Outgoing, retained: the telemetry of a device."""
         return self.under("gpu", str(number))
 
     @property
     def decision(self) -> str:
-        """Retained: the controller's last decision that changed something, with its reasons."""
+        """Outgoing, retained: the controller's last decision that changed a grant or failed, with its reasons."""
         return self.under("controller", "decision")
 
 
 def _level(name: str) -> str:
-    """A configured name as a level of a topic, which has no slash and no wildcard in it."""
+    """Return a configured name as one level of a topic: without slashes and wildcards."""
     return name.replace("/", "_").replace("+", "_").replace("#", "_")
 
 
 class Liveness(Value):
-    """Whether the service lives: "up", "ended" in good order, or, as the broker says for it, "gone"."""
+    """The state of the service: "up", "ended" after an orderly end, or "gone", which the broker publishes for it."""
 
     state: Literal["up", "ended", "gone"]
 
 
-class Accepted(Value):
-    """A job is in the journal; `new` unless it was before, under the same key."""
+class SubmissionAccepted(Value):
+    """A job that is in the journal. `new` is false if a job with the same idempotency key already was."""
 
     id: str
     correlation_id: str
@@ -103,22 +103,22 @@ class Accepted(Value):
     new: bool
 
 
-class Refused(Value):
-    """A submission that was not accepted, and why; `correlation_id` null where it could not be read."""
+class SubmissionRejected(Value):
+    """A submission that was not accepted, and why. `correlation_id` is null if it could not be read."""
 
     correlation_id: str | None
     error: str
 
 
-class Obeyed(Value):
-    """What came of a command; `error` where it was refused."""
+class CommandAnswer(Value):
+    """The outcome of a command. `error` says why it was refused, and is null if it was executed."""
 
     correlation_id: str | None
     error: str | None = None
 
 
 class RoleState(Value):
-    """A role, the engine that serves it, and what that does; `now` null until the engine is up."""
+    """A role, its engine, and the engine's state and load. `now` is null until the engine is ready."""
 
     engine: str
     state: EngineState | None
@@ -126,7 +126,7 @@ class RoleState(Value):
 
 
 class GrantState(Value):
-    """What an engine may use: its share of the device, the KV cache that this leaves it, sequences at once."""
+    """An engine's grant: its share of the device, the KV cache that fits into this share, and its concurrency."""
 
     gpu_memory_utilization: float
     kv_cache_bytes: int
@@ -134,27 +134,31 @@ class GrantState(Value):
 
 
 class SubmitMessage(Submission):
-    """A job, and by what its answer is known again. Sent twice (QoS 1), it is one job."""
+    """A job to submit. `correlation_id` comes back in the answer.
+
+    `correlation_id` is also the idempotency key of a job without one, so a message that is delivered twice (QoS 1)
+    submits one job.
+    """
 
     correlation_id: Correlation
 
     @property
     def submission(self) -> Submission:
-        """The job; where it has no key of its own, the correlation id is it."""
+        """The job, with `correlation_id` as its idempotency key if it has none of its own."""
         fields = self.model_dump(exclude={"correlation_id"})
         fields["idempotency_key"] = fields["idempotency_key"] or self.correlation_id
         return Submission.model_validate(fields)
 
 
 class ChangeCommand(Change):
-    """Pause or resume the controller, or let another policy decide."""
+    """Pause or resume the controller, or change its policy."""
 
     command: Literal["change"]
     correlation_id: Correlation | None = None
 
 
 class PinCommand(Pin):
-    """Hold an engine at a grant."""
+    """Pin an engine to a grant."""
 
     command: Literal["pin"]
     engine: str
@@ -162,7 +166,7 @@ class PinCommand(Pin):
 
 
 class UnpinCommand(Value):
-    """Let policies decide about an engine again."""
+    """Remove an engine's pin, so that the policy decides its grant again."""
 
     command: Literal["unpin"]
     engine: str
@@ -183,7 +187,7 @@ _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def read_submission(payload: bytes) -> SubmitMessage:
-    """Raises InputError naming each field and what would be right."""
+    """Parse a payload. Raises InputError that names each wrong field and what would be right."""
     try:
         return SubmitMessage.model_validate_json(payload)
     except ValidationError as error:
@@ -191,7 +195,7 @@ def read_submission(payload: bytes) -> SubmitMessage:
 
 
 def read_command(payload: bytes) -> Command:
-    """Raises InputError naming each field and what would be right."""
+    """Parse a payload. Raises InputError that names each wrong field and what would be right."""
     try:
         return _COMMAND.validate_json(payload)
     except ValidationError as error:
@@ -199,42 +203,51 @@ def read_command(payload: bytes) -> Command:
 
 
 def correlation_of(payload: bytes) -> str | None:
-    """The correlation id of a message that is wrong otherwise, if it has one."""
+    """Return the correlation id of a payload that may be invalid, or None if it has none."""
     try:
-        found = _ANY.validate_json(payload)
+        data = _ANY.validate_json(payload)
     except ValidationError:
         return None
-    value = found.get("correlation_id") if isinstance(found, dict) else None
+    value = data.get("correlation_id") if isinstance(data, dict) else None
     return value[:200] if isinstance(value, str) else None
 
 
 @dataclass(frozen=True)
 class TopicInfo:
-    """One topic, for readers: its name with places to fill in, whether it comes in, QoS, and its payload."""
+    """The documentation of one topic. `topic` has placeholders such as `<id>`."""
 
     topic: str
-    comes_in: bool
+    incoming: bool
     qos: int
     retained: bool
     payload: TypeAdapter[Any]
-    says: str
+    description: str
 
 
 def reference(cluster: str = "<cluster>") -> list[TopicInfo]:
-    """Every topic, with the schema of its payload."""
+    """Return the documentation of every topic, with the schema of its payload."""
     topics, job = Topics(cluster), "<id>"
-    rows: list[tuple[str, bool, int, bool, Any, str]] = [
-        (topics.submit, True, 1, False, SubmitMessage, "submit a job"),
-        (topics.accepted(job), False, 1, False, Accepted, "it is in the journal"),
-        (topics.rejected, False, 1, False, Refused, "it was not accepted, and why"),
-        (topics.events(job), False, 0, False, EventView, "what happens to it"),
-        (topics.result(job), False, 1, False, JobView, "it has ended"),
-        (topics.control, True, 1, False, Command, "change, pin, unpin, cancel"),
-        (topics.control_result, False, 1, False, Obeyed, "what came of a command"),
-        (topics.state, False, 1, True, Liveness, "whether the service lives"),
-        (topics.role("<role>"), False, 0, True, RoleState, "a role and its engine"),
-        (topics.grant("<name>"), False, 0, True, GrantState, "what an engine may use"),
-        (topics.under("gpu", "<n>"), False, 0, True, DeviceView, "what telemetry says of the device"),
-        (topics.decision, False, 0, True, DecisionShown, "the last decision that changed something"),
+
+    def incoming(topic: str, payload: Any, description: str) -> TopicInfo:
+        return TopicInfo(topic, True, 1, False, TypeAdapter(payload), description)
+
+    def outgoing(topic: str, qos: int, payload: Any, description: str) -> TopicInfo:
+        return TopicInfo(topic, False, qos, False, TypeAdapter(payload), description)
+
+    def retained(topic: str, qos: int, payload: Any, description: str) -> TopicInfo:
+        return TopicInfo(topic, False, qos, True, TypeAdapter(payload), description)
+
+    return [
+        incoming(topics.submit, SubmitMessage, "submit a job"),
+        outgoing(topics.accepted(job), 1, SubmissionAccepted, "the job is in the journal"),
+        outgoing(topics.rejected, 1, SubmissionRejected, "a submission was rejected, and why"),
+        outgoing(topics.events(job), 0, EventView, "an event of the job"),
+        outgoing(topics.result(job), 1, JobView, "the job has ended"),
+        incoming(topics.control, Command, "change, pin, unpin or cancel"),
+        outgoing(topics.control_result, 1, CommandAnswer, "the outcome of a command"),
+        retained(topics.state, 1, Liveness, "whether the service is up"),
+        retained(topics.role("<role>"), 0, RoleState, "a role and its engine"),
+        retained(topics.grant("<name>"), 0, GrantState, "an engine's grant"),
+        retained(topics.under("gpu", "<n>"), 0, DeviceView, "telemetry of the device"),
+        retained(topics.decision, 0, DecisionShown, "the last decision that changed a grant or failed"),
     ]
-    return [TopicInfo(*row[:4], TypeAdapter(row[4]), row[5]) for row in rows]

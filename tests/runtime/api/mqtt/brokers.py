@@ -1,4 +1,4 @@
-"""Real brokers to test against: mosquitto as a process, and the embedded one."""
+"""Real brokers for the tests: mosquitto in a process of its own, and the embedded broker."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""A broker that wants TLS and a password."""
+"""Connections with TLS and a password, and files of them that cannot be read."""
 
 import asyncio
 import datetime
@@ -20,15 +20,13 @@ from runtime.errors import ConfigError
 from runtime.jobs.team import assemble
 from runtime.simulation.assembly import start_modelled_team
 from scripts.mosquitto import Mosquitto
-from tests.programs import MOSQUITTO, needs
-from tests.runtime.api.mqtt.test_client import with_broker
+from tests.runtime.api.mqtt.conftest import with_broker, with_mosquitto
 
-pytestmark = needs(MOSQUITTO, "mosquitto")
 PASSWORD = "open-sesame"
 
 
 def certify(folder: Path) -> None:
-    """A certificate for 127.0.0.1 that is its own authority."""
+    """Write a self-signed certificate for 127.0.0.1 and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -68,35 +66,38 @@ async def secure(tmp_path: Path) -> AsyncIterator[Mqtt]:
         )
 
 
-async def told(folder: Path, mqtt: Mqtt) -> str:
-    """What a service first says of its broker."""
-    chosen = with_broker(folder, mqtt)
-    team = assemble(chosen)
-    said: asyncio.Queue[str] = asyncio.Queue()
-    async with serving(chosen, team, partial(start_modelled_team, chosen, team, time_scale=0), tell=said.put_nowait):
+async def first_report(folder: Path, mqtt: Mqtt) -> str:
+    """Start a service and return its first report about the broker."""
+    config = with_broker(folder, mqtt)
+    team = assemble(config)
+    reports: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(config, team, partial(start_modelled_team, config, team, time_scale=0), tell=reports.put_nowait):
         async with asyncio.timeout(60):
-            return await said.get()
+            return await reports.get()
 
 
-async def test_with_the_right_words_it_is_connected(
+@with_mosquitto
+async def test_the_right_password_and_ca_connect(
     tmp_path: Path, secure: Mqtt, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    assert (await told(tmp_path, secure)).endswith("connected")
+    assert (await first_report(tmp_path, secure)).endswith("connected")
     assert PASSWORD not in caplog.text
 
 
-async def test_what_is_wrong_is_told_and_the_service_goes_on(tmp_path: Path, secure: Mqtt) -> None:
+@with_mosquitto
+async def test_a_wrong_password_or_ca_is_reported_and_tried_again(tmp_path: Path, secure: Mqtt) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("abracadabra\n")
-    said = await told(tmp_path, secure.model_copy(update={"password_file": str(wrong)}))
-    assert "authori" in said.lower()
-    assert "trying again" in said
-    assert "certificate verify failed" in await told(tmp_path, secure.model_copy(update={"ca_file": None, "tls": True}))
+    report = await first_report(tmp_path, secure.model_copy(update={"password_file": str(wrong)}))
+    assert "authori" in report.lower()
+    assert "trying again" in report
+    report = await first_report(tmp_path, secure.model_copy(update={"ca_file": None, "tls": True}))
+    assert "certificate verify failed" in report
 
 
-async def test_files_that_are_not_there_are_told_before_anything_starts(tmp_path: Path) -> None:
+async def test_missing_files_are_reported_before_anything_starts(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere")
     for mqtt, key in ((Mqtt(password_file=nowhere), "password_file"), (Mqtt(ca_file=nowhere), "ca_file")):
         with pytest.raises(ConfigError, match=f"mqtt.{key}: .*nowhere"):
-            await told(tmp_path, mqtt)
+            await first_report(tmp_path, mqtt)

@@ -1,0 +1,124 @@
+"""Incoming MQTT messages: submissions of jobs, and commands."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from pydantic_core import to_json
+
+from runtime.api import admin
+from runtime.api.mqtt.connection import IN_FLIGHT_MAX, BrokerError, Connection, Message
+from runtime.api.mqtt.in_order import InOrder
+from runtime.api.mqtt.messages import (
+    CancelCommand,
+    ChangeCommand,
+    Command,
+    CommandAnswer,
+    PinCommand,
+    SubmissionAccepted,
+    SubmissionRejected,
+    Topics,
+    UnpinCommand,
+    correlation_of,
+    read_command,
+    read_submission,
+)
+from runtime.assembly import RunningTeam
+from runtime.errors import NotFound, TroupeError
+from runtime.jobs.service import JobService
+
+MESSAGE_MAX_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class IncomingMessages:
+    """The handler of submissions and commands, which answers each message and then acknowledges it.
+
+    `running_team` returns the team whose engines are ready, and raises Busy if there is none.
+    """
+
+    def __init__(self, topics: Topics, jobs: JobService, running_team: Callable[[], RunningTeam]) -> None:
+        self._topics = topics
+        self._jobs = jobs
+        self._running_team = running_team
+
+    async def handle_all(self, connection: Connection) -> None:
+        """Handle messages until cancelled. Raises BrokerError if the connection is lost.
+
+        Up to `IN_FLIGHT_MAX` messages are handled at once, so that submissions that arrive together share a commit of
+        the journal. A message is acknowledged after it is handled and answered; if this process or the connection ends
+        earlier, the broker sends the message again.
+        """
+        slots = asyncio.Semaphore(IN_FLIGHT_MAX)
+        acknowledgements = InOrder(connection.acknowledge)
+
+        async def handle(message: Message) -> None:
+            try:
+                await self._handle(connection, message)
+            finally:
+                slots.release()
+
+        async with asyncio.TaskGroup() as group:
+            async for message in connection.messages:
+                await slots.acquire()
+                acknowledgements.add(message, group.create_task(handle(message), name="mqtt message"))
+
+    async def _handle(self, connection: Connection, message: Message) -> None:
+        try:
+            payload = bytes(message.payload)
+            if message.topic.matches(self._topics.submit):
+                await self._submit(connection, payload)
+            else:
+                await self._command(connection, payload)
+        except BrokerError:
+            raise
+        except Exception:  # our own bug: acknowledge the message, because it would fail again if it were sent again
+            logger.exception("cannot handle a message on %s", message.topic)
+
+    async def _submit(self, connection: Connection, payload: bytes) -> None:
+        try:
+            _check_size(payload)
+            message = read_submission(payload)
+            record, new = await self._jobs.submit(message.submission)
+        except Exception as error:  # noqa: BLE001  every error is answered, and _describe logs our own bugs
+            rejected = SubmissionRejected(correlation_id=correlation_of(payload), error=_describe(error))
+            await connection.publish(self._topics.rejected, to_json(rejected), qos=1)
+            return
+        accepted = SubmissionAccepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
+        await connection.publish(self._topics.accepted(record.id), to_json(accepted), qos=1)
+
+    async def _command(self, connection: Connection, payload: bytes) -> None:
+        message: str | None = None
+        try:
+            _check_size(payload)
+            await self._execute(read_command(payload))
+        except Exception as error:  # noqa: BLE001  as in _submit
+            message = _describe(error)
+        answer = CommandAnswer(correlation_id=correlation_of(payload), error=message)
+        await connection.publish(self._topics.control_result, to_json(answer), qos=1)
+
+    async def _execute(self, command: Command) -> None:
+        match command:
+            case ChangeCommand():
+                command.apply(self._running_team())
+            case PinCommand():
+                command.apply(self._running_team(), command.engine)
+            case UnpinCommand():
+                admin.unpin(self._running_team(), command.engine)
+            case CancelCommand():
+                if await self._jobs.cancel(command.job) is None:
+                    raise NotFound(f"there is no job {command.job[:100]!r}")
+
+
+def _check_size(payload: bytes) -> None:
+    if len(payload) > MESSAGE_MAX_BYTES:
+        raise TroupeError(f"the message has {len(payload)} bytes; send at most {MESSAGE_MAX_BYTES}")
+
+
+def _describe(error: Exception) -> str:
+    """Return the text of an error for the sender of a message. Log the error if it is our own bug."""
+    if isinstance(error, TroupeError):
+        return str(error)
+    logger.error("internal error while handling a message", exc_info=error)
+    return f"internal error: {error!r}"

@@ -1,0 +1,25 @@
+"""Retained states, over real brokers."""
+
+import asyncio
+from pathlib import Path
+
+from runtime.config import Mqtt
+from tests.runtime.api.http.conftest import PROBLEM, service
+from tests.runtime.api.mqtt.conftest import TOPICS, reader, with_broker
+
+
+async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
+    async with service(with_broker(tmp_path, mqtt), time_scale=1) as served:
+        await asyncio.gather(*(served.client.post("/jobs", json={"problem": PROBLEM}) for _ in range(60)))
+        async with asyncio.timeout(60):
+            while not served.backend.status.decisions:  # noqa: ASYNC110  there is no event for it
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(1)
+        async with reader(mqtt) as late:
+            role = await late.until(TOPICS.role("solver"), state="ready")
+            grant = await late.until(TOPICS.grant("solver"))
+            await late.until(TOPICS.device(0))
+            decision = await late.until(TOPICS.decision)
+    assert role["engine"] == "solver"
+    assert 0 < grant["gpu_memory_utilization"] <= 1
+    assert decision["policy"] == "waterfill"
