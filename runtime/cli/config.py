@@ -1,4 +1,4 @@
-"""`troupe config`: look at a configuration, or say what is wrong with one."""
+"""`troupe config`: checks and shows configurations."""
 
 import json
 
@@ -11,13 +11,25 @@ from runtime.jobs import team as teams
 
 @click.group()
 def config() -> None:
-    """Check a configuration, or show it with every default."""
+    """Check a configuration, or print it with every default.
+
+    \b
+    troupe config check team.yaml
+    troupe config show embedded
+    """
 
 
 @config.command()
 @click.argument("file")
 def check(file: str) -> None:
-    """Hold FILE (or the name of a shipped configuration) against everything it names, without starting an engine."""
+    """Check FILE, a configuration or the name of a shipped one, without starting an engine.
+
+    The check covers keys and values, the folders of models, roles, the workflow and policies. If something is wrong,
+    the command prints the file and the key, and exits with code 2.
+
+    \b
+    troupe config check team.yaml
+    """
     found = configuration.load(file)
     team = teams.assemble(found)
     ContainedPolicies(found.control.policy, found.control.shadow, threads=False)
@@ -26,9 +38,16 @@ def check(file: str) -> None:
 
 @config.command()
 @click.argument("name", default=configuration.DEFAULT)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of YAML.")
 def show(name: str, as_json: bool) -> None:
-    """Print a configuration with every default written out: a file, or a shipped one by NAME (default: embedded)."""
+    """Print the configuration NAME, a file or a shipped one, with every default filled in.
+
+    Without NAME, print the shipped configuration `embedded`.
+
+    \b
+    troupe config show
+    troupe config show gpu-24gb
+    """
     found = configuration.load(name)
     click.echo(
         json.dumps(found.model_dump(mode="json"), indent=2) if as_json else configuration.as_yaml(found), nl=as_json

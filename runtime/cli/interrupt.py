@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM: the first cancels the work, which then closes its engines, or asks it to come to its end where it
-knows how; a second ends the process at once."""
+"""Ctrl-C and SIGTERM. The first one cancels the command's work or, if the work can drain, asks it to end by itself; a
+second one ends the process at once."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """The run was ended by a signal; 128 + its number is the exit code."""
+    """A run that a signal has ended. The exit code is 128 + `number`, the signal's."""
 
     def __init__(self, number: int) -> None:
         super().__init__("interrupted")
@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """How work is asked to come to its end: once it is `ready` to be asked, `asked` is set, and it is not cancelled."""
+    """A request to end. Work that sets `ready` is not cancelled by a signal: `asked` is set instead."""
 
     def __init__(self) -> None:
         self.ready = False
@@ -31,8 +31,11 @@ class Stop:
 
 
 def run(work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
-    """Run to the end, or raise Interrupted after the work has been cancelled and has cleaned up. On uvloop: what the
-    loop takes of the processor, engines on a CPU do not have."""
+    """Run work to its end, and return its result.
+
+    Raises Interrupted once the work has cleaned up after a signal cancelled it. It runs on uvloop, which leaves more of
+    the processor to engines on a CPU.
+    """
     received: list[int] = []
 
     async def guarded() -> T:
@@ -42,16 +45,16 @@ def run(work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
 
         def on_signal(number: int) -> None:
             if received:
-                os._exit(128 + number)  # the forkserver sees our end and takes the engines with it
+                os._exit(128 + number)  # the forkserver notices the end of this process, and ends the engines
             received.append(number)
             if stop is not None and stop.ready:
-                doing = "letting what runs come to its end"
+                doing = "finishing the running jobs"
                 stop.asked.set()
             else:
                 doing = "closing the engines"
                 task.cancel()
-            with suppress(OSError):  # the screen may be gone
-                click.echo(f"\n{doing} (once more to end at once)", err=True)
+            with suppress(OSError):  # the terminal may be closed
+                click.echo(f"\n{doing} (interrupt again to end at once)", err=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)

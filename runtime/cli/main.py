@@ -1,6 +1,6 @@
-"""The command `troupe`: puts the subcommands together, and turns errors and signals into exit codes.
+"""The command `troupe`: joins the subcommands, and turns errors and signals into exit codes.
 
-Exit codes: 0 done, 1 some problems failed, 2 bad usage or configuration, 130 interrupted (143 by SIGTERM).
+Exit codes: 0 success; 1 some problems failed; 2 wrong usage or configuration; 130 ended by Ctrl-C, 143 by SIGTERM.
 """
 
 import sys
@@ -34,7 +34,13 @@ def _version() -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_version(), prog_name="troupe")
 def cli() -> None:
-    """A team of language models that solve problems together, each role on its own vLLM engine, on one GPU or CPU."""
+    """Run a team of language models that solve problems together, each role on its own vLLM engine, on a GPU or CPU.
+
+    \b
+    troupe solve "(12+7)*3-45"
+    troupe serve
+    troupe doctor
+    """
 
 
 for command in (solve, serve, engines, jobs, tokens, topics, bench, simulate, replay, roles, config, doctor):
@@ -42,7 +48,7 @@ for command in (solve, serve, engines, jobs, tokens, topics, bench, simulate, re
 
 
 def main() -> None:
-    """Run the command line; an error meant for a user is printed without a traceback."""
+    """Run the command line and exit. Print a TroupeError without a traceback."""
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -56,7 +62,7 @@ def main() -> None:
     except TroupeError as error:
         click.echo(f"troupe: {error}", err=True)
         code = 2
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the program that reads our output has ended
         sys.stderr.close()
         code = 1
     sys.exit(code)

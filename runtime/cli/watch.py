@@ -1,7 +1,9 @@
-"""The engines as they are at this moment: a table for the screen."""
+"""The live display of a run: its progress and, with `--watch`, a table of the engines."""
 
 from collections.abc import Mapping
 
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table
 
 from runtime.engines.handle import EngineHandle, EngineStats
@@ -11,19 +13,30 @@ MIB = 1 << 20
 COLUMNS = ("engine", "roles", "state", "share", "KV cache", "running", "waiting", "tokens out")
 
 
+def live(
+    screen: Console, progress: RenderableType, engines: Mapping[str, EngineHandle], team: Team, watch: bool
+) -> Live:
+    """Return a display for the bottom of the screen: `progress` and, if `watch`, the engines in `engines` below it."""
+
+    def render() -> RenderableType:
+        return Group(progress, table(engines, team)) if watch and engines else progress
+
+    return Live(get_renderable=render, console=screen, transient=True, refresh_per_second=10)
+
+
 def table(engines: Mapping[str, EngineHandle], team: Team) -> Table:
-    """Each engine's share of the device, KV cache in use, concurrency and queue."""
+    """Return a table of each engine's share of the device, used KV cache, running and waiting requests."""
     shown = Table(box=None, pad_edge=False, header_style="dim", caption="share: gpu_memory_utilization")
     shown.caption_justify = "left"
     for column in COLUMNS:
         shown.add_column(column, no_wrap=True)
     for name, engine in engines.items():
         roles = ", ".join(seat.name for seat in team.seats.values() if seat.engine == name)
-        shown.add_row(name, roles, *_row(engine.stats()))
+        shown.add_row(name, roles, *_cells(engine.stats()))
     return shown
 
 
-def _row(stats: EngineStats) -> tuple[str, ...]:
+def _cells(stats: EngineStats) -> tuple[str, ...]:
     if stats.grant is None:
         return (stats.state, "", "", "", "", "")
     return (

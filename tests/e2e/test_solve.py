@@ -75,7 +75,7 @@ def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
         (["solve", "1+2", "--workflow", "debate"], "deliberate"),
         (["solve", "1+2", "--config", "nowhere.yaml"], "embedded"),
         (["solve", "1+2", "--temperature", "9"], "--temperature"),
-        (["solve", "1+2", "--out", "r.jsonl"], "--out goes with --file"),
+        (["solve", "1+2", "--out", "r.jsonl"], "--out needs --file"),
         (["solve", "--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["solve", "1+2", "--resume"], "--resume"),
         (["slove", "1+2"], "slove"),
@@ -121,7 +121,7 @@ def sigterm_twice(troupe: Command, process: subprocess.Popen[str]) -> None:
     """Send SIGTERM, and again while the engines close."""
     process.terminate()
     assert process.stderr is not None
-    while "once more to end at once" not in process.stderr.readline():
+    while "again to end at once" not in process.stderr.readline():
         assert process.poll() is None
     process.terminate()
 
