@@ -11,6 +11,7 @@ A block is run by the language of its fence, in the order of the README, all in 
 An HTML comment on the line above the fence, invisible to readers, says more:
 
 - `<!-- test: serve -->`: run it while `troupe serve` runs; `localhost:8000` in it becomes the service's address.
+- `<!-- test: serve mqtt -->`: the same, with the embedded broker; `1883` in it becomes the broker's port.
 - `<!-- test: file team.yaml -->`: write the block to this file; later blocks can use it.
 - `<!-- test: skip REASON -->`: do not run it, for a reason that the reader can check (needs a GPU, installs packages).
 """
@@ -20,7 +21,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,11 @@ class Block:
 
     @property
     def serves(self) -> bool:
-        return self.test == "serve"
+        return self.test in ("serve", "serve mqtt")
+
+    @property
+    def needs_broker(self) -> bool:
+        return self.test == "serve mqtt"
 
     @property
     def file(self) -> str | None:
@@ -83,9 +88,11 @@ class Reader:
     folder: Path
     environment: dict[str, str]
 
-    def try_out(self, block: Block, address: str | None) -> None:
-        """Do what a reader would do with a block; fail if it fails."""
-        text = block.text if address is None else block.text.replace("localhost:8000", address)
+    def try_out(self, block: Block, ports: Mapping[str, str]) -> None:
+        """Do what a reader would do with a block, with other ports; fail if it fails."""
+        text = block.text
+        for documented, actual in ports.items():
+            text = text.replace(documented, actual)
         if block.file is not None:
             (self.folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / block.file).write_text(text)
@@ -114,16 +121,21 @@ class Reader:
         assert done.returncode == 0, f"line {block.line}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
 
     @contextmanager
-    def serving(self) -> Iterator[str]:
-        """Run `troupe serve` and yield its address once it is ready."""
+    def serving(self, with_broker: bool) -> Iterator[Mapping[str, str]]:
+        """Run `troupe serve`. Once it is ready, yield its ports by the documented ones."""
         command = ["troupe", "serve", "--json", "--port", str(free_port())]
+        mqtt_port = str(free_port())
+        if with_broker:
+            config = self.folder.parent / "mqtt.yaml"
+            config.write_text(f"extends: embedded\nmqtt: {{port: {mqtt_port}}}\n")
+            command += ["--config", str(config), "--mqtt", "embedded"]
         with subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True
         ) as service:
             try:
                 assert service.stdout is not None
                 events = {said["event"]: said for said in _until_ready(service.stdout)}
-                yield events["listening"]["url"].removeprefix("http://")
+                yield {"localhost:8000": events["listening"]["url"].removeprefix("http://"), "1883": mqtt_port}
             finally:
                 service.terminate()
 
@@ -158,9 +170,11 @@ def reader(tmp_path: Path) -> Reader:
 def test_every_block_runs(reader: Reader, path: str) -> None:
     found = [block for block in blocks((ROOT / path).read_text()) if not block.skipped]
     with ExitStack() as owned:
-        address = owned.enter_context(reader.serving()) if any(block.serves for block in found) else None
+        ports: Mapping[str, str] = {}
+        if any(block.serves for block in found):
+            ports = owned.enter_context(reader.serving(any(block.needs_broker for block in found)))
         for block in found:
-            reader.try_out(block, address if block.serves else None)
+            reader.try_out(block, ports if block.serves else {})
 
 
 @pytest.mark.parametrize("path", READMES)
@@ -181,6 +195,6 @@ def test_no_shell_command_escapes_the_rules(path: str) -> None:
 def test_a_block_that_fails_is_found(reader: Reader, text: str, message: str) -> None:
     *before, last = blocks(text)
     for block in before:
-        reader.try_out(block, None)
+        reader.try_out(block, {})
     with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
-        reader.try_out(last, None)
+        reader.try_out(last, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 import aiomqtt
 import jsonschema
 
+from runtime.api.mqtt import messages
 from runtime.api.mqtt.messages import reference
 from runtime.config import Mqtt
 from tests.runtime.api.http.conftest import service
@@ -47,3 +48,9 @@ def test_the_reference_has_the_incoming_topics() -> None:
     incoming = {info.topic: info.payload.json_schema() for info in reference("main") if info.incoming}
     assert set(incoming[TOPICS.submit]["required"]) == {"problem", "correlation_id"}
     assert {"change", "pin", "unpin", "cancel"} == set(incoming[TOPICS.control]["discriminator"]["mapping"])
+
+
+def test_the_readme_has_every_topic() -> None:
+    readme = (Path(messages.__file__).parent / "README.md").read_text()
+    topics = [info.topic.removeprefix("troupe/main/") for info in reference("main")]
+    assert [topic for topic in topics if f"| `{topic}` |" not in readme] == []

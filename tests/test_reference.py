@@ -1,0 +1,31 @@
+"""The generated references are current, and every configuration key has a description."""
+
+import pytest
+from pydantic import BaseModel
+
+from runtime.config import Config
+from scripts import reference
+
+
+@pytest.mark.parametrize("name", reference.REFERENCES)
+def test_the_reference_is_current(name: str) -> None:
+    text = reference.REFERENCES[name][0].read_text()
+    assert text == reference.updated(name), f"run: python scripts/reference.py {name}"
+
+
+@pytest.mark.parametrize("name", reference.REFERENCES)
+def test_the_reference_does_not_depend_on_the_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = reference.updated(name)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert reference.updated(name) == wide
+
+
+@pytest.mark.parametrize(("place", "model"), [("the configuration", Config), *reference.SECTIONS.items()])
+def test_every_key_has_a_description(place: str, model: type[BaseModel]) -> None:
+    missing = [key for key, field in model.model_fields.items() if not field.description]
+    assert missing == [], place
+
+
+def test_every_section_is_in_the_reference() -> None:
+    sections = {place.partition(".")[0] for place in reference.SECTIONS}
+    assert sections == set(Config.model_fields)
