@@ -169,7 +169,8 @@ def _type(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"mapping of names to {_type(arguments[1])}"
+        values = _type(arguments[1])
+        return "a section for each name" if values == "section" else f"mapping of names to {values}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     raise TypeError(f"no words for the type {annotation!r}; add them to TYPE_NAMES")

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the command as a user runs it, and the processes that a run leaves behind."""
+"""What the end-to-end tests share: the command as a user runs it, and the processes that it starts."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE = REPOSITORY / "configs" / "problems" / "sample.jsonl"
 LONG_S = 600
-"""Bounds waits for what takes seconds on an idle machine: only a hang takes so long."""
+"""Upper bound for waits that take seconds on an idle machine. Only a hang takes this long."""
 
 
 class Command:
-    """`troupe` in a folder of its own, and the processes that it starts."""
+    """`troupe` in a folder of its own, and all processes that it has started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class Command:
         }
 
     def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        """Start it in a session of its own, as a terminal does."""
+        """Start the command in a session of its own, as a terminal does."""
         process = subprocess.Popen(
             [sys.executable, "-m", "runtime.cli.main", *map(str, arguments)],
             cwd=self.folder,
@@ -52,7 +52,7 @@ class Command:
         return process
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run it to the end."""
+        """Run the command to its end."""
         with self.start(*arguments) as process:
             watch = threading.Thread(target=self._watch, args=(process,))
             watch.start()
@@ -66,7 +66,7 @@ class Command:
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of ours: the commands and all that ever descended from them, as far as we looked."""
+        """Return the living processes: the commands, and every descendant that a call of this method has ever seen."""
         for root in self._started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 parent = psutil.Process(root.pid)
@@ -74,19 +74,19 @@ class Command:
         return [process for process in self._seen if _lives(process)]
 
     def engines(self) -> list[psutil.Process]:
-        """The engine processes among them, by the title that vLLM gives them."""
+        """Return the living engine processes, which vLLM names `EngineCore`."""
         return [process for process in self.processes() if "EngineCore" in "".join(process.cmdline())]
 
     def nothing_left(self) -> None:
-        """Wait until every process of ours has ended by itself."""
+        """Wait until every process has ended by itself. Fail after 60 s."""
         wait_until(lambda: not self.processes(), seconds=60)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = LONG_S) -> None:
-    """Wait for a condition; fail if it does not come within so many seconds."""
+    """Wait until a condition holds. Fail after this many seconds."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, f"the condition did not come within {seconds} s"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.05)
 
 
@@ -104,10 +104,10 @@ def troupe(tmp_path: Path) -> Command:
 
 @pytest.fixture(scope="module")
 def shared_troupe(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """The command in one folder for all tests of a module."""
+    """The command in one folder that all tests of a module share."""
     return Command(tmp_path_factory.mktemp("shared"))
 
 
 def results(path: Path) -> dict[str, dict[str, Any]]:
-    """A file of results by id; every line must be whole."""
+    """Return the results in a file, by id. Every line must be complete."""
     return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}

@@ -1,4 +1,4 @@
-"""The command with real vLLM engines and the shipped weights: right answers, kept results, nothing left behind."""
+"""`troupe solve` with real vLLM engines and the shipped weights: answers, kept results, and no process left behind."""
 
 import json
 import os
@@ -32,25 +32,25 @@ def test_the_embedded_team_solves_the_sample_problems(troupe: Command) -> None:
         assert all(used["prompt_tokens"] and used["completion_tokens"] for used in result["usage"].values())
         assert 0 < result["elapsed_s"] < LONG_S
     assert "100.0% right" in done.stderr
-    assert "vllm" not in (done.stdout + done.stderr).lower()  # its logging is in files
+    assert "vllm" not in (done.stdout + done.stderr).lower()  # vLLM logs to files only
     assert list((troupe.folder / "home" / "runs").glob("*/engine-solver.log"))
     assert [path for path in troupe.temporary.iterdir() if not path.name.startswith("torchinductor")] == []
     troupe.nothing_left()
 
 
-def test_one_problem_prints_steps_verdicts_and_answer(troupe: Command) -> None:
+def test_one_problem_prints_its_steps_verdicts_and_answer(troupe: Command) -> None:
     done = troupe.run("solve", "(12+7)*3", "--watch")
     assert done.returncode == 0, done.stderr
-    watched = " ".join(done.stderr.split())  # whatever its width, and how it breaks lines
+    watched = " ".join(done.stderr.split())  # the table's width and line breaks do not matter
     assert "gpu_memory_utilization" in watched
-    assert re.search(r"solver solver ready \d+\.\d%", watched)  # the controller has moved what it began with
+    assert re.search(r"solver solver ready \d+\.\d%", watched)  # the controller has changed the first share
     assert done.stdout.splitlines()[-1] == "answer: 57"
     assert "A=12+7; B=A*3" in done.stdout
     assert done.stdout.count("accepted") == 2
     troupe.nothing_left()
 
 
-def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
+def test_faulty_lines_fail_alone(troupe: Command) -> None:
     lines = ['{"id": "good", "problem": "12-45*3"}', "rubbish", '{"id": "big", "problem": "5000+1"}']
     (troupe.folder / "p.jsonl").write_text("\n".join(lines))
     options = ("--json", "--workflow", "vote", "--temperature", 1, "--seed", 3)
@@ -66,7 +66,7 @@ def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["solve"], "give one PROBLEM or --file"),
         (["solve", ""], "the problem is empty"),
@@ -81,23 +81,27 @@ def test_faulty_lines_cost_no_other_its_result(troupe: Command) -> None:
         (["slove", "1+2"], "slove"),
     ],
 )
-def test_bad_usage_is_told_before_any_engine_starts(
-    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_usage_is_reported_before_any_engine_starts(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TROUPE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "argv", ["troupe", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert told in said
-    assert "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert exited.value.code == 2
+    assert message in stderr
+    assert "Traceback" not in stderr
     assert not (tmp_path / "home").exists()
 
 
-def started(troupe: Command, out: Path, *options: object, count: int = 200) -> subprocess.Popen[str]:
-    """Start a run over many problems; return once it has written two results more than there were."""
+def start_long_run(troupe: Command, out: Path, *options: object, count: int = 200) -> subprocess.Popen[str]:
+    """Start a run over many problems, and return once it has added two results to `out`."""
     lines = SAMPLE.with_name("held-out.jsonl").read_text().splitlines(keepends=True)[:count]
     problems = troupe.folder / "p.jsonl"
     problems.write_text("".join(lines))
@@ -111,14 +115,14 @@ def started(troupe: Command, out: Path, *options: object, count: int = 200) -> s
 
 
 def ctrl_c(troupe: Command, process: subprocess.Popen[str]) -> None:
-    """Check that a terminal's Ctrl-C would reach no engine, and send it to the parent."""
+    """Send SIGINT to the command. Check first that a terminal, which signals the whole group, would reach no engine."""
     group = [p for p in troupe.processes() if p.pid != process.pid and os.getpgid(p.pid) == process.pid]
     assert not [p for p in group if "forkserver" in " ".join(p.cmdline()) or p in troupe.engines()]
     process.send_signal(signal.SIGINT)
 
 
 def sigterm_twice(troupe: Command, process: subprocess.Popen[str]) -> None:
-    """Send SIGTERM, and again while the engines close."""
+    """Send SIGTERM, and send it again while the engines close."""
     process.terminate()
     assert process.stderr is not None
     while "again to end at once" not in process.stderr.readline():
@@ -130,12 +134,12 @@ def sigkill(troupe: Command, process: subprocess.Popen[str]) -> None:
     process.kill()
 
 
-def test_an_interrupted_run_keeps_what_is_done_and_resumes(troupe: Command) -> None:
-    """Interrupt one run three times, each time in a way that leaves less time to clean up."""
+def test_an_interrupted_run_keeps_its_results_and_resumes(troupe: Command) -> None:
+    """Interrupt a run three times. Each way leaves it less time to clean up than the one before."""
     out = troupe.folder / "r.jsonl"
     kept: dict[str, Any] = {}
     for interrupt, code in ((ctrl_c, 130), (sigterm_twice, 143), (sigkill, -signal.SIGKILL)):
-        with started(troupe, out, "--concurrency", 1, *(["--resume"] if kept else [])) as process:
+        with start_long_run(troupe, out, "--concurrency", 1, *(["--resume"] if kept else [])) as process:
             interrupt(troupe, process)
             _, err = process.communicate(timeout=LONG_S)
         assert process.returncode == code, err
@@ -154,18 +158,18 @@ def test_an_interrupted_run_keeps_what_is_done_and_resumes(troupe: Command) -> N
     assert kept.items() <= whole.items()
 
 
-def test_nothing_outlives_a_parent_that_is_killed_while_it_starts(troupe: Command) -> None:
+def test_no_process_outlives_a_command_that_is_killed_while_it_starts(troupe: Command) -> None:
     process = troupe.start("solve", "1+2")
     wait_until(lambda: len(troupe.processes()) > 1)
-    time.sleep(1)  # somewhere in the imports
+    time.sleep(1)  # it is then importing vLLM
     process.kill()
     process.communicate()
     troupe.nothing_left()
 
 
-def test_killed_engines_come_back_and_every_problem_is_solved_once(troupe: Command) -> None:
+def test_killed_engines_restart_and_every_problem_is_solved_once(troupe: Command) -> None:
     out = troupe.folder / "r.jsonl"
-    process = started(troupe, out, "--concurrency", 4, count=100)
+    process = start_long_run(troupe, out, "--concurrency", 4, count=100)
     victims = troupe.engines()
     assert len(victims) == 3
     for victim in victims:
@@ -179,7 +183,7 @@ def test_killed_engines_come_back_and_every_problem_is_solved_once(troupe: Comma
     troupe.nothing_left()
 
 
-def test_an_engine_that_cannot_start_is_told_with_its_log(troupe: Command) -> None:
+def test_an_engine_that_cannot_start_is_reported_with_its_log(troupe: Command) -> None:
     model = troupe.folder / "model"
     model.mkdir()
     for file in (SAMPLE.parents[1] / "models" / "solver").iterdir():
