@@ -1,1 +1,1 @@
-"""The command line: one module for each subcommand of `troupe`, joined in `main`."""
+"""The command `troupe`: one module a command, `main` puts them together."""

@@ -56,7 +56,13 @@ class Options:
 @click.option(
     "--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Work this many problems at once."
 )
-@click.option("--config", "-c", default=configuration.DEFAULT, show_default=True, help="A file, or a shipped name.")
+@click.option(
+    "--config",
+    "-c",
+    default=configuration.DEFAULT,
+    show_default=True,
+    help="A configuration file, or the name of a shipped one.",
+)
 @click.option("--workflow", "-w", help="deliberate, vote, solo or one of your own, with its default options.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Sample every role's replies at this temperature.")
 @click.option(

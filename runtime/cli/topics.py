@@ -17,7 +17,7 @@ from runtime.api.mqtt.messages import TopicInfo, reference
     "-c",
     default=configuration.DEFAULT,
     show_default=True,
-    help="A file, or a shipped name.",
+    help="A configuration file, or the name of a shipped one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the JSON schema of every payload.")
 def topics(config: str, as_json: bool) -> None:

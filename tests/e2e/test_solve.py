@@ -161,7 +161,7 @@ def test_an_interrupted_run_keeps_its_results_and_resumes(troupe: Command) -> No
 def test_no_process_outlives_a_command_that_is_killed_while_it_starts(troupe: Command) -> None:
     process = troupe.start("solve", "1+2")
     wait_until(lambda: len(troupe.processes()) > 1)
-    time.sleep(1)  # it is then importing vLLM
+    time.sleep(1)  # it is now importing its modules
     process.kill()
     process.communicate()
     troupe.nothing_left()

@@ -39,7 +39,7 @@ class MqttClient:
         config: Mqtt,
         team: Team,
         jobs: JobService,
-        status: Monitor,
+        monitor: Monitor,
         running_team: Callable[[], RunningTeam],
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -47,7 +47,7 @@ class MqttClient:
         self._topics = Topics(config.cluster)
         self._incoming = IncomingMessages(self._topics, jobs, running_team)
         self._job_events = JobEvents(self._topics, jobs)
-        self._states = States(self._topics, team, status)
+        self._states = States(self._topics, team, monitor)
         self._tell = tell
         self._last_report = ""
 

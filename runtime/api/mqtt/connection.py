@@ -16,7 +16,7 @@ BrokerError = aiomqtt.MqttError
 Message = aiomqtt.Message
 
 IN_FLIGHT_MAX = 500
-"""Outgoing QoS 1 messages that are not acknowledged yet; the same bound applies to incoming ones being handled."""
+"""Upper bound for published QoS 1 messages without acknowledgement, and for incoming messages being handled."""
 KEEPALIVE_S = 10
 TIMEOUT_S = 10.0
 """Bounds each call: to connect, to subscribe, and for a QoS 1 message to be acknowledged."""
