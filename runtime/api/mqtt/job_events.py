@@ -16,9 +16,11 @@ from runtime.api.mqtt.connection import IN_FLIGHT_MAX, Connection, raise_if_canc
 from runtime.api.mqtt.in_order import InOrder
 from runtime.api.mqtt.messages import Topics
 from runtime.errors import JournalError
-from runtime.jobs import journal as store
 from runtime.jobs.event_stream import ENDS
-from runtime.jobs.journal import JobEvent, JobRecord, Journal, Transaction
+from runtime.jobs.journal import queries
+from runtime.jobs.journal.journal import Journal
+from runtime.jobs.journal.records import JobEvent, JobRecord
+from runtime.jobs.journal.transaction import Transaction
 from runtime.jobs.service import JobService
 
 CURSOR = "mqtt"
@@ -80,14 +82,14 @@ class JobEvents:
         records: dict[str, JobRecord] = {}
         for start in range(0, len(ids), IN_FLIGHT_MAX):
             some = ids[start : start + IN_FLIGHT_MAX]
-            records |= await self._jobs.journal.read(partial(store.jobs_by_id, ids=some))
+            records |= await self._jobs.journal.read(partial(queries.jobs_by_id, ids=some))
         return records
 
     def _move_cursor(self, event: int) -> None:
         self._cursor = event
 
     async def _load_cursor(self) -> int:
-        self._cursor = await self._jobs.journal.read(partial(store.cursor, name=CURSOR))
+        self._cursor = await self._jobs.journal.read(partial(queries.cursor, name=CURSOR))
         assert self._cursor is not None, "begin_cursor was not called"
         return self._cursor
 

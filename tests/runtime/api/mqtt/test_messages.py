@@ -33,7 +33,7 @@ async def test_published_messages_match_the_reference(tmp_path: Path, mqtt: Mqtt
             await me.until(TOPICS.decision)
             for topic in [topic for topic, _ in me.messages if topic.endswith("/accepted")]:
                 await me.until(topic.replace("/accepted", "/result"))
-            assert served.backend.status.decisions
+            assert served.backend.monitor.decisions
         await me.until(TOPICS.state, state="ended")
     outgoing = {pattern(info.topic): info.payload.json_schema() for info in reference("main") if not info.incoming}
     seen = set()

@@ -12,7 +12,7 @@ async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
     async with service(with_broker(tmp_path, mqtt), time_scale=1) as served:
         await asyncio.gather(*(served.client.post("/jobs", json={"problem": PROBLEM}) for _ in range(60)))
         async with asyncio.timeout(60):
-            while not served.backend.status.decisions:  # noqa: ASYNC110  there is no event for it
+            while not served.backend.monitor.decisions:  # noqa: ASYNC110  there is no event for it
                 await asyncio.sleep(0.05)
         await asyncio.sleep(1)
         async with reader(mqtt) as late:
