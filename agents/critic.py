@@ -1,4 +1,4 @@
-"""The critic for instruct models: checks one result, and says why it does not stand."""
+"""The critic for chat models: it checks the result of one step and says why it rejects it."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ Reply in JSON: {"check": "...", "accepted": true or false, "reason": "..."}"""
 
 
 class VerdictForm(Value):
-    """The check before the verdict, so that the model thinks before it commits."""
+    """The critic's reply. The check comes first, so that the model reasons before it commits to a verdict."""
 
     check: str = Field(max_length=1600)
     accepted: bool
@@ -21,7 +21,7 @@ class VerdictForm(Value):
 
 
 class Critic(SchemaRole):
-    """Checks the result of one step by another way, for instruct models."""
+    """A critic for any chat model. It checks the result of one step in another way than the obvious one."""
 
     takes = (CritiqueTask,)
     forms: ClassVar[Forms] = {CritiqueTask: VerdictForm}

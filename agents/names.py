@@ -1,11 +1,12 @@
-"""Names in errors: what a wrong one was perhaps meant to be."""
+"""Suggestions for error messages about unknown names."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """For the end of an error: the names that are meant perhaps, and all that there are."""
+    """Return the end of an error message: the known names most similar to `name`, and all known names."""
     names = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(name, names, n=2)
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(names) or 'none'}"
+    similar = difflib.get_close_matches(name, names, n=2)
+    question = f"did you mean {' or '.join(similar)}? " if similar else ""
+    return question + f"known: {', '.join(names) or 'none'}"

@@ -1,5 +1,6 @@
-"""The planner for instruct models: a problem becomes a few steps in plain language."""
+"""The planner for chat models: it splits a problem into a few steps in plain language."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -14,13 +15,13 @@ STEPS_MAX = 10
 
 
 class PlanForm(Value):
-    """The steps, each an instruction."""
+    """The planner's reply: one instruction for each step."""
 
     steps: list[Annotated[str, Field(min_length=1, max_length=160)]] = Field(min_length=1, max_length=STEPS_MAX)
 
 
 class Planner(SchemaRole):
-    """Splits a problem into ordered steps for instruct models."""
+    """A planner for any chat model. It splits a problem into ordered steps."""
 
     takes = (PlanTask,)
     forms: ClassVar[Forms] = {PlanTask: PlanForm}
@@ -30,10 +31,15 @@ class Planner(SchemaRole):
         return [Message("system", PROMPT), Message("user", str(task))]
 
     def reply(self, form: Any, task: Task) -> Reply:
-        names = [str(number) for number in range(1, len(form.steps) + 1)]
-        return Plan(
-            steps=tuple(
-                Step(name=name, instruction=text, needs=tuple(names[:index]))
-                for index, (name, text) in enumerate(zip(names, form.steps, strict=True))
-            )
+        return numbered_plan(form.steps)
+
+
+def numbered_plan(instructions: Sequence[str]) -> Plan:
+    """Return a plan with steps named 1, 2, 3 and so on. Each step needs all steps before it."""
+    names = [str(number) for number in range(1, len(instructions) + 1)]
+    return Plan(
+        steps=tuple(
+            Step(name=name, instruction=instruction, needs=tuple(names[:index]))
+            for index, (name, instruction) in enumerate(zip(names, instructions, strict=True))
         )
+    )

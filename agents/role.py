@@ -1,7 +1,7 @@
-"""The contract of a role: tasks in, chat messages out; text in, typed replies out.
+"""The contract of a role: it turns a task into chat messages, and the model's text into a typed reply.
 
-A role does no I/O and keeps no state: the same task always gives the same messages. Errors: TaskRefused when a role
-cannot take a task at all, ReplyUnusable when a reply's text is not what the role asked for.
+A role does no I/O and keeps no state, so the same task always gives the same messages. It raises TaskRefused for a task
+that it cannot handle, and ReplyUnusable for a text that does not hold the reply it asked for.
 """
 
 import json
@@ -14,29 +14,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class TaskRefused(ValueError):
-    """The role cannot take this task; the message says what it can take."""
+    """The role cannot handle this task. The message says what it can handle."""
 
 
 class ReplyUnusable(ValueError):
-    """The reply's text is not what the role asked for; the message says what is missing."""
+    """The model's text does not hold the reply that the role asked for. The message says what is wrong with it."""
 
 
 class Value(BaseModel):
-    """A frozen value that refuses unknown fields."""
+    """A frozen pydantic model that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One chat message, as chat templates take it."""
+    """One chat message, in the form that chat templates expect."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 class Sampling(Value):
-    """How an engine samples a reply. `retry_temperature` is the least for a second try of the same task."""
+    """How an engine samples a reply.
+
+    A retry, or a further sample of the same task, uses `retry_temperature` or `temperature`, whichever is higher.
+    """
 
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -46,7 +49,7 @@ class Sampling(Value):
 
 
 class Step(Value):
-    """One step of a plan. `needs` names the earlier steps whose results it uses."""
+    """One step of a plan. `needs` lists the names of the earlier steps whose results it uses."""
 
     name: str = Field(min_length=1)
     instruction: str = Field(min_length=1)
@@ -58,7 +61,7 @@ class Step(Value):
 
 @dataclass(frozen=True)
 class PlanTask:
-    """Split the problem into steps."""
+    """A request to split the problem into steps."""
 
     problem: str
 
@@ -68,7 +71,11 @@ class PlanTask:
 
 @dataclass(frozen=True)
 class SolveTask:
-    """Work one step. `results` holds the results of the steps that it needs; `feedback` why the last was rejected."""
+    """A request to solve one step.
+
+    `results` holds the results of the steps in `step.needs`, by name. `feedback` says why the previous result was
+    rejected; it is empty on the first try.
+    """
 
     problem: str
     step: Step
@@ -81,7 +88,7 @@ class SolveTask:
 
 @dataclass(frozen=True)
 class CritiqueTask:
-    """Judge the result of one step."""
+    """A request to judge the result of one step."""
 
     problem: str
     step: Step
@@ -94,7 +101,7 @@ class CritiqueTask:
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """State the answer: from the results of the steps, or at once where there are none."""
+    """A request to state the answer: from the results of the steps, or directly if there are no steps."""
 
     problem: str
     steps: tuple[Step, ...] = ()
@@ -105,8 +112,8 @@ class AnswerTask:
 
 
 def _with_results(step: Step, results: Mapping[str, str]) -> str:
-    known = ", ".join(f"{name}={result}" for name, result in results.items())
-    return f"{step.instruction} with {known}" if known else step.instruction
+    values = ", ".join(f"{name}={result}" for name, result in results.items())
+    return f"{step.instruction} with {values}" if values else step.instruction
 
 
 Task = PlanTask | SolveTask | CritiqueTask | AnswerTask
@@ -116,10 +123,14 @@ TASKS: Mapping[str, type[Task]] = {
     "critique": CritiqueTask,
     "answer": AnswerTask,
 }
+"""The kinds of task, by the name that configurations and roles in YAML use."""
 
 
 class Plan(Value):
-    """Steps in order. `answer_step` names the one whose result is the answer; without it the solver is asked."""
+    """The steps of a problem, in order.
+
+    `answer_step` names the step whose result is the answer. If it is None, the workflow asks a seat for the answer.
+    """
 
     steps: tuple[Step, ...] = Field(min_length=1)
     answer_step: str | None = None
@@ -139,7 +150,7 @@ class Solution(Value):
 
 
 class Verdict(Value):
-    """Whether a result stands, and why."""
+    """A judgement of a result: accepted or rejected, and why."""
 
     accepted: bool
     reason: str = ""
@@ -164,13 +175,14 @@ REPLIES: Mapping[type[Task], type[Reply]] = {
     CritiqueTask: Verdict,
     AnswerTask: Answer,
 }
-"""What a workflow expects of each kind of task."""
+"""The type of reply to each kind of task."""
 
 
 class Role(ABC):
-    """What one member of a team says.
+    """The base class of roles. A role asks a model to handle tasks and reads the model's replies.
 
-    `takes` are the kinds of task it handles; `sampling` its defaults, which a configuration may change.
+    `takes` lists the kinds of task that the role handles. `sampling` holds its defaults; a configuration can override
+    them. A role is created without arguments.
     """
 
     takes: ClassVar[tuple[type[Task], ...]]
@@ -178,18 +190,21 @@ class Role(ABC):
 
     @abstractmethod
     def messages(self, task: Task) -> list[Message]:
-        """The chat that puts the task to a model. Raises TaskRefused when the role cannot take it."""
+        """Return the chat that asks a model to handle the task. Raise TaskRefused if the role cannot handle it."""
 
     @abstractmethod
     def parse(self, text: str, task: Task) -> Reply:
-        """The reply in a model's text, of the type that REPLIES names for the task. Raises ReplyUnusable."""
+        """Return the reply in the model's text: a Plan for a PlanTask, a Solution for a SolveTask, and so on.
+
+        Raise ReplyUnusable if the text does not hold one.
+        """
 
     def schema(self, task: Task) -> dict[str, Any] | None:
-        """The JSON schema that the engine holds the model's text to; None for free text."""
+        """Return the JSON schema that the engine forces the model's text to follow, or None for free text."""
         return None
 
     def check(self, problem: str) -> None:
-        """Raise TaskRefused for a problem that this role could not work. Called before any engine is asked."""
+        """Raise TaskRefused if the role can never handle this problem. Called before any request to an engine."""
         return
 
 
@@ -197,10 +212,10 @@ Forms = Mapping[type[Task], type[BaseModel]]
 
 
 class SchemaRole(Role):
-    """A role whose model answers in JSON of a fixed schema, one pydantic model for each kind of task it takes.
+    """A role whose model replies in JSON. `forms` maps each kind of task to the pydantic model of its reply.
 
-    Bound every string and list, and set `max_tokens` to four times their sum in characters: then a reply ends before
-    it is cut, also from a model that writes a rare character in four tokens.
+    Limit the length of every string and list, and set `max_tokens` to four times the sum of the limits in characters.
+    Then a reply always ends before `max_tokens` cuts it, even if the model needs four tokens for a rare character.
     """
 
     forms: ClassVar[Forms]
@@ -216,24 +231,24 @@ class SchemaRole(Role):
 
     @abstractmethod
     def reply(self, form: Any, task: Task) -> Reply:
-        """The typed reply in a filled form."""
+        """Return the reply that a filled form holds. `form` is an instance of `forms[type(task)]`."""
 
 
 def explain(error: ValidationError) -> str:
-    """Each complaint of a validation in a line: where, and what would be right."""
+    """Return all complaints of a pydantic validation in one line, each with its field and what would be right."""
     return "; ".join(
         f"{'.'.join(map(str, e['loc'])) or 'the reply'}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
     )
 
 
 def read_json(text: str) -> Any:
-    """The JSON in a model's reply. Raises ReplyUnusable.
+    """Return the JSON value in a model's text. Raise ReplyUnusable if the text is not JSON.
 
-    Control characters are let through in strings: a grammar that bounds a string's length does not keep them out.
+    Strings may hold control characters: a grammar that limits a string's length does not exclude them.
     """
     try:
         return json.loads(text, strict=False)
     except json.JSONDecodeError as error:
         raise ReplyUnusable(f"not JSON: {error.msg} at character {error.pos + 1} of {len(text)}") from None
-    except (ValueError, RecursionError) as error:  # digits without end, brackets without end
+    except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deep
         raise ReplyUnusable(f"not JSON: {error}") from None

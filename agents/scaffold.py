@@ -1,6 +1,6 @@
-"""A new role's package as text: what `troupe roles new` writes.
+"""The package of a new role, as text, for `troupe roles new`.
 
-Owns the rules for a role's name and the templates beside this module. Nothing is written here; the caller does that.
+This module has the rules for a role's name and fills the templates beside it. It writes no files; the caller does.
 """
 
 import re
@@ -9,7 +9,7 @@ from importlib.resources import files
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _NAME_MAX_CHARACTERS = 40
-_NO_TEXT_IN_YAML = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+_YAML_KEYWORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
 _TEMPLATES: Mapping[str, str] = {
     "pyproject.toml.in": "pyproject.toml",
@@ -18,21 +18,22 @@ _TEMPLATES: Mapping[str, str] = {
     "test_role.py.in": "tests/test_@WORD@.py",
     "team.yaml.in": "team.yaml",
 }
+"""The path of each template's result in the package."""
 
 
 class NameRefused(ValueError):
-    """A role cannot have this name; the message says what would be right."""
+    """A name that a new role cannot have. The message says what would be right."""
 
 
 def distribution(name: str) -> str:
-    """The name of the package that holds the role."""
+    """Return the name of the distribution that holds the role."""
     return f"troupe-role-{name}"
 
 
 def package(name: str, taken: Collection[str]) -> dict[str, str]:
-    """The files of a package with the role `name`: texts by path. `taken` are the names that other roles have.
+    """Return the files of a package with the role `name`: their texts by path. `taken` holds the names in use.
 
-    Raises NameRefused.
+    Raise NameRefused if a role cannot have this name.
     """
     if fault := name_fault(name, taken):
         raise NameRefused(fault)
@@ -52,16 +53,16 @@ def package(name: str, taken: Collection[str]) -> dict[str, str]:
 
 
 def name_fault(name: str, taken: Collection[str]) -> str | None:
-    """Why a new role cannot have this name; None when it can."""
+    """Return why a new role cannot have this name, or None if it can."""
     if not _NAME.fullmatch(name) or len(name) > _NAME_MAX_CHARACTERS:
         return (
-            f"{name!r} cannot name a role: lowercase letters, digits and single hyphens, a letter first, "
-            f"at most {_NAME_MAX_CHARACTERS} characters, such as second-opinion"
+            f"{name!r} cannot be a role's name: use lowercase letters, digits and single hyphens, start with a "
+            f"letter, and use at most {_NAME_MAX_CHARACTERS} characters, as in second-opinion"
         )
-    if name in _NO_TEXT_IN_YAML:
-        return f"{name!r} cannot name a role: in a configuration, YAML reads it as no text; take another word"
+    if name in _YAML_KEYWORDS:
+        return f"{name!r} cannot be a role's name: in a configuration, YAML does not read it as text; use another name"
     if name in taken:
-        return f"there is a role {name!r} already; take another name"
+        return f"a role named {name!r} exists already; use another name"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The solver for instruct models: works one step, and states the answer at the end."""
+"""The solver for chat models: it solves one step at a time and states the answer at the end."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -27,20 +27,20 @@ where there are any: the answer alone, without explanation. Reply in JSON: {"ans
 
 
 class SolutionForm(Value):
-    """The work before the result, so that the model thinks before it commits."""
+    """The solver's reply to a step. The work comes first, so that the model reasons before it commits to a result."""
 
     work: str = Field(max_length=1600)
     result: str = Field(min_length=1, max_length=400)
 
 
 class AnswerForm(Value):
-    """The answer alone."""
+    """The solver's reply to a request for the answer."""
 
     answer: str = Field(min_length=1, max_length=400)
 
 
 class Solver(SchemaRole):
-    """Works one step of a plan, and states the answer, for instruct models."""
+    """A solver for any chat model. It solves one step of a plan, or states the answer."""
 
     takes = (SolveTask, AnswerTask)
     forms: ClassVar[Forms] = {SolveTask: SolutionForm, AnswerTask: AnswerForm}
@@ -63,6 +63,6 @@ class Solver(SchemaRole):
 
 
 def results_so_far(results: Mapping[str, str], steps: tuple[Step, ...] = ()) -> list[str]:
-    """A line for each result, with its instruction where the steps are given."""
+    """Return one line for each result, with the instruction of its step if `steps` holds that step."""
     instructions = {step.name: f" ({step.instruction})" for step in steps}
     return [f"Result of step {name}{instructions.get(name, '')}: {result}" for name, result in results.items()]

@@ -1,8 +1,8 @@
-"""How a team works a problem: pure state machines that ask for role calls and take their replies.
+"""Workflows: state machines that decide whom to ask next while a team solves a problem.
 
-A Workflow is made for one problem. `begin` and `take` return the calls that are now due, any number of which may be
-open at once; when none is open, `outcome` is set. There is no clock, no I/O and no chance in here, so the same
-replies in the same order lead to the same state: a job is resumed by taking its recorded replies again.
+A Workflow object belongs to one problem. `begin` and `take` return the calls to make next. Any number of calls can be
+open at once; when no call is open, `outcome` is set. A workflow uses no clock, no I/O and no randomness, so the same
+replies in the same order lead to the same state. The runtime resumes a job by feeding it its recorded replies again.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from agents.role import (
+    REPLIES,
     Answer,
     AnswerTask,
     CritiqueTask,
@@ -31,12 +32,16 @@ from agents.role import (
 T = TypeVar("T")
 
 UNUSABLE_MAX = 3
-"""How often one call is asked again after replies that cannot be read."""
+"""The most tries of one call whose replies are unusable."""
 
 
 @dataclass(frozen=True)
 class RoleCall:
-    """One question to one seat of the team. `variation` above 0 asks for another answer than the likeliest."""
+    """One question to one seat of the team.
+
+    `number` identifies the call within its workflow. If `variation` is above 0, the reply is sampled at a higher
+    temperature, to get another one than the most likely. `retries` counts the unusable replies to this call so far.
+    """
 
     number: int
     seat: str
@@ -47,14 +52,18 @@ class RoleCall:
 
 @dataclass(frozen=True)
 class Unusable:
-    """In a reply's place: the model's text could not be read, and why."""
+    """Stands in for a reply when the model's text could not be read. `why` is the reason."""
 
     why: str
 
 
 @dataclass
 class Entry:
-    """One line of the transcript. `verdict` is "accepted" or "rejected" once somebody judged it."""
+    """One line of the transcript: what a seat was asked and what it replied.
+
+    `verdict` is None until the output is judged, then "accepted" or "rejected". `round` counts the revisions of the
+    step before this entry.
+    """
 
     seat: str
     input: str
@@ -65,9 +74,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the problem ended: an answer, or the reason for none.
+    """The end of a problem: an answer, or the reason why there is none.
 
-    `confirmed` when critics accepted every step, not when one stayed rejected; None where nobody judged.
+    `confirmed` is True if the critics accepted every step, False if the result of some step stayed rejected, and None
+    if no critic judged anything. `rounds` is the most revisions that any step needed. `failure` is set if `answer` is
+    None.
     """
 
     answer: str | None
@@ -77,13 +88,13 @@ class Outcome:
 
 
 class Workflow(ABC):
-    """One problem on its way through a team.
+    """The base class of workflows. An object holds the state of one problem.
 
-    `Options` are its settings in a configuration; `seats` names the members of the team that those settings call on.
+    `Options` describes the workflow's settings in a configuration. `transcript` and `outcome` are what users see.
     """
 
     class Options(Value):
-        """A workflow without settings."""
+        """The settings of a workflow that has none."""
 
     def __init__(self, problem: str, options: Value) -> None:
         self.problem = problem
@@ -96,20 +107,20 @@ class Workflow(ABC):
     @classmethod
     @abstractmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
-        """The seats that the workflow calls on, and the kinds of task that each must take."""
+        """Return the seats that the workflow calls, and the kinds of task that each seat's role must take."""
 
     @abstractmethod
     def begin(self) -> list[RoleCall]:
-        """The first calls."""
+        """Return the first calls."""
 
     @abstractmethod
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
-        """Take the reply to one open call; return the calls that are now due."""
+        """Accept the reply to an open call and return the calls to make next."""
 
     def ahead(self) -> Mapping[str, int] | None:
-        """The calls, by seat, that are certain to come after those that are open; None while that is not known.
+        """Return how many more calls, by seat, are certain to follow the open ones, or None if that is unknown.
 
-        Memory is moved ahead of them. A workflow that never knows leaves it at None.
+        The controller moves memory to the engines of these seats before the calls are made.
         """
         return None
 
@@ -117,8 +128,8 @@ class Workflow(ABC):
         self._numbers += 1
         return RoleCall(self._numbers, seat, task, variation)
 
-    def _again(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
-        """Ask once more after an unusable reply, or fail the problem when that was the last try."""
+    def _retry(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
+        """Repeat the call after an unusable reply. Fail the problem if that was the last try."""
         self.transcript.append(Entry(call.seat, str(call.task), f"unusable: {reply.why}", "rejected", call.retries))
         if call.retries + 1 >= UNUSABLE_MAX:
             return self._fail(f"the {call.seat}'s reply could not be read {UNUSABLE_MAX} times: {reply.why}")
@@ -132,7 +143,7 @@ class Workflow(ABC):
 
 @dataclass
 class _StepState:
-    """One step of the plan while it is worked."""
+    """The progress of one step of the plan."""
 
     step: Step
     round: int = 0
@@ -144,11 +155,17 @@ class _StepState:
 
 
 class PlannedWorkflow(Workflow):
-    """What deliberation and voting share: plan, work the steps whose needs are met, answer."""
+    """The base of Deliberate and Vote: plan, solve each step once the steps that it needs are accepted, answer.
+
+    Subclasses decide how a step is solved and judged.
+    """
 
     class Options(Value):
-        """`critics` are the seats that judge; `answerer` the one that states the answer where the plan does not say
-        which step gives it. Of several `plans`, drawn at the same time, the one found most often is followed."""
+        """The settings of every planned workflow.
+
+        The planner draws `plans` plans at the same time; the workflow follows the most frequent one. The seats in
+        `critics` judge results. The seat `answerer` states the answer if the plan does not name the step that gives it.
+        """
 
         plans: int = Field(default=1, ge=1, le=100)
         critics: tuple[str, ...] = ("critic",)
@@ -176,12 +193,12 @@ class PlannedWorkflow(Workflow):
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         if self.outcome:
-            return []  # replies that were still open when the problem failed
+            return []  # the problem failed while this call was open
         if isinstance(reply, Plan):
             fault = plan_fault(reply)
             reply = Unusable(fault) if fault else reply
         if isinstance(reply, Unusable):
-            return self._again(call, reply)
+            return self._retry(call, reply)
         match call.task, reply:
             case PlanTask(), Plan():
                 self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
@@ -190,33 +207,37 @@ class PlannedWorkflow(Workflow):
                 return self._solved(self._steps[step.name], call, reply)
             case CritiqueTask(step=step, result=result), Verdict():
                 self.transcript.append(
-                    Entry(call.seat, str(call.task), str(reply), _word(reply.accepted), self._steps[step.name].round)
+                    Entry(
+                        call.seat,
+                        str(call.task),
+                        str(reply),
+                        _verdict_word(reply.accepted),
+                        self._steps[step.name].round,
+                    )
                 )
                 return self._judged(self._steps[step.name], result, reply)
             case AnswerTask(), Answer():
                 self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
                 return self._end(reply.answer)
             case _:
-                return self._again(
-                    call, Unusable(f"a {type(reply).__name__} came back for a {type(call.task).__name__}")
-                )
+                return self._retry(call, _wrong_type(call.task, reply))
 
     def _planned(self, plan: Plan) -> list[RoleCall]:
-        """A plan has come; the last one decides which is followed."""
+        """Accept a plan. Once all plans are there, start the most frequent one."""
         self._plans.append(plan)
         if len(self._plans) < self.options.plans:
             return []
         self._plan = _most_common(self._plans)
         self._steps = {step.name: _StepState(step) for step in self._plan.steps}
-        return self._due()
+        return self._start_ready()
 
     @abstractmethod
     def _start(self, state: _StepState) -> list[RoleCall]:
-        """The first calls for a step whose needs are met."""
+        """Return the first calls of a step whose needs are met."""
 
     @abstractmethod
     def _certain(self, state: _StepState) -> Mapping[str, int]:
-        """The calls for a step that are certain to come after those that are open, by seat."""
+        """Return how many more calls of an unfinished step, by seat, are certain to follow the open ones."""
 
     def ahead(self) -> Mapping[str, int] | None:
         if self._plan is None:
@@ -231,14 +252,14 @@ class PlannedWorkflow(Workflow):
 
     @abstractmethod
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
-        """A solution of the step has come."""
+        """Accept a solution of the step and return the next calls."""
 
     @abstractmethod
     def _judged(self, state: _StepState, result: str, verdict: Verdict) -> list[RoleCall]:
-        """A verdict on one of the step's results has come."""
+        """Accept a verdict on one of the step's results and return the next calls."""
 
-    def _due(self) -> list[RoleCall]:
-        """Start every step whose needs are met; when all are done, answer."""
+    def _start_ready(self) -> list[RoleCall]:
+        """Start every step whose needs are met. If all steps are finished, answer."""
         assert self._plan is not None
         calls = []
         for state in self._steps.values():
@@ -274,7 +295,7 @@ class PlannedWorkflow(Workflow):
         state.accepted = result
         if confirmed is not None:
             self._confirmed = self._confirmed is not False and confirmed
-        return self._due()
+        return self._start_ready()
 
     def _end(self, answer: str) -> list[RoleCall]:
         self.outcome = Outcome(answer, self._confirmed, self.rounds)
@@ -282,14 +303,14 @@ class PlannedWorkflow(Workflow):
 
 
 class Deliberate(PlannedWorkflow):
-    """Plan, solve each step, criticise, revise what was rejected (bounded rounds), answer.
+    """Deliberation: plan, solve each step, let critics judge the result, revise what they reject, answer.
 
-    Steps that do not wait for one another are worked at the same time. A result stands when every critic accepts it.
-    When the last round's is rejected too, the result that was found most often goes on, unconfirmed.
+    Independent steps are solved at the same time. A result is accepted if every critic accepts it. If the result of the
+    last round is rejected too, the workflow continues with the most frequent result and ends unconfirmed.
     """
 
     class Options(PlannedWorkflow.Options):
-        """`rounds` of revision for a step at most; no `critics` make an unchecked team."""
+        """A step is revised at most `rounds` times. Without `critics`, no result is judged."""
 
         rounds: int = Field(default=3, ge=0, le=100)
 
@@ -317,7 +338,7 @@ class Deliberate(PlannedWorkflow):
         if len(verdicts) < len(self.options.critics):
             return []
         accepted = all(v.accepted for v in verdicts)
-        state.entries[-1].verdict = _word(accepted)
+        state.entries[-1].verdict = _verdict_word(accepted)
         if accepted:
             return self._settle(state, result, confirmed=True)
         if state.round == self.options.rounds:
@@ -329,14 +350,14 @@ class Deliberate(PlannedWorkflow):
 
 
 class Vote(PlannedWorkflow):
-    """Plan, then several sampled solutions of every step; the critic checks each distinct one and so chooses.
+    """A vote: plan, solve each step several times, let critics judge each distinct result, take the majority.
 
-    Of the results that every critic accepts, the one with the most votes goes on; when none is accepted, the one with
-    the most votes does, unconfirmed.
+    The critics judge each distinct result once. The workflow continues with the most frequent result among those that
+    every critic accepts. If none is accepted, it continues with the most frequent of all and ends unconfirmed.
     """
 
     class Options(PlannedWorkflow.Options):
-        """`samples` solutions of each step."""
+        """Each step is solved `samples` times."""
 
         samples: int = Field(default=3, ge=1, le=100)
         critics: tuple[str, ...] = Field(default=("critic",), min_length=1)
@@ -365,12 +386,12 @@ class Vote(PlannedWorkflow):
             return []
         accepted = [r for r in state.tried if all(v.accepted for v in state.judged[r])]
         for tried, entry in zip(state.tried, state.entries, strict=True):
-            entry.verdict = _word(tried in accepted)
+            entry.verdict = _verdict_word(tried in accepted)
         return self._settle(state, _most_common(accepted or state.tried), confirmed=bool(accepted))
 
 
 class Solo(Workflow):
-    """The solver answers at once, without plan or critic: what a team has to be better than."""
+    """The solver alone, which answers without plan or critic: the baseline that a team has to beat."""
 
     @classmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
@@ -383,31 +404,38 @@ class Solo(Workflow):
         return [self._call("solver", AnswerTask(self.problem))]
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+        if isinstance(reply, Unusable):
+            return self._retry(call, reply)
         if not isinstance(reply, Answer):
-            return self._again(call, reply if isinstance(reply, Unusable) else Unusable("no answer came back"))
+            return self._retry(call, _wrong_type(call.task, reply))
         self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
         self.outcome = Outcome(reply.answer, None, 0)
         return []
 
 
 def plan_fault(plan: Plan) -> str | None:
-    """What keeps a plan from being worked: a name twice, a need that is no earlier step, no step to answer from."""
-    seen: set[str] = set()
+    """Return what is wrong with the names in a plan, or None if it can be followed."""
+    earlier: set[str] = set()
     for step in plan.steps:
-        if step.name in seen:
-            return f"step {step.name} comes twice"
-        if missing := set(step.needs) - seen:
-            return f"step {step.name} needs {', '.join(sorted(missing))}, which no earlier step gives"
-        seen.add(step.name)
-    if plan.answer_step is not None and plan.answer_step not in seen:
-        return f"the answer is to come from {plan.answer_step}, which is no step of the plan"
+        if step.name in earlier:
+            return f"two steps are named {step.name}"
+        if missing := set(step.needs) - earlier:
+            return f"step {step.name} needs {', '.join(sorted(missing))}; needs must name earlier steps"
+        earlier.add(step.name)
+    if plan.answer_step is not None and plan.answer_step not in earlier:
+        return f"answer_step is {plan.answer_step}; it must name a step of the plan"
     return None
 
 
-def _word(accepted: bool) -> str:
+def _wrong_type(task: Task, reply: Reply) -> Unusable:
+    expected = REPLIES[type(task)].__name__
+    return Unusable(f"the reply to {type(task).__name__} must be {expected}, not {type(reply).__name__}")
+
+
+def _verdict_word(accepted: bool) -> str:
     return "accepted" if accepted else "rejected"
 
 
-def _most_common(found: list[T]) -> T:
-    """What was found most often; of those, the one found last."""
-    return max(reversed(found), key=found.count)
+def _most_common(values: list[T]) -> T:
+    """Return the most frequent value. Among equally frequent ones, return the one that occurs last."""
+    return max(reversed(values), key=values.count)

@@ -1,8 +1,8 @@
-"""A role without code: a prompt template and a reply schema, from a mapping such as a YAML file holds.
+"""Roles without code: a prompt template and a reply schema, usually read from a YAML file.
 
     name: proof-reader
     task: critique                      # plan, solve, critique or answer
-    system: You are a careful reader.   # optional, taken as it is
+    system: You are a careful reader.   # optional; has no placeholders
     prompt: |
       Step: {step}
       Its result: {result}
@@ -13,8 +13,8 @@
       required: [accepted]
     sampling: {temperature: 0.2}        # optional
 
-Owns the placeholders of each kind of task and what its reply has to hold. Refuses, when the mapping is read, whatever
-could only fail later: an unknown placeholder, a schema whose replies would not make a plan, result, verdict or answer.
+This module defines the placeholders of each kind of task and the properties that its reply needs. A mapping that could
+only fail later is refused when it is read: an unknown placeholder, a reply schema without the needed properties.
 """
 
 import json
@@ -30,13 +30,13 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from agents.names import nearest
+from agents.planner import numbered_plan
 from agents.role import (
     TASKS,
     Answer,
     AnswerTask,
     CritiqueTask,
     Message,
-    Plan,
     PlanTask,
     Reply,
     ReplyUnusable,
@@ -44,7 +44,6 @@ from agents.role import (
     Sampling,
     Solution,
     SolveTask,
-    Step,
     Task,
     Value,
     Verdict,
@@ -55,12 +54,16 @@ from agents.solver import results_so_far
 
 
 class SpecError(ValueError):
-    """A mapping is no role; a line for each fault, with the place, the key and what would be right."""
+    """A mapping that does not describe a role. The message has a line for each fault: place, key and remedy."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a kind of task offers to a prompt, and what its reply has to hold: JSON schemas by property."""
+    """The rules for one kind of task.
+
+    A prompt may use `placeholders` and must use `essential`. `required` and `optional` hold the JSON schema of each
+    property of the reply.
+    """
 
     placeholders: tuple[str, ...]
     essential: str
@@ -78,12 +81,11 @@ _KINDS: Mapping[str, _Kind] = {
     "answer": _Kind(("problem", "steps", "results"), "problem", {"answer": _TEXT}),
 }
 
-
-_BRACES = "a brace that belongs to the text is written twice, {{ and }}"
+_BRACES = "to write a literal brace, double it: {{ or }}"
 
 
 class TemplateSpec(Value):
-    """A role as written: see the module for an example."""
+    """A role as its author wrote it. The module's docstring has an example."""
 
     name: str = Field(min_length=1)
     task: Literal["plan", "solve", "critique", "answer"]
@@ -107,7 +109,7 @@ class TemplateSpec(Value):
 
 
 class YamlRole(Role):
-    """A role that a TemplateSpec describes; `role_class` makes one."""
+    """The base of roles that a TemplateSpec describes. `role_class` creates the subclass."""
 
     spec: ClassVar[TemplateSpec]
 
@@ -130,35 +132,35 @@ class YamlRole(Role):
 
 
 def from_mapping(mapping: object, place: str) -> YamlRole:
-    """The role in a mapping read from `place`, such as a file. Raises SpecError."""
+    """Return the role that a mapping describes. `place` is its source, such as a file. Raise SpecError."""
     return role_class(parse_spec(mapping, place))()
 
 
 def parse_spec(mapping: object, place: str) -> TemplateSpec:
-    """The specification in a mapping read from `place`, such as a file. Raises SpecError with every fault."""
+    """Return the specification in a mapping. `place` is its source, such as a file. Raise SpecError with all faults."""
     keys = ", ".join(TemplateSpec.model_fields)
     if not isinstance(mapping, dict):
-        raise SpecError(f"{place}: a role is a mapping with the keys {keys}, not a {type(mapping).__name__}")
+        raise SpecError(f"{place}: a role must be a mapping with the keys {keys}, not a {type(mapping).__name__}")
     try:
         return TemplateSpec.model_validate(mapping)
     except ValidationError as error:
         raise SpecError("\n".join(f"{place}: {_complaint(e)}" for e in error.errors())) from None
 
 
-def role_class(given: TemplateSpec) -> type[YamlRole]:
-    """The class of the role that a specification describes; made without arguments, like any role."""
+def role_class(template: TemplateSpec) -> type[YamlRole]:
+    """Return the role class that a specification describes. Like any role, it is created without arguments."""
 
     class Described(YamlRole):
-        __doc__ = f"The {given.task} role {given.name!r}, from a template."
-        spec = given
-        takes = (TASKS[given.task],)
-        sampling = given.sampling
+        __doc__ = f"The role {template.name!r} for {template.task} tasks, from a template."
+        spec = template
+        takes = (TASKS[template.task],)
+        sampling = template.sampling
 
     return Described
 
 
 def _filled(task: Task) -> dict[str, str]:
-    """What stands for each placeholder of the task; results and steps a line each."""
+    """Return the text for each placeholder of the task. Results and steps take one line each."""
     match task:
         case PlanTask():
             return {"problem": task.problem}
@@ -177,14 +179,10 @@ def _filled(task: Task) -> dict[str, str]:
 
 
 def _read(form: Mapping[str, Any], task: Task) -> Reply:
-    """The typed reply in a form that its schema has passed. Raises ValidationError, for an empty text."""
+    """Return the typed reply in a form that fits the role's schema. Raise ValidationError for an empty text."""
     match task:
         case PlanTask():
-            names = [str(number) for number in range(1, len(form["steps"]) + 1)]
-            steps = zip(names, form["steps"], strict=True)
-            return Plan(
-                steps=tuple(Step(name=n, instruction=text, needs=tuple(names[: int(n) - 1])) for n, text in steps)
-            )
+            return numbered_plan(form["steps"])
         case SolveTask():
             return Solution(result=form["result"], work=form.get("work", ""))
         case CritiqueTask():
@@ -195,7 +193,7 @@ def _read(form: Mapping[str, Any], task: Task) -> Reply:
 
 def _system_faults(text: str | None, kind: _Kind) -> Iterator[str]:
     for name in re.findall(rf"(?<!\{{)\{{({'|'.join(kind.placeholders)})\}}", text or ""):
-        yield f"{{{name}}} is not filled in here; write it in prompt"
+        yield f"{{{name}}} is not a placeholder here; move it to prompt"
 
 
 def _prompt_faults(text: str, kind: _Kind) -> Iterator[str]:
@@ -204,17 +202,17 @@ def _prompt_faults(text: str, kind: _Kind) -> Iterator[str]:
     except ValueError as error:
         yield f"{error}; {_BRACES}"
         return
-    found = [(name, style or conversion) for _, name, style, conversion in parts if name is not None]
-    for name, style in found:
+    fields = [(name, style or conversion) for _, name, style, conversion in parts if name is not None]
+    for name, style in fields:
         if name in kind.placeholders:
             if style:
-                yield f"{{{name}}} takes no format or conversion; write {{{name}}}"
+                yield f"{{{name}}} must have no format and no conversion; write {{{name}}}"
         elif name.isidentifier():
-            yield f"{{{name}}} is no placeholder of this task; {nearest(name, kind.placeholders)}"
+            yield f"{{{name}}} is not a placeholder of this task; {nearest(name, kind.placeholders)}"
         else:
-            yield f"{{{name}}} is no placeholder; known: {', '.join(kind.placeholders)}; {_BRACES}"
-    if kind.essential not in [name for name, _ in found]:
-        yield f"{{{kind.essential}}} is missing, without which the model does not see what to work on"
+            yield f"{{{name}}} is not a placeholder; known: {', '.join(kind.placeholders)}; {_BRACES}"
+    if kind.essential not in [name for name, _ in fields]:
+        yield f"{{{kind.essential}}} is missing; without it the model does not see its task"
 
 
 def _reply_faults(schema: dict[str, Any], kind: _Kind) -> Iterator[str]:
@@ -223,48 +221,48 @@ def _reply_faults(schema: dict[str, Any], kind: _Kind) -> Iterator[str]:
         return
     properties = schema.get("properties", {})
     for name, needed in {**kind.required, **kind.optional}.items():
-        if name in properties and not _is(properties[name], needed):
-            yield f"properties.{name} has to be {json.dumps(needed)}, with limits of its own where wanted"
+        if name in properties and not _has_type(properties[name], needed):
+            yield f"properties.{name} must be {json.dumps(needed)}; it may have further limits, such as maxLength"
     for name, needed in kind.required.items():
         if name not in properties:
-            yield f"properties.{name} is missing: {json.dumps(needed)}"
+            yield f"properties.{name} is missing; add {json.dumps(needed)}"
         if name not in schema.get("required", ()):
-            yield f"required has to name {name}"
+            yield f"required must contain {name}"
 
 
 def _schema_fault(schema: dict[str, Any]) -> str | None:
-    """What keeps a reply schema from being one at all: no JSON, no valid schema, not of an object, not in one piece."""
+    """Return why a schema cannot be used, or None. It must be valid JSON, a JSON schema of an object, without $ref."""
     try:
         text = json.dumps(schema)
         if json.loads(text) != schema:
-            return "it holds what JSON does not: in YAML, quote words such as yes, no, on and dates"
+            return "it holds values that JSON does not have; in YAML, quote dates and words such as yes, no and on"
         Draft202012Validator.check_schema(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
     except SchemaError as error:
-        return f"no valid JSON schema: {error.message} at {error.json_path.replace('$', 'reply', 1)}"
+        return f"not a valid JSON schema: {error.message} at {error.json_path.replace('$', 'reply', 1)}"
     except (TypeError, ValueError) as error:
-        return f"no JSON: {error}"
+        return f"not JSON: {error}"
     if schema.get("type") != "object":
-        return "type has to be object"
+        return "type must be object"
     if '"$ref": "' in text or '"$dynamicRef": "' in text:
-        return "$ref is not followed here: write the schema in one piece"
+        return "$ref is not supported; write the schema without references"
     return None
 
 
-def _is(schema: object, needed: Mapping[str, Any]) -> bool:
+def _has_type(schema: object, needed: Mapping[str, Any]) -> bool:
     if not isinstance(schema, dict) or schema.get("type") != needed["type"]:
         return False
-    return "items" not in needed or _is(schema.get("items"), needed["items"])
+    return "items" not in needed or _has_type(schema.get("items"), needed["items"])
 
 
 def _complaint(error: ErrorDetails) -> str:
-    """One fault: the key, what is wrong with it, and what would be right."""
+    """Return one fault as text: the key, what is wrong with it, and what would be right."""
     key = ".".join(map(str, error["loc"]))
     match error["type"]:
         case "extra_forbidden":
             known = Sampling.model_fields if len(error["loc"]) > 1 else TemplateSpec.model_fields
-            return f"{key}: no such key; {nearest(str(error['loc'][-1]), known)}"
+            return f"{key}: unknown key; {nearest(str(error['loc'][-1]), known)}"
         case "missing":
-            return f"{key}: is missing"
+            return f"{key}: this key is missing"
         case "value_error":
             return f"{key}: {error['ctx']['error']}"
         case _:

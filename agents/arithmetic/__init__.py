@@ -1,5 +1,6 @@
-"""The embedded team: three small models that reason about integer arithmetic.
+"""The embedded team's side of the role contract: three small models solve problems of integer arithmetic.
 
-`expressions` and `wording` say which problems exist and refuse the rest, `scratchpad` is the notation the models
-were trained on, `sampling` draws problems and steps, `roles` puts it behind the Role contract.
+`expressions` and `wording` define the problems that the team accepts. `scratchpad` is the notation that the models were
+trained on. `sampling` draws random problems for training and tests. `oracle` gives the right reply to each prompt.
+`roles` holds the three roles.
 """

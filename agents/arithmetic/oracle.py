@@ -1,4 +1,4 @@
-"""What flawless models would reply to the embedded team's prompts: a fake engine's script, and the tests' judge."""
+"""The right reply to each prompt of the embedded team. Fake engines and tests use it in place of the models."""
 
 import re
 
@@ -7,7 +7,7 @@ from agents.arithmetic.expressions import NUMBER_NAMES, Expression, Operation, o
 
 
 def reply(prompt: str) -> str:
-    """The right reply to a planner's, solver's or critic's prompt, as the tokenizer joins it."""
+    """Return the right reply to a prompt of the planner, solver or critic, with its tokens joined by blanks."""
     if prompt.startswith(scratchpad.AT_ONCE):
         return " ".join(scratchpad.at_once_reply(_expression(prompt[1:].strip()).value))
     if prompt[0] not in "+-":
@@ -22,7 +22,7 @@ def reply(prompt: str) -> str:
 
 
 def plan(prompt: str) -> tuple[Operation, ...]:
-    """The right steps for a planner's prompt."""
+    """Return the right steps for a prompt of the planner."""
     return order(
         wording.recognise_named(re.sub(f"[{NUMBER_NAMES}]", "1", prompt)) if re.search("[a-z]", prompt) else prompt
     )
@@ -38,7 +38,7 @@ def _claim(tokens: list[str]) -> tuple[int, str, int, int]:
 
 
 def _number(sign: str, digits: list[str]) -> int:
-    """A number from its sign and its digits from the units up."""
+    """Return a number from its sign and its digits, units first."""
     return int(sign + "".join(reversed(digits)))
 
 

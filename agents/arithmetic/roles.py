@@ -1,4 +1,4 @@
-"""The embedded team's roles: integer arithmetic in the notation that the shipped models were trained on."""
+"""The embedded team's roles. They speak the notation that the shipped models were trained on."""
 
 import re
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _SAME_SIGN = str.maketrans({"×": "*", "·": "*", "−": "-", "–": "-"})
 
 
 class ArithmeticRole(Role):
-    """What the three have in common: one user message, greedy by default, a plain-text reply."""
+    """The base of the three roles: one user message, greedy sampling by default, a reply in plain text."""
 
     sampling: ClassVar[Sampling] = Sampling(temperature=0.0, max_tokens=48, retry_temperature=1.0)
 
@@ -56,16 +56,16 @@ class ArithmeticRole(Role):
             raise TaskRefused(str(error)) from None
 
     def prompt(self, task: Task) -> str:
-        """The one message. Raises OutOfBounds."""
+        """Return the prompt for the task. Raise OutOfBounds."""
         raise NotImplementedError
 
     def read(self, text: str, task: Task) -> Reply:
-        """The reply in the scratchpad. Raises ValueError."""
+        """Return the reply in the model's text. Raise ValueError."""
         raise NotImplementedError
 
 
 class ArithmeticPlanner(ArithmeticRole):
-    """Splits an expression or a word problem into steps of two operands (embedded models)."""
+    """The embedded planner. It splits an expression or a word problem into steps of two operands."""
 
     takes = (PlanTask,)
 
@@ -86,7 +86,7 @@ class ArithmeticPlanner(ArithmeticRole):
 
 
 class ArithmeticSolver(ArithmeticRole):
-    """Works one step digit by digit in a scratchpad (embedded models)."""
+    """The embedded solver. It solves one step digit by digit in a scratchpad."""
 
     takes = (SolveTask, AnswerTask)
 
@@ -103,7 +103,7 @@ class ArithmeticSolver(ArithmeticRole):
 
 
 class ArithmeticCritic(ArithmeticRole):
-    """Checks a step's result by the inverse operation (embedded models)."""
+    """The embedded critic. It checks sums by the inverse operation, and products by casting out nines and elevens."""
 
     takes = (CritiqueTask,)
 
@@ -113,15 +113,18 @@ class ArithmeticCritic(ArithmeticRole):
 
     def read(self, text: str, task: Task) -> Reply:
         accepted = scratchpad.read_verdict(text)
-        return Verdict(accepted=accepted, reason="" if accepted else "the inverse operation does not give it back")
+        return Verdict(accepted=accepted, reason="" if accepted else "the check does not confirm the result")
 
 
-@lru_cache(maxsize=1024)  # every seat's check asks, and the planner twice more
+@lru_cache(maxsize=1024)  # the check of every seat and the planner read the same problem
 def as_read(problem: str) -> str:
-    """The problem as the planner was taught to read it: an expression, or a known wording. Raises OutOfBounds."""
+    """Return the problem as the planner was trained to read it: an expression or a known wording.
+
+    Raise OutOfBounds if the problem is neither or exceeds a bound.
+    """
     if len(problem) > PROBLEM_MAX_CHARACTERS:
         raise OutOfBounds(
-            f"the problem has {len(problem)} characters; the embedded team reads {PROBLEM_MAX_CHARACTERS}"
+            f"the problem has {len(problem)} characters; the embedded team reads at most {PROBLEM_MAX_CHARACTERS}"
         )
     text = wording.tidy(problem.translate(_SAME_SIGN))
     if not text:
@@ -143,12 +146,12 @@ def as_read(problem: str) -> str:
 
 
 def worked_out(step: Step, results: Mapping[str, str]) -> tuple[int, str, int]:
-    """The step with its results in place of their names: left operand, sign, right operand. Raises OutOfBounds."""
+    """Return a step's left operand, operator and right operand, with results in place of names. Raise OutOfBounds."""
     return read_operation(re.sub(r"[A-F]", lambda match: results.get(match[0], match[0]), step.instruction))
 
 
 def claimed(result: str) -> int:
-    """The result that a step is said to have. Raises OutOfBounds."""
+    """Return the claimed result of a step as a number. Raise OutOfBounds."""
     if not re.fullmatch(rf"-?[0-9]{{1,{DIGITS}}}", result):
-        raise OutOfBounds(f"result {result[:40]!r} is not a whole number of up to {DIGITS} digits")
+        raise OutOfBounds(f"result {result[:40]!r} is not a whole number of at most {DIGITS} digits")
     return int(result)

@@ -1,6 +1,6 @@
-"""Problems and steps drawn at random within the embedded team's bounds, and the split that holds some out.
+"""Random problems and steps within the embedded team's bounds, and the rule that holds some out of training.
 
-Every draw takes the caller's random.Random, so that a seed gives the same data anywhere.
+Every function takes the caller's random.Random, so that a seed gives the same data on every machine.
 """
 
 import hashlib
@@ -28,27 +28,28 @@ PLACES = (1, 10, 100, 1000, 10_000)
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem as a user would write it, and the expression it asks for."""
+    """A problem as a user would write it, and the expression that it asks for."""
 
     text: str
     expression: Expression
 
 
 def is_held_out(text: str) -> bool:
-    """Whether training never sees `text`: two in a hundred, by a hash that is the same everywhere."""
+    """Return True if training never sees `text`: 2% of texts, chosen by a hash that is the same on every machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**32
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """An expression or a word problem, half of each."""
+    """Return an expression or a word problem, each with probability 0.5."""
     return draw_expression(rng) if rng.random() < 0.5 else draw_word_problem(rng)
 
 
 def draw_expression(rng: random.Random) -> Problem:
-    """One to six operations, more often many; the shape is a random tree, products mostly with a small factor.
+    """Return an expression of one to six operations, more often many. Most products have a small factor.
 
-    Two of three are the deepest nested of several draws: few random trees need parentheses in parentheses.
+    Two of three expressions are the most deeply nested of several draws, because few random trees need nested
+    parentheses.
     """
     return max((_draw_tree(rng) for _ in range(rng.choice((1, 4, 12)))), key=lambda p: _nesting(p.text))
 
@@ -68,7 +69,7 @@ def _nesting(text: str) -> int:
 
 
 def draw_word_problem(rng: random.Random) -> Problem:
-    """A wording of the grammar, the longer ones more often, with numbers that keep it within bounds."""
+    """Return a word problem within the bounds. Wordings with more numbers are drawn more often."""
     pattern = rng.choices(wording.GRAMMAR, weights=[len(w.numbers) for w in wording.GRAMMAR])[0]
     while True:
         values = {slot: _number(rng) for slot in pattern.numbers}
@@ -80,7 +81,7 @@ def draw_word_problem(rng: random.Random) -> Problem:
 
 
 def draw_step(rng: random.Random) -> tuple[int, str, int]:
-    """A step within bounds: half as they come up in problems, half spread evenly over lengths and signs."""
+    """Return a step within the bounds: half come from random problems, half spread evenly over lengths and signs."""
     if rng.random() < 0.5:
         return rng.choice(steps_of(draw_problem(rng).expression))
     while True:
@@ -94,7 +95,7 @@ def draw_step(rng: random.Random) -> tuple[int, str, int]:
 
 
 def draw_wrong_result(rng: random.Random, left: int, sign: str, right: int) -> int:
-    """A result that is not the right one, as a slip would give it."""
+    """Return a wrong result such as a slip would give."""
     true = APPLY[sign](left, right)
     while True:
         result = _slip(rng, left, sign, right, true)
@@ -103,7 +104,7 @@ def draw_wrong_result(rng: random.Random, left: int, sign: str, right: int) -> i
 
 
 def steps_of(expression: Expression) -> list[tuple[int, str, int]]:
-    """The expression's steps with their operands worked out."""
+    """Return the expression's steps with numbers as operands: left operand, operator, right operand."""
     values: dict[str, int] = {}
     steps = []
     for operation in expression.operations:
@@ -114,7 +115,7 @@ def steps_of(expression: Expression) -> list[tuple[int, str, int]]:
 
 
 def _tree(rng: random.Random, operations: int, depth: int) -> str:
-    """An expression of that many operations, written with parentheses where chance or the tree asks for them."""
+    """Return an expression of that many operations, with parentheses added at random."""
     if operations == 0:
         return str(_number(rng))
     sign = rng.choice("++--*")
@@ -122,7 +123,7 @@ def _tree(rng: random.Random, operations: int, depth: int) -> str:
         pair = [str(rng.randint(0, FACTOR_MAX)), str(_number(rng))]
         rng.shuffle(pair)
         return "*".join(pair)
-    # Chains, which nest the deepest, would be rare if every split were as likely.
+    # Chains nest the deepest. They would be rare if every split were equally likely.
     left = rng.choice((0, operations - 1, rng.randint(0, operations - 1)))
     return sign.join(_side(rng, count, depth) for count in (left, operations - 1 - left))
 
@@ -134,7 +135,7 @@ def _side(rng: random.Random, operations: int, depth: int) -> str:
 
 
 def _number(rng: random.Random) -> int:
-    """An operand, every length as often, a tenth of them round."""
+    """Return an operand. Lengths of one to three digits are about equally likely; a tenth of the operands are round."""
     number = rng.choice(
         (rng.randint(0, 9), rng.randint(10, 99), rng.randint(0, FACTOR_MAX), rng.randint(100, OPERAND_MAX))
     )
@@ -153,19 +154,19 @@ def _rounded(rng: random.Random, number: int) -> int:
 
 def _slip(rng: random.Random, left: int, sign: str, right: int, true: int) -> int:
     kind = rng.randrange(7)
-    if kind == 0:  # one digit read wrong
+    if kind == 0:  # one wrong digit
         return true + rng.randint(-9, 9) * rng.choice(PLACES)
-    if kind == 1:  # a carry lost or made up
+    if kind == 1:  # a lost or invented carry
         return true + rng.choice((-1, 1)) * rng.choice(PLACES)
-    if kind == 2:  # the sign
+    if kind == 2:  # the wrong sign
         return -true
-    if kind == 3:  # two digits exchanged
+    if kind == 3:  # two swapped digits
         digits = list(str(abs(true)))
         i = rng.randrange(len(digits))
         digits[i - 1], digits[i] = digits[i], digits[i - 1]
         return int("".join(digits)) * (-1 if true < 0 else 1)
-    if kind == 4:  # another operation
+    if kind == 4:  # the wrong operation
         return APPLY[rng.choice("+-*")](left, right)
-    if kind == 5:  # one operand off by a little
+    if kind == 5:  # a slightly wrong operand
         return APPLY[sign](left + rng.choice((-10, -1, 1, 10)), right)
     return _signed(rng)

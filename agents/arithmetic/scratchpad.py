@@ -1,8 +1,8 @@
-"""The notation of the embedded models: how a step is put to them and how it is worked, digit by digit.
+"""The notation of the embedded models: how prompts state a step, and how replies solve or check it digit by digit.
 
-Numbers are a sign and five digits from the units up, laid out so that what belongs together stays equally far apart
-all along a row: the digits of a column, and later its result. A column's result is one number, digit and carry in
-one. Tokens are separated by blanks. The writing half makes the training data, the reading half serves the roles.
+A number is a sign and five digits, units first. Along a whole row, the digits of a column and its result keep the same
+distance in tokens. The result of a column is one number that holds digit and carry. Tokens are separated by blanks. The
+writing functions make the training data; the reading functions serve the roles.
 """
 
 import re
@@ -19,19 +19,20 @@ _ROW = ";"
 
 
 def step_prompt(left: int, sign: str, right: int) -> str:
-    """A step for the solver: signs and operation, the digits of the first number, then of the second.
+    """Return the solver's prompt for a step: signs and operator, the digits of the first number, then of the second.
 
-    Of a product the smaller factor comes second, and its units, then its tens, stand under every digit of the first.
+    In a product, the smaller factor comes second. Its units are repeated under every digit of the first factor, then
+    its tens.
     """
     left, right = _smaller_factor_second(left, sign, right)
     return _tokens(_sign(left), sign, _sign(right), *_digits(left), *_under(sign, right))
 
 
 def claim_prompt(left: int, sign: str, right: int, result: int) -> str:
-    """A step and its claimed result for the critic: signs, then the digits of the three numbers.
+    """Return the critic's prompt for a step and its claimed result: signs, then the digits of the three numbers.
 
-    Of a product they are written from the top; two digits do for its second factor, and "=" keeps the place where the
-    check multiplies.
+    In a product, the digits are written from the highest down. The second factor has only two digits. "=" keeps the
+    place at which the check multiplies.
     """
     left, right = _smaller_factor_second(left, sign, right)
     signs = (_sign(left), sign, _sign(right), "=", _sign(result))
@@ -42,18 +43,18 @@ def claim_prompt(left: int, sign: str, right: int, result: int) -> str:
 
 
 def at_once_prompt(problem: str) -> str:
-    """A whole problem for the solver, to be answered without steps."""
+    """Return the solver's prompt for a whole problem, to be answered without steps."""
     return f"{AT_ONCE} {problem}"
 
 
 def plan_prompt(problem: str) -> str:
-    """A problem for the planner: its numbers by name, in order. "(12 + 7) * 3" becomes "(P + Q) * R"."""
+    """Return the planner's prompt: the problem with named numbers. "(12 + 7) * 3" becomes "(P + Q) * R"."""
     names = iter(NUMBER_NAMES)
     return re.sub(r"\d+", lambda _: next(names), problem)
 
 
 def plan_reply(operations: Iterable[Operation]) -> list[str]:
-    """The planner's reply, four tokens a step: A= P + Q ;B= A * R"""
+    """Return the planner's reply, four tokens for each step: A= P + Q ;B= A * R"""
     return [
         token
         for index, o in enumerate(operations)
@@ -62,12 +63,12 @@ def plan_reply(operations: Iterable[Operation]) -> list[str]:
 
 
 def at_once_reply(value: int) -> list[str]:
-    """The solver's answer to a whole problem: sign and digits, from the top."""
+    """Return the solver's answer to a whole problem: the sign, then the digits from the highest down."""
     return ["=", _sign(value), *map(str, _digits(value)[::-1])]
 
 
 def worked_step(left: int, sign: str, right: int) -> list[str]:
-    """The solver's reply: its rows, the last of which holds the result, and the sign."""
+    """Return the solver's reply to a step: its rows, of which the last holds the result, then the sign."""
     left, right = _smaller_factor_second(left, sign, right)
     if sign == "*":
         return [*_multiply(left, right), _sign(left * right)]
@@ -76,9 +77,9 @@ def worked_step(left: int, sign: str, right: int) -> list[str]:
 
 
 def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
-    """The critic's reply: another computation than the solver's, marks where it agrees and differs, the verdict.
+    """Return the critic's reply: a computation unlike the solver's, marks where it agrees or differs, the verdict.
 
-    A sum or difference is undone, which must give the first number back. A product is checked by casting out.
+    The critic undoes a sum or difference, which must give the first number back. It checks a product by casting out.
     """
     left, right = _smaller_factor_second(left, sign, right)
     if sign == "*":
@@ -90,47 +91,47 @@ def worked_check(left: int, sign: str, right: int, result: int) -> list[str]:
 
 
 def read_plan(text: str, problem: str) -> list[Operation]:
-    """Read the planner's reply to a problem, with its numbers back in place.
+    """Return the steps in the planner's reply, with the problem's numbers in place of their names.
 
-    Raises ValueError when it is not a list of steps in order, each over numbers of the problem and earlier steps.
+    Raise ValueError unless the reply is a list of steps in order, each over numbers of the problem and earlier steps.
     """
     known = dict(zip(NUMBER_NAMES, re.findall(r"\d+", problem), strict=False))
     steps: list[Operation] = []
     for line in text.replace(" ", "").split(";"):
         match = re.fullmatch(r"([A-F])=([A-Z])([-+*])([A-Z])", line)
         if not match:
-            raise ValueError(f"not a step: {line!r}")
+            raise ValueError(f"{line!r} is not a step such as A=P+Q")
         name, left, sign, right = match.groups()
         if name != STEP_NAMES[len(steps)] or left not in known or right not in known:
-            raise ValueError(f"step {line!r} is out of order")
+            raise ValueError(f"step {line!r} is out of order, or uses a name that is not defined before it")
         steps.append(Operation(name, known[left], sign, known[right]))
         known[name] = name
     return steps
 
 
 def read_result(text: str) -> int:
-    """The result in a solver's worked step. Raises ValueError when there is none."""
+    """Return the result in the solver's reply to a step. Raise ValueError if there is none."""
     match = re.fullmatch(rf".*[-+;]((?: \d+){{{DIGITS}}}) ([-+])", text)
     if not match:
-        raise ValueError(f"no result in the reply {text[-40:]!r}")
+        raise ValueError(f"the reply {text[-40:]!r} does not end in a row of {DIGITS} digits and a sign")
     columns = [int(column) % 10 for column in match[1].split()]
     return int(match[2] + "".join(map(str, reversed(columns))))
 
 
 def read_at_once(text: str) -> int:
-    """The solver's answer to a whole problem. Raises ValueError when there is none."""
+    """Return the solver's answer to a whole problem. Raise ValueError if there is none."""
     match = re.fullmatch(rf"= ([-+])((?: \d){{{DIGITS}}})", text)
     if not match:
-        raise ValueError(f"no answer in the reply {text[-40:]!r}")
+        raise ValueError(f"the reply {text[-40:]!r} is not =, a sign and {DIGITS} digits")
     return int(match[1] + match[2].replace(" ", ""))
 
 
 def read_verdict(text: str) -> bool:
-    """The critic's last word. Raises ValueError when it is neither "right" nor "wrong"."""
+    """Return True if the critic's reply ends in "right", False if in "wrong". Raise ValueError otherwise."""
     for word, verdict in ((RIGHT, True), (WRONG, False)):
         if text.endswith(word):
             return verdict
-    raise ValueError(f"no verdict in the reply {text[-40:]!r}")
+    raise ValueError(f"the reply {text[-40:]!r} ends in neither {RIGHT} nor {WRONG}")
 
 
 def _tokens(*tokens: object) -> str:
@@ -151,7 +152,7 @@ def _sign(value: int) -> str:
 
 
 def _digits(value: int) -> tuple[int, ...]:
-    """Five digits from the units up. A number beyond five digits is the caller's defect."""
+    """Return the five digits of a number, units first."""
     assert abs(value) < 10**DIGITS, value
     return tuple(int(d) for d in f"{abs(value):0{DIGITS}d}"[::-1])
 
@@ -162,7 +163,7 @@ def _mark(same: bool) -> str:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A signed sum or difference worked in columns from the units up, each the digit and 10 for carry or borrow."""
+    """A signed sum or difference, solved in columns, units first. A column is its digit, plus 10 for a carry or borrow."""
 
     tokens: list[str]
     sign: str
@@ -170,7 +171,7 @@ class _Sum:
 
 
 def _sum(left: int, sign: str, right: int) -> _Sum:
-    """Compare magnitudes as far as each column, say whether they add or subtract, then work the columns."""
+    """Compare the magnitudes up to each column, state whether they add or subtract, then solve the columns."""
     upper, lower = _digits(left), _digits(right)
     right_sign = _sign(right) if sign == "+" else _flip(_sign(right))
     steps = [">" if a > b else "<" if a < b else "" for a, b in zip(upper, lower, strict=True)]
@@ -192,9 +193,9 @@ def _flip(sign: str) -> str:
 
 
 def _multiply(left: int, right: int) -> list[str]:
-    """A row times the units and a row times the tens, with carries; the digits of both; the row of their sum.
+    """Return five rows: times the units and times the tens, with carries; the digits of both; their sum.
 
-    The digits of the tens stand under their own columns; the sum takes them one column up.
+    The digits of the tens are written in their own columns; the sum shifts them up by one column.
     """
     by_units, by_tens = (_with_carries([digit * factor for digit in _digits(left)]) for factor in _digits(right)[:2])
     units, tens = ([column % 10 for column in row] for row in (by_units, by_tens))
@@ -204,16 +205,16 @@ def _multiply(left: int, right: int) -> list[str]:
 
 
 def _with_carries(columns: Sequence[int]) -> list[int]:
-    """Each column plus the tens of the one before."""
+    """Add the carry of each column to the next one."""
     return list(accumulate(columns, lambda before, column: column + before // 10))
 
 
 def _check_by_casting_out(left: int, right: int, result: int) -> list[str]:
-    """The sign; the remainders by 9 and by 11, digit by digit; the last digit.
+    """Check the sign, the remainders by 9 and by 11 (digit by digit), and the last digit.
 
-    Multiplied is before the result is looked at: a model that sees the result's remainder first learns to copy it.
-    It misses what is off by a multiple of 990, one in as many of the results that have nothing to do with the right
-    one, and no slip in a single digit, carry, sign or order of neighbours.
+    The check multiplies before it reads the result: a model that sees the result's remainder first learns to copy it.
+    It misses results that are wrong by a multiple of 990, which is one in 990 of unrelated results. It catches every
+    slip in a single digit, a carry, the sign or the order of two neighbouring digits.
     """
     expected = _sign(left * right)
     tokens, marks = [expected], [_mark(expected == _sign(result))]
@@ -235,5 +236,5 @@ def _from_the_top(left: int, right: int, result: int) -> tuple[tuple[int, ...], 
 
 
 def _remainders(digits: Sequence[int], divisor: int) -> list[int]:
-    """The remainder of the number as far as each of its digits, from the top."""
+    """Return the remainder of the number up to each of its digits, from the highest down."""
     return list(accumulate(digits, lambda before, digit: (10 * before + digit) % divisor, initial=0))[1:]

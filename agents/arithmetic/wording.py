@@ -1,8 +1,8 @@
 """Word problems: a grammar of wordings, each with the expression that it asks for.
 
-In a wording, {a} to {g} are whole numbers, {name} and the other slots take a word of theirs (the same one wherever
-the slot recurs), and [x|y] is a choice. The same wordings make the training data and recognise a problem, so that
-what the planner never learnt to read is refused instead of guessed at.
+In a wording, {a} to {g} are whole numbers. {name} and the other slots take a word from WORDS; a slot that recurs takes
+the same word. [x|y] is a choice. The same wordings make the training data and recognise problems, so that a problem
+which the planner never learnt to read is refused and not guessed at.
 """
 
 import difflib
@@ -99,18 +99,18 @@ _SLOT = re.compile(r"\{(\w+)\}|\[([^\]]+)\]")
 
 @dataclass(frozen=True)
 class Wording:
-    """One wording of the grammar and the expression that it asks for, over its number slots."""
+    """A wording of the grammar, and the expression over its number slots that it asks for."""
 
     text: str
     expression: str
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The number slots in the order of their names."""
+        """The number slots, sorted by name."""
         return tuple(sorted(set(re.findall(r"[a-g]", self.expression))))
 
     def write(self, rng: random.Random, values: Mapping[str, int]) -> str:
-        """One problem in this wording, with `values` in its number slots and words drawn for the others."""
+        """Return a problem in this wording, with `values` in its number slots and random words in the others."""
         chosen = {slot: rng.choice(words) for slot, words in WORDS.items()}
 
         def fill(match: re.Match[str]) -> str:
@@ -122,7 +122,7 @@ class Wording:
         return _SLOT.sub(fill, self.text)
 
     def fill(self, values: Mapping[str, object]) -> str:
-        """The expression with numbers, or names of numbers, for its slots."""
+        """Return the expression with numbers, or names of numbers, in its slots."""
         return re.sub(r"[a-g]", lambda m: str(values[m[0]]), self.expression)
 
 
@@ -130,18 +130,18 @@ GRAMMAR = tuple(Wording(*pair) for pair in WORDINGS)
 
 
 def tidy(text: str) -> str:
-    """The form the models read: lower case, single blanks, no needless zeros."""
+    """Return the text as the models read it: lower case, single blanks, no leading zeros."""
     return re.sub(r"\b0+(?=\d)", "", " ".join(text.lower().split()))
 
 
 def recognise(text: str) -> str:
-    """The expression a word problem asks for. Raises OutOfBounds with the closest wording known."""
+    """Return the expression that a word problem asks for. Raise OutOfBounds, naming the most similar known wording."""
     wording, match = _match(text)
     return wording.fill({slot: match[slot] for slot in wording.numbers})
 
 
 def recognise_named(text: str) -> str:
-    """The same over the names of the numbers, given in the order of the text."""
+    """Return that expression over names of the numbers, which are named in the order of the text."""
     wording, match = _match(text)
     ordered = sorted(wording.numbers, key=match.start)
     return wording.fill(dict(zip(ordered, NUMBER_NAMES, strict=False)))
@@ -152,12 +152,12 @@ def _match(text: str) -> tuple[Wording, re.Match[str]]:
     for wording, pattern in _patterns():
         if match := pattern.fullmatch(problem):
             return wording, match
-    raise OutOfBounds(f"the embedded team does not know this wording; the closest it knows: {_closest(problem)!r}")
+    raise OutOfBounds(f"the embedded team does not know this wording; the most similar one is {_closest(problem)!r}")
 
 
 @cache
 def vocabulary() -> frozenset[str]:
-    """Every word that occurs in some problem of the grammar."""
+    """Return every word that occurs in a problem of the grammar."""
     text = " ".join(w.text for w in GRAMMAR)
     words = re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text))
     return frozenset(words).union(*WORDS.values())
