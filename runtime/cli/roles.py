@@ -1,6 +1,6 @@
-"""`troupe roles`: what roles and workflows there are, a package for a new role, what is wrong with one.
+"""`troupe roles`: list the roles and workflows, write a package for a new role, check a role.
 
-Exit codes of `check`: 0 nothing is wrong, 1 faults were found, 2 there is nothing such.
+Exit codes of `check`: 0 if the role is sound, 1 if it has faults, 2 if there is no such role.
 """
 
 import inspect
@@ -25,12 +25,15 @@ from runtime.config import read_yaml
 from runtime.errors import ConfigError, InputError
 
 PIPE_WIDTH_CHARACTERS = 300
-"""Lines are not cut for a reader that is no terminal."""
+"""The width of output that is not a terminal: wide enough that no line is cut."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the list. `fault` says why it cannot be used; `summary` is its docstring's first line."""
+    """A line of the list. `summary` is the first line of the class's docstring.
+
+    `fault` says why the class cannot be used; it is None for a sound one.
+    """
 
     name: str
     origin: str
@@ -40,41 +43,41 @@ class Row:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def roles(context: click.Context, as_json: bool) -> None:
-    """List the roles and workflows, built in and from plug-ins; make a new role; check one."""
+    """List all roles and workflows, write a package for a new role, or check a role."""
     if context.invoked_subcommand is None:
         _list(as_json)
     elif as_json:
-        raise click.UsageError("--json belongs to the list: troupe roles --json")
+        raise click.UsageError("--json is an option of the list only: troupe roles --json")
 
 
 @roles.command()
 @click.argument("name")
 @click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="The package's folder [default: troupe-role-NAME]"
+    "--dir", "folder", type=click.Path(path_type=Path), help="The folder of the package [default: troupe-role-NAME]"
 )
 def new(name: str, folder: Path | None) -> None:
-    """Write an installable package with the role NAME: its class, its test, and a configuration that runs it."""
+    """Write an installable package with the role NAME: its class, its tests and a configuration that uses it."""
     try:
         texts = scaffold.package(name, {entry.name for entry in registered("role")})
     except scaffold.NameRefused as error:
         raise InputError(str(error)) from None
     folder = folder or Path(scaffold.distribution(name))
     _write(folder, texts)
-    click.echo(f"{folder}: {', '.join(texts)}")
-    click.echo(f"next: pip install -e {shlex.quote(str(folder))} && troupe roles check {name}")
-    click.echo(f'then: troupe solve --config {shlex.quote(str(folder / "team.yaml"))} "(12+7)*3-45"')
+    click.echo(f"Wrote {folder}: {', '.join(texts)}")
+    click.echo(f"Install and check the role: pip install -e {shlex.quote(str(folder))} && troupe roles check {name}")
+    click.echo(f'Try it: troupe solve --config {shlex.quote(str(folder / "team.yaml"))} "(12+7)*3-45"')
 
 
 @roles.command()
 @click.argument("what")
 @click.pass_context
 def check(context: click.Context, what: str) -> None:
-    """Say what is wrong with a role: a registered name, module:Class, or a YAML file.
+    """Check a role: a registered name, module:Class or a YAML file.
 
-    The role is held against its contract over sample tasks; no model is asked.
+    The check gives the role sample tasks and replies, and prints a line for each fault. It needs no model.
     """
     faults = _faults(what)
     for fault in faults:
@@ -86,27 +89,28 @@ def check(context: click.Context, what: str) -> None:
 
 def _list(as_json: bool) -> None:
     rows = {"roles": [_row(e) for e in registered("role")], "workflows": [_row(e) for e in registered("workflow")]}
-    lost = [f"{origin}: its entry points cannot be read" for origin in unreadable()]
+    unread = [f"{origin}: its entry points cannot be read" for origin in unreadable()]
     if as_json:
         listed = {title: [asdict(row) for row in entries] for title, entries in rows.items()}
-        click.echo(json.dumps({**listed, "unreadable": lost}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**listed, "unreadable": unread}, indent=2, ensure_ascii=False))
         return
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH_CHARACTERS)
     console.print(_table("role", rows["roles"], with_tasks=True))
     console.print()
     console.print(_table("workflow", rows["workflows"], with_tasks=False))
-    for line in lost:
+    for line in unread:
         console.print(line)
 
 
 def _row(entry: Registered) -> Row:
     try:
-        find(entry.kind, entry.name)  # which refuses a name that two distributions have
-        found = entry.load()
+        find(entry.kind, entry.name)  # raises BrokenPlugin if two distributions register the name
+        loaded = entry.load()
     except BrokenPlugin as error:
         return Row(entry.name, entry.origin, (), "", error.why)
-    takes = [kind for kind, task in TASKS.items() if issubclass(found, Role) and task in found.takes]
-    return Row(entry.name, entry.origin, tuple(takes), (inspect.getdoc(found) or "").partition("\n")[0], None)
+    takes = [kind for kind, task in TASKS.items() if issubclass(loaded, Role) and task in loaded.takes]
+    summary = (inspect.getdoc(loaded) or "").partition("\n")[0]
+    return Row(entry.name, entry.origin, tuple(takes), summary, None)
 
 
 def _table(title: str, rows: list[Row], with_tasks: bool) -> Table:
@@ -117,17 +121,17 @@ def _table(title: str, rows: list[Row], with_tasks: bool) -> Table:
     table.add_column("from")
     table.add_column("")
     for row in rows:
-        says = f"broken: {row.fault}" if row.fault else row.summary
+        description = f"broken: {row.fault}" if row.fault else row.summary
         takes = [", ".join(row.takes)] if with_tasks else []
-        table.add_row(row.name, *takes, row.origin, says, style="red" if row.fault else None)
+        table.add_row(row.name, *takes, row.origin, description, style="red" if row.fault else None)
     return table
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write the files. Raises InputError where something is in the way."""
+    """Write the files. Raise InputError if the folder is not empty or cannot be written."""
     try:
         if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty; give --dir a new folder or an empty one")
+            raise InputError(f"{folder} is not empty; give --dir a new or empty folder")
         for path, text in texts.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
@@ -136,14 +140,14 @@ def _write(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def _faults(what: str) -> list[str]:
-    """What is wrong with the role that `what` leads to. Raises ConfigError when it leads nowhere."""
+    """Return what is wrong with the role that `what` names. Raise ConfigError if there is no such role."""
     try:
         if Path(what).suffix in (".yaml", ".yml"):
             return check_role(from_mapping(read_yaml(Path(what)), what))
-        entry = _given(what) if ":" in what else find("role", what)
+        entry = _class_entry(what) if ":" in what else find("role", what)
         return check_role(entry.load_role()())
     except UnknownName as error:
-        raise ConfigError(f"{error}; or give module:Class, or a YAML file") from None
+        raise ConfigError(f"{error}. You can also give module:Class or a YAML file") from None
     except BrokenPlugin as error:
         if ":" in what and _is_absent(what, error.__cause__):
             raise ConfigError(f"there is no {what}: {error.why}") from None
@@ -152,16 +156,16 @@ def _faults(what: str) -> list[str]:
         return str(error).removeprefix(f"{what}: ").split(f"\n{what}: ")
 
 
-def _given(target: str) -> Registered:
-    """A class given as module:Class, from the working folder too, as it is while one writes it."""
+def _class_entry(target: str) -> Registered:
+    """Return an entry for module:Class. The module may be in the working folder, so that a draft can be checked."""
     if not re.fullmatch(r"[\w.]+:[\w.]+", target):
-        raise ConfigError(f"{target!r} is not written as module:Class")
+        raise ConfigError(f"{target!r} must have the form module:Class")
     sys.path.insert(0, str(Path.cwd()))
     return Registered(target, "role", "the command line", target)
 
 
 def _is_absent(target: str, cause: BaseException | None) -> bool:
-    """Whether an import failed for want of the module or class itself, not for what is inside."""
+    """Return True if an import failed because the module or class itself does not exist."""
     module, _, name = target.partition(":")
     match cause:
         case ModuleNotFoundError():

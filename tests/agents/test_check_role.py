@@ -1,4 +1,4 @@
-"""Roles held against their contract: good ones pass, each kind of fault is told."""
+"""The check of roles: sound roles pass, and every kind of fault is reported."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from agents.role import (
 
 
 class Free(Role):
-    """A role in free text, without fault."""
+    """A sound role that replies in free text."""
 
     takes = (AnswerTask,)
 
@@ -41,7 +41,7 @@ class Free(Role):
 
 
 def shaped(**members: Any) -> Role:
-    """The faultless role with some members replaced."""
+    """Return the sound role with some members replaced."""
     role: Role = type("Shaped", (Free,), members)()
     return role
 
@@ -54,11 +54,11 @@ def test_every_kind_of_task_has_samples() -> None:
 @pytest.mark.parametrize(
     "entry", [e for e in registered("role") if e.origin.startswith("troupe-llm ")], ids=lambda e: e.name
 )
-def test_the_built_in_roles_keep_the_contract(entry: Any) -> None:
+def test_built_in_role_keeps_its_contract(entry: Any) -> None:
     assert check_role(entry.load_role()()) == []
 
 
-def test_a_role_in_free_text_keeps_the_contract() -> None:
+def test_free_text_role_keeps_its_contract() -> None:
     assert check_role(Free()) == []
 
 
@@ -72,42 +72,46 @@ def raising(error: Exception) -> Callable[..., Any]:
 OBJECT = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no takes": ({"takes": ()}, "takes is ()"),
-    "takes is no tuple": ({"takes": AnswerTask}, "has to be a tuple of one or more of PlanTask"),
-    "takes something else": ({"takes": (AnswerTask, "solve")}, "takes holds 'solve'"),
+    "takes is a class": ({"takes": AnswerTask}, "must be a tuple of one or more of PlanTask"),
+    "takes contains a string": ({"takes": (AnswerTask, "solve")}, "takes contains 'solve'"),
     "sampling is a dict": ({"sampling": {"temperature": 0}}, "sampling is {'temperature': 0}"),
     "check raises": ({"check": raising(KeyError("x"))}, "answer: KeyError: 'x' for 12+7"),
-    "messages raises": ({"messages": raising(KeyError("x"))}, "refuses with TaskRefused"),
-    "messages is empty": ({"messages": lambda *_: []}, "messages() gave []"),
-    "messages are dicts": ({"messages": lambda *_: [{"role": "user"}]}, "has to be a list of one or more"),
-    "messages is one": ({"messages": lambda *_: Message("user", "x")}, "has to be a list of one or more"),
-    "an unknown speaker": ({"messages": lambda _, task: [Message("tool", task.problem)]}, "role is 'tool'"),  # type: ignore[arg-type]  # the fault
-    "an empty message": ({"messages": lambda *_: [Message("user", " ")]}, "it has to be text"),
-    "the same for all": ({"messages": lambda *_: [Message("user", "go")]}, "says the same for every task"),
-    "refuses all": ({"messages": raising(TaskRefused("not mine"))}, "refuses all 3 samples, the last for: not mine"),
-    "check refuses all": ({"check": raising(TaskRefused("not mine"))}, "refuses all 3 samples, the last for: not mine"),
+    "messages raises": ({"messages": raising(KeyError("x"))}, "to refuse a task, raise TaskRefused"),
+    "messages is empty": ({"messages": lambda *_: []}, "messages() returned []"),
+    "messages are dicts": ({"messages": lambda *_: [{"role": "user"}]}, "must be a list of one or more"),
+    "messages is not a list": ({"messages": lambda *_: Message("user", "x")}, "must be a list of one or more"),
+    "unknown speaker": ({"messages": lambda _, task: [Message("tool", task.problem)]}, "role is 'tool'"),  # type: ignore[arg-type]  # the fault
+    "empty message": ({"messages": lambda *_: [Message("user", " ")]}, "it must be text"),
+    "same messages for all": ({"messages": lambda *_: [Message("user", "go")]}, "the same messages for every task"),
+    "messages refuses all": ({"messages": raising(TaskRefused("not mine"))}, "refuses all 3 samples; last: not mine"),
+    "check refuses all": ({"check": raising(TaskRefused("not mine"))}, "refuses all 3 samples; last: not mine"),
     "schema raises": ({"schema": raising(KeyError("x"))}, "schema() raised KeyError: 'x'"),
-    "schema is a list": ({"schema": lambda *_: []}, "schema() gave []"),
-    "schema is wrong": ({"schema": lambda *_: {"type": "objekt"}}, "no valid JSON schema"),
-    "schema is no JSON": ({"schema": lambda *_: {"default": {1}}}, "schema() raised TypeError"),
+    "schema is a list": ({"schema": lambda *_: []}, "schema() returned []"),
+    "schema is invalid": ({"schema": lambda *_: {"type": "objekt"}}, "an invalid JSON schema"),
+    "schema is not JSON": ({"schema": lambda *_: {"default": {1}}}, "schema() raised TypeError"),
     "parse raises on rubbish": ({"parse": raising(ValueError("bad"))}, "parse('') raised ValueError: bad"),
-    "parse gives another type": ({"parse": lambda *_: Verdict(accepted=True)}, "the reply to a AnswerTask is a Answer"),
-    "parse reads an empty reply": ({"parse": lambda *_: Answer(answer="x")}, "parse('') gave"),
-    "parse reads rubbish in spite of a schema": ({"schema": lambda *_: OBJECT}, "parse('}{') gave"),
+    "parse returns another type": (
+        {"parse": lambda *_: Verdict(accepted=True)},
+        "the reply to AnswerTask must be Answer",
+    ),
+    "parse accepts an empty reply": ({"parse": lambda *_: Answer(answer="x")}, "parse('') returned"),
+    "parse accepts rubbish despite a schema": ({"schema": lambda *_: OBJECT}, "parse('}{') returned"),
 }
 
 
-@pytest.mark.parametrize(("members", "told"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_told(members: dict[str, Any], told: str) -> None:
-    assert any(told in fault for fault in check_role(shaped(**members))), check_role(shaped(**members))
+@pytest.mark.parametrize(("members", "message"), FAULTS.values(), ids=FAULTS)
+def test_fault_is_reported(members: dict[str, Any], message: str) -> None:
+    faults = check_role(shaped(**members))
+    assert any(message in fault for fault in faults), faults
 
 
-def test_a_role_that_counts_its_calls_is_told() -> None:
+def test_messages_that_differ_between_calls_are_reported() -> None:
     numbers = itertools.count()
     role = shaped(messages=lambda _, task: [Message("user", f"{next(numbers)} {task.problem}")])
-    assert any("the same task has to give the same messages" in fault for fault in check_role(role))
+    assert any("the same task must give the same messages" in fault for fault in check_role(role))
 
 
-def test_a_role_that_misreads_what_its_own_schema_allows_is_told() -> None:
+def test_parse_that_fails_on_a_reply_of_the_schema_is_reported() -> None:
     def parse(self: Role, text: str, task: Task) -> Reply:
         if text in RUBBISH:
             raise ReplyUnusable("rubbish")
@@ -117,7 +121,7 @@ def test_a_role_that_misreads_what_its_own_schema_allows_is_told() -> None:
     assert fault.startswith("""answer: parse('{"answer": "1"}') raised KeyError: 'anser'""")
 
 
-def test_a_verdict_is_never_seen_in_rubbish() -> None:
+def test_verdict_read_from_rubbish_is_reported() -> None:
     class Yes(Role):
         takes = (TASKS["critique"],)
 
@@ -129,10 +133,10 @@ def test_a_verdict_is_never_seen_in_rubbish() -> None:
                 raise ReplyUnusable("nothing")
             return Verdict(accepted="wrong" not in text)
 
-    assert any("parse('}{') gave" in fault for fault in check_role(Yes()))
+    assert any("parse('}{') returned" in fault for fault in check_role(Yes()))
 
 
-def test_a_role_may_refuse_some_tasks() -> None:
+def test_role_may_refuse_some_tasks() -> None:
     def check(self: Role, problem: str) -> None:
         if "train" in problem:
             raise TaskRefused("trains")
@@ -140,7 +144,7 @@ def test_a_role_may_refuse_some_tasks() -> None:
     assert check_role(shaped(check=check)) == []
 
 
-def test_the_samples_can_be_one_s_own() -> None:
+def test_samples_can_be_given() -> None:
     def messages(self: Role, task: Task) -> list[Message]:
         if "SELECT" not in task.problem:
             raise TaskRefused("only SQL")
@@ -150,7 +154,7 @@ def test_the_samples_can_be_one_s_own() -> None:
     assert check_role(shaped(messages=messages), {"answer": [AnswerTask("SELECT 1"), AnswerTask("SELECT 2")]}) == []
 
 
-def test_the_samples_hold_what_a_role_might_stumble_over() -> None:
+def test_samples_include_feedback_and_results() -> None:
     solve = [task for task in SAMPLES["solve"] if isinstance(task, SolveTask)]
     assert any(task.feedback for task in solve)
     assert any(task.results for task in solve)

@@ -1,4 +1,4 @@
-"""Roles and workflows by name, from distributions that lie on the path as pip leaves them."""
+"""The registry over distributions on the import path, laid out as pip does."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from tests.plugins import ECHO, lay_out
 ROLES, WORKFLOWS = "troupe.roles", "troupe.workflows"
 
 
-def test_the_built_ins_are_registered_as_a_third_party_would() -> None:
+def test_built_in_roles_and_workflows_are_registered() -> None:
     assert {e.name: e.load() for e in registered("role") if e.origin.startswith("troupe-llm ")} == {
         "planner": Planner,
         "solver": Solver,
@@ -35,14 +35,14 @@ def test_the_built_ins_are_registered_as_a_third_party_would() -> None:
     }
 
 
-def test_a_third_party_s_role_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_role_of_a_plugin_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(lay_out(tmp_path, "echo-kit", {ROLES: {"echo": "echo_kit:Echo"}}, {"echo_kit": ECHO}))
     assert find_role("echo").__name__ == "Echo"
     [entry] = [e for e in registered("role") if e.name == "echo"]
     assert (entry.kind, entry.origin, entry.target) == ("role", "echo-kit 1.0", "echo_kit:Echo")
 
 
-def test_an_unknown_name_is_told_with_the_nearest_and_all() -> None:
+def test_unknown_name_error_lists_similar_and_all_names() -> None:
     with pytest.raises(
         UnknownName, match=r"no role is named 'solvr'; did you mean solver\?.*arithmetic-critic.*planner"
     ):
@@ -59,16 +59,16 @@ def test_an_unknown_name_is_told_with_the_nearest_and_all() -> None:
         ("def broken(:", "importing {module}:Thing raised SyntaxError"),
         ("import there_is_no_such_module", "No module named 'there_is_no_such_module'"),
         ("thing = 1", "has no attribute 'Thing'"),
-        ("class Thing: pass", "class Thing is no role: it has to be a subclass of agents.role.Role"),
-        ("Thing = 3", "a int is no role"),
-        (ECHO + "Thing = Echo()", "a Echo is no role"),
+        ("class Thing: pass", "class Thing is not a role: it must be a subclass of agents.role.Role"),
+        ("Thing = 3", "an object of type int is not a role"),
+        (ECHO + "Thing = Echo()", "an object of type Echo is not a role"),
         ("from agents.role import Role\nclass Thing(Role): pass", r"Thing lacks messages\(\), parse\(\)"),
-        (ECHO + "class Thing(Echo):\n  def __init__(self, x): pass", "a role is made without arguments"),
-        (ECHO + "class Thing(Echo): takes = AnswerTask", "takes is .*: it has to be a tuple"),
-        (ECHO + "class Thing(Echo): sampling = {'temperature': 1}", "sampling is .*: it has to be"),
+        (ECHO + "class Thing(Echo):\n  def __init__(self, x): pass", "a role must be creatable without arguments"),
+        (ECHO + "class Thing(Echo): takes = AnswerTask", "takes is .*: it must be a tuple"),
+        (ECHO + "class Thing(Echo): sampling = {'temperature': 1}", "sampling is .*: it must be"),
     ],
 )
-def test_a_broken_role_is_told_and_costs_nobody_else_anything(
+def test_broken_role_fails_only_when_it_is_used(
     source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = f"broken_{abs(hash(source))}"
@@ -84,18 +84,20 @@ def test_a_broken_role_is_told_and_costs_nobody_else_anything(
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        ("class Thing: pass", "class Thing is no workflow"),
+        ("class Thing: pass", "class Thing is not a workflow"),
         (
             "from agents.workflow import Workflow\nclass Thing(Workflow): pass",
             r"Thing lacks begin\(\), seats\(\), take\(\)",
         ),
         (
             "from agents.workflow import Solo\nclass Thing(Solo):\n  Options = dict",
-            "Thing.Options has to be a subclass",
+            "Thing.Options must be a subclass",
         ),
     ],
 )
-def test_a_broken_workflow_is_told(source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_workflow_fails_only_when_it_is_used(
+    source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = f"broken_{abs(hash(source))}"
     entries = {WORKFLOWS: {"broken": f"{module}:Thing"}}
     monkeypatch.syspath_prepend(lay_out(tmp_path, "broken-kit", entries, {module: source}))
@@ -104,27 +106,27 @@ def test_a_broken_workflow_is_told(source: str, why: str, tmp_path: Path, monkey
         find_workflow("broken")
 
 
-def test_a_name_of_two_distributions_is_refused_only_when_it_is_used(
+def test_name_of_two_distributions_is_refused_only_when_it_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kit in ("one-kit", "two-kit"):
         entries = {ROLES: {"shared": "shared_echo:Echo", f"{kit}-own": "shared_echo:Echo"}}
         monkeypatch.syspath_prepend(lay_out(tmp_path / kit, kit, entries, {"shared_echo": ECHO}))
     assert find_role("one-kit-own").__name__ == find_role("two-kit-own").__name__ == "Echo"
-    with pytest.raises(BrokenPlugin, match=r"registered by one-kit 1.0 .* and two-kit 1.0 .*uninstall all but one"):
+    with pytest.raises(
+        BrokenPlugin, match=r"registered by one-kit 1.0 .* and two-kit 1.0 .*uninstall all but one of them"
+    ):
         find_role("shared")
 
 
-def test_the_same_distribution_twice_on_the_path_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distribution_twice_on_the_path_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for copy, spelling in (("old", "Twice_Kit"), ("new", "twice-kit")):
         entries = {ROLES: {"twice": "twice_echo:Echo"}}
         monkeypatch.syspath_prepend(lay_out(tmp_path / copy, spelling, entries, {"twice_echo": ECHO}))
     assert find_role("twice").__name__ == "Echo"
 
 
-def test_entry_points_that_cannot_be_read_cost_nobody_else_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_entry_points_do_not_affect_other_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = lay_out(tmp_path, "garbled-kit", {})
     (folder / "garbled_kit-1.0.dist-info" / "entry_points.txt").write_text("[troupe.roles]\nno equals sign here\n")
     monkeypatch.syspath_prepend(folder)
@@ -134,16 +136,16 @@ def test_entry_points_that_cannot_be_read_cost_nobody_else_anything(
         find_role("garbled")
 
 
-def test_a_target_that_names_no_class_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_point_that_names_no_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(lay_out(tmp_path, "odd-kit", {ROLES: {"odd": "not a target", "bare": "agents.solver"}}))
-    with pytest.raises(BrokenPlugin, match="'not a target' is not written as module:Class"):
+    with pytest.raises(BrokenPlugin, match="the entry point 'not a target' must have the form module:Class"):
         find_role("odd")
-    with pytest.raises(BrokenPlugin, match="a module is no role"):
+    with pytest.raises(BrokenPlugin, match="an object of type module is not a role"):
         find_role("bare")
 
 
-def test_from_a_checkout_that_is_not_installed_the_error_says_to_install() -> None:
-    """Python without the site folders' metadata: the modules can be imported, no distribution is there."""
+def test_error_in_an_uninstalled_checkout_says_how_to_install() -> None:
+    """Run Python without the metadata of installed distributions: modules can be imported, but none is registered."""
     root = Path(agents.__file__).parent.parent
     code = (
         "import sys, importlib.metadata as m\n"

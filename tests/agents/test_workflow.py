@@ -1,4 +1,4 @@
-"""Workflows as state machines: what they ask, in which order, and how they end, with the replies written here."""
+"""The workflows as state machines, with replies written in the tests: their calls, their order and their outcomes."""
 
 import random
 from collections import Counter, deque
@@ -39,12 +39,14 @@ Answering = Callable[[RoleCall], Reply | Unusable]
 
 @dataclass
 class Team:
-    """Replies by rule: the plan, each step's results one after another, and which results are right."""
+    """A team that replies by rule.
+
+    `results` holds the successive results of each step. `wrong` maps each rejected result to the reason.
+    """
 
     plan: Plan = PLAN
     results: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"A": ["19"], "B": ["5"], "C": ["95"]})
     wrong: Mapping[str, str] = field(default_factory=dict)
-    """Why a result is rejected."""
     answer: str = "95"
     _solved: Counter[str] = field(default_factory=Counter)
 
@@ -63,17 +65,17 @@ class Team:
 
 
 def drive(workflow: Workflow, team: Answering) -> list[RoleCall]:
-    """Answer every call in turn; the calls in the order in which they were made."""
-    made = list(workflow.begin())
-    due = deque(made)
-    while due:
+    """Answer every call in order until the workflow ends. Return the calls in the order in which it made them."""
+    calls = list(workflow.begin())
+    open_calls = deque(calls)
+    while open_calls:
         assert workflow.outcome is None
-        call = due.popleft()
+        call = open_calls.popleft()
         new = workflow.take(call, team(call))
-        made += new
-        due += new
+        calls += new
+        open_calls += new
     assert workflow.outcome is not None
-    return made
+    return calls
 
 
 def deliberate(**options: object) -> Deliberate:
@@ -88,10 +90,10 @@ def solves(calls: Sequence[RoleCall], step: str) -> list[tuple[SolveTask, int]]:
     return [(c.task, c.variation) for c in calls if isinstance(c.task, SolveTask) and c.task.step.name == step]
 
 
-# Deliberation
+# Deliberate
 
 
-def test_a_problem_is_planned_solved_judged_and_answered() -> None:
+def test_deliberation_plans_solves_judges_and_answers() -> None:
     workflow = deliberate()
     calls = drive(workflow, Team())
     assert [(call.seat, call.task) for call in calls] == [
@@ -116,7 +118,7 @@ def test_a_problem_is_planned_solved_judged_and_answered() -> None:
     ]
 
 
-def test_steps_that_do_not_wait_for_one_another_are_due_together() -> None:
+def test_independent_steps_are_solved_at_the_same_time() -> None:
     workflow = deliberate()
     [plan] = workflow.begin()
     first = workflow.take(plan, PLAN)
@@ -128,7 +130,7 @@ def test_steps_that_do_not_wait_for_one_another_are_due_together() -> None:
     assert last.task == SolveTask(PROBLEM, C, {"A": "19", "B": "5"})
 
 
-def test_a_rejected_step_is_solved_again_with_the_reason_and_another_variation() -> None:
+def test_rejected_step_is_solved_again_with_feedback_and_another_variation() -> None:
     workflow = deliberate()
     calls = drive(workflow, Team(results={"A": ["18", "19"], "B": ["5"], "C": ["95"]}, wrong={"18": "18-7 is 11"}))
     assert solves(calls, "A") == [(SolveTask(PROBLEM, A), 0), (SolveTask(PROBLEM, A, feedback="18-7 is 11"), 1)]
@@ -137,13 +139,13 @@ def test_a_rejected_step_is_solved_again_with_the_reason_and_another_variation()
     assert solver == [("18", "rejected", 0), ("19", "accepted", 1)]
 
 
-def test_a_rejection_without_a_reason_still_says_so() -> None:
+def test_rejection_without_a_reason_gives_default_feedback() -> None:
     calls = drive(deliberate(), Team(results={"A": ["18", "19"], "B": ["5"], "C": ["95"]}, wrong={"18": ""}))
     assert solves(calls, "A")[1][0].feedback == "the critic rejected it"
 
 
 @pytest.mark.parametrize(("tried", "chosen"), [(["17", "18", "18", "16"], "18"), (["17", "18", "16"], "16")])
-def test_after_the_last_round_the_result_found_most_often_goes_on_unconfirmed(tried: list[str], chosen: str) -> None:
+def test_last_round_ends_with_the_most_frequent_result_unconfirmed(tried: list[str], chosen: str) -> None:
     workflow = deliberate(rounds=len(tried) - 1)
     calls = drive(workflow, Team(CHAIN, {"A": tried}, dict.fromkeys(tried, "no"), answer=chosen))
     assert [variation for _, variation in solves(calls, "A")] == list(range(len(tried)))
@@ -151,7 +153,7 @@ def test_after_the_last_round_the_result_found_most_often_goes_on_unconfirmed(tr
     assert workflow.outcome == Outcome(chosen, confirmed=False, rounds=len(tried) - 1)
 
 
-def test_without_rounds_a_rejected_result_goes_on_at_once() -> None:
+def test_without_rounds_a_rejected_result_is_used_unconfirmed() -> None:
     workflow = deliberate(rounds=0)
     drive(workflow, Team(wrong={"19": "no"}))
     assert workflow.outcome == Outcome("95", confirmed=False, rounds=0)
@@ -164,7 +166,7 @@ def test_without_critics_nothing_is_judged() -> None:
     assert {entry.verdict for entry in workflow.transcript} == {None}
 
 
-def test_a_result_stands_only_when_every_critic_accepts_it() -> None:
+def test_result_is_accepted_only_if_every_critic_accepts_it() -> None:
     def team(call: RoleCall) -> Reply | Unusable:
         if call.seat == "second" and isinstance(call.task, CritiqueTask):
             return Verdict(accepted=call.task.result != "18", reason="second thoughts")
@@ -178,7 +180,7 @@ def test_a_result_stands_only_when_every_critic_accepts_it() -> None:
     assert [c.seat for c in calls if c.task == CritiqueTask(PROBLEM, A, "18")] == ["critic", "second"]
 
 
-def test_a_plan_without_an_answer_step_asks_the_solver_for_the_answer() -> None:
+def test_without_an_answer_step_the_solver_states_the_answer() -> None:
     workflow = deliberate()
     plan = PLAN.model_copy(update={"answer_step": None})
     calls = drive(workflow, Team(plan, answer="ninety-five"))
@@ -187,16 +189,17 @@ def test_a_plan_without_an_answer_step_asks_the_solver_for_the_answer() -> None:
     assert workflow.outcome == Outcome("ninety-five", confirmed=True, rounds=0)
 
 
-# Replies that cannot be used
+# Unusable replies
 
 
 def unusable_times(times: int, seat: str, team: Answering) -> Answering:
-    """The team, whose `seat` first gives unusable replies."""
-    left = [times]
+    """Return the team with a `seat` whose first `times` replies are unusable."""
+    remaining = times
 
     def answer(call: RoleCall) -> Reply | Unusable:
-        if call.seat == seat and left[0]:
-            left[0] -= 1
+        nonlocal remaining
+        if call.seat == seat and remaining:
+            remaining -= 1
             return Unusable("only dots")
         return team(call)
 
@@ -204,7 +207,7 @@ def unusable_times(times: int, seat: str, team: Answering) -> Answering:
 
 
 @pytest.mark.parametrize("seat", ["planner", "solver", "critic"])
-def test_an_unusable_reply_is_asked_for_again_at_another_variation(seat: str) -> None:
+def test_unusable_reply_is_retried_with_another_variation(seat: str) -> None:
     workflow = deliberate()
     calls = drive(workflow, unusable_times(UNUSABLE_MAX - 1, seat, Team(CHAIN, answer="19")))
     tries = [call for call in calls if call.seat == seat][:UNUSABLE_MAX]
@@ -216,7 +219,7 @@ def test_an_unusable_reply_is_asked_for_again_at_another_variation(seat: str) ->
 
 
 @pytest.mark.parametrize("seat", ["planner", "solver", "critic"])
-def test_after_the_last_try_the_problem_fails_and_says_whose_reply_it_was(seat: str) -> None:
+def test_problem_fails_after_the_last_try_and_names_the_seat(seat: str) -> None:
     workflow = deliberate()
     drive(workflow, unusable_times(UNUSABLE_MAX, seat, Team(CHAIN)))
     assert workflow.outcome is not None
@@ -225,24 +228,27 @@ def test_after_the_last_try_the_problem_fails_and_says_whose_reply_it_was(seat: 
     assert workflow.outcome.failure == f"the {seat}'s reply could not be read {UNUSABLE_MAX} times: only dots"
 
 
-def test_a_reply_of_another_type_is_unusable() -> None:
+def test_reply_of_the_wrong_type_is_unusable() -> None:
     workflow = deliberate()
     [call] = workflow.begin()
     [again] = workflow.take(call, Answer(answer="95"))
     assert (again.seat, again.task, again.variation) == ("planner", call.task, 1)
-    assert workflow.transcript[0].output == "unusable: a Answer came back for a PlanTask"
+    assert workflow.transcript[0].output == "unusable: the reply to PlanTask must be Plan, not Answer"
 
 
 @pytest.mark.parametrize(
     ("plan", "fault"),
     [
-        (Plan(steps=(A, A)), "step A comes twice"),
-        (Plan(steps=(C, A, B)), "step C needs A, B, which no earlier step gives"),
-        (Plan(steps=(Step(name="A", instruction="A+1", needs=("A",)),)), "step A needs A, which no earlier step gives"),
-        (Plan(steps=(A,), answer_step="B"), "the answer is to come from B, which is no step of the plan"),
+        (Plan(steps=(A, A)), "two steps are named A"),
+        (Plan(steps=(C, A, B)), "step C needs A, B; needs must name earlier steps"),
+        (
+            Plan(steps=(Step(name="A", instruction="A+1", needs=("A",)),)),
+            "step A needs A; needs must name earlier steps",
+        ),
+        (Plan(steps=(A,), answer_step="B"), "answer_step is B; it must name a step of the plan"),
     ],
 )
-def test_a_plan_that_cannot_be_worked_is_asked_for_again(plan: Plan, fault: str) -> None:
+def test_invalid_plan_is_retried(plan: Plan, fault: str) -> None:
     assert plan_fault(plan) == fault
     workflow = deliberate()
     [call] = workflow.begin()
@@ -253,24 +259,24 @@ def test_a_plan_that_cannot_be_worked_is_asked_for_again(plan: Plan, fault: str)
     assert plan_fault(PLAN) is None
 
 
-def test_replies_that_come_after_a_failure_change_nothing() -> None:
+def test_replies_after_a_failure_change_nothing() -> None:
     workflow = deliberate()
     [call] = workflow.begin()
     solve_a, solve_b = workflow.take(call, PLAN)
     for _ in range(UNUSABLE_MAX):
         [solve_a] = workflow.take(solve_a, Unusable("dots")) or [solve_a]
-    failed, said = workflow.outcome, list(workflow.transcript)
+    failed, transcript = workflow.outcome, list(workflow.transcript)
     assert failed is not None
     assert failed.failure
     assert workflow.take(solve_b, Solution(result="5")) == []
     assert workflow.take(solve_b, Unusable("dots")) == []
-    assert (workflow.outcome, workflow.transcript) == (failed, said)
+    assert (workflow.outcome, workflow.transcript) == (failed, transcript)
 
 
-# Voting
+# Vote
 
 
-def test_every_step_is_solved_several_times_and_each_distinct_result_judged_once() -> None:
+def test_vote_samples_each_step_and_judges_each_distinct_result_once() -> None:
     workflow = vote(samples=3)
     calls = drive(workflow, Team(CHAIN, {"A": ["19", "18", "19"]}, {"18": "no"}, answer="19"))
     assert solves(calls, "A") == [(SolveTask(PROBLEM, A), variation) for variation in (1, 2, 3)]
@@ -291,16 +297,18 @@ def test_every_step_is_solved_several_times_and_each_distinct_result_judged_once
         (["19", "18", "18", "19", "18"], [], "18", True),
         (["18", "18", "17"], ["17", "18"], "18", False),
     ],
-    ids=["an accepted one beats the most votes", "votes decide among accepted ones", "none accepted: the most votes"],
+    ids=["accepted beats majority", "majority of the accepted", "none accepted"],
 )
-def test_the_vote(results: list[str], wrong: list[str], chosen: str, confirmed: bool) -> None:
+def test_vote_chooses_the_majority_of_the_accepted_results(
+    results: list[str], wrong: list[str], chosen: str, confirmed: bool
+) -> None:
     workflow = vote(samples=len(results))
     calls = drive(workflow, Team(CHAIN, {"A": results}, dict.fromkeys(wrong, "no"), answer=chosen))
     assert calls[-1].task == AnswerTask(PROBLEM, (A,), {"A": chosen})
     assert workflow.outcome == Outcome(chosen, confirmed=confirmed, rounds=0)
 
 
-def test_a_vote_waits_for_every_critic() -> None:
+def test_vote_waits_for_every_critic() -> None:
     workflow = vote(samples=1, critics=["critic", "second"])
     [plan] = workflow.begin()
     [solve] = workflow.take(plan, CHAIN)
@@ -310,17 +318,17 @@ def test_a_vote_waits_for_every_critic() -> None:
     assert isinstance(answer.task, AnswerTask)
 
 
-# Alone
+# Solo
 
 
-def test_alone_the_solver_answers_at_once() -> None:
+def test_solo_asks_the_solver_for_the_answer() -> None:
     workflow = Solo(PROBLEM, Solo.Options())
     assert [(c.seat, c.task) for c in drive(workflow, Team())] == [("solver", AnswerTask(PROBLEM))]
     assert workflow.outcome == Outcome("95", confirmed=None, rounds=0)
     assert [(e.seat, e.input, e.output) for e in workflow.transcript] == [("solver", PROBLEM, "95")]
 
 
-def test_alone_an_unusable_or_mistyped_reply_is_asked_for_again_until_the_last_try() -> None:
+def test_solo_retries_unusable_and_mistyped_replies_until_the_last_try() -> None:
     workflow = Solo(PROBLEM, Solo.Options())
     replies: Iterator[Reply | Unusable] = iter([Unusable("dots"), Solution(result="95"), Unusable("dots")])
     assert [call.variation for call in drive(workflow, lambda _: next(replies))] == [0, 1, 2]
@@ -349,7 +357,7 @@ def test_alone_an_unusable_or_mistyped_reply_is_asked_for_again_until_the_last_t
         (Solo, {}, {"solver": (AnswerTask,)}),
     ],
 )
-def test_the_seats_follow_from_the_options(
+def test_options_determine_the_seats(
     workflow: type[Workflow], options: dict[str, object], seats: Mapping[str, tuple[type[Task], ...]]
 ) -> None:
     assert workflow.seats(workflow.Options.model_validate(options)) == seats
@@ -365,12 +373,12 @@ def test_the_seats_follow_from_the_options(
         (Solo.Options, {"rounds": 1}),
     ],
 )
-def test_wrong_options_are_refused(options: type[Value], wrong: dict[str, object]) -> None:
+def test_invalid_options_are_refused(options: type[Value], wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         options.model_validate(wrong)
 
 
-# Whatever the replies
+# Random replies
 
 
 @st.composite
@@ -385,7 +393,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @st.composite
 def workflows(draw: st.DrawFn) -> tuple[Callable[[], Workflow], Plan, int]:
-    """A way to make a workflow, the plan it is given, and the most calls that it may make."""
+    """Draw a factory of a workflow, the plan to give it, and the most calls that it may make."""
     plan = draw(plans())
     critics = draw(st.integers(0, 3))
     seats = tuple(f"critic-{number}" for number in range(critics))
@@ -400,7 +408,7 @@ def workflows(draw: st.DrawFn) -> tuple[Callable[[], Workflow], Plan, int]:
     return lambda: Vote(PROBLEM, ballot), plan, calls
 
 
-def by_chance(rng: random.Random, plan: Plan, unusable: float, call: RoleCall) -> Reply | Unusable:
+def random_reply(rng: random.Random, plan: Plan, unusable: float, call: RoleCall) -> Reply | Unusable:
     if rng.random() < unusable:
         return Unusable("noise")
     match call.task:
@@ -416,7 +424,7 @@ def by_chance(rng: random.Random, plan: Plan, unusable: float, call: RoleCall) -
 
 @settings(max_examples=200, deadline=None)
 @given(drawn=workflows(), seed=st.integers(0, 2**32), unusable=st.sampled_from([0.0, 0.1, 0.5]))
-def test_any_replies_in_any_order_come_to_an_end_and_replay_the_same(
+def test_any_replies_in_any_order_end_and_replay_identically(
     drawn: tuple[Callable[[], Workflow], Plan, int], seed: int, unusable: float
 ) -> None:
     make, plan, calls_max = drawn
@@ -427,7 +435,7 @@ def test_any_replies_in_any_order_come_to_an_end_and_replay_the_same(
     taken: list[tuple[RoleCall, Reply | Unusable, list[RoleCall]]] = []
     while open_calls:
         call = open_calls.pop(rng.randrange(len(open_calls)))
-        reply = by_chance(rng, plan, unusable, call)
+        reply = random_reply(rng, plan, unusable, call)
         assert isinstance(reply, (Unusable, REPLIES[type(call.task)]))
         new = workflow.take(call, reply)
         taken.append((call, reply, new))

@@ -1,4 +1,4 @@
-"""Roles from a mapping: each kind of task works, and every fault is told with its place, key and remedy."""
+"""Roles from a mapping: every kind of task works, and every fault is reported with its place, key and remedy."""
 
 import json
 import textwrap
@@ -35,7 +35,7 @@ def reply(**properties: Any) -> dict[str, Any]:
 
 
 def spec(task: str, **changes: Any) -> dict[str, Any]:
-    """A faultless role for each kind of task."""
+    """Return a valid mapping for a kind of task, with some keys changed."""
     prompts = {
         "plan": "Split {problem}",
         "solve": "{problem}\n{results}\nDo: {step}\n{feedback}",
@@ -58,11 +58,11 @@ def faults(mapping: object) -> str:
     return str(raised.value)
 
 
-def test_the_kinds_of_task_are_those_of_the_contract() -> None:
+def test_task_accepts_every_kind_of_task() -> None:
     assert set(get_args(TemplateSpec.model_fields["task"].annotation)) == TASKS.keys()
 
 
-def test_the_module_s_example_is_a_role() -> None:
+def test_example_in_the_module_docstring_is_a_role() -> None:
     lines = [line for line in (yaml_role.__doc__ or "").splitlines() if line.startswith("    ")]
     role = from_mapping(yaml.safe_load(textwrap.dedent("\n".join(lines))), "example")
     assert role.takes == (CritiqueTask,)
@@ -74,14 +74,14 @@ def test_the_module_s_example_is_a_role() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_role_of_every_kind_keeps_the_contract(task: str) -> None:
+def test_role_of_every_kind_keeps_its_contract(task: str) -> None:
     role = from_mapping(spec(task), "mine.yaml")
     assert role.takes == (TASKS[task],)
     assert check_role(role) == []
     assert type(role)().spec.name == "mine"
 
 
-def test_two_templates_do_not_share_anything() -> None:
+def test_two_roles_do_not_share_attributes() -> None:
     plan, answer = from_mapping(spec("plan"), "a"), from_mapping(spec("answer", sampling={"max_tokens": 7}), "b")
     assert plan.takes == (PlanTask,)
     assert answer.takes == (AnswerTask,)
@@ -89,7 +89,7 @@ def test_two_templates_do_not_share_anything() -> None:
     assert answer.sampling.max_tokens == 7
 
 
-def test_the_prompt_is_filled_and_the_system_message_taken_as_it_is() -> None:
+def test_prompt_is_filled_and_system_message_is_not() -> None:
     role = from_mapping(spec("solve", system='Reply {"result": ...}'), "mine.yaml")
     task = SolveTask("How long?", STEP, {"1": "20"}, "off by one")
     assert role.messages(task) == [
@@ -106,12 +106,12 @@ def test_the_prompt_is_filled_and_the_system_message_taken_as_it_is() -> None:
     ]
 
 
-def test_what_a_problem_holds_is_not_read_as_a_template() -> None:
+def test_braces_in_a_problem_are_not_placeholders() -> None:
     problem = "{step} {0} {problem.__class__} }{"
     assert from_mapping(spec("plan"), "mine.yaml").messages(PlanTask(problem)) == [Message("user", f"Split {problem}")]
 
 
-def test_replies_become_typed() -> None:
+def test_reply_of_every_kind_is_typed() -> None:
     def parse(task: Any, form: dict[str, Any]) -> Any:
         kind = next(name for name, known in TASKS.items() if isinstance(task, known))
         return from_mapping(spec(kind), "mine.yaml").parse(json.dumps(form), task)
@@ -130,7 +130,7 @@ def test_replies_become_typed() -> None:
     assert parse(AnswerTask("p"), {"answer": "85"}) == Answer(answer="85")
 
 
-def test_optional_properties_may_be_missing_and_others_are_ignored() -> None:
+def test_optional_properties_may_be_missing_and_unknown_ones_are_ignored() -> None:
     schema = {
         "type": "object",
         "properties": {"accepted": {"type": "boolean"}, "check": TEXT},
@@ -153,72 +153,75 @@ def test_optional_properties_may_be_missing_and_others_are_ignored() -> None:
         ('{"result": "", "work": ""}', "result: string should have at least 1 character"),
     ],
 )
-def test_a_reply_that_does_not_fit_is_unusable(text: str, why: str) -> None:
+def test_reply_that_violates_the_schema_is_unusable(text: str, why: str) -> None:
     with pytest.raises(ReplyUnusable, match=why):
         from_mapping(spec("solve"), "mine.yaml").parse(text, SolveTask("p", STEP))
 
 
-def test_an_empty_plan_is_unusable() -> None:
+def test_empty_plan_is_unusable() -> None:
     for text in ('{"steps": []}', '{"steps": [""]}'):
         with pytest.raises(ReplyUnusable, match=r"steps|instruction"):
             from_mapping(spec("plan"), "mine.yaml").parse(text, PlanTask("p"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"promt": "x"}, "promt: no such key; did you mean prompt? known: name, task, system, prompt, reply, sampling"),
+        ({"promt": "x"}, "promt: unknown key; did you mean prompt? known: name, task, system, prompt, reply, sampling"),
         ({"task": "solv"}, "task: input should be 'plan', 'solve', 'critique' or 'answer', not 'solv'"),
         ({"name": ""}, "name: string should have at least 1 character, not ''"),
         ({"prompt": 3}, "prompt: input should be a valid string, not 3"),
         (
             {"prompt": "{stp} {step}"},
-            "prompt: {stp} is no placeholder of this task; did you mean step? known: problem, step",
+            "prompt: {stp} is not a placeholder of this task; did you mean step? known: problem, step",
         ),
         ({"prompt": "{problem}"}, "prompt: {step} is missing"),
-        ({"prompt": "{step.name}"}, "prompt: {step.name} is no placeholder; known: problem, step, results, feedback"),
-        ({"prompt": "{step[0]}"}, "prompt: {step[0]} is no placeholder"),
-        ({"prompt": "{} {step}"}, "prompt: {} is no placeholder"),
-        ({"prompt": "{step!r}"}, "prompt: {step} takes no format or conversion; write {step}"),
-        ({"prompt": "{step:>{results}}"}, "prompt: {step} takes no format or conversion"),
-        ({"prompt": '{step} {"a": 1}'}, "a brace that belongs to the text is written twice, {{ and }}"),
-        ({"prompt": "{step} }"}, "prompt: Single '}' encountered in format string; a brace that belongs to the text"),
-        ({"prompt": "{step"}, "prompt: expected '}' before end of string; a brace that belongs to the text"),
-        ({"system": "See {problem}"}, "system: {problem} is not filled in here; write it in prompt"),
+        (
+            {"prompt": "{step.name}"},
+            "prompt: {step.name} is not a placeholder; known: problem, step, results, feedback",
+        ),
+        ({"prompt": "{step[0]}"}, "prompt: {step[0]} is not a placeholder"),
+        ({"prompt": "{} {step}"}, "prompt: {} is not a placeholder"),
+        ({"prompt": "{step!r}"}, "prompt: {step} must have no format and no conversion; write {step}"),
+        ({"prompt": "{step:>{results}}"}, "prompt: {step} must have no format and no conversion"),
+        ({"prompt": '{step} {"a": 1}'}, "to write a literal brace, double it: {{ or }}"),
+        ({"prompt": "{step} }"}, "prompt: Single '}' encountered in format string; to write a literal brace"),
+        ({"prompt": "{step"}, "prompt: expected '}' before end of string; to write a literal brace"),
+        ({"system": "See {problem}"}, "system: {problem} is not a placeholder here; move it to prompt"),
         ({"reply": []}, "reply: input should be a valid dictionary, not []"),
-        ({"reply": {"type": "objekt"}}, "reply: no valid JSON schema: 'objekt' is not valid"),
-        ({"reply": {"type": "string"}}, "reply: type has to be object"),
-        ({"reply": {"type": "object"}}, 'reply: properties.result is missing: {"type": "string"}'),
-        ({"reply": reply(result={"type": "integer"})}, 'reply: properties.result has to be {"type": "string"}'),
-        ({"reply": reply(result=True)}, 'reply: properties.result has to be {"type": "string"}'),
-        ({"reply": reply(result=TEXT, work={"type": "array"})}, 'reply: properties.work has to be {"type": "string"}'),
-        ({"reply": {"type": "object", "properties": {"result": TEXT}}}, "reply: required has to name result"),
+        ({"reply": {"type": "objekt"}}, "reply: not a valid JSON schema: 'objekt' is not valid"),
+        ({"reply": {"type": "string"}}, "reply: type must be object"),
+        ({"reply": {"type": "object"}}, 'reply: properties.result is missing; add {"type": "string"}'),
+        ({"reply": reply(result={"type": "integer"})}, 'reply: properties.result must be {"type": "string"}'),
+        ({"reply": reply(result=True)}, 'reply: properties.result must be {"type": "string"}'),
+        ({"reply": reply(result=TEXT, work={"type": "array"})}, 'reply: properties.work must be {"type": "string"}'),
+        ({"reply": {"type": "object", "properties": {"result": TEXT}}}, "reply: required must contain result"),
         (
             {"reply": reply(result={"type": "string", "pattern": "("})},
             "'(' is not a 'regex' at reply.properties.result",
         ),
-        ({"reply": {**reply(result=TEXT), "allOf": [{"$ref": "http://elsewhere/x"}]}}, "$ref is not followed here"),
-        ({"reply": reply(result=TEXT, no={False: 1})}, "it holds what JSON does not: in YAML, quote words"),
-        ({"reply": reply(result={"type": "string", "default": {1, 2}})}, "reply: no JSON: Object of type set"),
-        ({"sampling": {"temprature": 1}}, "sampling.temprature: no such key; did you mean temperature"),
+        ({"reply": {**reply(result=TEXT), "allOf": [{"$ref": "http://elsewhere/x"}]}}, "$ref is not supported"),
+        ({"reply": reply(result=TEXT, no={False: 1})}, "it holds values that JSON does not have; in YAML, quote dates"),
+        ({"reply": reply(result={"type": "string", "default": {1, 2}})}, "reply: not JSON: Object of type set"),
+        ({"sampling": {"temprature": 1}}, "sampling.temprature: unknown key; did you mean temperature"),
         ({"sampling": {"top_p": 3}}, "sampling.top_p: input should be less than or equal to 1, not 3"),
     ],
 )
-def test_a_fault_is_told_with_its_key_and_what_would_be_right(changes: dict[str, Any], told: str) -> None:
-    assert told in faults({**spec("solve"), **changes})
+def test_fault_names_the_key_and_what_would_be_right(changes: dict[str, Any], message: str) -> None:
+    assert message in faults({**spec("solve"), **changes})
 
 
-def test_a_plan_s_steps_are_texts() -> None:
-    needed = 'reply: properties.steps has to be {"type": "array", "items": {"type": "string"}}'
+def test_steps_of_a_plan_must_be_strings() -> None:
+    needed = 'reply: properties.steps must be {"type": "array", "items": {"type": "string"}}'
     for steps in ({"type": "array"}, {"type": "array", "items": {"type": "object"}}, {"type": "array", "items": True}):
         assert needed in faults(spec("plan", reply=reply(steps=steps)))
 
 
-def test_all_faults_are_told_at_once() -> None:
-    told = faults({"task": "plan", "prompt": "{step}", "reply": {"type": "array"}, "extra": 1})
-    assert [line.split(": ")[1] for line in told.splitlines()] == ["name", "prompt", "reply", "extra"]
+def test_all_faults_are_reported_at_once() -> None:
+    reported = faults({"task": "plan", "prompt": "{step}", "reply": {"type": "array"}, "extra": 1})
+    assert [line.split(": ")[1] for line in reported.splitlines()] == ["name", "prompt", "reply", "extra"]
 
 
 @pytest.mark.parametrize("mapping", [None, [], "plan", 3])
-def test_something_else_than_a_mapping_is_told(mapping: object) -> None:
-    assert "a role is a mapping with the keys name, task, system, prompt, reply, sampling" in faults(mapping)
+def test_role_must_be_a_mapping(mapping: object) -> None:
+    assert "a role must be a mapping with the keys name, task, system, prompt, reply, sampling" in faults(mapping)

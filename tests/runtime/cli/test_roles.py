@@ -1,4 +1,4 @@
-"""`troupe roles`: what it lists, writes and checks, and with which exit code."""
+"""`troupe roles`: what it lists, writes and checks, and its exit codes."""
 
 import json
 import re
@@ -25,11 +25,12 @@ SPEC = {
 
 
 def troupe_roles(*arguments: str) -> Result:
-    """The command in this process. What an error for a user says is the exception's, as `troupe` prints it."""
+    """Run the command in this process. `troupe` would print the message of an exception."""
     return CliRunner().invoke(roles, arguments)
 
 
-def refused(kind: type[Exception], *arguments: str) -> str:
+def error_of(kind: type[Exception], *arguments: str) -> str:
+    """Run the command and return the message of the exception that it raises."""
     result = troupe_roles(*arguments)
     assert isinstance(result.exception, kind), result.output
     return str(result.exception)
@@ -42,7 +43,7 @@ def listed() -> Mapping[str, Any]:
     return found
 
 
-def test_the_list_says_what_is_there_and_where_from() -> None:
+def test_list_shows_names_tasks_origins_and_summaries() -> None:
     lines = [re.split(r"\s{2,}", line.strip()) for line in troupe_roles().stdout.splitlines()]
     assert ["role", "takes", "from"] in lines
     assert ["workflow", "from"] in lines
@@ -51,20 +52,20 @@ def test_the_list_says_what_is_there_and_where_from() -> None:
     assert found["solver"] == [
         "solve, answer",
         version,
-        "Works one step of a plan, and states the answer, for instruct models.",
+        "A solver for any chat model. It solves one step of a plan, or states the answer.",
     ]
     assert found["vote"][0] == version
-    assert found["vote"][1].startswith("Plan, then several sampled solutions")
+    assert found["vote"][1].startswith("A vote: plan, solve each step several times")
 
 
-def test_the_list_as_json() -> None:
+def test_list_as_json() -> None:
     [solver] = [row for row in listed()["roles"] if row["name"] == "solver"]
     assert solver["takes"] == ["solve", "answer"]
     assert solver["fault"] is None
     assert {"deliberate", "vote", "solo"} <= {row["name"] for row in listed()["workflows"]}
 
 
-def test_broken_plug_ins_are_listed_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_plugins_are_listed_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = {"troupe.roles": {"dud": "dud_kit:Dud", "fine": "dud_kit_fine:Echo", "solver": "dud_kit_fine:Echo"}}
     sources = {"dud_kit": "raise RuntimeError('no [red]licence')", "dud_kit_fine": ECHO}
     monkeypatch.syspath_prepend(lay_out(tmp_path / "dud", "dud-kit", entries, sources))
@@ -75,21 +76,21 @@ def test_broken_plug_ins_are_listed_with_their_reason(tmp_path: Path, monkeypatc
     rows = {(row["name"], row["origin"]): row for row in listed()["roles"]}
     assert rows["dud", "dud-kit 1.0"]["fault"] == "importing dud_kit:Dud raised RuntimeError: no [red]licence"
     assert rows["fine", "dud-kit 1.0"]["fault"] is None
-    assert rows["fine", "dud-kit 1.0"]["summary"] == "Says the problem again."
+    assert rows["fine", "dud-kit 1.0"]["summary"] == "Repeats the problem."
     assert {bool(row["fault"]) for (name, _), row in rows.items() if name == "solver"} == {True}
     assert rows["critic", rows_origin(rows)]["fault"] is None
     assert listed()["unreadable"] == ["garbled-kit 1.0: its entry points cannot be read"]
 
-    said = troupe_roles().stdout
-    assert "broken: importing dud_kit:Dud raised RuntimeError: no [red]licence" in said
-    assert "garbled-kit 1.0: its entry points cannot be read" in said
+    printed = troupe_roles().stdout
+    assert "broken: importing dud_kit:Dud raised RuntimeError: no [red]licence" in printed
+    assert "garbled-kit 1.0: its entry points cannot be read" in printed
 
 
 def rows_origin(rows: Mapping[tuple[str, str], Any]) -> str:
     return next(origin for name, origin in rows if name == "critic")
 
 
-def test_new_writes_a_package_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_new_writes_a_package_and_prints_the_next_commands(tmp_path: Path) -> None:
     folder = tmp_path / "a folder" / "second"
     result = troupe_roles("new", "second-opinion", "--dir", str(folder))
     assert result.exit_code == 0
@@ -101,22 +102,22 @@ def test_new_writes_a_package_and_says_how_to_go_on(tmp_path: Path) -> None:
         "troupe_role_second_opinion.py",
     ]
     assert f"pip install -e '{folder}'" in result.stdout
-    assert "not empty" in refused(InputError, "new", "other", "--dir", str(folder))
+    assert "not empty" in error_of(InputError, "new", "other", "--dir", str(folder))
 
 
-def test_new_without_a_folder_writes_beside_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_without_a_folder_writes_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "troupe-role-second").mkdir()
     assert troupe_roles("new", "second").exit_code == 0
     assert (tmp_path / "troupe-role-second" / "pyproject.toml").is_file()
 
 
-def test_new_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+def test_new_refuses_bad_folders_and_names(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "give --dir another folder" in refused(InputError, "new", "second", "--dir", str(tmp_path / "file"))
-    assert "give --dir another folder" in refused(InputError, "new", "second", "--dir", str(tmp_path / "file" / "x"))
-    assert "there is a role 'solver' already" in refused(InputError, "new", "solver", "--dir", str(tmp_path / "s"))
-    assert "lowercase" in refused(InputError, "new", "Second", "--dir", str(tmp_path / "s"))
+    assert "give --dir another folder" in error_of(InputError, "new", "second", "--dir", str(tmp_path / "file"))
+    assert "give --dir another folder" in error_of(InputError, "new", "second", "--dir", str(tmp_path / "file" / "x"))
+    assert "a role named 'solver' exists already" in error_of(InputError, "new", "solver", "--dir", str(tmp_path / "s"))
+    assert "lowercase" in error_of(InputError, "new", "Second", "--dir", str(tmp_path / "s"))
     assert not (tmp_path / "s").exists()
 
 
@@ -126,20 +127,22 @@ def test_check_passes_a_sound_role(what: str) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{what}: OK\n")
 
 
-def test_check_reads_a_class_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_imports_a_class_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lying_here.py").write_text(ECHO + "class Mute(Echo):\n    def messages(self, task): return []\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path / "elsewhere")  # so that what the command adds to the path is undone
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")  # undoes what the command adds to the path
     assert troupe_roles("check", "lying_here:Echo").stdout == "lying_here:Echo: OK\n"
     result = troupe_roles("check", "lying_here:Mute")
     assert result.exit_code == 1
-    assert result.stdout.startswith("lying_here:Mute: answer: messages() gave []: it has to be a list")
-    assert "there is no lying_here:Ekho" in refused(ConfigError, "check", "lying_here:Ekho")
-    assert "there is no lying_there:Echo" in refused(ConfigError, "check", "lying_there:Echo")
-    assert "not written as module:Class" in refused(ConfigError, "check", "lying_here:")
+    assert result.stdout.startswith("lying_here:Mute: answer: messages() returned []: it must be a list")
+    assert "there is no lying_here:Ekho" in error_of(ConfigError, "check", "lying_here:Ekho")
+    assert "there is no lying_there:Echo" in error_of(ConfigError, "check", "lying_there:Echo")
+    assert "must have the form module:Class" in error_of(ConfigError, "check", "lying_here:")
 
 
-def test_check_tells_what_keeps_a_class_from_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_why_a_class_cannot_be_imported_or_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "stumbling.py").write_text("import there_is_no_such_module")
     (tmp_path / "clumsy.py").write_text(ECHO + "class Role(Echo):\n    def __init__(self): self.nothing\n")
     monkeypatch.chdir(tmp_path)
@@ -149,10 +152,10 @@ def test_check_tells_what_keeps_a_class_from_being_imported(tmp_path: Path, monk
     assert "No module named 'there_is_no_such_module'" in result.stdout
     result = troupe_roles("check", "clumsy:Role")
     assert result.exit_code == 1
-    assert "has no attribute 'nothing'; a role is made without arguments" in result.stdout
+    assert "has no attribute 'nothing'; a role must be creatable without arguments" in result.stdout
 
 
-def test_check_reads_a_role_in_yaml(tmp_path: Path) -> None:
+def test_check_reads_a_yaml_role(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(SPEC))
     assert troupe_roles("check", str(path)).stdout == f"{path}: OK\n"
@@ -163,12 +166,12 @@ def test_check_reads_a_role_in_yaml(tmp_path: Path) -> None:
     assert all(line.startswith(f"{path}: ") for line in result.stdout.splitlines())
 
 
-def test_check_refuses_what_leads_nowhere(tmp_path: Path) -> None:
-    assert "did you mean solver" in refused(ConfigError, "check", "solvr")
-    assert "No such file" in refused(ConfigError, "check", str(tmp_path / "none.yaml"))
+def test_check_refuses_unknown_names_and_missing_files(tmp_path: Path) -> None:
+    assert "did you mean solver" in error_of(ConfigError, "check", "solvr")
+    assert "No such file" in error_of(ConfigError, "check", str(tmp_path / "none.yaml"))
 
 
-def test_json_belongs_to_the_list() -> None:
+def test_json_is_an_option_of_the_list_only() -> None:
     result = troupe_roles("--json", "check", "solver")
     assert result.exit_code == 2
-    assert "--json belongs to the list" in result.output
+    assert "--json is an option of the list only" in result.output

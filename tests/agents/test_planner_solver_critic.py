@@ -1,4 +1,4 @@
-"""The roles for instruct models: what they ask, the JSON they hold the model to, and what they make of its text."""
+"""The roles for chat models: their messages, their schemas, and how they read replies."""
 
 import json
 from typing import Any
@@ -54,7 +54,7 @@ IDS = ["plan", "solve", "answer", "critique"]
 
 
 @pytest.mark.parametrize(("role", "task", "form", "reply"), CASES, ids=IDS)
-def test_what_the_schema_allows_is_read(role: Role, task: Task, form: dict[str, Any], reply: Reply) -> None:
+def test_reply_that_fits_the_schema_is_read(role: Role, task: Task, form: dict[str, Any], reply: Reply) -> None:
     schema = role.schema(task)
     assert schema is not None
     Draft202012Validator(schema).validate(form)
@@ -63,7 +63,7 @@ def test_what_the_schema_allows_is_read(role: Role, task: Task, form: dict[str, 
 
 
 @pytest.mark.parametrize(("role", "task", "form", "reply"), CASES, ids=IDS)
-def test_what_the_schema_forbids_is_unusable(role: Role, task: Task, form: dict[str, Any], reply: Reply) -> None:
+def test_reply_that_violates_the_schema_is_unusable(role: Role, task: Task, form: dict[str, Any], reply: Reply) -> None:
     validator = Draft202012Validator(role.schema(task) or {})
     for key in form:
         for wrong in ({k: v for k, v in form.items() if k != key}, {**form, key: None}, {**form, "more": 1}):
@@ -74,60 +74,62 @@ def test_what_the_schema_forbids_is_unusable(role: Role, task: Task, form: dict[
 
 @pytest.mark.parametrize("text", ["", "}{", "null", '"85"', "The result is 85."])
 @pytest.mark.parametrize(("role", "task", "form", "reply"), CASES, ids=IDS)
-def test_other_text_is_unusable(role: Role, task: Task, form: dict[str, Any], reply: Reply, text: str) -> None:
+def test_text_that_is_not_the_json_is_unusable(
+    role: Role, task: Task, form: dict[str, Any], reply: Reply, text: str
+) -> None:
     with pytest.raises(ReplyUnusable):
         role.parse(text, task)
 
 
 @pytest.mark.parametrize("steps", [[], [""], ["x" * 401], ["x"] * (STEPS_MAX + 1)])
-def test_a_plan_has_its_bounds(steps: list[str]) -> None:
+def test_plan_outside_its_bounds_is_unusable(steps: list[str]) -> None:
     with pytest.raises(ReplyUnusable, match="steps"):
         Planner().parse(json.dumps({"steps": steps}), PlanTask(PROBLEM))
 
 
-def test_a_step_of_a_plan_builds_on_all_before_it() -> None:
+def test_each_step_of_a_plan_needs_all_earlier_steps() -> None:
     plan = Planner().parse('{"steps": ["a", "b", "c"]}', PlanTask(PROBLEM))
     assert isinstance(plan, Plan)
     assert [(step.name, step.needs) for step in plan.steps] == [("1", ()), ("2", ("1",)), ("3", ("1", "2"))]
     assert plan.answer_step is None
 
 
-def shown(messages: list[Message]) -> str:
-    """What the model is told of the task: a system message says the role, a user message the task."""
+def user_text(messages: list[Message]) -> str:
+    """Return the user message, which states the task. The system message states the role."""
     system, user = messages
     assert (system.role, user.role) == ("system", "user")
     assert "JSON" in system.content
     return user.content
 
 
-def test_the_planner_is_told_the_problem() -> None:
-    assert shown(Planner().messages(PlanTask(PROBLEM))) == PROBLEM
+def test_planner_prompt_is_the_problem() -> None:
+    assert user_text(Planner().messages(PlanTask(PROBLEM))) == PROBLEM
 
 
-def test_the_solver_is_told_the_step_and_the_results_it_needs() -> None:
-    assert shown(Solver().messages(SOLVE)).splitlines() == [
+def test_solver_prompt_has_the_step_and_the_results_it_needs() -> None:
+    assert user_text(Solver().messages(SOLVE)).splitlines() == [
         f"Problem: {PROBLEM}",
         "Result of step 1: 20",
         "Your step: Add 65.",
     ]
 
 
-def test_the_solver_is_told_why_its_last_result_was_rejected() -> None:
+def test_solver_prompt_has_the_reason_of_the_rejection() -> None:
     again = SolveTask(PROBLEM, SECOND, {"1": "20"}, feedback="85-65 is not 30")
-    assert "rejected: 85-65 is not 30" in shown(Solver().messages(again))
+    assert "rejected: 85-65 is not 30" in user_text(Solver().messages(again))
 
 
-def test_the_solver_is_told_the_steps_with_their_results_for_the_answer() -> None:
-    assert shown(Solver().messages(ANSWER)).splitlines() == [
+def test_answer_prompt_has_the_steps_with_their_results() -> None:
+    assert user_text(Solver().messages(ANSWER)).splitlines() == [
         f"Problem: {PROBLEM}",
         "Result of step 1 (Count the minutes to 10:00.): 20",
         "Result of step 2 (Add 65.): 85",
     ]
-    assert shown(Solver().messages(AnswerTask(PROBLEM))) == f"Problem: {PROBLEM}"
+    assert user_text(Solver().messages(AnswerTask(PROBLEM))) == f"Problem: {PROBLEM}"
 
 
-def test_the_critic_is_told_the_result_to_check() -> None:
-    assert shown(Critic().messages(CRITIQUE)).splitlines() == [
+def test_critic_prompt_has_the_result_to_check() -> None:
+    assert user_text(Critic().messages(CRITIQUE)).splitlines() == [
         f"Problem: {PROBLEM}",
         "Result of step 1: 20",
         "Step: Add 65.",
