@@ -91,6 +91,7 @@ class Workflow(ABC):
     """The base class of workflows. An object holds the state of one problem.
 
     `Options` describes the workflow's settings in a configuration. `transcript` and `outcome` are what users see.
+    Subclasses use `ask`, `retry` and `fail` to create what `begin` and `take` return.
     """
 
     class Options(Value):
@@ -124,19 +125,21 @@ class Workflow(ABC):
         """
         return None
 
-    def _call(self, seat: str, task: Task, variation: int = 0) -> RoleCall:
+    def ask(self, seat: str, task: Task, variation: int = 0) -> RoleCall:
+        """Return a new call, for `begin` or `take` to return."""
         self._numbers += 1
         return RoleCall(self._numbers, seat, task, variation)
 
-    def _retry(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
-        """Repeat the call after an unusable reply. Fail the problem if that was the last try."""
+    def retry(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
+        """Return the same call again after an unusable reply, or fail the problem if that was the last try."""
         self.transcript.append(Entry(call.seat, str(call.task), f"unusable: {reply.why}", "rejected", call.retries))
         if call.retries + 1 >= UNUSABLE_MAX:
-            return self._fail(f"the {call.seat}'s reply could not be read {UNUSABLE_MAX} times: {reply.why}")
+            return self.fail(f"the {call.seat}'s reply could not be read {UNUSABLE_MAX} times: {reply.why}")
         self._numbers += 1
         return [replace(call, number=self._numbers, variation=call.variation + 1, retries=call.retries + 1)]
 
-    def _fail(self, why: str) -> list[RoleCall]:
+    def fail(self, why: str) -> list[RoleCall]:
+        """End the problem without an answer, unless it has ended already. Return no calls."""
         self.outcome = self.outcome or Outcome(None, None, self.rounds, why)
         return []
 
@@ -189,7 +192,7 @@ class PlannedWorkflow(Workflow):
         self._confirmed: bool | None = None
 
     def begin(self) -> list[RoleCall]:
-        return [self._call("planner", PlanTask(self.problem), variation=n) for n in range(self.options.plans)]
+        return [self.ask("planner", PlanTask(self.problem), variation=n) for n in range(self.options.plans)]
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         if self.outcome:
@@ -198,7 +201,7 @@ class PlannedWorkflow(Workflow):
             fault = plan_fault(reply)
             reply = Unusable(fault) if fault else reply
         if isinstance(reply, Unusable):
-            return self._retry(call, reply)
+            return self.retry(call, reply)
         match call.task, reply:
             case PlanTask(), Plan():
                 self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
@@ -220,7 +223,7 @@ class PlannedWorkflow(Workflow):
                 self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
                 return self._end(reply.answer)
             case _:
-                return self._retry(call, _wrong_type(call.task, reply))
+                return self.retry(call, _wrong_type(call.task, reply))
 
     def _planned(self, plan: Plan) -> list[RoleCall]:
         """Accept a plan. Once all plans are there, start the most frequent one."""
@@ -270,17 +273,15 @@ class PlannedWorkflow(Workflow):
             return calls
         if self._plan.answer_step:
             return self._end(self._results([self._plan.answer_step])[self._plan.answer_step])
-        return [
-            self._call(self.options.answerer, AnswerTask(self.problem, self._plan.steps, self._results(self._steps)))
-        ]
+        return [self.ask(self.options.answerer, AnswerTask(self.problem, self._plan.steps, self._results(self._steps)))]
 
     def _solve(self, state: _StepState, feedback: str = "", variation: int = 0) -> RoleCall:
         task = SolveTask(self.problem, state.step, self._results(state.step.needs), feedback)
-        return self._call("solver", task, variation)
+        return self.ask("solver", task, variation)
 
     def _critique(self, state: _StepState, result: str, critics: Iterable[str]) -> list[RoleCall]:
         task = CritiqueTask(self.problem, state.step, result, self._results(state.step.needs))
-        return [self._call(critic, task) for critic in critics]
+        return [self.ask(critic, task) for critic in critics]
 
     def _results(self, names: Iterable[str]) -> dict[str, str]:
         return {name: result for name in names if (result := self._steps[name].accepted) is not None}
@@ -401,13 +402,13 @@ class Solo(Workflow):
         return {}
 
     def begin(self) -> list[RoleCall]:
-        return [self._call("solver", AnswerTask(self.problem))]
+        return [self.ask("solver", AnswerTask(self.problem))]
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         if isinstance(reply, Unusable):
-            return self._retry(call, reply)
+            return self.retry(call, reply)
         if not isinstance(reply, Answer):
-            return self._retry(call, _wrong_type(call.task, reply))
+            return self.retry(call, _wrong_type(call.task, reply))
         self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
         self.outcome = Outcome(reply.answer, None, 0)
         return []

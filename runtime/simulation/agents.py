@@ -54,7 +54,7 @@ class OneCall(Workflow):
         return {options.seat: (AnswerTask,)}
 
     def begin(self) -> list[RoleCall]:
-        return [self._call(self.options.seat, AnswerTask(self.problem))]
+        return [self.ask(self.options.seat, AnswerTask(self.problem))]
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         self.transcript.append(Entry(call.seat, str(call.task), str(reply)))

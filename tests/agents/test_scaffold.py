@@ -60,6 +60,11 @@ def test_name_in_use_is_refused() -> None:
         package("critic", taken={"critic"})
 
 
+def test_tutorial_shows_the_role_of_the_package() -> None:
+    readme = (ROOT / "agents" / "README.md").read_text()
+    assert package("second-opinion", taken=())["troupe_role_second_opinion.py"] in readme
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folder of the package, and the folder that pip installed it into."""
