@@ -76,12 +76,15 @@ class Registered:
 
     def load_subclass(self, base: type[T], place: str) -> type[T]:
         """Import the class. Raise BrokenPlugin unless it is a concrete subclass of `base`; errors call that `place`."""
-        found = self._import()
-        if not (isinstance(found, type) and issubclass(found, base)):
-            raise self.broken(f"{_what(found)} is not a {self.kind}: it must be a subclass of {place}")
-        if missing := _abstract(found):
-            raise self.broken(f"{found.__name__} lacks {missing}() of {place}")
-        return found
+        loaded = self._import()
+        if not (isinstance(loaded, type) and issubclass(loaded, base)):
+            what = (
+                f"class {loaded.__name__}" if isinstance(loaded, type) else f"an object of type {type(loaded).__name__}"
+            )
+            raise self.broken(f"{what} is not a {self.kind}: it must be a subclass of {place}")
+        if abstract := sorted(getattr(loaded, "__abstractmethods__", ())):
+            raise self.broken(f"{loaded.__name__} lacks {', '.join(f'{name}()' for name in abstract)} of {place}")
+        return loaded
 
     def _import(self) -> object:
         point = EntryPoint(self.name, self.target, GROUPS[self.kind])
@@ -99,14 +102,14 @@ class Registered:
 
 def registered(kind: Kind) -> list[Registered]:
     """Return the entries of a kind, sorted by name. A name that two distributions register occurs twice."""
-    found: list[Registered] = []
+    entries: list[Registered] = []
     seen: set[str] = set()
     for distribution in distributions():
         points = [point for point in _points(distribution) or () if point.group == GROUPS[kind]]
         if points and (key := _key(distribution)) not in seen:
             seen.add(key)  # Python imports the first copy of a distribution on sys.path
-            found += [Registered(point.name, kind, _origin(distribution), point.value) for point in points]
-    return sorted(found, key=lambda entry: (entry.name, entry.origin))
+            entries += [Registered(point.name, kind, _origin(distribution), point.value) for point in points]
+    return sorted(entries, key=lambda entry: (entry.name, entry.origin))
 
 
 def unreadable() -> list[str]:
@@ -160,11 +163,3 @@ def _key(distribution: Distribution) -> str:
 
 def _origin(distribution: Distribution) -> str:
     return f"{distribution.metadata['Name']} {distribution.version}"
-
-
-def _abstract(found: type) -> str:
-    return "(), ".join(sorted(getattr(found, "__abstractmethods__", ())))
-
-
-def _what(found: object) -> str:
-    return f"class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"

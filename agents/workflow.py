@@ -32,7 +32,7 @@ from agents.role import (
 T = TypeVar("T")
 
 UNUSABLE_MAX = 3
-"""The most tries of one call whose replies are unusable."""
+"""A problem fails after this many unusable replies to one call."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RoleCall:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Stands in for a reply when the model's text could not be read. `why` is the reason."""
+    """A stand-in for a reply whose text could not be read. `why` is the reason."""
 
     why: str
 
@@ -62,7 +62,7 @@ class Entry:
     """One line of the transcript: what a seat was asked and what it replied.
 
     `verdict` is None until the output is judged, then "accepted" or "rejected". `round` counts the revisions of the
-    step before this entry.
+    step before this entry, or the tries before an unusable reply.
     """
 
     seat: str
@@ -91,7 +91,7 @@ class Workflow(ABC):
     """The base class of workflows. An object holds the state of one problem.
 
     `Options` describes the workflow's settings in a configuration. `transcript` and `outcome` are what users see.
-    Subclasses use `ask`, `retry` and `fail` to create what `begin` and `take` return.
+    Subclasses use `ask`, `retry` and `fail` to create what `begin` and `take` return, and `record` for the transcript.
     """
 
     class Options(Value):
@@ -103,7 +103,7 @@ class Workflow(ABC):
         self.transcript: list[Entry] = []
         self.outcome: Outcome | None = None
         self.rounds = 0
-        self._numbers = 0
+        self._last_number = 0
 
     @classmethod
     @abstractmethod
@@ -127,16 +127,22 @@ class Workflow(ABC):
 
     def ask(self, seat: str, task: Task, variation: int = 0) -> RoleCall:
         """Return a new call, for `begin` or `take` to return."""
-        self._numbers += 1
-        return RoleCall(self._numbers, seat, task, variation)
+        self._last_number += 1
+        return RoleCall(self._last_number, seat, task, variation)
+
+    def record(self, call: RoleCall, reply: Reply, verdict: str | None = None, revisions: int = 0) -> Entry:
+        """Append a reply to the transcript and return its entry. `revisions` counts those of the step so far."""
+        entry = Entry(call.seat, str(call.task), str(reply), verdict, revisions)
+        self.transcript.append(entry)
+        return entry
 
     def retry(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
         """Return the same call again after an unusable reply, or fail the problem if that was the last try."""
         self.transcript.append(Entry(call.seat, str(call.task), f"unusable: {reply.why}", "rejected", call.retries))
         if call.retries + 1 >= UNUSABLE_MAX:
             return self.fail(f"the {call.seat}'s reply could not be read {UNUSABLE_MAX} times: {reply.why}")
-        self._numbers += 1
-        return [replace(call, number=self._numbers, variation=call.variation + 1, retries=call.retries + 1)]
+        self._last_number += 1
+        return [replace(call, number=self._last_number, variation=call.variation + 1, retries=call.retries + 1)]
 
     def fail(self, why: str) -> list[RoleCall]:
         """End the problem without an answer, unless it has ended already. Return no calls."""
@@ -204,23 +210,16 @@ class PlannedWorkflow(Workflow):
             return self.retry(call, reply)
         match call.task, reply:
             case PlanTask(), Plan():
-                self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
+                self.record(call, reply)
                 return self._planned(reply)
             case SolveTask(step=step), Solution():
                 return self._solved(self._steps[step.name], call, reply)
             case CritiqueTask(step=step, result=result), Verdict():
-                self.transcript.append(
-                    Entry(
-                        call.seat,
-                        str(call.task),
-                        str(reply),
-                        _verdict_word(reply.accepted),
-                        self._steps[step.name].round,
-                    )
-                )
-                return self._judged(self._steps[step.name], result, reply)
+                state = self._steps[step.name]
+                self.record(call, reply, _verdict_word(reply.accepted), state.round)
+                return self._judged(state, result, reply)
             case AnswerTask(), Answer():
-                self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
+                self.record(call, reply)
                 return self._end(reply.answer)
             case _:
                 return self.retry(call, _wrong_type(call.task, reply))
@@ -286,11 +285,9 @@ class PlannedWorkflow(Workflow):
     def _results(self, names: Iterable[str]) -> dict[str, str]:
         return {name: result for name in names if (result := self._steps[name].accepted) is not None}
 
-    def _record(self, state: _StepState, call: RoleCall, reply: Solution) -> None:
-        entry = Entry(call.seat, str(call.task), str(reply), None, state.round)
-        self.transcript.append(entry)
+    def _record_solution(self, state: _StepState, call: RoleCall, reply: Solution) -> None:
         state.tried.append(reply.result)
-        state.entries.append(entry)
+        state.entries.append(self.record(call, reply, revisions=state.round))
 
     def _settle(self, state: _StepState, result: str, confirmed: bool | None) -> list[RoleCall]:
         state.accepted = result
@@ -327,7 +324,7 @@ class Deliberate(PlannedWorkflow):
         return calls
 
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
-        self._record(state, call, reply)
+        self._record_solution(state, call, reply)
         if not self.options.critics:
             return self._settle(state, reply.result, confirmed=None)
         state.judged[reply.result] = []
@@ -375,7 +372,7 @@ class Vote(PlannedWorkflow):
         return calls
 
     def _solved(self, state: _StepState, call: RoleCall, reply: Solution) -> list[RoleCall]:
-        self._record(state, call, reply)
+        self._record_solution(state, call, reply)
         if len(state.tried) < self.options.samples:
             return []
         state.judged = {result: [] for result in state.tried}
@@ -409,7 +406,7 @@ class Solo(Workflow):
             return self.retry(call, reply)
         if not isinstance(reply, Answer):
             return self.retry(call, _wrong_type(call.task, reply))
-        self.transcript.append(Entry(call.seat, str(call.task), str(reply)))
+        self.record(call, reply)
         self.outcome = Outcome(reply.answer, None, 0)
         return []
 

@@ -362,8 +362,8 @@ def _weights(facts: Facts) -> Finding:
 
 
 def _compiler(facts: Facts) -> Finding:
-    found = facts.compiler or "none"
-    detail = f"{found}; only vLLM's compiled mode needs one, the embedded team does not"
+    compiler = facts.compiler or "none"
+    detail = f"{compiler}; only vLLM's compiled mode needs one, the embedded team does not"
     return Finding("C compiler", Severity.OK, detail)
 
 

@@ -21,6 +21,7 @@ from runtime.telemetry.nvml import Device
 from tests import stubs
 from tests.plugins import lay_out
 
+ROOT = Path(doctor.__file__).parents[1]
 HEALTHY = Facts(
     python=(3, 11, 7),
     system="Linux",
@@ -237,6 +238,16 @@ def test_json_output_has_the_gpu(tmp_path: Path) -> None:
     [gpu] = [finding for finding in json.loads(text) if finding["name"] == "GPU"]
     assert code == 0
     assert gpu["detail"].startswith("NVIDIA H200, 130.0 of 140.0 GiB free")
+
+
+def test_command_refuses_to_start_if_another_package_hides_agents(tmp_path: Path) -> None:
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "__init__.py").touch()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-P", "-m", "runtime.cli.main", "doctor"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"Python finds {tmp_path}/agents/__init__.py before Troupe's package `agents`" in done.stderr
 
 
 def can_unshare() -> bool:

@@ -39,23 +39,23 @@ def error_of(kind: type[Exception], *arguments: str) -> str:
 def listed() -> Mapping[str, Any]:
     result = troupe_roles("--json")
     assert result.exit_code == 0
-    found: Mapping[str, Any] = json.loads(result.stdout)
-    return found
+    rows: Mapping[str, Any] = json.loads(result.stdout)
+    return rows
 
 
 def test_list_shows_names_tasks_origins_and_summaries() -> None:
     lines = [re.split(r"\s{2,}", line.strip()) for line in troupe_roles().stdout.splitlines()]
     assert ["role", "takes", "from"] in lines
     assert ["workflow", "from"] in lines
-    found = {line[0]: line[1:] for line in lines}
+    rows = {line[0]: line[1:] for line in lines}
     [version] = {entry.origin for entry in registered("role") if entry.name == "solver"}
-    assert found["solver"] == [
+    assert rows["solver"] == [
         "solve, answer",
         version,
         "A solver for any chat model. It solves one step of a plan, or states the answer.",
     ]
-    assert found["vote"][0] == version
-    assert found["vote"][1].startswith("A vote: plan, solve each step several times")
+    assert rows["vote"][0] == version
+    assert rows["vote"][1].startswith("A vote: plan, solve each step several times")
 
 
 def test_list_as_json() -> None:
