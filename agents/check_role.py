@@ -86,7 +86,7 @@ def class_faults(role: type[Role]) -> list[str]:
         faults.append(f"takes contains {', '.join(map(repr, unknown))}: the kinds of task are {known}")
     sampling: object = role.sampling
     if not isinstance(sampling, Sampling):
-        faults.append(f"sampling is {sampling!r}: it must be an agents.role.Sampling")
+        faults.append(f"sampling is {sampling!r}: it must be an agents.Sampling")
     return faults
 
 
@@ -119,7 +119,7 @@ def _kind_faults(role: Role, kind: str, tasks: Sequence[Task]) -> Iterator[str]:
 
 def _message_faults(role: Role, task: Task, messages: object) -> Iterator[str]:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, Message) for m in messages):
-        yield f"messages() returned {messages!r}: it must be a list of one or more agents.role.Message"
+        yield f"messages() returned {messages!r}: it must be a list of one or more agents.Message"
         return
     for message in messages:
         if message.role not in _SPEAKERS:

@@ -56,22 +56,22 @@ class Registered:
 
     def load_role(self) -> type[Role]:
         """Import the role class and create one role to test it. Raise BrokenPlugin if that fails."""
-        role_class = self.load_subclass(Role, "agents.role.Role")  # type: ignore[type-abstract]  # the base itself
+        role_class = self.load_subclass(Role, "agents.Role")  # type: ignore[type-abstract]  # the base itself
         if faults := class_faults(role_class):
             raise self.broken("; ".join(faults))
         try:
             role_class()
         except Exception as error:  # a plug-in may raise anything
-            why = f"{role_class.__name__}() raised {described(error)}; a role must be creatable without arguments"
+            why = f"{role_class.__name__}() raised {described(error)}; its constructor must need no arguments"
             raise self.broken(why) from error
         return role_class
 
     def load_workflow(self) -> type[Workflow]:
         """Import the workflow class. Raise BrokenPlugin if it is not a complete workflow."""
-        workflow = self.load_subclass(Workflow, "agents.workflow.Workflow")  # type: ignore[type-abstract]  # as above
+        workflow = self.load_subclass(Workflow, "agents.Workflow")  # type: ignore[type-abstract]  # as above
         options: object = workflow.Options
         if not (isinstance(options, type) and issubclass(options, Value)):
-            raise self.broken(f"{workflow.__name__}.Options must be a subclass of agents.role.Value")
+            raise self.broken(f"{workflow.__name__}.Options must be a subclass of agents.Value")
         return workflow
 
     def load_subclass(self, base: type[T], place: str) -> type[T]:

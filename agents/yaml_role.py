@@ -96,7 +96,7 @@ class TemplateSpec(Value):
 
     @field_validator("system", "prompt", "reply")
     @classmethod
-    def _fits(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_rules(cls, value: Any, info: ValidationInfo) -> Any:
         checks: Mapping[str | None, Callable[[Any, _Kind], Iterator[str]]] = {
             "system": _system_faults,
             "prompt": _prompt_faults,

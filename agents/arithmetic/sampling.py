@@ -135,7 +135,7 @@ def _side(rng: random.Random, operations: int, depth: int) -> str:
 
 
 def _number(rng: random.Random) -> int:
-    """Return an operand. Lengths of one to three digits are about equally likely; a tenth of the operands are round."""
+    """Return an operand of one to three digits. A tenth of the operands are rounded."""
     number = rng.choice(
         (rng.randint(0, 9), rng.randint(10, 99), rng.randint(0, FACTOR_MAX), rng.randint(100, OPERAND_MAX))
     )

@@ -152,7 +152,7 @@ def test_check_reports_why_a_class_cannot_be_imported_or_created(
     assert "No module named 'there_is_no_such_module'" in result.stdout
     result = troupe_roles("check", "clumsy:Role")
     assert result.exit_code == 1
-    assert "has no attribute 'nothing'; a role must be creatable without arguments" in result.stdout
+    assert "has no attribute 'nothing'; its constructor must need no arguments" in result.stdout
 
 
 def test_check_reads_a_yaml_role(tmp_path: Path) -> None:
