@@ -128,29 +128,29 @@ def test_check_passes_a_sound_role(what: str) -> None:
 
 
 def test_check_imports_a_class_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lying_here.py").write_text(ECHO + "class Mute(Echo):\n    def messages(self, task): return []\n")
+    (tmp_path / "draft_role.py").write_text(ECHO + "class Mute(Echo):\n    def messages(self, task): return []\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "elsewhere")  # undoes what the command adds to the path
-    assert troupe_roles("check", "lying_here:Echo").stdout == "lying_here:Echo: OK\n"
-    result = troupe_roles("check", "lying_here:Mute")
+    assert troupe_roles("check", "draft_role:Echo").stdout == "draft_role:Echo: OK\n"
+    result = troupe_roles("check", "draft_role:Mute")
     assert result.exit_code == 1
-    assert result.stdout.startswith("lying_here:Mute: answer: messages() returned []: it must be a list")
-    assert "there is no lying_here:Ekho" in error_of(ConfigError, "check", "lying_here:Ekho")
-    assert "there is no lying_there:Echo" in error_of(ConfigError, "check", "lying_there:Echo")
-    assert "must have the form module:Class" in error_of(ConfigError, "check", "lying_here:")
+    assert result.stdout.startswith("draft_role:Mute: answer: messages() returned []: it must be a list")
+    assert "there is no draft_role:Ekho" in error_of(ConfigError, "check", "draft_role:Ekho")
+    assert "there is no missing_role:Echo" in error_of(ConfigError, "check", "missing_role:Echo")
+    assert "must have the form module:Class" in error_of(ConfigError, "check", "draft_role:")
 
 
 def test_check_reports_why_a_class_cannot_be_imported_or_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "stumbling.py").write_text("import there_is_no_such_module")
-    (tmp_path / "clumsy.py").write_text(ECHO + "class Role(Echo):\n    def __init__(self): self.nothing\n")
+    (tmp_path / "failing_import.py").write_text("import there_is_no_such_module")
+    (tmp_path / "failing_init.py").write_text(ECHO + "class Role(Echo):\n    def __init__(self): self.nothing\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "elsewhere")
-    result = troupe_roles("check", "stumbling:Role")
+    result = troupe_roles("check", "failing_import:Role")
     assert result.exit_code == 1
     assert "No module named 'there_is_no_such_module'" in result.stdout
-    result = troupe_roles("check", "clumsy:Role")
+    result = troupe_roles("check", "failing_init:Role")
     assert result.exit_code == 1
     assert "has no attribute 'nothing'; its constructor must need no arguments" in result.stdout
 
