@@ -1,7 +1,7 @@
-"""The configuration: read once, held against everything it names, frozen after.
+"""The configuration: reads YAML files, validates them once, and returns frozen values.
 
-The only module that reads YAML. A configuration may build on another (`extends`), a mapping over a mapping key by
-key. Errors name the file, the key and what would be right.
+The only module that reads YAML. A configuration can extend another one (`extends`), whose mappings it merges with its
+own key by key. Every error names the file, the key and what would be right.
 """
 
 from collections.abc import Mapping
@@ -28,49 +28,85 @@ from runtime.errors import ConfigError
 DEFAULT = "embedded"
 _HERE = Path(__file__).parent
 SHIPPED = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent / "configs"
-"""The shipped configurations: inside an installed wheel, or the repository's."""
+"""The folder of the shipped configurations: inside an installed wheel, or the repository's `configs`."""
 
 
 class Section(BaseModel):
-    """A part of a configuration: frozen, and no unknown keys."""
+    """A section of a configuration. It is frozen and refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Member(Section):
-    """One seat of the team: which role, on which engine, sampled how (over the role's own defaults).
-
-    For the policies: `priority` 1 is the most urgent; `minimum_share` is of the memory that moves; `slo_s` is how long
-    a call may take, in seconds.
-    """
+    """One seat of the team: its role, its engine, its sampling settings, and what it declares to the policies."""
 
     role: str = Field(
-        min_length=1, description="a registered role, or a YAML file of one relative to the configuration"
+        min_length=1,
+        description="Name of a registered role, or a YAML file that defines one. A relative path starts at the folder "
+        "of the configuration.",
     )
-    engine: str = Field(min_length=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    priority: int = Field(default=1, ge=1, le=100)
-    minimum_share: float | None = Field(default=None, ge=0, le=1)
-    slo_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    engine: str = Field(
+        min_length=1, description="Name of the engine, a key of `engines`, that serves this seat. Seats can share one."
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Sampling temperature; 0 is greedy. The default is the role's own."
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: sample from the most likely tokens whose probabilities add up to this. The "
+        "default is the role's own.",
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Maximum length of one reply, in tokens. The default is the role's own."
+    )
+    priority: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="Weight for the policies `waterfill` and `paper`; 1 is the most urgent. An engine with several "
+        "seats has the priority of the most urgent one.",
+    )
+    minimum_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the movable memory that the policy `paper` sets aside for this seat. By default all "
+        "engines have equal minimum shares. An engine with several seats has the sum of theirs.",
+    )
+    slo_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Target for the duration of one call, in seconds. Policies see it; no built-in policy uses it.",
+    )
 
     def sampling(self, defaults: Sampling) -> Sampling:
-        """The role's defaults with what this member sets."""
+        """Return the role's defaults, replaced by what this member sets."""
         changes = {key: getattr(self, key) for key in ("temperature", "top_p", "max_tokens")}
         return defaults.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
 class Device(Section):
-    """What the engines share. `memory_bytes` is what counts as the whole of it: by default the GPU's memory, or the
-    machine's where there is no GPU. `kv_cache_memory_bytes` bounds their KV caches together further."""
+    """The device that the engines share."""
 
-    memory_bytes: ByteSize | None = Field(default=None, gt=0)
-    kv_cache_memory_bytes: ByteSize | None = Field(default=None, gt=0)
+    memory_bytes: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="Size of the device, of which `gpu_memory_utilization` is a share, for example `2GiB`. The default "
+        "is the GPU's memory, or the machine's memory if there is no GPU.",
+    )
+    kv_cache_memory_bytes: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="Upper bound for the KV caches of all engines together, for example `18MiB`. By default only the "
+        "size of the device bounds them.",
+    )
 
 
 class Choice(BaseModel):
-    """Something by name; every other key is one of its options, which what is named checks itself."""
+    """A named workflow or policy. Every other key is an option, which the named workflow or policy validates."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -78,92 +114,163 @@ class Choice(BaseModel):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The keys beside the name."""
+        """Return every key but `name`."""
         return self.model_extra or {}
 
 
 class WorkflowChoice(Choice):
-    """How the team works."""
+    """The workflow that the team follows. Every key but `name` is an option of that workflow."""
 
-    name: str = Field(default="deliberate", min_length=1)
+    name: str = Field(
+        default="deliberate",
+        min_length=1,
+        description="Name of a registered workflow. Built in are `deliberate`, `vote` and `solo`.",
+    )
 
 
 class PolicyChoice(Choice):
-    """Who gets how much memory."""
+    """The policy that divides memory among the engines. Every key but `name` is an option of that policy."""
 
-    name: str = Field(default="waterfill", min_length=1)
+    name: str = Field(
+        default="waterfill",
+        min_length=1,
+        description="Name of a registered policy. Built in are `waterfill`, `static`, `round_robin`, `paper`, "
+        "`modelclaim` and `on_demand`.",
+    )
 
 
 class Control(Section):
-    """How memory moves: by which policy, how often it decides (twice as often while memory is short), and how long
-    requests may go on using memory that is to go (seconds). A `shadow` policy decides beside it, and is only logged.
-    `price_per_gpu_hour` is what the whole device costs, in any currency."""
+    """How the controller moves memory between engines."""
 
-    policy: PolicyChoice = PolicyChoice()
-    shadow: PolicyChoice | None = None
-    every_s: float = Field(default=0.1, ge=0.01, le=3600)
-    grace_s: float = Field(default=0.5, ge=0, le=3600)
-    price_per_gpu_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    policy: PolicyChoice = Field(default=PolicyChoice(), description="The policy that decides each engine's grant.")
+    shadow: PolicyChoice | None = Field(
+        default=None,
+        description="A second policy whose decisions are logged and never applied. By default there is none.",
+    )
+    every_s: float = Field(
+        default=0.1,
+        ge=0.01,
+        le=3600,
+        description="Interval between decisions, in seconds. The controller halves it while any engine is short of "
+        "memory.",
+    )
+    grace_s: float = Field(
+        default=0.5,
+        ge=0,
+        le=3600,
+        description="How long running requests can keep memory that a decision takes from their engine, in seconds. "
+        "After that they are preempted.",
+    )
+    price_per_gpu_hour: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Price of the whole device for an hour, in any currency. `troupe bench` then reports the cost of a "
+        "job.",
+    )
 
 
 class Service(Section):
-    """How `troupe serve` is reached, and what it takes.
+    """How `troupe serve` is reached over HTTP, how many jobs it accepts, and how long it keeps them."""
 
-    Jobs are in `journal` (a file; by default under $TROUPE_HOME), `jobs_at_once` of them worked and at most
-    `queue_max` waiting; those that ended are kept for `keep_days`, the newest `keep_jobs` of them. SIGTERM gives
-    what runs `drain_s` seconds. `tokens` is the file that `troupe tokens` writes; without a token in it only
-    localhost is listened on, unless `open` says that everybody who reaches the port may do everything. A service
-    that loses its last token while it runs lets nobody in, unless it is `open`. Requests have bodies of at most
-    `body_max_bytes`, and come at most `requests_per_s` times a second from one client (a token, or an address), over
-    at most `connections_max` connections; `names` are further host names under which a service on localhost is
-    asked.
-    """
-
-    host: str = Field(default="127.0.0.1", min_length=1)
-    port: int = Field(default=8000, ge=0, le=65535)
-    names: tuple[str, ...] = ()
-    open: bool = False
-    journal: str | None = Field(default=None, min_length=1)
-    tokens: str | None = Field(default=None, min_length=1)
-    jobs_at_once: int = Field(default=64, ge=1, le=100_000)
-    queue_max: int = Field(default=10_000, ge=1, le=10_000_000)
-    keep_days: float = Field(default=30, ge=0, le=36_500)
-    keep_jobs: int = Field(default=100_000, ge=0)
-    drain_s: float = Field(default=30, ge=0, le=86_400)
-    body_max_bytes: ByteSize = Field(default=ByteSize(1 << 20), gt=0)
-    requests_per_s: float | None = Field(default=None, gt=0, le=1e6)
-    connections_max: int = Field(default=1000, ge=1, le=1_000_000)
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. Any address but localhost needs a token or `open: true`.",
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on. 0 takes a free port.")
+    names: tuple[str, ...] = Field(
+        default=(),
+        description="Further host names that a service on localhost accepts in the `Host` header, for example behind a "
+        "reverse proxy.",
+    )
+    open: bool = Field(
+        default=False,
+        description="Give every right to requests without a token. If false, a service that loses its last token while "
+        "it runs refuses all requests.",
+    )
+    journal: str | None = Field(
+        default=None,
+        min_length=1,
+        description="SQLite file that holds the jobs. The default is `jobs.db` in `$TROUPE_HOME`.",
+    )
+    tokens: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File that `troupe tokens` writes. The default is `tokens.json` in `$TROUPE_HOME`.",
+    )
+    jobs_at_once: int = Field(default=64, ge=1, le=100_000, description="Maximum number of running jobs.")
+    queue_max: int = Field(
+        default=10_000,
+        ge=1,
+        le=10_000_000,
+        description="Maximum number of waiting jobs. The service refuses further submissions until there is room.",
+    )
+    keep_days: float = Field(
+        default=30, ge=0, le=36_500, description="How long ended jobs stay in the journal, in days."
+    )
+    keep_jobs: int = Field(
+        default=100_000, ge=0, description="Maximum number of ended jobs in the journal. The newest ones stay."
+    )
+    drain_s: float = Field(
+        default=30,
+        ge=0,
+        le=86_400,
+        description="How long running jobs may take to end after SIGTERM, in seconds. The next start resumes the rest.",
+    )
+    body_max_bytes: ByteSize = Field(
+        default=ByteSize(1 << 20), gt=0, description="Maximum size of a request's body, for example `1MiB`."
+    )
+    requests_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Maximum rate of requests of one client, in requests a second. A client is a token, or an address "
+        "without one. By default there is no limit.",
+    )
+    connections_max: int = Field(default=1000, ge=1, le=1_000_000, description="Maximum number of open connections.")
 
 
 class Mqtt(Section):
-    """The broker that a service talks to, as `cluster` in its topics. The password is the first line of
-    `password_file`. `tls` with the system's authorities, or those of `ca_file`."""
+    """The MQTT broker that the service connects to."""
 
-    host: str = Field(default="127.0.0.1", min_length=1)
-    port: int = Field(default=1883, ge=1, le=65535)
-    cluster: str = Field(default="main", pattern="^[A-Za-z0-9_.-]{1,100}$")
-    username: str | None = Field(default=None, min_length=1)
-    password_file: str | None = Field(default=None, min_length=1)
-    tls: bool = False
-    ca_file: str | None = Field(default=None, min_length=1)
+    host: str = Field(default="127.0.0.1", min_length=1, description="Host name or address of the broker.")
+    port: int = Field(default=1883, ge=1, le=65535, description="TCP port of the broker.")
+    cluster: str = Field(
+        default="main",
+        pattern="^[A-Za-z0-9_.-]{1,100}$",
+        description="Name of this service in its topics, `troupe/<cluster>/...`: 1 to 100 letters, digits, `_`, `.` or "
+        "`-`.",
+    )
+    username: str | None = Field(default=None, min_length=1, description="User name. By default none is sent.")
+    password_file: str | None = Field(
+        default=None, min_length=1, description="File whose first line is the password. By default none is sent."
+    )
+    tls: bool = Field(default=False, description="Connect with TLS.")
+    ca_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of the certificate authorities to trust with TLS. The default is the system's.",
+    )
 
 
 class Config(Section):
-    """The device, the engines that share it, the team that they serve, how the team works, who gets how much, and how
-    the service over them is reached: by HTTP, and by MQTT where there is a section for it."""
+    """A whole configuration."""
 
-    device: Device = Device()
-    engines: Mapping[str, EngineSpec] = Field(min_length=1)
-    team: Mapping[str, Member] = Field(min_length=1)
-    workflow: WorkflowChoice = WorkflowChoice()
-    control: Control = Control()
-    service: Service = Service()
-    mqtt: Mqtt | None = None
+    device: Device = Field(default=Device(), description="The device that the engines share.")
+    engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
+    team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
+    workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
+    control: Control = Field(default=Control(), description="How the controller moves memory between engines.")
+    service: Service = Field(default=Service(), description="How `troupe serve` is reached and what it accepts.")
+    mqtt: Mqtt | None = Field(
+        default=None, description="The MQTT broker that the service connects to. By default it connects to none."
+    )
     _source: Path = PrivateAttr(default=Path())
 
     @property
     def source(self) -> Path:
-        """The file it came from."""
+        """Return the file that this configuration was read from."""
         return self._source
 
     @model_validator(mode="after")
@@ -181,32 +288,36 @@ class Config(Section):
         for name, spec in self.engines.items():
             if spec.max_gpu_memory_utilization < spec.gpu_memory_utilization:
                 raise ValueError(
-                    f"engines.{name}: max_gpu_memory_utilization {spec.max_gpu_memory_utilization:g} is below "
-                    f"gpu_memory_utilization {spec.gpu_memory_utilization:g}, which it begins with"
+                    f"engines.{name}.max_gpu_memory_utilization: {spec.max_gpu_memory_utilization:g} is below the "
+                    f"engine's gpu_memory_utilization, {spec.gpu_memory_utilization:g}; give at least that"
                 )
         shares = sum(spec.gpu_memory_utilization for spec in self.engines.values())
         if shares > 1 + 1e-9:
             parts = " + ".join(f"{name} {spec.gpu_memory_utilization:g}" for name, spec in self.engines.items())
             raise ValueError(
-                f"engines: gpu_memory_utilization adds up to {shares:g} ({parts}); at most 1 fits a device"
+                f"engines: the gpu_memory_utilization of all engines adds up to {shares:g} ({parts}); "
+                "it can be at most 1, the whole device"
             )
         return self
 
     def with_workflow(self, name: str) -> "Config":
-        """The same with another workflow, at its defaults where the name is not the configured one."""
+        """Return a copy that follows another workflow with its default options.
+
+        Return the same configuration, options included, if it already follows that workflow.
+        """
         return self if name == self.workflow.name else self.model_copy(update={"workflow": WorkflowChoice(name=name)})
 
 
 def load(name: str) -> Config:
-    """Read a configuration: a file, or the name of a shipped one.
+    """Read and validate a configuration, given by its path or by the name of a shipped one.
 
-    Raises ConfigError naming the file, the key and what would be right.
+    Raises ConfigError, which names the file, the key and what would be right.
     """
     path = find(name)
     layers = _layers(path, seen=())
     data: dict[str, Any] = {}
     for _, layer in reversed(layers):
-        data = _over(data, layer)
+        data = _merge(data, layer)
     try:
         config = Config.model_validate(data, context=path)
     except ValidationError as error:
@@ -218,66 +329,75 @@ def load(name: str) -> Config:
 
 
 def find(name: str) -> Path:
-    """The file of a configuration given by path or, for a shipped one, by name. Raises ConfigError."""
+    """Return the path of a configuration, given by its path or by the name of a shipped one.
+
+    Raises ConfigError if there is no such file.
+    """
     path = Path(name)
     if path.is_file():
         return path
     shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
     if name in shipped:
         return SHIPPED / f"{name}.yaml"
-    raise ConfigError(f"there is no file {name!r}, and no shipped configuration of that name; {nearest(name, shipped)}")
+    raise ConfigError(f"there is no file and no shipped configuration {name!r}; {nearest(name, shipped)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError with the line of a fault."""
+    """Read a YAML file that holds a mapping with text keys.
+
+    Raises ConfigError, which names the file and, for a syntax error, the line.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot read the file: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a UTF-8 text file") from None
-    except ValueError as error:  # a date or a number that yaml cannot make
+        raise ConfigError(f"{path}: the file is not UTF-8 text") from None
+    except ValueError as error:  # a date or a number that PyYAML cannot represent
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'not YAML'}") from None
+        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'the file is not YAML'}") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"{path}: not a mapping of keys to values")
+        raise ConfigError(f"{path}: the file must hold a mapping, one `key: value` a line")
     return data
 
 
 def is_role_file(role: str) -> bool:
-    """Whether a member's role is a YAML file and not a registered name."""
+    """Return True if a member's role is a YAML file instead of a registered name."""
     return role.endswith((".yaml", ".yml"))
 
 
 def as_yaml(section: BaseModel) -> str:
-    """A configuration, or another section, as YAML, every default written out."""
+    """Return a configuration or a section as YAML, with every default written out."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
-    """The file's mapping, then the one it extends, and so on; model folders and role files made absolute."""
+    """Return the file's mapping, then that of the file which it extends, and so on, with absolute paths in each."""
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, seen))}")
+        raise ConfigError(f"{path}: extends: the file extends itself, through {', '.join(map(str, seen))}")
     data = read_yaml(path)
-    _anchor(data, path.parent.resolve())
+    _make_paths_absolute(data, path.parent.resolve())
     base = data.pop("extends", None)
     if base is None:
         return [(path, data)]
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: give the name or the file of one configuration")
+        raise ConfigError(f"{path}: extends: give the name or the file of one configuration, not {base!r}")
     beside = path.parent / base
     try:
-        below = beside if beside.is_file() else find(base)
+        extended = beside if beside.is_file() else find(base)
     except ConfigError as error:
         raise ConfigError(f"{path}: extends: {error}") from None
-    return [(path, data), *_layers(below, (*seen, path.resolve()))]
+    return [(path, data), *_layers(extended, (*seen, path.resolve()))]
 
 
 def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str, ...]) -> Path:
-    """The file that says what is at a place: the topmost of those that go deepest."""
+    """Return the file that sets the key at a location.
+
+    If no file sets it, return the one that has the most of its parent keys. The topmost file wins a tie.
+    """
 
     def depth(data: Any) -> int:
         for level, key in enumerate(location):
@@ -289,8 +409,8 @@ def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str
     return max(layers, key=lambda layer: depth(layer[1]))[0]
 
 
-def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Relative model folders and role files are relative to the file that names them."""
+def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
+    """Resolve relative model folders and role files against the folder of the file that names them, in place."""
     for section, key in (("engines", "model"), ("team", "role")):
         entries = data.get(section)
         for entry in entries.values() if isinstance(entries, dict) else ():
@@ -299,22 +419,28 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
                 entry[key] = str(folder / Path(value).expanduser())
 
 
-def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the keys of `top` over it; merge mappings that both have."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        deep = isinstance(old, dict) and isinstance(value, dict) and not _other_choice(key, old, value)
-        merged[key] = _over(old or {}, value) if deep else value
+        if isinstance(old, dict) and isinstance(value, dict) and not _names_another_choice(key, old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def _other_choice(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """One workflow's or policy's options are not another's: one of another name starts from its own defaults."""
+def _names_another_choice(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return True if `new` chooses another workflow or policy than `old`, whose options then do not apply."""
     return key in ("workflow", "policy", "shadow") and new.get("name", old.get("name")) != old.get("name")
 
 
 def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
-    """A folder must hold a model; anything that is not written as a path is a hub's name, and the hub's to judge."""
+    """Raise ConfigError if the engine's model is a folder that holds no model.
+
+    A model that is not written as a path is the name of a model on a hub. The hub says at the start if it is unknown.
+    """
     if not spec.model.startswith("/"):
         return
     folder = Path(spec.model)
@@ -329,6 +455,7 @@ def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
 
 
 def _complaint(error: dict[str, Any]) -> str:
+    """Return pydantic's error as one line: the key, what is wrong with it, and what would be right."""
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"])
@@ -337,13 +464,20 @@ def _complaint(error: dict[str, Any]) -> str:
         message = str(error["ctx"]["error"])
         return f"{place}: {message}" if place else message
     if error["type"] == "missing":
-        return f"{place}: missing"
+        return f"{place}: this key is required"
     return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    parts: dict[str, type[BaseModel]] = {"device": Device, "engines": EngineSpec, "team": Member, "control": Control}
-    parts |= {"service": Service, "mqtt": Mqtt}
-    section = parts.get(str(location[0])) if len(location) > 1 else Config
-    names = list((section or Config).model_fields)
-    return [*names, *(["extends"] if section is Config else [])]
+    """Return the keys of the section that a location is in."""
+    sections: dict[str, type[BaseModel]] = {
+        "device": Device,
+        "engines": EngineSpec,
+        "team": Member,
+        "control": Control,
+        "service": Service,
+        "mqtt": Mqtt,
+    }
+    if len(location) == 1:
+        return [*Config.model_fields, "extends"]
+    return list(sections[str(location[0])].model_fields)

@@ -1,4 +1,4 @@
-"""The logging of a command: to a file in its run folder, and not to the user's screen."""
+"""Logging of a command, to a file in its run folder. Nothing is logged to the terminal."""
 
 import logging
 from logging.handlers import RotatingFileHandler
@@ -9,7 +9,7 @@ LOG_BYTES = 64 << 20
 
 
 def log_to(folder: Path) -> None:
-    """Send this process's logs, vLLM's included, to `troupe.log` in the folder."""
+    """Send this process's logs and warnings, vLLM's included, to `troupe.log` in the folder."""
     handler = RotatingFileHandler(folder / "troupe.log", maxBytes=LOG_BYTES, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

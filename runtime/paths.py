@@ -1,4 +1,4 @@
-"""The paths of everything that Troupe keeps: a service's jobs and tokens, and one folder for each run."""
+"""The paths of what Troupe stores: a service's jobs and tokens, and the folders of runs."""
 
 import os
 from pathlib import Path

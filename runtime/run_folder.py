@@ -1,4 +1,4 @@
-"""A folder for each run, which holds its logs and decisions. The oldest ones are removed."""
+"""Run folders: each run gets one for its logs and decisions, and removes the oldest folders of ended runs."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from runtime import paths
 from runtime.errors import TroupeError
 
 KEPT = 20
-"""Folders of ended runs that are kept."""
+"""Maximum number of folders of ended runs."""
 _NAME = re.compile(r"\d{8}-\d{6}-(\d+)")
 
 
@@ -34,6 +34,6 @@ def create() -> Path:
 
 
 def _has_ended(folder: Path) -> bool:
-    """Return True if the folder's name is that of a run and no process with the run's number is alive."""
+    """Return True if the folder belongs to a run whose process has ended. Its name ends with the process id."""
     match = _NAME.fullmatch(folder.name)
     return match is not None and not Path("/proc", match[1]).exists()

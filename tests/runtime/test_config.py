@@ -1,10 +1,12 @@
-"""Configurations: what is shipped is right, what is wrong is told with its place and what would be right."""
+"""The shipped configurations load, and every error names the file, the key and what would be right."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from runtime import config
 from runtime.errors import ConfigError, TroupeError
@@ -22,43 +24,43 @@ def write(folder: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_what_is_shipped_is_right(name: str) -> None:
-    found = config.load(name)
-    team = assemble(found)
+def test_shipped_configurations_load(name: str) -> None:
+    loaded = config.load(name)
+    team = assemble(loaded)
     assert set(team.seats) == {"planner", "solver", "critic"} - ({"critic"} if "unchecked" in name else set())
-    assert sum(spec.gpu_memory_utilization for spec in found.engines.values()) <= 1
+    assert sum(spec.gpu_memory_utilization for spec in loaded.engines.values()) <= 1
 
 
-def test_a_configuration_builds_on_another(tmp_path: Path) -> None:
-    found = config.load(write(tmp_path, "extends: embedded\nengines:\n  solver: {max_num_seqs: 7}\n"))
-    assert found.engines["solver"].max_num_seqs == 7
-    assert found.engines["solver"].model == config.load("embedded").engines["solver"].model
-    assert Path(found.engines["solver"].model).is_absolute()
+def test_extends_merges_key_by_key(tmp_path: Path) -> None:
+    loaded = config.load(write(tmp_path, "extends: embedded\nengines:\n  solver: {max_num_seqs: 7}\n"))
+    assert loaded.engines["solver"].max_num_seqs == 7
+    assert loaded.engines["solver"].model == config.load("embedded").engines["solver"].model
+    assert Path(loaded.engines["solver"].model).is_absolute()
 
 
-def test_options_of_a_workflow_are_kept_under_its_own_name_alone(tmp_path: Path) -> None:
+def test_extends_keeps_workflow_options_unless_the_workflow_changes(tmp_path: Path) -> None:
     kept = config.load(write(tmp_path, "extends: embedded\nworkflow: {critics: []}\n"))
     assert kept.workflow.options == {"rounds": 3, "critics": []}
     other = config.load(write(tmp_path, "extends: embedded\nworkflow: {name: vote}\n"))
     assert other.workflow.options == {}
 
 
-def test_it_is_frozen_and_survives_being_written_and_read(tmp_path: Path) -> None:
-    found = config.load("embedded")
+def test_configuration_is_frozen_and_survives_a_round_trip(tmp_path: Path) -> None:
+    loaded = config.load("embedded")
     with pytest.raises(ValueError, match="frozen"):
-        found.workflow = config.WorkflowChoice()
-    again = config.load(write(tmp_path, config.as_yaml(found)))
-    assert again.model_dump() == found.model_dump()
+        loaded.workflow = config.WorkflowChoice()
+    again = config.load(write(tmp_path, config.as_yaml(loaded)))
+    assert again.model_dump() == loaded.model_dump()
 
 
 WRONG: list[tuple[str, list[str]]] = [
-    ("", ["not a mapping"]),
-    ("- a\n", ["not a mapping"]),
+    ("", ["must hold a mapping"]),
+    ("- a\n", ["must hold a mapping"]),
     ("engines: [\n", ["line 2"]),
     ("extends: embeded\n", ["embedded"]),
     ("extends: [1]\n", ["extends: give the name"]),
-    ("extends: team.yaml\n", ["extends itself"]),
-    ("team: {}\n", ["engines: missing"]),
+    ("extends: team.yaml\n", ["extends: the file extends itself"]),
+    ("team: {}\n", ["engines: this key is required"]),
     ("extends: embedded\nengine: {}\n", ["engine: unknown key; did you mean engines?"]),
     ("extends: embedded\nengines: {solver: {modle: x}}\n", ["engines.solver.modle: unknown key; did you mean model?"]),
     ("extends: embedded\nsource: x\n", ["source: unknown key"]),
@@ -90,22 +92,35 @@ WRONG: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG)
-def test_a_wrong_configuration_is_told_with_its_place(text: str, told: list[str], tmp_path: Path) -> None:
+def _sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, config.Section | config.Choice):
+                yield from _sections(part)
+
+
+@pytest.mark.parametrize("section", list(_sections(config.Config)), ids=lambda section: section.__name__)
+def test_every_key_has_a_description(section: type[BaseModel]) -> None:
+    assert [key for key, field in section.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(("text", "messages"), WRONG)
+def test_errors_name_file_and_key(text: str, messages: list[str], tmp_path: Path) -> None:
     path = write(tmp_path, text)
     with pytest.raises(TroupeError) as error:
         assemble(config.load(path))
-    for part in told:
-        assert part in str(error.value)
+    for message in messages:
+        assert message in str(error.value)
     assert path in str(error.value)
 
 
-def test_a_missing_configuration_is_told_with_what_there_is() -> None:
+def test_unknown_configuration_lists_the_shipped_ones() -> None:
     with pytest.raises(ConfigError, match="embedded"):
         config.load("nowhere.yaml")
 
 
-def test_a_role_in_yaml_alone_takes_a_seat(tmp_path: Path) -> None:
+def test_role_defined_in_yaml_takes_a_seat(tmp_path: Path) -> None:
     role: dict[str, Any] = {
         "name": "units",
         "task": "critique",
@@ -113,11 +128,11 @@ def test_a_role_in_yaml_alone_takes_a_seat(tmp_path: Path) -> None:
         "reply": {"type": "object", "properties": {"accepted": {"type": "boolean"}}, "required": ["accepted"]},
     }
     (tmp_path / "units.yaml").write_text(yaml.safe_dump(role))
-    found = config.load(
+    loaded = config.load(
         write(
             tmp_path,
             "extends: embedded\nteam: {units: {role: ./units.yaml, engine: critic}}\n"
             "workflow: {critics: [critic, units]}\n",
         )
     )
-    assert "units" in assemble(found).seats
+    assert "units" in assemble(loaded).seats

@@ -1,4 +1,4 @@
-"""Run folders: the newest are kept, nobody else's is touched."""
+"""Run folders: only the oldest folders of ended runs are removed."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_the_newest_of_ended_runs_are_kept_and_nothing_else_is_touched(home: Path) -> None:
+def test_only_the_oldest_folders_of_ended_runs_are_removed(home: Path) -> None:
     ended = [home / "runs" / f"20250101-0000{n:02d}-99999999" for n in range(25)]
     others = [home / "runs" / name for name in ("mine", "20250101", f"20240101-000000-{os.getpid()}", "zzz")]
     for folder in (*ended, *others):
@@ -26,7 +26,7 @@ def test_the_newest_of_ended_runs_are_kept_and_nothing_else_is_touched(home: Pat
     assert not any(folder.exists() for folder in ended[: -run_folder.KEPT])
 
 
-def test_a_home_that_cannot_be_written_is_told(home: Path) -> None:
+def test_unwritable_home_raises(home: Path) -> None:
     home.write_text("a file")
-    with pytest.raises(TroupeError, match="set TROUPE_HOME"):
+    with pytest.raises(TroupeError, match="Set TROUPE_HOME"):
         run_folder.create()
