@@ -1,1 +1,1 @@
-"""Policies side by side: workloads, runs, figures, reports."""
+"""The benchmark: run a workload under several policies, measure it, and report it."""

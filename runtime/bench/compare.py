@@ -1,4 +1,4 @@
-"""Two benchmarks side by side: ratios of medians, and whether they are more than noise."""
+"""Compare two benchmarks: ratios of medians, and whether a difference exceeds the noise."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,11 @@ from runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one policy at one load. `ratio` is b to a, None where a is 0; `clear` says that the ranges over the
-    repeats do not overlap, `better` which side is ahead then."""
+    """One metric of one policy at one load.
+
+    `ratio` is the median of b divided by that of a, or None if a is 0. `clear` is true if the ranges over the repeats
+    do not overlap. `better` then names the better side.
+    """
 
     policy: str
     load: float
@@ -28,33 +31,36 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and what makes the two hard to compare."""
+    """All rows, and warnings about differences that make the two benchmarks hard to compare."""
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Compare what both folders have. Raises InputError where that is nothing, or one is no benchmark."""
-    one, other = results.read_summary(a), results.read_summary(b)
+    """Compare the policies and loads that both folders have.
+
+    Raises InputError if they have none in common, or if a folder holds no benchmark.
+    """
+    summary_a, summary_b = results.read_summary(a), results.read_summary(b)
     rows = [
         _row(point.policy, point.load, name, point.metrics[name], twin.metrics[name])
-        for point in one.points
-        for twin in other.points
+        for point in summary_a.points
+        for twin in summary_b.points
         if (point.policy, point.load) == (twin.policy, twin.load)
         for name in point.metrics
         if name in twin.metrics
     ]
     if not rows:
         raise InputError(
-            f"{a} and {b} have no policy at the same load: {_what(one)} there, {_what(other)} here; "
+            f"{a} has {_content(summary_a)}, and {b} has {_content(summary_b)}: they share no policy at the same load; "
             "run both with the same --policies and --loads"
         )
-    return Comparison(tuple(rows), tuple(_differences(one, other)))
+    return Comparison(tuple(rows), tuple(_differences(summary_a, summary_b)))
 
 
 def table(comparison: Comparison, everything: bool = False) -> Table:
-    """For the terminal: the main metrics, or all."""
+    """Return a table for the terminal, of the main metrics or of all."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("policy", "load", "metric", "a", "b", "b/a", ""):
         shown.add_column(title, justify="left" if title in ("policy", "metric", "") else "right", no_wrap=True)
@@ -96,8 +102,8 @@ def _differences(a: Summary, b: Summary) -> list[str]:
         "repeats": (a.repeats, b.repeats),
         "stream_interval, and with it what ITL means,": (a.stream_interval, b.stream_interval),
     }
-    return [f"{name} differs: {one} and {other}" for name, (one, other) in pairs.items() if one != other]
+    return [f"{name} differs: {of_a} and {of_b}" for name, (of_a, of_b) in pairs.items() if of_a != of_b]
 
 
-def _what(summary: Summary) -> str:
-    return f"{', '.join(summary.policies)} at {', '.join(f'{load:g}' for load in summary.loads)}"
+def _content(summary: Summary) -> str:
+    return f"{', '.join(summary.policies)} at load {', '.join(f'{load:g}' for load in summary.loads)}"

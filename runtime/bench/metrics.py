@@ -1,7 +1,7 @@
-"""What a run comes to: metrics by the names, units and definitions of `vllm bench serve`, and those of jobs beside
-them.
+"""The metrics of a run: those of calls with the names, units and definitions of `vllm bench serve`, and those of jobs.
 
-A job is good when it is answered, not wrong where that can be told, and within every limit of the SLO.
+A job is good if it is answered, its answer is not known to be wrong, and it meets every limit of the SLO. Goodput is
+the rate of good jobs.
 """
 
 import statistics
@@ -14,11 +14,11 @@ GIB = 1 << 30
 
 
 def metrics(rows: Sequence[JobRow], seconds: float, slo: Slo, counts: Counts, preemptions: int) -> dict[str, float]:
-    """Figures of one run. Jobs that failed count in `failed`, and in nothing that is about time."""
+    """Return the metrics of one run. Failed jobs count in `failed`, and in no metric of time."""
     done = [row for row in rows if row.error is None]
     calls = [call for row in done for call in row.calls]
     judged = [row.correct for row in rows if row.correct is not None]
-    found: dict[str, float] = {
+    measured: dict[str, float] = {
         "jobs": len(rows),
         "failed": len(rows) - len(done),
         "duration_s": seconds,
@@ -35,21 +35,21 @@ def metrics(rows: Sequence[JobRow], seconds: float, slo: Slo, counts: Counts, pr
         "engine_seconds_per_job": statistics.fmean([row.engine_seconds for row in rows]) if rows else 0.0,
     }
     if judged:
-        found["accuracy"] = statistics.fmean(judged)
+        measured["accuracy"] = statistics.fmean(judged)
     if costs := [row.cost for row in rows if row.cost is not None]:
-        found["cost_per_job"] = statistics.fmean(costs)
+        measured["cost_per_job"] = statistics.fmean(costs)
     if done:
-        found |= _spread("jct_s", [row.jct_s for row in done])
+        measured |= _statistics("jct_s", [row.jct_s for row in done])
     for name, values in _of_calls(calls).items():
-        found |= _spread(f"{name}_ms", [value * 1000 for value in values])
+        measured |= _statistics(f"{name}_ms", [value * 1000 for value in values])
     if counts.reactions_s:
-        times = sorted(seconds * 1000 for seconds in counts.reactions_s)
-        found |= {"reaction_p50_ms": _percentile(times, 50), "reaction_p95_ms": _percentile(times, 95)}
-    return found
+        times_ms = sorted(reaction_s * 1000 for reaction_s in counts.reactions_s)
+        measured |= {"reaction_p50_ms": _percentile(times_ms, 50), "reaction_p95_ms": _percentile(times_ms, 95)}
+    return measured
 
 
 def is_good(row: JobRow, slo: Slo) -> bool:
-    """Whether a job met every limit."""
+    """Return True if a job is answered, is not known to be wrong, and meets every limit."""
     limits = (
         (slo.jct_s, row.jct_s),
         (slo.ttft_s, max((call.ttft_s for call in row.calls), default=0.0)),
@@ -67,10 +67,10 @@ def _of_calls(calls: Iterable[CallRow]) -> Mapping[str, list[float]]:
         if call.completion_tokens > 1:
             values["tpot"].append(call.tpot_s)
             values["itl"] += call.itl_s
-    return {name: found for name, found in values.items() if found}
+    return {name: measured for name, measured in values.items() if measured}
 
 
-def _spread(name: str, values: list[float]) -> dict[str, float]:
+def _statistics(name: str, values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {
         f"mean_{name}": statistics.fmean(ordered),

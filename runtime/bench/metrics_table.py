@@ -1,4 +1,4 @@
-"""What each metric is: its title, unit, which way is better, and how many digits are worth reading."""
+"""The table of metrics: title, unit, which direction is better, and how many decimals to print."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Metric:
-    """`main` ones are shown without being asked for."""
+    """One metric. `main` metrics are printed by default."""
 
     title: str
     unit: str
     better: Better | None
-    digits: int
+    decimals: int
     main: bool = False
 
 
-def _times(title: str, unit: str, suffix: str, digits: int, main: tuple[str, ...]) -> dict[str, Metric]:
+def _times(title: str, unit: str, suffix: str, decimals: int, main: tuple[str, ...]) -> dict[str, Metric]:
     kinds = ("mean", "median", "p90", "p95", "p99")
-    return {f"{k}_{suffix}": Metric(f"{title} {k}", unit, "lower", digits, k in main) for k in kinds}
+    return {f"{kind}_{suffix}": Metric(f"{title} {kind}", unit, "lower", decimals, kind in main) for kind in kinds}
 
 
 METRICS: Mapping[str, Metric] = {
@@ -51,5 +51,5 @@ METRICS: Mapping[str, Metric] = {
 
 
 def number(name: str, value: float) -> str:
-    """A value with the digits of its metric."""
-    return f"{value:,.{METRICS[name].digits}f}" if name in METRICS else f"{value:g}"
+    """Return a value as text, with the decimals of its metric."""
+    return f"{value:,.{METRICS[name].decimals}f}" if name in METRICS else f"{value:g}"

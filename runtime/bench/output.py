@@ -1,4 +1,4 @@
-"""A benchmark's folder while it runs: rows go to their files as they come, so that an interrupted one keeps them."""
+"""The folder of a running benchmark. It writes rows as they come, so an interrupted benchmark keeps them."""
 
 import os
 import platform
@@ -17,7 +17,10 @@ from runtime.errors import InputError
 
 
 class Output:
-    """A context manager over the files. Raises InputError where the folder cannot be made or holds a benchmark."""
+    """A context manager that creates the folder and owns its files.
+
+    Entering raises InputError if the folder cannot be created or already holds a benchmark.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,34 +30,34 @@ class Output:
 
     def __enter__(self) -> Self:
         if (self.folder / results.SUMMARY).exists():
-            raise InputError(f"--out: {self.folder} holds a benchmark already; give another folder")
+            raise InputError(f"--out: {self.folder} already holds a benchmark; give another folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._jobs = self._owned.enter_context((self.folder / results.JOBS).open("wb"))
             self._moments = self._owned.enter_context((self.folder / results.DECISIONS).open("wb"))
         except OSError as error:
-            raise InputError(f"--out: {self.folder}: {error.strerror}") from None
+            raise InputError(f"--out: cannot write to {self.folder}: {error.strerror}") from None
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._owned.close()
 
     def job(self, row: JobRow) -> None:
-        """Add a job."""
+        """Write a job to `jobs.jsonl`."""
         self._jobs.write(results.job_line(row))
 
     def moment(self, moment: Moment) -> None:
-        """Add what the controller saw and did."""
+        """Write a tick of the controller to `decisions.jsonl`."""
         self._moments.write(results.moment_line(moment))
 
 
 def default_folder(workload: str) -> Path:
-    """Where results go unless told: a folder of its own under the current one."""
+    """Return the folder for results if none is given: a new one in the current folder, named by workload and time."""
     return Path(f"bench-{workload}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def machine() -> Mapping[str, str]:
-    """What it ran on, without names of hosts or users."""
+    """Return what the benchmark runs on, without names of hosts or users."""
     return {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0))),
@@ -65,7 +68,7 @@ def machine() -> Mapping[str, str]:
 
 
 def command() -> str:
-    """The command that makes it again."""
+    """Return the command that repeats this benchmark."""
     return " ".join(["troupe", *sys.argv[1:]])
 
 

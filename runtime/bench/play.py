@@ -1,4 +1,4 @@
-"""Plays a drawn workload once: starts each job when it comes, and notes what became of it and of its calls."""
+"""Play a drawn workload once: start each job at its arrival time, and record its result and its calls."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
@@ -10,12 +10,11 @@ from runtime.bench.workload import Arrival, ClosedPhase, Script
 from runtime.events import CallEnded, Event
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.orchestrator import Orchestrator
-from runtime.jobs.problems import Problem
 
 
 @dataclass(frozen=True)
 class Played:
-    """One job that ended. Times in seconds from the beginning of the play."""
+    """One ended job. Times are in seconds from the start of the play."""
 
     phase: str
     arrived_s: float
@@ -26,7 +25,11 @@ class Played:
 
 @dataclass
 class Player:
-    """One play. `hear` listens to the orchestrators' events; `orchestrators` are by phase."""
+    """One play of a workload.
+
+    `orchestrators` maps each phase to the orchestrator that runs its jobs; `hear` must listen to their events. `take`
+    gets each ended job. Job ids start with `name`.
+    """
 
     orchestrators: Mapping[str, Orchestrator]
     name: str
@@ -36,7 +39,7 @@ class Player:
     _started_s: float = 0.0
 
     async def play(self, script: Script) -> float:
-        """Play to the last answer; seconds that it took. Cancelling it cancels the jobs."""
+        """Play until the last job has ended, and return the duration in seconds. Cancelling it cancels the jobs."""
         clock = asyncio.get_running_loop().time
         self._started_s = clock()
         async with asyncio.TaskGroup() as group:
@@ -48,7 +51,7 @@ class Player:
         return clock() - self._started_s
 
     def hear(self, event: Event) -> None:
-        """Note a call of a job of this play."""
+        """Record an ended call if it belongs to a job of this play."""
         if isinstance(event, CallEnded) and event.job in self._calls:
             self._calls[event.job].append(call_row(event, self._started_s))
 
@@ -66,7 +69,8 @@ class Player:
                 group.create_task(worker(), name=f"{self.name} {phase.phase} {number}")
 
     async def _job(self, arrival: Arrival) -> None:
-        job = self._as_job(arrival.problem)
+        problem = arrival.problem
+        job = Job(f"{self.name}/{next(self._numbers)}", problem.problem, problem.expected)
         calls = self._calls.setdefault(job.id, [])
         try:
             result = await self.orchestrators[arrival.phase].run(job)
@@ -75,16 +79,13 @@ class Player:
         ended_s = asyncio.get_running_loop().time() - self._started_s
         self.take(Played(arrival.phase, arrival.at_s, ended_s, result, tuple(calls)))
 
-    def _as_job(self, problem: Problem) -> Job:
-        return Job(f"{self.name}/{next(self._numbers)}", problem.problem, problem.expected)
-
 
 def call_row(call: CallEnded, started_s: float) -> CallRow:
-    """Return the figures of one call.
+    """Return the timings of one call.
 
-    They are those of `vllm bench serve` (calculate_metrics in vllm/benchmarks/serve.py, lib/endpoint_request_func.py):
-    TPOT is (E2EL - TTFT) / (tokens - 1), and ITL has one value for each message after the first, however many tokens
-    it carries.
+    The definitions are those of `vllm bench serve` (calculate_metrics in vllm/benchmarks/serve.py and
+    lib/endpoint_request_func.py): TPOT is (E2EL - TTFT) / (tokens - 1), and ITL has one value for each message after
+    the first, however many tokens it carries.
     """
     times = call.chunk_times_s or (call.asked_s,)
     tokens = sum(call.chunk_tokens)

@@ -1,6 +1,6 @@
-"""A benchmark's plots as PNG files. The only importer of matplotlib.
+"""A benchmark's plots, as PNG files. The only module that imports matplotlib.
 
-A policy has one colour in all plots (Okabe and Ito's, which the colour-blind can tell apart); the limit is grey.
+A policy has the same colour in all plots; the limit is grey.
 """
 
 import math
@@ -17,9 +17,10 @@ from runtime.bench import results
 from runtime.bench.results import JobRow, Moment, Summary
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
 GREY = "#888888"
 BINS = 240
-"""Moments are averaged into so many bins of time: more cannot be seen."""
+"""Maximum number of moments in a plot. A plot of this width cannot show more."""
 MIB = 1 << 20
 Panel = Callable[[Axes, Sequence[float], Mapping[str, list[Moment]]], None]
 Values = Callable[[JobRow], list[float]]
@@ -27,15 +28,18 @@ Values = Callable[[JobRow], list[float]]
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot on disk, and how to read it."""
+    """A plot on disk, and an explanation of how to read it."""
 
     title: str
-    reading: str
+    explanation: str
     path: Path
 
 
 def draw(folder: Path) -> list[Plot]:
-    """Draw all plots of a benchmark's folder into `plots` in it."""
+    """Draw all plots of the benchmark in a folder into its subfolder `plots`.
+
+    Raises InputError if the folder holds no benchmark.
+    """
     summary = results.read_summary(folder)
     jobs = list(results.read_jobs(folder))
     moments = list(results.read_moments(folder))
@@ -43,46 +47,46 @@ def draw(folder: Path) -> list[Plot]:
     drawn = (
         (
             "Job completion time over load" if len(summary.loads) > 1 else "Job completion time",
-            "Lower is better. Points are medians over the repeats, bars the range; the limit has memory for everyone.",
+            "Lower is better. Points are medians over the repeats, bars are ranges. The limit has all the memory.",
             "latency",
             latency(summary),
         ),
         (
             "Job completion times, all jobs",
-            "How many of all jobs (up) were answered within so many seconds (across): further left is better.",
+            "Fraction of jobs (y) that were answered within a time (x). Further left is better.",
             "jct-cdf",
             distribution(summary, _by_policy(jobs, lambda job: [job.jct_s]), "job completion time, s"),
         ),
         (
             "Time to first token, all calls",
-            "The same for every call's wait until its engine's first token.",
+            "Fraction of calls (y) whose first token came within a time (x). Further left is better.",
             "ttft-cdf",
             distribution(summary, _by_policy(jobs, lambda job: [c.ttft_s for c in job.calls]), "TTFT, s"),
         ),
         (
-            "Who had the memory",
-            "Each engine's KV cache over the first repeat, stacked: a policy that follows the work changes with it.",
+            "KV cache by engine",
+            "Each engine's KV cache in the first repeat, stacked. A policy that follows the work moves memory with it.",
             "shares",
             shares(summary, moments),
         ),
         (
-            "Who waited",
-            "Requests that wait in front of each engine, over the same time.",
+            "Waiting requests by engine",
+            "Requests that wait at each engine, over the same time.",
             "queues",
             queues(summary, moments),
         ),
     )
     plots = []
-    for title, reading, name, figure in drawn:
+    for title, explanation, name, figure in drawn:
         path = folder / "plots" / f"{name}.png"
         FigureCanvasAgg(figure)
         figure.savefig(path)
-        plots.append(Plot(title, reading, path))
+        plots.append(Plot(title, explanation, path))
     return plots
 
 
 def latency(summary: Summary) -> Figure:
-    """p95 job completion time over loads; for a single load p50, p95 and p99 side by side."""
+    """Plot p95 job completion time over the loads, or p50, p95 and p99 if there is a single load."""
     figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if len(summary.loads) > 1:
@@ -141,7 +145,7 @@ def _side_by_side(axes: Axes, summary: Summary) -> None:
 
 
 def distribution(summary: Summary, values: Mapping[str, list[float]], label: str) -> Figure:
-    """The cumulative distribution of values under each policy."""
+    """Plot the cumulative distribution of values under each policy."""
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for policy in summary.policies:
@@ -153,7 +157,7 @@ def distribution(summary: Summary, values: Mapping[str, list[float]], label: str
         axes.plot(ordered, heights, label=policy, color=_colour(summary, policy), linestyle=style)
     axes.set_xscale("log")
     axes.set_xlabel(label)
-    axes.set_ylabel("part of all")
+    axes.set_ylabel("fraction")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     _legend(axes)
@@ -161,7 +165,7 @@ def distribution(summary: Summary, values: Mapping[str, list[float]], label: str
 
 
 def shares(summary: Summary, moments: Iterable[Moment]) -> Figure:
-    """Every engine's KV cache over time, stacked, a panel a policy."""
+    """Plot every engine's KV cache over time, stacked, in one panel for each policy."""
 
     def panel(axes: Axes, times: Sequence[float], engines: Mapping[str, list[Moment]]) -> None:
         names = list(engines)
@@ -174,7 +178,7 @@ def shares(summary: Summary, moments: Iterable[Moment]) -> Figure:
 
 
 def queues(summary: Summary, moments: Iterable[Moment]) -> Figure:
-    """Requests that wait for every engine over time, a panel a policy."""
+    """Plot the requests that wait for each engine over time, in one panel for each policy."""
 
     def panel(axes: Axes, times: Sequence[float], engines: Mapping[str, list[Moment]]) -> None:
         for index, name in enumerate(engines):
@@ -199,7 +203,8 @@ def _panels(summary: Summary, moments: Iterable[Moment], panel: Panel, label: st
         thinned = _thinned(series[policy])
         axes.set_title(policy, loc="left", fontsize=9)
         if thinned:
-            engines = [name for moment in thinned for name in moment.engines]  # one that starts again is not in all
+            # An engine that restarts is missing from some moments.
+            engines = [name for moment in thinned for name in moment.engines]
             panel(axes, [moment.at_s for moment in thinned], dict.fromkeys(engines, thinned))
     for axes in list(grid.flat)[len(policies) :]:
         axes.set_axis_off()
@@ -214,7 +219,7 @@ def _panels(summary: Summary, moments: Iterable[Moment], panel: Panel, label: st
 
 
 def _thinned(moments: Sequence[Moment]) -> list[Moment]:
-    """At most one moment a bin of time."""
+    """Return at most `BINS` moments, the last one of each bin of time."""
     if len(moments) <= BINS:
         return list(moments)
     end_s = moments[-1].at_s or 1.0
@@ -223,11 +228,11 @@ def _thinned(moments: Sequence[Moment]) -> list[Moment]:
 
 
 def _by_policy(jobs: Iterable[JobRow], values: Values) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = defaultdict(list)
+    by_policy: dict[str, list[float]] = defaultdict(list)
     for job in jobs:
         if job.error is None:
-            found[job.policy] += values(job)
-    return found
+            by_policy[job.policy] += values(job)
+    return by_policy
 
 
 def _colour(summary: Summary, policy: str) -> str:

@@ -1,4 +1,4 @@
-"""A benchmark's report: one HTML file that needs nothing else, images within it; light and dark, wide and narrow."""
+"""A benchmark's report: one HTML file with its images embedded, for light and dark mode and any width."""
 
 import base64
 from html import escape
@@ -43,7 +43,10 @@ $notes
 
 
 def write(folder: Path) -> Path:
-    """Draw the plots and write `report.html` into a benchmark's folder. Raises InputError."""
+    """Draw the plots and write `report.html` into a benchmark's folder. Return its path.
+
+    Raises InputError if the folder holds no benchmark.
+    """
     summary = results.read_summary(folder)
     page = _PAGE.substitute(
         title=escape(f"{summary.workload}: {len(summary.policies)} policies"),
@@ -64,10 +67,10 @@ def _about(summary: Summary) -> str:
         if limit is not None
     )
     entries = {
-        "engines": "real" if summary.kind == "engines" else "modelled, on a clock that jumps",
+        "engines": "real" if summary.kind == "engines" else "modelled, in virtual time",
         "configuration": summary.config,
-        "repeats": f"{summary.repeats}, in turns; the same jobs at the same times for every policy",
-        "goodput": f"jobs that are right and meet: {slo}" if slo else "jobs that are right",
+        "repeats": f"{summary.repeats}; policies take turns, with the same jobs at the same times",
+        "goodput": f"jobs a second that are right and meet the SLO: {slo}" if slo else "jobs a second that are right",
         "calls": _calls(summary.stream_interval),
         "machine": ", ".join(f"{key} {value}" for key, value in summary.machine.items()),
         "started": f"{summary.started}, {summary.seconds:.0f} s",
@@ -78,7 +81,7 @@ def _about(summary: Summary) -> str:
 
 def _calls(stream_interval: int) -> str:
     if stream_interval > 1:
-        return f"{stream_interval} tokens come together, and ITL is a mean over them; no stall within them shows"
+        return f"{stream_interval} tokens arrive together; ITL is a mean over them and hides stalls within them"
     return "every token is streamed; TTFT, TPOT, ITL and E2EL are as vllm bench serve defines them"
 
 
@@ -89,8 +92,8 @@ def _table(summary: Summary, load: float) -> str:
     rows = "".join(_row(summary, point, points, names) for point in points)
     return (
         f"<h2>At load {load:g}</h2><div class=wide><table><thead><tr><th>policy</th>{heads}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div><p>Medians over the repeats, ranges below. Marked: the best of the "
-        f"policies{' (the limit, with memory for everyone, is none)' if summary.limit else ''}.</p>"
+        f"<tbody>{rows}</tbody></table></div><p>Medians over the repeats, with ranges below. The best policy is marked."
+        f"{' The limit has memory for all engines and is no policy.' if summary.limit else ''}</p>"
     )
 
 
@@ -105,13 +108,16 @@ def _row(summary: Summary, point: Point, points: list[Point], names: list[str]) 
 
 
 def best(name: str, points: list[Point]) -> set[str]:
-    """The policies with the best median of a metric; none where all are alike or no way is better."""
+    """Return the policies with the best median of a metric.
+
+    Return none if all are equal, or if neither direction is better.
+    """
     better = METRICS[name].better
     values = {point.policy: point.metrics[name].median for point in points if name in point.metrics}
     if better is None or len(set(values.values())) < 2:
         return set()
-    wanted = min(values.values()) if better == "lower" else max(values.values())
-    return {policy for policy, value in values.items() if value == wanted}
+    best_value = min(values.values()) if better == "lower" else max(values.values())
+    return {policy for policy, value in values.items() if value == best_value}
 
 
 def _cell(name: str, spread: Spread | None) -> str:
@@ -129,6 +135,6 @@ def _head(metric: Metric) -> str:
 def _figure(plot: Plot) -> str:
     data = base64.b64encode(plot.path.read_bytes()).decode()
     return (
-        f"<h2>{escape(plot.title)}</h2><p>{escape(plot.reading)}</p>"
+        f"<h2>{escape(plot.title)}</h2><p>{escape(plot.explanation)}</p>"
         f'<img alt="{escape(plot.title)}" src="data:image/png;base64,{data}">'
     )

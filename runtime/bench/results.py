@@ -1,7 +1,7 @@
-"""What a benchmark leaves in its folder, typed: `summary.json`, `jobs.jsonl` and `decisions.jsonl`.
+"""The files of a benchmark's folder: `summary.json`, `jobs.jsonl` and `decisions.jsonl`, as types to write and read.
 
-Metrics have the names and units of `vllm bench serve`: times of calls in milliseconds (ttft, tpot, itl, e2el),
-throughput per second. Those of jobs (jct) are in seconds.
+Metrics have the names and units of `vllm bench serve`: times of calls (ttft, tpot, itl, e2el) are in milliseconds, and
+throughputs are per second. Times of jobs (jct) are in seconds.
 """
 
 import json
@@ -22,7 +22,7 @@ SUMMARY, JOBS, DECISIONS = "summary.json", "jobs.jsonl", "decisions.jsonl"
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over the repeats."""
+    """The median and the range of a metric over the repeats."""
 
     median: float
     least: float
@@ -30,13 +30,16 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of at least one value."""
+        """Return the spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Slo:
-    """What a job has to meet to count as good: seconds; None is no limit. Times of calls are each job's worst."""
+    """The limits that a good job meets, in seconds. None is no limit.
+
+    `ttft_s` and `tpot_s` bound every call of the job.
+    """
 
     jct_s: float | None = None
     ttft_s: float | None = None
@@ -45,9 +48,14 @@ class Slo:
 
 @dataclass(frozen=True)
 class CallRow:
-    """One call of a job. Seconds: when it was asked, counted from the run's start; to its first token; to its last; the
-    mean between two tokens (0 for a single one); between each two messages from the engine, of a token each unless the
-    summary's `stream_interval` says otherwise."""
+    """One call of a job. All times are in seconds.
+
+    - `asked_s`: time of the call, from the start of the run
+    - `ttft_s`, `e2el_s`: from the call to its first and to its last token
+    - `tpot_s`: mean time between two tokens; 0 for a single token
+    - `itl_s`: times between successive messages of the engine. Each message carries one token, unless the summary's
+      `stream_interval` says otherwise.
+    """
 
     seat: str
     asked_s: float
@@ -61,10 +69,11 @@ class CallRow:
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job: a line of `jobs.jsonl`. `arrived_s` counts from the run's start, `jct_s` from the arrival to the answer.
+    """One job: a line of `jobs.jsonl`.
 
-    `gib_seconds` and `engine_seconds` are its part of the engines' memory and time, `cost` what that came to where the
-    configuration has a price.
+    `arrived_s` is in seconds from the start of the run, and `jct_s` in seconds from the arrival to the answer.
+    `gib_seconds` and `engine_seconds` are the job's part of the engines' memory and time. `cost` is the price of that
+    part, or None if the configuration has no price.
     """
 
     policy: str
@@ -84,9 +93,10 @@ class JobRow:
 
 @dataclass(frozen=True)
 class Moment:
-    """What the controller saw and did at one tick, `at_s` after the run's start: a line of `decisions.jsonl`.
+    """What the controller saw and did at one tick: a line of `decisions.jsonl`.
 
-    `seconds` is from looking to memory being moved; `cause` "tick", "a burst", ...
+    `at_s` is in seconds from the start of the run. `cause` is "tick", "a burst" and so on. `seconds` is the time from
+    the snapshot until the memory was moved.
     """
 
     policy: str
@@ -103,7 +113,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Run:
-    """One policy at one load in one repeat, and its metrics."""
+    """One policy at one load in one repeat, and its metrics. `order` is its place among the policies of the repeat."""
 
     policy: str
     load: float
@@ -114,7 +124,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy at one load: every metric over the repeats."""
+    """One policy at one load, and the spread of every metric over the repeats."""
 
     policy: str
     load: float
@@ -123,10 +133,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """`summary.json`. `limit` names the policy, if any, that had memory for everyone: no rival but what is possible.
+    """The content of `summary.json`.
 
-    `kind` is "engines" for real ones and "simulation" otherwise. `stream_interval` is how many tokens of a reply came
-    together: results that do not say it have 64, each of which has an equal part of the time in `itl_s`.
+    `kind` is "engines" for real engines and "simulation" for modelled ones. `limit` names the entry of `policies` that
+    had memory for all engines, if there is one. It shows what is possible and does not compete. `stream_interval` is
+    the number of tokens in one message of an engine. Results without this key have 64, whose time is divided equally in
+    `itl_s`.
     """
 
     kind: str
@@ -147,7 +159,7 @@ class Summary:
     stream_interval: int = 64
 
     def point(self, policy: str, load: float) -> Point:
-        """The figures of one policy at one load. Raises KeyError."""
+        """Return the metrics of one policy at one load. Raises KeyError if it did not run."""
         for point in self.points:
             if (point.policy, point.load) == (policy, load):
                 return point
@@ -161,37 +173,39 @@ _MOMENT = TypeAdapter(Moment)
 
 
 def points(runs: Iterable[Run]) -> tuple[Point, ...]:
-    """The spread of every metric over the repeats, in the order in which policies and loads first come. A metric that a
-    run does not have (of bursts, where there was none) is spread over those that have it."""
+    """Return the spread of every metric over the repeats, with policies and loads in the order of their first run.
+
+    A run can lack a metric: without a burst there is no reaction time. The spread is then over the runs that have it.
+    """
     grouped: dict[tuple[str, float], dict[str, list[float]]] = {}
     for run in runs:
-        found = grouped.setdefault((run.policy, run.load), {})
+        by_metric = grouped.setdefault((run.policy, run.load), {})
         for name, value in run.metrics.items():
-            found.setdefault(name, []).append(value)
+            by_metric.setdefault(name, []).append(value)
     return tuple(
-        Point(policy, load, {name: Spread.of(values) for name, values in found.items()})
-        for (policy, load), found in grouped.items()
+        Point(policy, load, {name: Spread.of(values) for name, values in by_metric.items()})
+        for (policy, load), by_metric in grouped.items()
     )
 
 
 def write(folder: Path, summary: Summary) -> None:
-    """Write `summary.json`; the other files are written as the runs go."""
+    """Write `summary.json`. `Output` writes the other files while the benchmark runs."""
     data = json.loads(_SUMMARY.dump_json(summary))
     (folder / SUMMARY).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def job_line(row: JobRow) -> bytes:
-    """A line of `jobs.jsonl`."""
+    """Return a line of `jobs.jsonl`."""
     return _JOB.dump_json(row) + b"\n"
 
 
 def moment_line(moment: Moment) -> bytes:
-    """A line of `decisions.jsonl`."""
+    """Return a line of `decisions.jsonl`."""
     return _MOMENT.dump_json(moment) + b"\n"
 
 
 def read_summary(folder: Path) -> Summary:
-    """Raises InputError, naming the key."""
+    """Read `summary.json`. Raises InputError, which names the file and the key."""
     path = folder / SUMMARY
     try:
         return _SUMMARY.validate_json(path.read_bytes())
@@ -202,12 +216,12 @@ def read_summary(folder: Path) -> Summary:
 
 
 def read_jobs(folder: Path) -> Iterator[JobRow]:
-    """The lines of `jobs.jsonl`. Raises InputError, naming line and key."""
+    """Yield the lines of `jobs.jsonl`. Raises InputError, which names the file, the line and the key."""
     yield from _lines(folder / JOBS, _JOB)
 
 
 def read_moments(folder: Path) -> Iterator[Moment]:
-    """The lines of `decisions.jsonl`. Raises InputError, naming line and key."""
+    """Yield the lines of `decisions.jsonl`. Raises InputError, which names the file, the line and the key."""
     yield from _lines(folder / DECISIONS, _MOMENT)
 
 

@@ -1,11 +1,13 @@
-"""Runs policies side by side over the same engines: every repeat plays every load under every policy, in turns.
+"""Run policies side by side on the same engines: each repeat plays every load under every policy in turn.
 
-The order rotates from repeat to repeat, and within a repeat every policy gets the same jobs at the same times.
+Within a repeat, every policy gets the same jobs at the same times. The order of the policies rotates from repeat to
+repeat.
 """
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.assembly import RunningTeam
 from runtime.bench.metrics import GIB, metrics
@@ -22,28 +24,50 @@ from runtime.events import Event
 from runtime.jobs.orchestrator import Orchestrator
 
 STREAM_INTERVAL = 1
-"""Every token is streamed, so that times between tokens are those of `vllm bench serve`."""
+"""Tokens in one message of an engine. With 1, times between tokens mean the same as in `vllm bench serve`."""
 SETTLE_S = 0.5
-"""Between two runs: the engines take up what the next policy begins with."""
+"""Pause before each run, in which the engines take up the first grants of the next policy."""
+WARM_UP = -1
+"""The repeat whose results are discarded."""
 LIMIT = "limit"
-"""The name under which memory for everyone runs."""
+"""Name of the run that has memory for all engines. It shows what is possible."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A policy as it takes part: its name in the results, the policy, and a budget of its own (bytes)."""
+    """A policy that takes part: its name in the results, the policy, and its own budget if it has one (bytes)."""
 
     name: str
     choice: PolicyChoice
     budget_bytes: int | None = None
 
 
+class _Turn(NamedTuple):
+    """One policy's play of the workload."""
+
+    policy: str
+    load: float
+    repeat: int
+
+    @property
+    def recorded(self) -> bool:
+        return self.repeat != WARM_UP
+
+    def __str__(self) -> str:
+        return f"{self.policy}, load {self.load:g}, repeat {self.repeat + 1}" if self.recorded else "warming up"
+
+
 @dataclass
 class Bench:
-    """One benchmark over a running team whose controller is entered.
+    """A benchmark over a running team, whose controller must have been entered.
 
-    `take_job` and `take_moment` are called with each row as it comes. `progress` is called when a run begins, with its
-    name and the seconds for which jobs will arrive in it.
+    - `orchestrators`: the orchestrator of each phase of the workload
+    - `contain`: makes the contained form of a policy
+    - `budget_bytes`: the memory that policies divide, unless a rival has its own budget
+    - `on_job`, `on_moment`: called with each row as it comes; not called during the warm-up
+    - `on_run`: called with the name of each run before it starts
+
+    `hear` must listen to the orchestrators' events, and `publish` must get the controller's records.
     """
 
     running_team: RunningTeam
@@ -51,77 +75,78 @@ class Bench:
     source: Source
     contain: Callable[[PolicyChoice], ContainedPolicy]
     budget_bytes: int
-    take_job: Callable[[JobRow], None] = lambda row: None
-    take_moment: Callable[[Moment], None] = lambda moment: None
-    progress: Callable[[str], None] = lambda name: None
+    on_job: Callable[[JobRow], None] = lambda row: None
+    on_moment: Callable[[Moment], None] = lambda moment: None
+    on_run: Callable[[str], None] = lambda name: None
     _player: Player | None = None
-    _now: tuple[str, float, int] | None = None
+    _turn: _Turn | None = None
     _started_s: float = 0.0
 
     async def run(self, rivals: list[Rival], loads: Iterable[float], repeats: int, warm_up: bool = True) -> list[Run]:
-        """All of it. The first play of all warms the engines up, and counts for nothing."""
+        """Run everything, and return the runs sorted by load, policy and repeat.
+
+        The warm-up is a play of the lowest load under the first policy. Its results are discarded.
+        """
         policies = {rival.name: self.contain(rival.choice) for rival in rivals}
         loads = list(loads)
         if warm_up:
-            await self._one(rivals[0], policies[rivals[0].name], min(loads), -1, 0)
+            await self._play(rivals[0], policies[rivals[0].name], _Turn(rivals[0].name, min(loads), WARM_UP))
         runs = []
         for repeat in range(repeats):
             for load in loads:
-                turn = repeat % len(rivals)
-                for order, rival in enumerate(rivals[turn:] + rivals[:turn]):
-                    runs.append(await self._one(rival, policies[rival.name], load, repeat, order))
+                first = repeat % len(rivals)
+                for order, rival in enumerate(rivals[first:] + rivals[:first]):
+                    turn = _Turn(rival.name, load, repeat)
+                    figures = await self._play(rival, policies[rival.name], turn)
+                    runs.append(Run(rival.name, load, repeat, order, figures))
         return sorted(runs, key=lambda run: (run.load, [r.name for r in rivals].index(run.policy), run.repeat))
 
-    async def _one(self, rival: Rival, guard: ContainedPolicy, load: float, repeat: int, order: int) -> Run:
-        self.progress(f"{rival.name}, load {load:g}, repeat {repeat + 1}" if repeat >= 0 else "warming up")
+    async def _play(self, rival: Rival, policy: ContainedPolicy, turn: _Turn) -> Mapping[str, float]:
+        """Play the workload once under a policy, and return the metrics.
+
+        Raises TroupeError if every job fails.
+        """
+        self.on_run(str(turn))
         controller, clock = self.running_team.controller, asyncio.get_running_loop().time
-        controller.use(guard, rival.budget_bytes or self.budget_bytes)
+        controller.use(policy, rival.budget_bytes or self.budget_bytes)
         await asyncio.sleep(SETTLE_S)
         rows: list[JobRow] = []
 
         def take(played: Played) -> None:
-            rows.append(_row(rival.name, load, repeat, played))
-            if repeat >= 0:
-                self.take_job(rows[-1])
+            rows.append(_row(turn, played))
+            if turn.recorded:
+                self.on_job(rows[-1])
 
-        self._player = player = Player(self.orchestrators, f"{rival.name}/{load:g}/{repeat}", take)
+        self._player = player = Player(self.orchestrators, f"{turn.policy}/{turn.load:g}/{turn.repeat}", take)
         controller.counts = counts = Counts()
-        preempted = self._preemptions()
-        self._started_s, self._now = clock(), (rival.name, load, repeat) if repeat >= 0 else None
-        seconds = await player.play(self.source.draw(load, repeat))
-        self._player = self._now = None
+        preemptions = self._preemptions()
+        self._started_s, self._turn = clock(), turn if turn.recorded else None
+        seconds = await player.play(self.source.draw(turn.load, turn.repeat))
+        self._player = self._turn = None
         if rows and all(row.error for row in rows):
-            raise TroupeError(f"under {rival.name} not one job was answered: {rows[0].error}")
-        figures = metrics(
-            rows,
-            seconds,
-            self.source.workload.limits,
-            counts,
-            self._preemptions() - preempted,
-        )
-        return Run(rival.name, load, repeat, order, figures)
+            raise TroupeError(f"under the policy {turn.policy} every job failed; the first error is: {rows[0].error}")
+        return metrics(rows, seconds, self.source.workload.limits, counts, self._preemptions() - preemptions)
 
     def hear(self, event: Event) -> None:
-        """A listener of the orchestrators."""
+        """Pass an event of the orchestrators to the current play."""
         if self._player is not None:
             self._player.hear(event)
 
     def publish(self, record: Record) -> None:
-        """Where the controller's records go."""
-        if self._now is not None:
-            self.take_moment(replace(moment(record, *self._now), at_s=record.snapshot.now_s - self._started_s))
+        """Pass a record of the controller to `on_moment`, with its time counted from the start of the current play."""
+        if self._turn is not None:
+            self.on_moment(_moment(record, self._turn, record.snapshot.now_s - self._started_s))
 
     def _preemptions(self) -> int:
         return sum(engine.stats().preemptions for engine in self.running_team.engines.values())
 
 
-def moment(record: Record, policy: str, load: float, repeat: int) -> Moment:
-    """A line of `decisions.jsonl`, on the controller's own clock."""
+def _moment(record: Record, turn: _Turn, at_s: float) -> Moment:
     return Moment(
-        policy=policy,
-        load=load,
-        repeat=repeat,
-        at_s=record.snapshot.now_s,
+        policy=turn.policy,
+        load=turn.load,
+        repeat=turn.repeat,
+        at_s=at_s,
         cause=record.cause,
         engines={name: EngineMoment.of(view) for name, view in record.snapshot.engines.items()},
         reasons=record.decision.reasons if record.decision else {"": record.fault or ""},
@@ -131,13 +156,13 @@ def moment(record: Record, policy: str, load: float, repeat: int) -> Moment:
     )
 
 
-def _row(policy: str, load: float, repeat: int, played: Played) -> JobRow:
+def _row(turn: _Turn, played: Played) -> JobRow:
     result = played.result
     costs = [used.cost for used in result.usage.values() if used.cost is not None]
     return JobRow(
-        policy=policy,
-        load=load,
-        repeat=repeat,
+        policy=turn.policy,
+        load=turn.load,
+        repeat=turn.repeat,
         phase=played.phase,
         id=result.id.rpartition("/")[2],
         arrived_s=played.arrived_s,

@@ -1,4 +1,4 @@
-"""A benchmark's main figures for the terminal."""
+"""A benchmark's main metrics, as a table for the terminal."""
 
 from rich.table import Table
 
@@ -16,7 +16,7 @@ COLUMNS = {
 
 
 def table(summary: Summary) -> Table:
-    """Medians over the repeats, with the ranges below where there were several. Fits 80 columns."""
+    """Return a table of medians over the repeats, with the ranges below them if they differ. It fits 80 columns."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
     shown.add_column("policy")
     if len(summary.loads) > 1:

@@ -1,8 +1,12 @@
-"""A workload: which problems come when, and how they are worked. Read from YAML, drawn the same from the same seed.
+"""Workloads: YAML files that say which problems arrive when, and by which workflow they are worked.
 
-Open loop: jobs come at a rate, whatever becomes of those before them; gaps are gamma-distributed, and `burstiness` is
-the distribution's shape as in `vllm bench serve`: 1 is Poisson, less comes in bursts, more evens out. Closed loop: so
-many jobs are open at all times. A trace: jobs come when its lines say.
+There are three kinds of load. The same seed always draws the same arrivals.
+
+- Open loop: jobs arrive at a rate, whether or not earlier jobs have ended. Gaps between arrivals are gamma-distributed.
+  `burstiness` is the shape of that distribution, as in `vllm bench serve`: 1 is a Poisson process, less is burstier,
+  and more is more even.
+- Closed loop: a fixed number of jobs is open at any time.
+- Trace: each line of a file gives the arrival time of a job.
 """
 
 import json
@@ -24,70 +28,96 @@ FOLDER = SHIPPED / "workloads"
 
 
 class Phase(Section):
-    """So many seconds of one kind of load. `workflow` is a name and options over the configuration's own;
-    `characters` bounds the length of the problems that are drawn."""
+    """A period of one kind of load: open loop with `jobs_per_s`, closed loop with `concurrency`."""
 
-    name: str = Field(min_length=1)
-    seconds: float = Field(gt=0, le=86400)
-    jobs_per_s: float | None = Field(default=None, gt=0, le=1e5)
-    burstiness: float = Field(default=1, gt=0, le=1e3)
-    concurrency: int | None = Field(default=None, ge=1, le=100_000)
-    workflow: Mapping[str, Any] = Field(default_factory=dict)
-    characters: tuple[int, int] | None = None
+    name: str = Field(min_length=1, description="Name of the phase, unique in its workload.")
+    seconds: float = Field(gt=0, le=86400, description="How long jobs arrive, in seconds.")
+    jobs_per_s: float | None = Field(default=None, gt=0, le=1e5, description="Rate of arrivals in an open loop.")
+    burstiness: float = Field(
+        default=1,
+        gt=0,
+        le=1e3,
+        description="Shape of the gamma distribution of the gaps between arrivals. 1 is a Poisson process, and less is "
+        "burstier.",
+    )
+    concurrency: int | None = Field(
+        default=None, ge=1, le=100_000, description="Number of jobs that a closed loop keeps open."
+    )
+    workflow: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="Name and options of the workflow. They replace those of the configuration.",
+    )
+    characters: tuple[int, int] | None = Field(
+        default=None, description="Shortest and longest problem to draw, in characters. By default any length."
+    )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _exactly_one_kind(self) -> Self:
         if (self.jobs_per_s is None) == (self.concurrency is None):
             raise ValueError("give jobs_per_s (open loop) or concurrency (closed loop)")
         return self
 
 
 class SloSection(Section):
-    """Limits in seconds; see results.Slo."""
+    """The limits that a good job meets. By default there is no limit."""
 
-    jct_s: float | None = Field(default=None, gt=0)
-    ttft_s: float | None = Field(default=None, gt=0)
-    tpot_s: float | None = Field(default=None, gt=0)
+    jct_s: float | None = Field(
+        default=None, gt=0, description="Job completion time (JCT): from the arrival to the answer, in seconds."
+    )
+    ttft_s: float | None = Field(
+        default=None, gt=0, description="Time to first token (TTFT) of every call of the job, in seconds."
+    )
+    tpot_s: float | None = Field(
+        default=None, gt=0, description="Mean time per output token (TPOT) of every call of the job, in seconds."
+    )
 
 
 class Workload(Section):
-    """Phases in order, `cycles` times over; or a `trace`, a file of lines {"at_s", "problem", "answer"}.
+    """The content of a workload file: either phases or a trace."""
 
-    `loads` multiply the rates, one run each. `problems` is a file as for `troupe solve --file`.
-    """
-
-    problems: str = "../problems/held-out.jsonl"
-    phases: tuple[Phase, ...] = ()
-    trace: str | None = None
-    cycles: int = Field(default=1, ge=1, le=10_000)
-    loads: tuple[float, ...] = Field(default=(1.0,), min_length=1)
-    slo: SloSection = SloSection()
+    problems: str = Field(
+        default="../problems/held-out.jsonl",
+        description="File of problems to draw from, in the format of `troupe solve --file`. A relative path starts at "
+        "the folder of the workload.",
+    )
+    phases: tuple[Phase, ...] = Field(default=(), description="The phases, in order.")
+    trace: str | None = Field(
+        default=None,
+        description='File of arrivals instead of phases, one JSON object a line: {"at_s", "problem", "answer"}.',
+    )
+    cycles: int = Field(default=1, ge=1, le=10_000, description="How often the phases are repeated.")
+    loads: tuple[float, ...] = Field(
+        default=(1.0,),
+        min_length=1,
+        description="Multiples of the rates. The workload runs once at each.",
+    )
+    slo: SloSection = Field(default=SloSection(), description="The limits that a good job meets.")
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> Self:
+    def _consistent(self) -> Self:
         if bool(self.phases) == (self.trace is not None):
-            raise ValueError("give phases or a trace")
+            raise ValueError("give either phases or a trace")
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
-            raise ValueError("phases: two have the same name")
+            raise ValueError("phases: two phases have the same name; give each its own")
         if any(not 0 < load <= 1000 for load in self.loads):
-            raise ValueError("loads: each is above 0 and at most 1000")
+            raise ValueError("loads: every load must be above 0 and at most 1000")
         return self
 
     @property
     def limits(self) -> Slo:
-        """The SLO as results carry it."""
+        """Return the SLO in the form of the results."""
         return Slo(self.slo.jct_s, self.slo.ttft_s, self.slo.tpot_s)
 
     @property
     def seconds(self) -> float:
-        """How long jobs go on coming; 0 for a trace."""
+        """Return how long jobs arrive, in seconds; 0 for a trace."""
         return self.cycles * sum(phase.seconds for phase in self.phases)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One job of a workload: when it comes (seconds from the start), in which phase, and the problem."""
+    """The arrival of one job, `at_s` seconds after the start."""
 
     at_s: float
     phase: str
@@ -96,7 +126,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class ClosedPhase:
-    """So many jobs at all times from `at_s` on, for `seconds`, of these problems in turn."""
+    """A phase that keeps `concurrency` jobs open from `at_s`, for `seconds`. It takes the problems in turn."""
 
     at_s: float
     seconds: float
@@ -107,7 +137,7 @@ class ClosedPhase:
 
 @dataclass(frozen=True)
 class Script:
-    """A workload drawn: what comes when."""
+    """A drawn workload: every arrival and every closed-loop phase."""
 
     arrivals: tuple[Arrival, ...]
     closed: tuple[ClosedPhase, ...]
@@ -115,7 +145,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Source:
-    """A workload with the problems that it names."""
+    """A workload and the problems or arrivals from the files that it names."""
 
     name: str
     workload: Workload
@@ -123,7 +153,7 @@ class Source:
     trace: tuple[Arrival, ...] = ()
 
     def draw(self, load: float, seed: int) -> Script:
-        """What comes when, at a load; the same for the same seed, and for every policy."""
+        """Return the arrivals at a load. They depend only on the load and the seed, so every policy gets the same."""
         if self.trace:
             return Script(tuple(Arrival(a.at_s / load, a.phase, a.problem) for a in self.trace), ())
         arrivals: list[Arrival] = []
@@ -132,40 +162,48 @@ class Source:
         for cycle in range(self.workload.cycles):
             for phase in self.workload.phases:
                 rng = random.Random(f"{seed}/{cycle}/{phase.name}")
-                drawn = self._of(phase)
+                candidates = self._candidates(phase)
                 if phase.concurrency is not None:
-                    order = tuple(rng.sample(drawn, len(drawn)))
+                    order = tuple(rng.sample(candidates, len(candidates)))
                     count = max(1, round(phase.concurrency * load))
                     closed.append(ClosedPhase(start_s, phase.seconds, phase.name, count, order))
                 else:
-                    arrivals += _open(phase, load, start_s, drawn, rng)
+                    arrivals += _open_loop(phase, load, start_s, candidates, rng)
                 start_s += phase.seconds
         return Script(tuple(arrivals), tuple(closed))
 
-    def _of(self, phase: Phase) -> Sequence[Problem]:
+    def _candidates(self, phase: Phase) -> Sequence[Problem]:
         low, high = phase.characters or (0, 1 << 30)
-        found = [problem for problem in self.problems if low <= len(problem.problem) <= high]
-        if not found:
-            raise ConfigError(f"workload {self.name}: phases.{phase.name}.characters: no problem is that long")
-        return found
+        candidates = [problem for problem in self.problems if low <= len(problem.problem) <= high]
+        if not candidates:
+            raise ConfigError(
+                f"workload {self.name}: phases.{phase.name}.characters: no problem has {low} to {high} characters"
+            )
+        return candidates
 
 
-def _open(phase: Phase, load: float, start_s: float, drawn: Sequence[Problem], rng: random.Random) -> list[Arrival]:
+def _open_loop(
+    phase: Phase, load: float, start_s: float, candidates: Sequence[Problem], rng: random.Random
+) -> list[Arrival]:
     assert phase.jobs_per_s is not None
     rate = phase.jobs_per_s * load
+    scale_s = 1 / (rate * phase.burstiness)
     arrivals: list[Arrival] = []
     at_s = start_s
-    while (at_s := at_s + rng.gammavariate(phase.burstiness, 1 / (rate * phase.burstiness))) < start_s + phase.seconds:
-        arrivals.append(Arrival(at_s, phase.name, rng.choice(drawn)))
+    while (at_s := at_s + rng.gammavariate(phase.burstiness, scale_s)) < start_s + phase.seconds:
+        arrivals.append(Arrival(at_s, phase.name, rng.choice(candidates)))
     return arrivals
 
 
 def load(name: str) -> Source:
-    """A workload by its file or, for a shipped one, by name. Raises ConfigError or InputError: file, key or line."""
+    """Read a workload, given by its path or by the name of a shipped one.
+
+    Raises ConfigError or InputError, which names the file and the key or line.
+    """
     path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.yaml"
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise ConfigError(f"there is no file {name!r}, and no shipped workload of that name; known: {shipped}")
+        raise ConfigError(f"there is no file and no shipped workload {name!r}; shipped are {shipped}")
     try:
         workload = Workload.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -176,19 +214,22 @@ def load(name: str) -> Source:
     if faults := [problem.fault for problem in asked if problem.fault]:
         raise InputError(faults[0])
     source = Source(path.stem, workload, tuple(asked))
-    source.draw(1, 0)  # a phase that finds no problem is told now
+    source.draw(1, 0)  # raises now if a phase has no problem to draw
     return source
 
 
 def read_trace(path: Path) -> tuple[Arrival, ...]:
-    """The lines of a trace, by time. Raises InputError with line and key."""
+    """Read the arrivals of a trace, sorted by time. Raises InputError, which names the file, the line and the key."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None
     arrivals = [_trace_line(text, f"{path}, line {n}", n) for n, text in enumerate(lines, start=1) if text.strip()]
     if not arrivals:
-        raise InputError(f'{path}: no lines; write such as {{"at_s": 0.5, "problem": "12+7", "answer": "19"}}')
+        raise InputError(
+            f"{path}: the file has no lines; write one for each job, such as "
+            '{"at_s": 0.5, "problem": "12+7", "answer": "19"}'
+        )
     return tuple(sorted(arrivals, key=lambda arrival: arrival.at_s))
 
 
@@ -198,13 +239,13 @@ def _trace_line(text: str, place: str, number: int) -> Arrival:
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from None
     if not isinstance(data, dict) or (unknown := sorted(set(data) - {"at_s", "problem", "answer", "id"})):
-        extra = f"unknown key {unknown[0]!r}" if isinstance(data, dict) else "not an object"
-        raise InputError(f"{place}: {extra}; known are at_s, problem, answer and id")
+        complaint = f"unknown key {unknown[0]!r}" if isinstance(data, dict) else "not an object"
+        raise InputError(f"{place}: {complaint}; give an object with the keys at_s, problem, answer and id")
     at_s, problem, answer = data.get("at_s"), data.get("problem"), data.get("answer")
     if isinstance(at_s, bool) or not isinstance(at_s, int | float) or not 0 <= at_s < 1e9:
-        raise InputError(f"{place}: at_s: seconds from the start, a number not below 0, not {at_s!r}")
+        raise InputError(f"{place}: at_s: give the seconds from the start, at least 0, not {at_s!r}")
     if not isinstance(problem, str) or not problem.strip():
-        raise InputError(f"{place}: problem: a text, not {problem!r}")
+        raise InputError(f"{place}: problem: give a text, not {problem!r}")
     return Arrival(
         at_s, "trace", Problem(str(data.get("id", number)), problem, None if answer is None else str(answer))
     )
@@ -214,7 +255,7 @@ def _complaint(error: dict[str, Any]) -> str:
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         kinds: dict[str, type[Section]] = {"phases": Phase, "slo": SloSection}
-        known = kinds.get(str(error["loc"][0]), Workload) if len(error["loc"]) > 1 else Workload
-        return f"{place}: unknown key; known: {', '.join(known.model_fields)}"
+        section = kinds.get(str(error["loc"][0]), Workload) if len(error["loc"]) > 1 else Workload
+        return f"{place}: unknown key; known keys are {', '.join(section.model_fields)}"
     message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     return f"{place}: {message}" if place else message

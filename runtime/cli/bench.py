@@ -1,4 +1,4 @@
-"""`troupe bench`: policies side by side on real engines."""
+"""`troupe bench`: run a workload under several policies on real engines, and compare two results."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill"
 
 
 class _RunByDefault(click.Group):
-    """A group whose first word may be left out: `troupe bench phases` is `troupe bench run phases`."""
+    """A group whose default command is `run`: `troupe bench phases` is `troupe bench run phases`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
@@ -44,23 +44,43 @@ class _RunByDefault(click.Group):
 
 @click.group(cls=_RunByDefault)
 def bench() -> None:
-    """Run a workload under several allocation policies in turn, and write figures, plots and a report.
+    """Run a workload under several memory policies in turn, and write metrics, plots and a report.
 
     \b
-    troupe bench phases                        the shipped phase-shifting workload, on the embedded team
+    troupe bench phases                        a shipped workload on the embedded team
     troupe bench my.yaml --policies static,waterfill --repeats 5 --out results
     troupe bench compare results-a results-b
     """
 
 
 def options(command: click.decorators.FC) -> click.decorators.FC:
-    """What benchmarks and simulations have in common."""
+    """Add the options that `troupe bench` and `troupe simulate` share."""
     for option in (
-        click.option("--policies", "-p", default=POLICIES, show_default=True, help="Names, separated by commas."),
-        click.option("--loads", help="Multiples of the workload's rate, separated by commas."),
-        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True),
-        click.option("--limit/--no-limit", default=True, help="Also with memory for everyone: what is possible."),
-        click.option("--out", "-o", type=click.Path(path_type=Path), help="The folder for results."),
+        click.option(
+            "--policies", "-p", default=POLICIES, show_default=True, help="Policies to run, separated by commas."
+        ),
+        click.option(
+            "--loads", help="Multiples of the workload's rates, separated by commas [default: the workload's own]."
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(1),
+            default=3,
+            show_default=True,
+            help="How often to run each policy at each load.",
+        ),
+        click.option(
+            "--limit/--no-limit",
+            default=True,
+            show_default=True,
+            help="Also run with memory for all engines, to show what is possible.",
+        ),
+        click.option(
+            "--out",
+            "-o",
+            type=click.Path(path_type=Path),
+            help="Folder for the results [default: a new one in the current folder].",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
     ):
         command = option(command)
@@ -69,7 +89,9 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
 
 @bench.command()
 @click.argument("workload_name", metavar="[WORKLOAD]", default="phases")
-@click.option("--config", "-c", default="embedded-scarce", show_default=True, help="A file, or a shipped name.")
+@click.option(
+    "--config", "-c", default="embedded-scarce", show_default=True, help="Configuration: a file or a shipped name."
+)
 @options
 def run(
     workload_name: str,
@@ -81,7 +103,7 @@ def run(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Run WORKLOAD (a file, or a shipped name) on real engines under every policy in turn."""
+    """Run WORKLOAD, a file or a shipped name, on real engines under each policy in turn."""
     chosen = configuration.load(config)
     source = workload.load(workload_name)
     plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
@@ -93,24 +115,24 @@ def run(
 @bench.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--all", "everything", is_flag=True, help="Every metric, not the main ones alone.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--all", "everything", is_flag=True, help="Show every metric, not only the main ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(a: Path, b: Path, everything: bool, as_json: bool) -> None:
-    """Hold the results in folder B against those in folder A: ratios, and what is more than noise."""
+    """Compare the results in folder B with those in folder A: ratios of medians, and which exceed the noise."""
     from runtime.bench import compare as comparing
 
-    found = comparing.compare(a, b)
+    comparison = comparing.compare(a, b)
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(comparison)))
         return
-    for warning in found.warnings:
+    for warning in comparison.warnings:
         click.echo(f"note: {warning}", err=True)
-    Console().print(comparing.table(found, everything))
+    Console().print(comparing.table(comparison, everything))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run, and where the results go."""
+    """What to run, and where the results go."""
 
     config: Config
     source: Source
@@ -126,35 +148,40 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """How many plays of the workload, the warm-up among them."""
+        """Return the number of plays of the workload, including the warm-up."""
         return (len(self.rivals) + self.limit) * len(self.loads) * self.repeats + 1
 
 
 def rivals(policies: str) -> list[PolicyChoice]:
-    """The policies of an option. Raises ConfigError for one that there is not."""
-    found = [PolicyChoice(name=name.strip()) for name in policies.split(",") if name.strip()]
-    if not found or len({choice.name for choice in found}) < len(found):
-        raise ConfigError("--policies: give at least one, and none twice")
-    for choice in found:
+    """Return the policies that `--policies` names. Raises ConfigError for an unknown or repeated one."""
+    choices = [PolicyChoice(name=name.strip()) for name in policies.split(",") if name.strip()]
+    if not choices or len({choice.name for choice in choices}) < len(choices):
+        raise ConfigError(f"--policies: give at least one policy, and none twice, not {policies!r}")
+    for choice in choices:
         catalogue.make(choice.name, place="--policies")
-    return found
+    return choices
 
 
 def parse_loads(text: str | None, source: Source) -> tuple[float, ...]:
-    """The loads of an option, by default the workload's own. Raises InputError."""
+    """Return the loads that `--loads` names, or the workload's own. Raises InputError for a wrong one."""
     if text is None:
         return source.workload.loads
     try:
-        found = tuple(float(part) for part in text.split(","))
+        loads = tuple(float(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or not all(0 < load <= 1000 for load in found) or len(set(found)) < len(found):
-        raise InputError(f"--loads: numbers above 0, separated by commas, none twice; not {text!r}")
-    return found
+        loads = ()
+    if not loads or not all(0 < load <= 1000 for load in loads) or len(set(loads)) < len(loads):
+        raise InputError(
+            f"--loads: give numbers above 0 and at most 1000, separated by commas, none twice, not {text!r}"
+        )
+    return loads
 
 
 def phase_teams(config: Config, source: Source) -> dict[str, Team]:
-    """The team of every phase: the configuration's with what the phase says of its workflow. Raises ConfigError."""
+    """Return the team of each phase: that of the configuration, with the phase's own workflow and options.
+
+    Raises ConfigError if a phase's workflow or option is wrong, and InputError if its team cannot work a problem.
+    """
     if source.trace:
         return {"trace": assemble(config)}
     teams = {}
@@ -175,7 +202,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     folder = run_folder.create()
     logs.log_to(folder)
     config = plan.config
-    everyone = assemble(config)
+    whole_team = assemble(config)
     benches: list[Bench] = []
 
     def hear(event: Event) -> None:
@@ -192,7 +219,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     async with AsyncExitStack() as owned:
         output = owned.enter_context(Output(plan.folder))
         bar = await owned.enter_async_context(Bar(plan))
-        running = await owned.enter_async_context(start_team(config, everyone, folder, hear, publish))
+        running = await owned.enter_async_context(start_team(config, whole_team, folder, hear, publish))
         ledger = running.sharing.ledger
         device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
@@ -202,9 +229,9 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
             plan.source,
             policies.contain,
             ledger.budget_bytes,
-            output.job,
-            output.moment,
-            bar.next,
+            on_job=output.job,
+            on_moment=output.moment,
+            on_run=bar.next,
         )
         benches.append(bench)
         runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats)
@@ -213,13 +240,13 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
 
 
 def taking_part(plan: Plan, device_bytes: int) -> list[Rival]:
-    """The policies, and memory for everyone."""
+    """Return the policies of the plan and, if it asks for it, the run with memory for all engines."""
     limit = [Rival(LIMIT, PolicyChoice(name="static"), device_bytes)] if plan.limit else []
     return [Rival(choice.name, choice) for choice in plan.rivals] + limit
 
 
 def summarise(plan: Plan, kind: str, started: tuple[str, float], runs: list[results.Run]) -> Summary:
-    """The summary of all runs, written to the folder."""
+    """Write the summary of all runs to the plan's folder, and return it."""
     summary = Summary(
         kind=kind,
         workload=plan.source.name,
@@ -242,19 +269,19 @@ def summarise(plan: Plan, kind: str, started: tuple[str, float], runs: list[resu
 
 
 def finish(plan: Plan, summary: Summary, as_json: bool) -> None:
-    """Draw, write the report, and say where it is."""
-    from runtime.bench import report  # draws: matplotlib takes a second to import
+    """Draw the plots, write the report, and print the summary and the report's path."""
+    from runtime.bench import report  # matplotlib takes a second to import
 
-    written = report.write(plan.folder)
+    report_path = report.write(plan.folder)
     if as_json:
         click.echo((plan.folder / results.SUMMARY).read_text(encoding="utf-8").strip())
         return
     Console().print(table(summary))
-    click.echo(f"{written}")
+    click.echo(f"{report_path}")
 
 
 class Bar:
-    """Progress with the time that is left: an async context manager."""
+    """A progress bar with the remaining time. An async context manager."""
 
     def __init__(self, plan: Plan) -> None:
         self._each_s = max(plan.source.workload.seconds, 1.0) + SETTLE_S
@@ -277,13 +304,13 @@ class Bar:
         self._bar.stop()
 
     def next(self, name: str) -> None:
-        """A run begins."""
+        """Start the next run."""
         self._run += 1
         self._began_s = time.monotonic()
         self.describe(name)
 
     def describe(self, text: str) -> None:
-        """Say what goes on."""
+        """Show a description beside the bar."""
         self._bar.update(self._task, description=text)
 
     async def _tick(self) -> None:

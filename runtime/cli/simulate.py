@@ -1,4 +1,4 @@
-"""`troupe simulate`: policies without engines."""
+"""`troupe simulate`: run policies over modelled engines, and print the simulation of the paper."""
 
 import json
 import time
@@ -36,55 +36,58 @@ from runtime.simulation import fit as fitting
 from runtime.simulation import load as model
 from runtime.simulation import paper as paper_model
 from runtime.simulation import virtual_time
-from runtime.simulation.fit import Seen
+from runtime.simulation.assembly import MODEL as CONSTANTS
+from runtime.simulation.fit import Measurement
 from runtime.simulation.load import Model
 from runtime.simulation.paper import Row
-
-CONSTANTS = SHIPPED / "simulation" / "embedded.yaml"
 
 
 @click.group()
 def simulate() -> None:
-    """Policies without engines: the paper's own simulation, and a request-level one on a clock that jumps."""
+    """Simulate policies without real engines, in virtual time, and reproduce the paper's simulation."""
 
 
 @simulate.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def paper(as_json: bool) -> None:
-    """Print the table of arXiv 2512.22149 from its parameters, beside what it published, and what it is made of."""
+    """Reproduce the table of arXiv 2512.22149 from its parameters, beside the published figures, and explain it."""
     rows = paper_model.table()
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows]))
         return
     shown = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("policy", "mean latency", "of it charged", "requests/s", "left in queues", "cost", "published"):
-        shown.add_column(column, justify="left" if column in ("policy", "published") else "right", no_wrap=True)
+    for column in ("policy", "latency", "charged", "requests/s", "queued", "cost", "published"):
+        is_text = column in ("policy", "published")
+        shown.add_column(column, justify="left" if is_text else "right", no_wrap=column != "published")
     for row in rows:
         figures = (f"{row.latency_s:.2f} s", f"{row.charged_s:.0f} s", f"{row.requests_per_s:.2f}")
         shown.add_row(row.policy, *figures, f"{row.left_in_queues:.0f}", f"${row.cost:.3f}", row.published)
     Console().print(shown)
-    click.echo(_what_it_is_made_of(*rows))
+    click.echo(_explanation(*rows))
 
 
-def _what_it_is_made_of(static: Row, turns: Row, adaptive: Row) -> str:
-    asked = sum(agent.arrivals / agent.throughput for agent in paper_model.AGENTS)
+def _explanation(static: Row, round_robin: Row, adaptive: Row) -> str:
+    gpus = sum(agent.arrivals / agent.throughput for agent in paper_model.AGENTS)
+    without_charge_s = round_robin.latency_s - round_robin.charged_s
     return f"""
-Algorithm 1 is {1 - adaptive.latency_s / turns.latency_s:.1%} below round-robin. But {turns.charged_s:.0f} of \
-round-robin's {turns.latency_s:.1f} s are the {paper_model.NO_SHARE_S:.0f} s
-that an agent is charged in every step that is not its turn; without them it is at \
-{turns.latency_s - turns.charged_s:.1f} s, below both
-others. The agents ask for {asked:.2f} GPUs of one, so every queue grows for ever, whatever the policy.
-Against static, Algorithm 1 gains nothing here ({adaptive.latency_s:.1f} to {static.latency_s:.1f} s)."""
+Algorithm 1 is {1 - adaptive.latency_s / round_robin.latency_s:.1%} below round-robin, as published.
+But {round_robin.charged_s:.0f} s of round-robin's mean come from the {paper_model.NO_SHARE_S:.0f} s that an agent
+is charged in each step that is not its turn. Without the charge,
+round-robin is at {without_charge_s:.1f} s, below both others.
+The agents need {gpus:.2f} GPUs and have one, so every queue grows without bound
+under any policy. Algorithm 1 is no better than static here."""
 
 
 @simulate.command()
 @click.argument("workload_name", metavar="[WORKLOAD]", default="phases")
-@click.option("--config", "-c", default="embedded-scarce", show_default=True, help="A file, or a shipped name.")
+@click.option(
+    "--config", "-c", default="embedded-scarce", show_default=True, help="Configuration: a file or a shipped name."
+)
 @click.option(
     "--constants",
     type=click.Path(path_type=Path),
     default=CONSTANTS,
-    help="The engines' constants, as `troupe simulate fit` writes them.",
+    help="File of the engines' constants, from `troupe simulate fit` [default: those of the embedded team].",
 )
 @options
 def load(
@@ -98,9 +101,9 @@ def load(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Run WORKLOAD over modelled engines under every policy; what is printed and written is as with `troupe bench`.
+    """Run WORKLOAD over modelled engines under each policy, and print and write the same as `troupe bench`.
 
-    The team has to be the embedded one: modelled engines reply as flawless ones would.
+    Only the embedded team can be simulated: the modelled engines give its correct replies.
     """
     chosen = configuration.load(config)
     source = workload.load(workload_name)
@@ -108,7 +111,10 @@ def load(
     teams = phase_teams(chosen, source)
     budget_bytes = chosen.device.kv_cache_memory_bytes
     if budget_bytes is None:
-        raise ConfigError(f"{chosen.source}: device.kv_cache_memory_bytes: missing; a simulation needs it")
+        raise ConfigError(
+            f"{chosen.source}: device.kv_cache_memory_bytes: this key is required for a simulation; "
+            "give the KV cache of all engines together, such as 18MiB"
+        )
     simulated = Simulated(assemble(chosen), teams, model.read(constants), _oracle, budget_bytes)
     _run(plan, simulated, as_json)
 
@@ -116,7 +122,7 @@ def load(
 @simulate.command()
 @options
 def agents(policies: str, loads: str | None, repeats: int, limit: bool, out: Path | None, as_json: bool) -> None:
-    """Run the paper's four agents at the level of requests, at loads of 0.3 to 1.5 GPUs' worth."""
+    """Simulate the paper's four agents request by request, at loads of 0.3 to 1.5 GPUs."""
     source = paper_agents.AgentsSource()
     plan = Plan(
         configuration.load("embedded"), source, rivals(policies), parse_loads(loads, source), repeats, limit, out
@@ -133,10 +139,13 @@ def agents(policies: str, loads: str | None, repeats: int, limit: bool, out: Pat
 
 @dataclass(frozen=True)
 class Simulated:
-    """A team over modelled engines: all its seats, the team of every phase, what the engines reply, and the KV cache
-    that they share (bytes)."""
+    """A team over modelled engines.
 
-    everyone: Team
+    `whole_team` has all seats, and `teams` has the team of each phase. `script` gives the engines' replies. The engines
+    share `budget_bytes` of KV cache.
+    """
+
+    whole_team: Team
     teams: Mapping[str, Team]
     model: Model
     script: Script
@@ -151,54 +160,58 @@ def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
 
 
 @simulate.command()
-@click.option("--config", "-c", default="embedded", show_default=True, help="A file, or a shipped name.")
+@click.option("--config", "-c", default="embedded", show_default=True, help="Configuration: a file or a shipped name.")
 @click.option(
-    "--problems", "count", type=click.IntRange(1), default=60, show_default=True, help="Whose calls are used."
+    "--problems",
+    "count",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    help="Number of problems whose calls are recorded.",
 )
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="The file to write [default: standard output].")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write [default: standard output].")
 def fit(config: str, count: int, out: Path | None) -> None:
-    """Measure a configuration's engines, and write the constants of their model as YAML."""
+    """Measure the engines of a configuration, and write the constants of their model as YAML."""
     chosen = configuration.load(config)
     asked = problems.read(SHIPPED / "problems" / "held-out.jsonl")[:count]
-    found, seen = interrupt.run(_fit(chosen, [Job(p.id, p.problem, p.expected) for p in asked]))
-    worst = max(
-        abs(found.engines[one.engine].step_s + found.engines[one.engine].token_s * one.sequences - one.step_s)
-        / one.step_s
-        for one in seen
-    )
+    fitted, measurements = interrupt.run(_fit(chosen, [Job(p.id, p.problem, p.expected) for p in asked]))
+    worst = max(abs(fitted.engines[m.engine].decode_step_s(m.sequences) - m.step_s) / m.step_s for m in measurements)
     machine = " ".join(f"{key} {value}" for key, value in output_machine().items())
-    described = found.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"})
+    described = fitted.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"})
     text = configuration.as_yaml(described)
     if out:
         out.write_text(text, encoding="utf-8")
     else:
         click.echo(text, nl=False)
-    click.echo(f"lanes {found.lanes:.2f}; a step's time is at most {worst:.0%} from what was measured", err=True)
+    click.echo(
+        f"lanes {fitted.lanes:.2f}; the modelled time of a step differs by at most {worst:.0%} from the measured one",
+        err=True,
+    )
 
 
-async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Seen]]:
+async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Measurement]]:
     folder = run_folder.create()
     logs.log_to(folder)
     team = assemble(config)
-    quiet = config.model_copy(update={"control": Control(policy=PolicyChoice(name="static"))})
+    static = config.model_copy(update={"control": Control(policy=PolicyChoice(name="static"))})
 
     def progress(text: str) -> None:
         click.echo(f"\r\033[K{text}", nl=False, err=True)
 
     progress("starting the engines")
-    async with start_team(quiet, team, folder) as running:
-        found = await fitting.fit(team, running.engines, jobs, progress)
+    async with start_team(static, team, folder) as running:
+        fitted = await fitting.fit(team, running.engines, jobs, progress)
     click.echo("\r\033[K", nl=False, err=True)
-    return found
+    return fitted
 
 
 async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Run]:
     control = plan.config.control
     benches: list[Bench] = []
-    left = iter(range(plan.runs - 1, 0, -1))
+    runs_to_go = iter(range(plan.runs - 1, 0, -1))
 
     def progress(name: str) -> None:
-        click.echo(f"\r\033[K{name} ({next(left)} to go)", nl=False, err=True)
+        click.echo(f"\r\033[K{name} ({next(runs_to_go)} to go)", nl=False, err=True)
 
     def hear(event: Event) -> None:
         for bench in benches:
@@ -211,7 +224,7 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
     scripts = dict.fromkeys(simulated.model.engines, simulated.script)
     async with model.engines(simulated.model, scripts, simulated.budget_bytes) as (engines, sharing):
         policies = ContainedPolicies(control.policy, control.shadow, threads=False)
-        running = RunningTeam(simulated.everyone, engines, sharing, control, policies, listener=hear, publish=publish)
+        running = RunningTeam(simulated.whole_team, engines, sharing, control, policies, listener=hear, publish=publish)
         orchestrators = {
             phase: running.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
         }
@@ -221,9 +234,9 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             plan.source,
             policies.contain,
             simulated.budget_bytes,
-            output.job,
-            output.moment,
-            progress,
+            on_job=output.job,
+            on_moment=output.moment,
+            on_run=progress,
         )
         benches.append(bench)
         device_bytes = min(engine.limits.device_bytes for engine in engines.values())
@@ -234,5 +247,5 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
 
 
 def _oracle(request: GenerateRequest) -> str:
-    """What a flawless model of the embedded team would reply."""
+    """Return the correct reply of the embedded team's models."""
     return oracle.reply(request.messages[-1].content)

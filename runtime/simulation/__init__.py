@@ -1,1 +1,1 @@
-"""Policies without engines: the paper's own model, and a request-level one on a virtual clock."""
+"""Simulations of policies without engines: the paper's model, and a request-level model in virtual time."""

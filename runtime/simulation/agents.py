@@ -1,10 +1,10 @@
-"""The paper's four agents at the level of requests: independent callers whose engines serve in proportion to their
-share.
+"""The paper's four agents as a request-level simulation: independent callers, each with its own engine.
 
 An agent that serves T requests a second on a whole GPU has an engine with 100 places, one for each hundredth of the
-memory, and a request takes 100 / T seconds in one: with a share g it serves g T, as in the paper. Unlike there,
-requests come one by one (Poisson), and their latency is that of requests that were answered. A load of 1 is one GPU's
-worth, the arrival rates in the paper's proportions.
+memory. A request occupies a place for 100 / T seconds. With a share g, the engine therefore serves g T requests a
+second, as in the paper. Unlike in the paper, requests arrive one by one (as a Poisson process), and latency is measured
+on answered requests. At a load of 1, the agents together need one whole GPU. Their arrival rates keep the paper's
+proportions.
 """
 
 import random
@@ -21,12 +21,14 @@ from runtime.simulation.paper import AGENTS
 
 PLACES = 100
 TOKENS = 10
+"""Length of a reply. It only divides the time of a request into steps."""
 PLACE_BYTES = 1 << 20
 SECONDS = 60.0
+"""How long requests arrive."""
 
 
 class Caller(Role):
-    """Asks for an answer and takes whatever comes."""
+    """A role that asks for an answer and accepts any text."""
 
     name = "caller"
     takes = (AnswerTask,)
@@ -39,10 +41,10 @@ class Caller(Role):
 
 
 class OneCall(Workflow):
-    """A job is one call to one seat."""
+    """A workflow of one call to one seat."""
 
     class Options(Value):
-        """Whose call it is."""
+        """The seat that is called."""
 
         seat: str
 
@@ -67,25 +69,25 @@ class OneCall(Workflow):
 
 @dataclass(frozen=True)
 class AgentsSource(Source):
-    """Poisson arrivals of every agent, on top of one another."""
+    """The superposed Poisson arrivals of all agents."""
 
     name: str = "the paper's agents"
     workload: Workload = field(default_factory=lambda: Workload(trace="none", loads=(0.3, 0.6, 0.9, 1.2, 1.5)))
     problems: tuple[Problem, ...] = ()
 
     def draw(self, load: float, seed: int) -> Script:
-        asked = sum(agent.arrivals / agent.throughput for agent in AGENTS)
+        gpus = sum(agent.arrivals / agent.throughput for agent in AGENTS)
         arrivals = []
         for agent in AGENTS:
             rng = random.Random(f"{seed}/{agent.name}")
             at_s = 0.0
-            while (at_s := at_s + rng.expovariate(agent.arrivals * load / asked)) < SECONDS:
+            while (at_s := at_s + rng.expovariate(agent.arrivals * load / gpus)) < SECONDS:
                 arrivals.append(Arrival(at_s, agent.name, Problem("", "x")))
         return Script(tuple(sorted(arrivals, key=lambda arrival: arrival.at_s)), ())
 
 
 def model() -> Model:
-    """One engine an agent; places do not slow each other."""
+    """Return one engine for each agent. Busy places do not slow each other down."""
     return Model(
         lanes=len(AGENTS),
         engines={
@@ -103,7 +105,7 @@ def model() -> Model:
 
 
 def team() -> Team:
-    """All four seats, with the paper's minimum shares and priorities; `alone` has the team of one of them."""
+    """Return the team of all four agents, with the paper's minimum shares and priorities."""
     seats = {
         agent.name: Seat(agent.name, Caller(), agent.name, Sampling(), agent.priority, agent.minimum)
         for agent in AGENTS
@@ -112,6 +114,6 @@ def team() -> Team:
 
 
 def teams() -> dict[str, Team]:
-    """The team of every agent, by its name."""
-    whole = team()
-    return {name: Team({name: seat}, OneCall, OneCall.Options(seat=name)) for name, seat in whole.seats.items()}
+    """Return a team of one seat for each agent, by the agent's name."""
+    seats = team().seats
+    return {name: Team({name: seat}, OneCall, OneCall.Options(seat=name)) for name, seat in seats.items()}

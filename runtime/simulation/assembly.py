@@ -1,4 +1,4 @@
-"""A team over modelled engines in real time: a service without vLLM, to try clients on and to measure all but the
+"""A team over modelled engines in real time: a service without vLLM, to test clients and to measure everything but the
 engines."""
 
 from collections.abc import AsyncIterator
@@ -28,7 +28,10 @@ async def start_modelled_team(
     time_scale: float = 1,
     model: Path = MODEL,
 ) -> AsyncIterator[RunningTeam]:
-    """The embedded team, whose engines reply as flawless ones would; `time_scale` 0 at once."""
+    """Start the embedded team over modelled engines, which always reply correctly.
+
+    `time_scale` multiplies the modelled durations; with 0 the engines reply at once.
+    """
     constants = load.read(model)
     scripts = dict.fromkeys(constants.engines, _reply)
     async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale) as (engines, sharing):
@@ -41,11 +44,11 @@ async def start_modelled_team(
 
 
 def _reply(request: GenerateRequest) -> str:
-    """The oracle's reply to a role's chat; to anything else its own words."""
+    """Return the oracle's reply to a role's chat, and echo anything else."""
     if request.prompt is not None:
         return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt))
-    said = request.messages[-1].content
+    message = request.messages[-1].content
     try:
-        return oracle.reply(said)
+        return oracle.reply(message)
     except (ValueError, LookupError, SyntaxError, AssertionError):
-        return said
+        return message

@@ -1,7 +1,7 @@
-"""Fits the constants of the request-level model to engines that run: how long their steps take with so many sequences
-in them, and how much engines slow each other.
+"""Fit the constants of the request-level model to running engines: the time of a step by its number of sequences, and
+how much engines slow each other down.
 
-The calls are those that the team makes, recorded from jobs; each engine answers them with 1, 2, 4, ... at a time.
+The calls are recorded from jobs of the team. Each engine then answers them with 1, 2, 4, ... sequences at a time.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from runtime.jobs.team import Team
 from runtime.simulation.load import EngineModel, Model
 
 CALLS = 8
-"""Calls for each sequence at a time: beginning and end are then a small part of it."""
+"""Calls for each concurrent sequence, enough that starting up and running out take a small part of the time."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An engine with so many sequences at all times: calls and tokens a second, and seconds of one of its steps."""
+class Measurement:
+    """An engine with a constant number of sequences: its calls and tokens a second, and the seconds of one step."""
 
     engine: str
     sequences: int
@@ -37,7 +37,7 @@ class Seen:
 
 
 class Recording(EngineHandle):
-    """Passes calls on and keeps them."""
+    """An engine handle that records the requests that it passes on."""
 
     def __init__(self, engine: EngineHandle) -> None:
         self.name = engine.name
@@ -74,45 +74,48 @@ class Recording(EngineHandle):
 
 async def fit(
     team: Team, engines: Mapping[str, EngineHandle], jobs: Sequence[Job], progress: Callable[[str], None]
-) -> tuple[Model, list[Seen]]:
-    """The model, and what it was fitted to. Engines must have memory for all that they may run at once."""
+) -> tuple[Model, list[Measurement]]:
+    """Return the fitted model, and the measurements that it was fitted to.
+
+    Each engine must have memory for as many sequences as it may run at once.
+    """
     requests = await _record(team, engines, jobs)
-    seen: list[Seen] = []
+    measurements: list[Measurement] = []
     fitted: dict[str, EngineModel] = {}
     for name, engine in engines.items():
-        mine = []
+        of_engine = []
         for sequences in _powers_of_two(engine.limits.seqs_ceiling):
             progress(f"{name}, {sequences} at a time")
-            mine.append(await _measure(engine, requests[name], sequences))
-        seen += mine
-        fitted[name] = _engine_model(engine, mine)
-    progress("all at once")
-    lanes = await _lanes(engines, requests, seen)
+            of_engine.append(await _measure(engine, requests[name], sequences))
+        measurements += of_engine
+        fitted[name] = _engine_model(engine, of_engine)
+    progress("all engines at once")
+    lanes = await _lanes(engines, requests, measurements)
     call_s = {name: await _call_s(engine, requests[name]) for name, engine in engines.items()}
     models = {name: model.model_copy(update={"call_s": call_s[name]}) for name, model in fitted.items()}
-    return Model(lanes=lanes, engines=models), seen
+    return Model(lanes=lanes, engines=models), measurements
 
 
 async def _record(
     team: Team, engines: Mapping[str, EngineHandle], jobs: Sequence[Job]
 ) -> Mapping[str, list[GenerateRequest]]:
     recording = {name: Recording(engine) for name, engine in engines.items()}
-    orchestrator = Orchestrator(team, recording, stream_interval=1)  # as in a benchmark, which the model predicts
+    orchestrator = Orchestrator(team, recording, stream_interval=1)  # as in a benchmark, whose times the model predicts
     await work_all(orchestrator, jobs, 16, lambda result: None)
     return {name: engine.requests for name, engine in recording.items()}
 
 
-async def _measure(engine: EngineHandle, requests: Sequence[GenerateRequest], sequences: int) -> Seen:
-    """Answer calls with so many at all times."""
+async def _measure(engine: EngineHandle, requests: Sequence[GenerateRequest], sequences: int) -> Measurement:
+    """Measure an engine that always has the given number of calls until they run out."""
     numbers = count()
     calls = sequences * CALLS if sequences > 2 else 16
-    due = iter(list(islice(cycle(requests), calls)))
+    pending = islice(cycle(requests), calls)
     tokens = 0
 
     async def worker() -> None:
         nonlocal tokens
-        for request in due:
-            again = replace(request, request_id=f"fit-{sequences}-{next(numbers)}-{id(due)}")
+        for request in pending:
+            again = replace(request, request_id=f"fit-{sequences}-{next(numbers)}-{id(pending)}")
             async with aclosing(engine.generate(again)) as chunks:
                 async for chunk in chunks:
                     tokens += len(chunk.token_ids)
@@ -121,21 +124,24 @@ async def _measure(engine: EngineHandle, requests: Sequence[GenerateRequest], se
     started = clock()
     await asyncio.gather(*(worker() for _ in range(sequences)))
     seconds = clock() - started
-    return Seen(engine.name, sequences, calls / seconds, tokens / seconds, sequences * seconds / tokens)
+    return Measurement(engine.name, sequences, calls / seconds, tokens / seconds, sequences * seconds / tokens)
 
 
-def _engine_model(engine: EngineHandle, seen: Sequence[Seen]) -> EngineModel:
-    """Step time over sequences by least squares of the relative error, so that few sequences count as much as many."""
-    weights = [1 / one.step_s**2 for one in seen]
-    mean_n = _mean([float(one.sequences) for one in seen], weights)
-    mean_t = _mean([one.step_s for one in seen], weights)
-    covariance = _mean([(one.sequences - mean_n) * (one.step_s - mean_t) for one in seen], weights)
-    variance = _mean([(one.sequences - mean_n) ** 2 for one in seen], weights)
-    each_s = max(covariance / variance, 0.0) if variance else 0.0
+def _engine_model(engine: EngineHandle, measurements: Sequence[Measurement]) -> EngineModel:
+    """Fit a line to step times over sequences.
+
+    Least squares of the relative error: few sequences then count as much as many.
+    """
+    weights = [1 / measured.step_s**2 for measured in measurements]
+    mean_n = _mean([float(measured.sequences) for measured in measurements], weights)
+    mean_s = _mean([measured.step_s for measured in measurements], weights)
+    covariance = _mean([(m.sequences - mean_n) * (m.step_s - mean_s) for m in measurements], weights)
+    variance = _mean([(m.sequences - mean_n) ** 2 for m in measurements], weights)
+    token_s = max(covariance / variance, 0.0) if variance else 0.0
     limits = engine.limits
     return EngineModel(
-        step_s=max(mean_t - each_s * mean_n, 1e-6),
-        token_s=each_s,
+        step_s=max(mean_s - token_s * mean_n, 1e-6),
+        token_s=token_s,
         block_bytes=limits.block_bytes,
         block_tokens=limits.block_tokens,
         max_num_seqs=limits.seqs_ceiling,
@@ -143,32 +149,40 @@ def _engine_model(engine: EngineHandle, seen: Sequence[Seen]) -> EngineModel:
 
 
 async def _lanes(
-    engines: Mapping[str, EngineHandle], requests: Mapping[str, list[GenerateRequest]], seen: Sequence[Seen]
+    engines: Mapping[str, EngineHandle],
+    requests: Mapping[str, list[GenerateRequest]],
+    measurements: Sequence[Measurement],
 ) -> float:
-    """How many engines run at full speed at once: the sum of their speeds beside each other, each to its own alone."""
-    found = []
+    """Return how many engines can run at full speed at once.
+
+    This is the sum over the engines of the speed beside the others, divided by the speed alone.
+    """
+    lanes = []
     for sequences in (8, 32):
-        alone = {one.engine: one.tokens_per_s for one in seen if one.sequences == sequences}
+        alone = {m.engine: m.tokens_per_s for m in measurements if m.sequences == sequences}
         if len(alone) < len(engines):
             continue
-        beside = await asyncio.gather(
+        together = await asyncio.gather(
             *(_measure(engine, requests[name] * 2, sequences) for name, engine in engines.items())
         )
-        found.append(sum(one.tokens_per_s / alone[one.engine] for one in beside))
-    return statistics.fmean(found) if found else float(len(engines))
+        lanes.append(sum(m.tokens_per_s / alone[m.engine] for m in together))
+    return statistics.fmean(lanes) if lanes else float(len(engines))
 
 
 async def _call_s(engine: EngineHandle, requests: Sequence[GenerateRequest]) -> float:
-    """Seconds that a call takes on its way while the engine works: what a pulse takes beyond half a step."""
-    working = asyncio.create_task(_measure(engine, requests, 16))
+    """Return the seconds that a call spends on the way to a busy engine and back.
+
+    A pulse takes this time and, on average, half a step.
+    """
+    load = asyncio.create_task(_measure(engine, requests, 16), name=f"load on {engine.name}")
     clock = asyncio.get_running_loop().time
-    found = []
-    while not working.done():
+    pulses_s = []
+    while not load.done():
         started = clock()
         await engine.pulse()
-        found.append(clock() - started)
+        pulses_s.append(clock() - started)
         await asyncio.sleep(0.01)
-    return max(statistics.median(found) - (await working).step_s / 2, 0.0)
+    return max(statistics.median(pulses_s) - (await load).step_s / 2, 0.0)
 
 
 def _powers_of_two(most: int) -> list[int]:

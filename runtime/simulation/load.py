@@ -1,9 +1,8 @@
-"""A request-level model of a team at work: the real workflows, orchestrator, policies, controller and ledger over
-modelled engines, on a clock that jumps.
+"""Modelled engines for a request-level simulation. Workflows, orchestrator, policies, controller and ledger are real.
 
-What is modelled: queues, batches whose step time grows with the sequences in them, blocks of KV cache, preemption, and
-engines that slow each other on one processor, behind one process that all calls go through. What is not: stalls of a
-resize, prefix caching.
+Modelled are queues, batches whose step time grows with their sequences, KV blocks, preemption, engines that slow each
+other down on one processor, and the one process that all calls pass through. Stalls of a resize and prefix caching are
+not modelled.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from runtime.config import Control, Section, read_yaml
+from runtime.config import Section, read_yaml
 from runtime.engines.fake import FakeEngine, FakeMemory, Processor, Script, ServiceTime
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineHandle
@@ -22,30 +21,36 @@ from runtime.errors import ConfigError
 
 
 class EngineModel(Section):
-    """One engine: seconds of a step (`step_s` + `token_s` a sequence + `prefill_s` a prompt token), bytes of a block of
-    `block_tokens` tokens, the sequences that it may run at once, and seconds that a call takes besides (`call_s`). In
-    `null_blocks` nothing is kept: vLLM has one."""
+    """The constants of one engine. A step takes `step_s`, `token_s` a sequence and `prefill_s` a prompt token."""
 
-    step_s: float = Field(gt=0, lt=100)
-    token_s: float = Field(ge=0, lt=100)
-    prefill_s: float = Field(default=0, ge=0, lt=100)
-    call_s: float = Field(default=0, ge=0, lt=100)
-    block_bytes: int = Field(gt=0)
-    block_tokens: int = Field(gt=0)
-    null_blocks: int = Field(default=1, ge=0)
-    max_num_seqs: int = Field(gt=0)
+    step_s: float = Field(gt=0, lt=100, description="Fixed time of a step, in seconds.")
+    token_s: float = Field(ge=0, lt=100, description="Further time of a step for each sequence in it, in seconds.")
+    prefill_s: float = Field(
+        default=0, ge=0, lt=100, description="Further time of a step for each prompt token, in seconds."
+    )
+    call_s: float = Field(
+        default=0, ge=0, lt=100, description="Time of a call in the process that all calls pass through, in seconds."
+    )
+    block_bytes: int = Field(gt=0, description="Size of a KV block, in bytes.")
+    block_tokens: int = Field(gt=0, description="Size of a KV block, in tokens.")
+    null_blocks: int = Field(default=1, ge=0, description="KV blocks that hold nothing. vLLM has one.")
+    max_num_seqs: int = Field(gt=0, description="Maximum number of running sequences.")
+
+    def decode_step_s(self, sequences: int) -> float:
+        """Return the time of a step that decodes one token for each of so many sequences, in seconds."""
+        return self.step_s + self.token_s * sequences
 
 
 class Model(Section):
-    """Engines by name on one processor of so many `lanes`: that many can be in a step at once at full speed."""
+    """The constants of all engines, which share one processor."""
 
-    lanes: float = Field(gt=0)
-    engines: Mapping[str, EngineModel] = Field(min_length=1)
-    fitted: str = Field(default="", description="where the constants come from")
+    lanes: float = Field(gt=0, description="Number of engines that can be in a step at once at full speed.")
+    engines: Mapping[str, EngineModel] = Field(min_length=1, description="The engines, by name.")
+    fitted: str = Field(default="", description="Command and machine that the constants come from.")
 
 
 def read(path: Path) -> Model:
-    """A model's constants. Raises ConfigError naming the key."""
+    """Read the constants of a model. Raises ConfigError, which names the file and the key."""
     try:
         return Model.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -60,7 +65,7 @@ async def engines(
     kv_cache_bytes: int,
     time_scale: float = 1,
 ) -> AsyncIterator[tuple[Mapping[str, EngineHandle], Sharing]]:
-    """Modelled engines that are up and share so much KV cache equally, and what moves it between them."""
+    """Yield running engines that start with equal shares of `kv_cache_bytes`, and the sharing that moves it."""
     processor, front = Processor(model.lanes), Processor(1)
     device = max(kv_cache_bytes, sum(e.block_bytes * (e.max_num_seqs + 2) for e in model.engines.values()))
     running: dict[str, EngineHandle] = {}
@@ -92,8 +97,3 @@ async def engines(
         sharing = Sharing(running, ledger)
         owned.push_async_callback(sharing.close)
         yield running, sharing
-
-
-def control() -> Control:
-    """How the controller runs in a simulation: as it does by default."""
-    return Control()

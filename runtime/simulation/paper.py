@@ -1,9 +1,8 @@
-"""The simulation of arXiv 2512.22149, reconstructed from its published parameters: its table, and what it is made of.
+"""The simulation of arXiv 2512.22149, reconstructed from its published parameters.
 
-Time goes in steps of 1 s. In each, an agent with arrival rate lambda, share g and a whole GPU's throughput T gets
-lambda
-requests, serves min(queue, g T), and then notes queue / (g T) as its latency, or 1,000 s where it has no share. The
-means are over agents and steps. The paper publishes neither code nor the formula; these are the ones that give its
+Time advances in steps of 1 s. In each step, an agent with arrival rate lambda, share g and throughput T on a whole GPU
+receives lambda requests and serves min(queue, g T). It then records queue / (g T) as its latency, or 1,000 s if it has
+no share. Means are over agents and steps. The paper publishes neither code nor formulas; these formulas give its
 figures.
 """
 
@@ -15,12 +14,16 @@ from runtime.control.policies.paper import algorithm_1
 
 NO_SHARE_S = 1000.0
 PRICE_PER_GPU_HOUR = 0.72
-"""Our assumption: with it a run costs the published $0.020."""
+"""Our assumption. With it, a run costs the published $0.020."""
 
 
 @dataclass(frozen=True)
 class Agent:
-    """Table I of the paper: requests/s on a whole GPU, minimum share R, priority P (1 high), arrivals/s."""
+    """An agent of the paper's Table I.
+
+    `throughput` is in requests/s on a whole GPU, `minimum` is the minimum share R, `priority` is P (1 is high), and
+    `arrivals` is in requests/s.
+    """
 
     name: str
     model_mb: int
@@ -42,13 +45,16 @@ PUBLISHED = {
     "paper": "111.9 s, 58.1/s; 85% below round-robin",
 }
 Shares = Callable[[int], Sequence[float]]
-"""The share of every agent in a step."""
+"""Returns the share of every agent in a step."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One policy: mean latency (s), how much of it is the 1,000 s charged for having no share, requests served a
-    second, the requests that are left in queues at the end, and cost ($)."""
+    """The result of one policy.
+
+    `charged_s` is the part of the mean latency `latency_s` that comes from the 1,000 s for having no share.
+    `left_in_queues` counts the requests that wait at the end. `cost` is in dollars.
+    """
 
     policy: str
     latency_s: float
@@ -60,7 +66,7 @@ class Row:
 
 
 def table(agents: Sequence[Agent] = AGENTS, steps: int = 100) -> list[Row]:
-    """The three policies that the paper compares."""
+    """Simulate the three policies that the paper compares."""
     equal = [1 / len(agents)] * len(agents)
     adaptive = algorithm_1([a.arrivals for a in agents], [a.minimum for a in agents], [a.priority for a in agents])
     policies: dict[str, Shares] = {

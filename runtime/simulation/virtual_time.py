@@ -1,7 +1,7 @@
-"""An event loop whose clock jumps: whatever sleeps is woken at once, in the right order, at the time it asked for.
+"""An event loop in virtual time: instead of sleeping, it advances its clock to the next timer.
 
-Code over it is the real one; only engines and devices are modelled. Nothing in it may wait for a thread, a process or a
-socket: time would pass without them.
+Unmodified asyncio code runs on it, in the right order and as fast as the processor allows. It must not wait for a
+thread, a process or a socket, because virtual time would pass without them.
 """
 
 import asyncio
@@ -13,19 +13,19 @@ T = TypeVar("T")
 
 
 class _Selector(selectors.SelectSelector):
-    """Where a loop waits for its next timer: here that time passes at once."""
+    """A selector that advances the clock to the loop's next timer instead of waiting for it."""
 
     loop: "VirtualLoop"
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("the simulation waits for something that will never happen")
+            raise RuntimeError("the simulation is deadlocked: every task waits, and no timer is left to wake one")
         self.loop.now_s += max(timeout, 0.0)
         return []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Begins at 0 s."""
+    """An event loop whose clock starts at 0 s and is advanced by its selector."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -38,6 +38,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end in virtual time. Raises RuntimeError when everybody waits for something that cannot come."""
+    """Run a coroutine to its end in virtual time. Raises RuntimeError if every task waits and there is no timer."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(work)

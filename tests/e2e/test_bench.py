@@ -1,4 +1,4 @@
-"""`troupe bench` as a user runs it: real engines, real team, two policies, a report; and the decisions behind it."""
+"""`troupe bench` with real engines: two policies, a report, and a replay of the logged decisions."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ phases:
 """
 
 
-def test_bench_runs_policies_in_turn_and_replay_reads_its_log(troupe: Command, tmp_path: Path) -> None:
+def test_bench_runs_policies_and_replay_reads_its_log(troupe: Command, tmp_path: Path) -> None:
     workload, out = tmp_path / "mine.yaml", tmp_path / "out"
     workload.write_text(WORKLOAD)
     policies = "round_robin,waterfill"
@@ -47,9 +47,7 @@ def test_bench_runs_policies_in_turn_and_replay_reads_its_log(troupe: Command, t
     assert totals["faults"] == 0
 
 
-def test_a_benchmark_that_is_interrupted_keeps_its_rows_and_leaves_nothing_running(
-    troupe: Command, tmp_path: Path
-) -> None:
+def test_interrupted_bench_keeps_its_rows_and_ends_its_engines(troupe: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = troupe.start("bench", "closed", "-p", "static", "--out", out)
     jobs = out / results.JOBS

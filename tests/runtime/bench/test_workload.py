@@ -1,9 +1,8 @@
-"""Workloads: drawn the same from the same seed, at the rate and burstiness they say; wrong ones refused by key and
-line."""
+"""A workload draws the same arrivals from the same seed, at its rate and burstiness. Errors name the key or line."""
 
 import json
 import statistics
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def gaps(source: Source, load: float = 1) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-def test_arrivals_come_at_the_rate_times_the_load(tmp_path: Path) -> None:
+def test_arrival_rate_is_rate_times_load(tmp_path: Path) -> None:
     source = read(tmp_path)
     assert len(source.draw(1, 0).arrivals) == pytest.approx(2000, rel=0.1)
     assert len(source.draw(0.5, 0).arrivals) == pytest.approx(1000, rel=0.1)
@@ -41,38 +40,31 @@ def test_arrivals_come_at_the_rate_times_the_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5)])
-def test_burstiness_is_the_shape_of_gamma_distributed_gaps(tmp_path: Path, burstiness: float, variation: float) -> None:
-    found = gaps(read(tmp_path, phases=[{**PHASE, "burstiness": burstiness}]))
-    assert statistics.stdev(found) / statistics.fmean(found) == pytest.approx(variation, rel=0.15)
+def test_burstiness_is_the_shape_of_the_gamma_distribution(tmp_path: Path, burstiness: float, variation: float) -> None:
+    drawn = gaps(read(tmp_path, phases=[{**PHASE, "burstiness": burstiness}]))
+    assert statistics.stdev(drawn) / statistics.fmean(drawn) == pytest.approx(variation, rel=0.15)
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not(tmp_path: Path) -> None:
+def test_draw_depends_on_the_seed(tmp_path: Path) -> None:
     source = read(tmp_path)
     assert source.draw(1, 3) == source.draw(1, 3)
     assert source.draw(1, 3) != source.draw(1, 4)
 
 
-def test_phases_follow_one_another_and_come_again(tmp_path: Path) -> None:
+def test_phases_run_in_order_in_each_cycle(tmp_path: Path) -> None:
     two = [{**PHASE, "seconds": 10}, {**PHASE, "name": "two", "seconds": 5, "characters": [6, 20]}]
     script = read(tmp_path, phases=two, cycles=2).draw(1, 0)
-    assert [name for name, _ in _runs([arrival.phase for arrival in script.arrivals])] == ["one", "two", "one", "two"]
+    assert [phase for phase, _ in groupby(arrival.phase for arrival in script.arrivals)] == ["one", "two", "one", "two"]
     assert {arrival.problem.problem for arrival in script.arrivals if arrival.phase == "two"} == {"12+34+56"}
     assert {arrival.phase for arrival in script.arrivals if 10 < arrival.at_s < 15} == {"two"}
 
 
-def _runs(names: list[str]) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    for name in names:
-        found = [*found[:-1], (name, found[-1][1] + 1)] if found and found[-1][0] == name else [*found, (name, 1)]
-    return found
-
-
-def test_a_closed_loop_keeps_so_many_open(tmp_path: Path) -> None:
+def test_closed_loop_concurrency_scales_with_the_load(tmp_path: Path) -> None:
     [closed] = read(tmp_path, phases=[{"name": "c", "seconds": 3, "concurrency": 8}]).draw(2, 0).closed
     assert (closed.concurrency, closed.seconds, len(closed.problems)) == (16, 3, 2)
 
 
-def test_a_trace_is_played_as_it_says_and_faster_at_a_higher_load(tmp_path: Path) -> None:
+def test_trace_arrivals_scale_with_the_load(tmp_path: Path) -> None:
     lines = [{"at_s": 4, "problem": "1+1", "answer": 2}, {"at_s": 1.5, "problem": "2+2"}]
     (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = read(tmp_path, phases=[], trace="trace.jsonl")
@@ -81,49 +73,49 @@ def test_a_trace_is_played_as_it_says_and_faster_at_a_higher_load(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("{", "line 2: not JSON"),
         ("[1]", "line 2: not an object"),
-        ('{"at_s": -1, "problem": "1+1"}', "line 2: at_s: seconds from the start, a number not below 0, not -1"),
+        ('{"at_s": -1, "problem": "1+1"}', "line 2: at_s: give the seconds from the start, at least 0, not -1"),
         ('{"at_s": "now", "problem": "1+1"}', "line 2: at_s"),
-        ('{"at_s": 1}', "line 2: problem: a text, not None"),
+        ('{"at_s": 1}', "line 2: problem: give a text, not None"),
         ('{"at_s": 1, "problem": "1+1", "when": 2}', "line 2: unknown key 'when'"),
     ],
 )
-def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: str, says: str) -> None:
+def test_wrong_trace_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "trace.jsonl").write_text(f'{{"at_s": 1, "problem": "1+1"}}\n{line}\n')
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         read(tmp_path, phases=[], trace="trace.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"phases": [{**PHASE, "seconds": 0}]}, "phases.0.seconds"),
-        ({"phases": [{**PHASE, "second": 1}]}, "phases.0.second: unknown key; known: name, seconds"),
+        ({"phases": [{**PHASE, "second": 1}]}, "phases.0.second: unknown key; known keys are name, seconds"),
         ({"phases": [{"name": "x", "seconds": 1}]}, r"phases.0: give jobs_per_s \(open loop\) or concurrency"),
-        ({"phases": [PHASE, PHASE]}, "two have the same name"),
-        ({"phases": []}, "give phases or a trace"),
-        ({"loads": [0]}, "loads: each is above 0"),
-        ({"slo": {"jct": 1}}, "slo.jct: unknown key; known: jct_s, ttft_s, tpot_s"),
-        ({"phases": [{**PHASE, "characters": [50, 60]}]}, "phases.one.characters: no problem is that long"),
+        ({"phases": [PHASE, PHASE]}, "two phases have the same name"),
+        ({"phases": []}, "give either phases or a trace"),
+        ({"loads": [0]}, "loads: every load must be above 0"),
+        ({"slo": {"jct": 1}}, "slo.jct: unknown key; known keys are jct_s, ttft_s, tpot_s"),
+        ({"phases": [{**PHASE, "characters": [50, 60]}]}, "phases.one.characters: no problem has 50 to 60 characters"),
     ],
 )
-def test_a_wrong_key_is_named(tmp_path: Path, keys: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_wrong_key_is_named(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         read(tmp_path, **keys)
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no shipped workload of that name; known: .*phases"):
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no shipped workload 'nothing'; shipped are .*phases"):
         workload.load("nothing")
     with pytest.raises(InputError, match="No such file"):
         read(tmp_path, problems="none.jsonl")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shipped_ones_are_whole(path: Path) -> None:
+def test_shipped_workloads_load(path: Path) -> None:
     source = workload.load(path.stem)
     script = source.draw(1, 0)
     assert script.arrivals or script.closed

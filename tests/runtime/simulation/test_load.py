@@ -1,4 +1,4 @@
-"""Modelled engines hold what vLLM's would: sequences in whole blocks, and one block in which nothing is kept."""
+"""Modelled engines allocate whole KV blocks and keep one null block, as vLLM does."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ MODEL = Model(
 )
 
 
-def test_an_engine_of_five_blocks_runs_four_sequences() -> None:
+def test_engine_with_five_blocks_runs_four_sequences() -> None:
     async def work() -> int:
         scripts = dict.fromkeys("ab", lambda request: "one two")
         async with load.engines(MODEL, scripts, 10 * MIB) as (engines, sharing):

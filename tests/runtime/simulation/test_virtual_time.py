@@ -1,4 +1,4 @@
-"""Time passes only for those who wait, in order, and a simulation that nobody can go on with ends."""
+"""Virtual time advances to the next timer, in order, and a deadlock is an error."""
 
 import asyncio
 
@@ -7,21 +7,21 @@ import pytest
 from runtime.simulation import virtual_time
 
 
-def test_an_hour_takes_no_time_and_things_happen_in_order() -> None:
-    happened: list[tuple[float, str]] = []
+def test_timers_fire_in_order_without_real_waiting() -> None:
+    fired: list[tuple[float, str]] = []
 
     async def wait(name: str, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        happened.append((asyncio.get_running_loop().time(), name))
+        fired.append((asyncio.get_running_loop().time(), name))
 
     async def work() -> None:
         await asyncio.gather(wait("b", 3600), wait("a", 60), wait("c", 3600.5))
 
     virtual_time.run(work())
-    assert happened == [(60, "a"), (3600, "b"), (3600.5, "c")]
+    assert fired == [(60, "a"), (3600, "b"), (3600.5, "c")]
 
 
-def test_timeouts_come_in_virtual_time() -> None:
+def test_timeouts_use_virtual_time() -> None:
     async def work() -> float:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(120):
@@ -31,9 +31,9 @@ def test_timeouts_come_in_virtual_time() -> None:
     assert virtual_time.run(work()) == 120
 
 
-def test_waiting_for_what_never_comes_is_an_error() -> None:
+def test_deadlock_raises() -> None:
     async def work() -> None:
         await asyncio.Event().wait()
 
-    with pytest.raises(RuntimeError, match="never happen"):
+    with pytest.raises(RuntimeError, match="deadlocked"):
         virtual_time.run(work())
