@@ -91,7 +91,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pynvml": ("runtime/telemetry/nvml.py",),
     "yaml": ("runtime/config.py",),
     "matplotlib": ("runtime/bench/plots.py",),
-    "aiomqtt": ("runtime/api/mqtt/connection.py", "scripts/measure_service.py"),
+    "aiomqtt": ("runtime/api/mqtt/connection.py", "scripts/measure_service.py", "scripts/drill_service.py"),
     "amqtt": ("runtime/api/mqtt/embedded_broker.py",),
     "fastapi": ("runtime/api/http/", "runtime/api/serve.py"),
     "uvicorn": ("runtime/api/serve.py",),
