@@ -1,13 +1,14 @@
-"""The figures of the README, each by a command.
+"""Measure start-up, orchestration and the accuracy of the team.
 
-    python scripts/measure.py start          from the command to the first answer, and to all sample answers
-    python scripts/measure.py overhead       problems through the team, and the same prompts straight to vLLM
-    python scripts/measure.py streaming      problems with every token streamed, and with 64 together
-    python scripts/measure.py orchestrator   role calls a second over the fake engine, and memory
-    python scripts/measure.py team           what collaboration buys: solver alone, unchecked team, whole team
+    python scripts/measure.py start          time from the command to the first answer and to all sample answers
+    python scripts/measure.py overhead       problems through the team, and the same requests straight to vLLM
+    python scripts/measure.py streaming      problems with every token streamed, and with messages of 64 tokens
+    python scripts/measure.py orchestrator   role calls a second over fake engines, and resident memory
+    python scripts/measure.py team           accuracy of the solver alone, of the team without critic, and of the team
     python scripts/measure.py problems       write configs/problems/held-out.jsonl again
 
-Medians and ranges over repeats; what is compared runs in turn in one process. --json prints the record.
+Results are medians and ranges over repeats. Alternatives run in turn in one process. scripts/README.md lists the
+measured figures.
 """
 
 import argparse
@@ -50,7 +51,7 @@ HELD_OUT = ROOT / "configs" / "problems" / "held-out.jsonl"
 
 
 def measure_start(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from the start of `troupe solve --file` to its first and to its last answer, on its standard output."""
+    """Measure the seconds from the start of `troupe solve --file` to its first and its last answer."""
     command = [sys.executable, "-m", "runtime.cli.main", "solve", "--file", str(SAMPLE), "--json"]
     expected = len(SAMPLE.read_text().splitlines())
     first, last = [], []
@@ -62,8 +63,8 @@ def measure_start(options: argparse.Namespace) -> dict[str, Any]:
             assert process.stdout is not None
             times = [time.monotonic() - started for line in process.stdout if '"elapsed_s"' in line]
         if process.returncode or len(times) != expected:
-            raise SystemExit(f"{' '.join(command)} ended with {process.returncode} after {len(times)} answers")
-        if repeat:  # the first run warms the disk's cache
+            raise SystemExit(f"{' '.join(command)} ended with code {process.returncode} after {len(times)} answers")
+        if repeat:  # the first run warms the page cache
             first.append(times[0])
             last.append(times[-1])
         progress(f"start {repeat}/{options.repeats}: first answer {times[0]:.1f} s, all {times[-1]:.1f} s")
@@ -72,7 +73,7 @@ def measure_start(options: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class Asked:
-    """One request of a job, and the requests that became due by its reply."""
+    """A request of a job, and the requests that its reply led to."""
 
     request: GenerateRequest
     engine: str
@@ -80,7 +81,7 @@ class Asked:
 
 
 class Recorder(Orchestrator):
-    """An orchestrator that remembers which request led to which."""
+    """An orchestrator that records which request led to which."""
 
     def __init__(self, team: Team, engines: dict[str, EngineHandle]) -> None:
         super().__init__(team, engines)
@@ -103,10 +104,10 @@ class Recorder(Orchestrator):
 
 
 async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for the problems through the team, and for the same requests, as they followed one another, through vLLM.
+    """Measure the seconds for problems through the team, and for the same requests in the same order straight to vLLM.
 
-    The straight side renders the chats and streams tokens as vLLM's own server does; it has no roles, no workflow, no
-    parsing, no accounting. Both sides keep the same number of jobs open.
+    The straight side renders chats and streams tokens as vLLM's own server does, without roles, workflow, parsing and
+    accounting. Both sides keep the same number of jobs open.
     """
     team = assemble(config.load("embedded"))
     jobs = [job(p) for p in problems.read(HELD_OUT)[: options.problems]]
@@ -142,7 +143,7 @@ async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def measure_streaming(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for the problems if every token is streamed, as in a benchmark, and if 64 come together, in turns."""
+    """Measure the seconds for problems with every token streamed, as in a benchmark, and with messages of 64 tokens."""
     team = assemble(config.load("embedded"))
     jobs = [job(p) for p in problems.read(HELD_OUT)[: options.problems]]
     seconds: dict[int, list[float]] = {1: [], STREAM_INTERVAL: []}
@@ -165,8 +166,8 @@ async def measure_streaming(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked]], concurrency: int) -> None:
-    """Send the recorded requests to AsyncLLM, each as soon as the one that led to it is answered."""
-    from runtime.engines import vllm_engine  # the heavy import that the fleet has made by now
+    """Send the recorded requests to AsyncLLM, each as soon as the request that led to it is answered."""
+    from runtime.engines import vllm_engine  # a heavy import, which the fleet has already made
 
     numbers = iter(range(10**9))
 
@@ -174,7 +175,7 @@ async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked
         supervised = engines[asked.engine]
         assert isinstance(supervised, SupervisedEngine)
         assert isinstance(supervised._engine, vllm_engine.VllmEngine)
-        llm = supervised._engine._ready()  # around the seam: that is the point
+        llm = supervised._engine._ready()  # bypass the seam, whose overhead is measured
         chat = [{"role": m.role, "content": m.content} for m in asked.request.messages]
         _, (prompt,) = await llm.renderer.render_chat_async([chat], vllm_engine._CHAT)
         sampling = vllm_engine._sampling(asked.request, llm.model_config.max_model_len)
@@ -182,11 +183,11 @@ async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked
             pass
         await send_all(asked.then)
 
-    async def send_all(due: list[Asked]) -> None:
-        if len(due) == 1:
-            await send(due[0])
-        elif due:
-            await asyncio.gather(*map(send, due))
+    async def send_all(requests: list[Asked]) -> None:
+        if len(requests) == 1:
+            await send(requests[0])
+        elif requests:
+            await asyncio.gather(*map(send, requests))
 
     waiting = iter(trees)
 
@@ -202,7 +203,7 @@ def size(tree: list[Asked]) -> int:
 
 
 async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
-    """Role calls a second over fake engines that answer at once, and resident memory over all calls."""
+    """Measure role calls a second over fake engines that reply at once, and resident memory."""
     team = assemble(config.load("embedded"))
     engines: dict[str, EngineHandle] = {
         name: FakeEngine(name, lambda request: oracle.reply(request.messages[-1].content))
@@ -230,7 +231,7 @@ async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
-    """The share of held-out problems answered right by each team, greedy and at temperature 1."""
+    """Count the held-out problems that each team answers correctly, greedy and at temperature 1."""
     shipped = config.load("embedded")
     teams = {
         "solver alone, at once": assemble(shipped.with_workflow("solo")),
@@ -261,7 +262,7 @@ async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_problems(options: argparse.Namespace) -> dict[str, Any]:
-    """500 held-out problems with their answers, as `troupe solve --file` reads them."""
+    """Write 500 held-out problems with their answers, for `troupe solve --file`."""
     rng = random.Random("held-out problems")
     drawn: dict[str, int] = {}
     while len(drawn) < 500:
@@ -275,7 +276,7 @@ def write_problems(options: argparse.Namespace) -> dict[str, Any]:
 
 @asynccontextmanager
 async def fleet() -> AsyncIterator[dict[str, EngineHandle]]:
-    """The embedded engines, logging to a run folder."""
+    """Start the embedded engines, with logs in a new run folder."""
     folder = run_folder.create()
     logs.log_to(folder)
     embedded = config.load("embedded")
@@ -288,7 +289,7 @@ def job(problem: problems.Problem) -> Job:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
+    """Return the median and the range of some values."""
     figures = {"median": statistics.median(values), "least": min(values), "most": max(values)}
     return {name: round(value, 4) for name, value in figures.items()}
 
@@ -310,11 +311,11 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(MEASURES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--problems", type=int, help="of the held-out ones (default: 500 for team, else 200)")
-    parser.add_argument("--calls", type=int, default=100_000)
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement (default: 5)")
+    parser.add_argument("--problems", type=int, help="number of held-out problems (default: 500 for team, else 200)")
+    parser.add_argument("--calls", type=int, default=100_000, help="role calls of orchestrator (default: 100000)")
+    parser.add_argument("--concurrency", type=int, default=32, help="jobs that run at once (default: 32)")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     options = parser.parse_args()
     options.problems = options.problems or {"overhead": 200, "streaming": 200}.get(options.what, 500)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""The wheel works from any folder with nothing of the repository beside it, and every requirement is pinned."""
+"""The wheel works without the repository, and every requirement is pinned."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def troupe(installed: Path, elsewhere: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The installed command; what PYTHONPATH holds comes before the repository."""
+    """Run the installed command. PYTHONPATH puts the installed packages before the repository's."""
     return subprocess.run(
         [str(installed / "bin" / "troupe"), *arguments],
         cwd=elsewhere,
@@ -45,7 +45,7 @@ def troupe(installed: Path, elsewhere: Path, *arguments: str) -> subprocess.Comp
     )
 
 
-def test_what_is_in_the_wheel(wheel: Path) -> None:
+def test_wheel_contains_packages_configurations_and_license(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {
         path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*") if path.is_file()
@@ -58,7 +58,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"agents", "runtime"}
 
 
-def test_the_installed_command_reads_what_it_brought(installed: Path, tmp_path: Path) -> None:
+def test_installed_command_reads_its_own_configurations(installed: Path, tmp_path: Path) -> None:
     findings = json.loads(troupe(installed, tmp_path, "doctor", "--json").stdout)
     [models] = [finding for finding in findings if finding["name"] == "embedded models"]
     assert models["severity"] == "ok"
@@ -70,7 +70,7 @@ def test_the_installed_command_reads_what_it_brought(installed: Path, tmp_path: 
     assert result.stdout == f"{installed}/runtime/_configs\n"
 
 
-def test_the_installed_command_knows_its_roles(installed: Path, tmp_path: Path) -> None:
+def test_installed_command_lists_built_in_roles(installed: Path, tmp_path: Path) -> None:
     result = troupe(installed, tmp_path, "roles", "--json")
     assert result.returncode == 0, result.stderr
     names = {role["name"] for role in json.loads(result.stdout)["roles"]}
@@ -79,37 +79,37 @@ def test_the_installed_command_knows_its_roles(installed: Path, tmp_path: Path) 
 
 def pins(kind: str) -> dict[str, Requirement]:
     lines = (ROOT / "scripts" / f"constraints-{kind}.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(requirement.name): requirement for requirement in found}
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "test"])
 def test_constraints_are_exact(kind: str) -> None:
     for requirement in pins(kind).values():
-        assert [one.operator for one in requirement.specifier] == ["=="], requirement
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
         assert "*" not in str(requirement.specifier), requirement
 
 
 @pytest.mark.parametrize("extra", ["cpu", "cuda"])
 def test_every_requirement_is_pinned_within_its_bounds(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(line for e in (extra, "test") for line in project["optional-dependencies"][e])]
-    pinned = (
-        {"torch": pins("cuda")["torch"]} | pins(extra) | pins("test")
-    )  # the list for the CPU leaves torch to setup.sh
-    for requirement in map(Requirement, asked):
+    optional = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *optional[extra], *optional["test"]]
+    # constraints-cpu.txt does not pin torch, which setup.sh installs.
+    pinned = {"torch": pins("cuda")["torch"]} | pins(extra) | pins("test")
+    for requirement in map(Requirement, requirements):
         [pin] = pinned[canonicalize_name(requirement.name)].specifier
         assert requirement.specifier.contains(pin.version), f"{requirement}: pinned at {pin.version}"
 
 
-def test_the_test_tools_contradict_no_pin() -> None:
+def test_pins_of_test_tools_agree_with_the_others() -> None:
     test, cuda = pins("test"), pins("cuda")
     assert not test.keys() & pins("cpu").keys()
     assert all(str(cuda.get(name, line)) == str(line) for name, line in test.items())
 
 
-def test_the_list_for_the_cpu_keeps_what_the_plain_torch_requires() -> None:
-    """setup.sh installs that list last, so a version that differs would replace one that torch's requirements fix."""
+def test_cpu_pins_agree_with_the_requirements_of_plain_torch() -> None:
+    """setup.sh installs constraints-cpu.txt last, so a different pin would replace a version that torch requires."""
     cpu, cuda = pins("cpu"), pins("cuda")
     assert "torch" not in cpu
     required = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy", "triton"}
@@ -117,8 +117,8 @@ def test_the_list_for_the_cpu_keeps_what_the_plain_torch_requires() -> None:
     assert {str(cpu[name]) for name in required} == {str(cuda[name]) for name in required}
 
 
-def test_releases_of_fastapi_that_read_a_form_as_json_are_left_out() -> None:
-    """0.132 is the first with `strict_content_type`, on which the refusal of cross-site forms rests too."""
+def test_fastapi_releases_that_read_forms_as_json_are_excluded() -> None:
+    """`strict_content_type` came with 0.132. The refusal of cross-site forms relies on it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    [bound] = [one.specifier for one in map(Requirement, project["dependencies"]) if one.name == "fastapi"]
+    [bound] = [r.specifier for r in map(Requirement, project["dependencies"]) if r.name == "fastapi"]
     assert not bound.contains("0.131.0")

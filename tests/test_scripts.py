@@ -1,4 +1,4 @@
-"""scripts/*.sh over a tiny tree, with a stand-in for Python that installs nothing (stubs/python.sh)."""
+"""The shell scripts in a tiny repository, with a stub of Python that installs nothing (stubs/python.sh)."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ for name in "$@"; do ln -sf /bin/true "$STUB_BIN/$name"; done
 
 
 class Tree:
-    """A repository with the scripts and next to nothing else, at a path with a space in it."""
+    """A repository with little more than the scripts, at a path with a space in it."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a repository"
@@ -62,7 +62,7 @@ class Tree:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Tests that run in the background of a shell inherit a SIGINT that is ignored, and bash cannot trap that.
+            # A shell starts background tests with SIGINT ignored, and bash cannot trap an ignored signal.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (it takes no lock)
         )
 
@@ -75,15 +75,15 @@ class Tree:
         return self.run("launch.sh", *(arguments or ("roles",)), **environment)
 
     def installed(self) -> list[str]:
-        """What pip was asked for since the last question: the end of each call."""
+        """Return the last argument of each call of pip since the last call of this method."""
         calls = self.record.read_text().splitlines() if self.record.exists() else []
         self.record.unlink(missing_ok=True)
         return [call.split(" install ", 1)[1].rsplit("/", 1)[-1].split()[-1] for call in calls]
 
-    def wait_for_pip(self, asked: str) -> None:
+    def wait_for_pip(self, requirement: str) -> None:
         until = time.monotonic() + 60
-        while not (self.record.exists() and asked in self.record.read_text()):
-            assert time.monotonic() < until, f"pip was never asked for {asked}"
+        while not (self.record.exists() and requirement in self.record.read_text()):
+            assert time.monotonic() < until, f"pip was never called for {requirement}"
             time.sleep(0.02)
 
 
@@ -102,20 +102,20 @@ def test_first_launch_installs_everything_and_runs_the_command(tree: Tree) -> No
     assert "installing PyTorch's CPU build" in result.stderr
 
 
-def test_second_launch_does_nothing_but_run(tree: Tree) -> None:
+def test_second_launch_installs_nothing(tree: Tree) -> None:
     tree.launch()
     tree.installed()
     result = tree.launch()
     assert (result.stdout, result.stderr, tree.installed()) == ("troupe roles\n", "", [])
 
 
-def test_without_arguments_the_sample_problems_are_solved(tree: Tree) -> None:
+def test_launch_without_arguments_solves_the_sample_problems(tree: Tree) -> None:
     result = tree.run("launch.sh")
     assert result.stdout == f"troupe solve --file {tree.root}/configs/problems/sample.jsonl\n"
 
 
 @pytest.mark.parametrize("path", ["pyproject.toml", "scripts/constraints-cpu.txt", "scripts/constraints-cuda.txt"])
-def test_a_change_of_what_was_installed_installs_again(tree: Tree, path: str) -> None:
+def test_changed_requirements_are_installed_again(tree: Tree, path: str) -> None:
     tree.launch()
     tree.installed()
     with (tree.root / path).open("a") as file:
@@ -124,7 +124,7 @@ def test_a_change_of_what_was_installed_installs_again(tree: Tree, path: str) ->
     assert tree.installed() == EVERYTHING
 
 
-def test_a_moved_repository_is_set_up_again(tree: Tree) -> None:
+def test_moved_repository_is_set_up_again(tree: Tree) -> None:
     tree.launch()
     tree.installed()
     tree.root = tree.root.rename(tree.root.with_name("other repository"))
@@ -132,7 +132,7 @@ def test_a_moved_repository_is_set_up_again(tree: Tree) -> None:
     assert tree.installed() == EVERYTHING
 
 
-def test_tests_add_their_tools_and_launch_is_content_with_them(tree: Tree) -> None:
+def test_test_script_adds_its_tools_and_launch_keeps_them(tree: Tree) -> None:
     result = tree.run("test.sh")
     assert tree.installed() == [*EVERYTHING, "constraints-test.txt"]
     *checks, tests = result.stdout.splitlines()
@@ -142,7 +142,7 @@ def test_tests_add_their_tools_and_launch_is_content_with_them(tree: Tree) -> No
     assert tree.installed() == []
 
 
-def test_tests_after_a_launch_install_their_tools_alone(tree: Tree) -> None:
+def test_test_script_after_launch_installs_only_its_tools(tree: Tree) -> None:
     tree.launch()
     tree.installed()
     assert tree.run("test.sh", "-k", "some thing").stdout == "ran pytest -k some thing\n"
@@ -150,7 +150,7 @@ def test_tests_after_a_launch_install_their_tools_alone(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("root", [True, False])
-def test_programs_that_tests_drive_are_installed_where_that_can_be(tree: Tree, root: bool) -> None:
+def test_test_script_installs_programs_if_it_is_root(tree: Tree, root: bool) -> None:
     bin_ = tree.elsewhere / "bin"
     bin_.mkdir()
     for name, text in {"apt-get": FAKE_APT, "id": f"#!/bin/sh\necho {0 if root else 1000}\n"}.items():
@@ -172,7 +172,7 @@ def test_programs_that_tests_drive_are_installed_where_that_can_be(tree: Tree, r
         assert not record.exists()
 
 
-def test_pytorchs_own_index_is_asked_only_when_pip_finds_no_cpu_build(tree: Tree) -> None:
+def test_pytorch_index_is_used_only_if_pip_finds_no_cpu_build(tree: Tree) -> None:
     result = tree.launch(STUB_FAIL=":all: --no-deps torch==")
     calls = tree.record.read_text().splitlines()
     assert result.returncode == 0
@@ -180,7 +180,7 @@ def test_pytorchs_own_index_is_asked_only_when_pip_finds_no_cpu_build(tree: Tree
     assert not any("extra-index" in call for call in calls[2:])
 
 
-def test_cuda_never_asks_the_cpu_index(tree: Tree) -> None:
+def test_cuda_never_uses_the_cpu_index(tree: Tree) -> None:
     tree.launch(extra="cuda")
     assert tree.installed() == ["constraints-cuda.txt", "repository"]
 
@@ -189,21 +189,21 @@ NO_CPU_TORCH = {"STUB_FAIL": "torch==1.0+cpu", "STUB_SAYS": "ERROR: No matching 
 FALLBACK = ["torch==1.0", "constraints-cpu.txt", "repository"]
 
 
-def test_the_plain_torch_is_installed_if_pip_finds_no_cpu_build(tree: Tree) -> None:
+def test_plain_torch_is_installed_if_there_is_no_cpu_build(tree: Tree) -> None:
     result = tree.launch(**NO_CPU_TORCH)
     assert (result.returncode, result.stdout) == (0, "troupe roles\n")
-    found, asked, plain, *rest = tree.record.read_text().splitlines()
-    assert found.endswith("torch==1.0+cpu")
-    assert asked.endswith("torch==1.0+cpu")
+    first, with_index, plain, *rest = tree.record.read_text().splitlines()
+    assert first.endswith("torch==1.0+cpu")
+    assert with_index.endswith("torch==1.0+cpu")
     assert plain.endswith(f"-c {tree.root}/scripts/constraints-cuda.txt torch==1.0")
     assert "--no-deps" not in plain
     assert all("--no-deps" in call for call in rest)
     assert tree.installed()[2:] == FALLBACK
-    # Said before it is downloaded: what, how much, and how to get the small build.
-    said = result.stderr.partition("installing torch==1.0 and CUDA's libraries")[0]
-    assert "no torch==1.0+cpu" in said
-    assert "GB to download" in said
-    assert "remove" in said
+    # Before the download, the script says what it downloads, how much, and how to get the small build.
+    message = result.stderr.partition("installing torch==1.0 and CUDA's libraries")[0]
+    assert "no torch==1.0+cpu" in message
+    assert "GB to download" in message
+    assert "remove" in message
     assert "pip says" not in result.stderr
 
     again = tree.launch()
@@ -211,7 +211,7 @@ def test_the_plain_torch_is_installed_if_pip_finds_no_cpu_build(tree: Tree) -> N
 
 
 @pytest.mark.parametrize("interrupted_at", ["constraints-cuda.txt", "constraints-cpu.txt"])
-def test_an_interrupted_fallback_resumes_as_the_fallback(tree: Tree, interrupted_at: str) -> None:
+def test_interrupted_fallback_resumes_as_fallback(tree: Tree, interrupted_at: str) -> None:
     process = tree.start("launch.sh", "roles", STUB_HANG=interrupted_at, **NO_CPU_TORCH)
     tree.wait_for_pip(interrupted_at)
     process.send_signal(signal.SIGINT)
@@ -221,7 +221,7 @@ def test_an_interrupted_fallback_resumes_as_the_fallback(tree: Tree, interrupted
     assert tree.installed() == FALLBACK
 
 
-def test_a_fallback_made_afresh_looks_for_the_cpu_build_again(tree: Tree) -> None:
+def test_new_environment_tries_the_cpu_build_again(tree: Tree) -> None:
     tree.launch(**NO_CPU_TORCH)
     shutil.rmtree(tree.root / ".venv")
     tree.installed()
@@ -229,15 +229,15 @@ def test_a_fallback_made_afresh_looks_for_the_cpu_build_again(tree: Tree) -> Non
     assert tree.installed() == EVERYTHING
 
 
-def test_a_fallback_that_fails_looks_for_the_cpu_build_again(tree: Tree) -> None:
-    """With no network at all, pip says that there is no such build, too."""
+def test_failed_fallback_tries_the_cpu_build_again(tree: Tree) -> None:
+    """Without a network, pip also reports that there is no such build."""
     assert tree.launch(STUB_FAIL="torch==1.0", STUB_SAYS=NO_CPU_TORCH["STUB_SAYS"]).returncode == 1
     tree.installed()
     assert tree.launch().returncode == 0
     assert tree.installed() == EVERYTHING
 
 
-def test_a_cpu_build_that_fails_to_install_is_not_replaced_by_the_plain_torch(tree: Tree) -> None:
+def test_cpu_build_that_fails_to_install_is_not_replaced(tree: Tree) -> None:
     result = tree.launch(STUB_FAIL="torch==1.0+cpu", STUB_SAYS="ERROR: No space left on device")
     assert result.returncode == 1
     assert "No space left on device" in result.stderr
@@ -246,7 +246,7 @@ def test_a_cpu_build_that_fails_to_install_is_not_replaced_by_the_plain_torch(tr
     assert tree.installed() == EVERYTHING
 
 
-def test_the_fallback_needs_more_disk(tree: Tree) -> None:
+def test_fallback_needs_more_disk(tree: Tree) -> None:
     df = tree.elsewhere / "df"
     df.write_text(f"#!/bin/sh\nprintf 'heading\\ndisk 0 0 {9 * GIB} 0%% /\\n'\n")
     df.chmod(0o755)
@@ -259,7 +259,7 @@ def test_the_fallback_needs_more_disk(tree: Tree) -> None:
     assert tree.launch(PATH=path).returncode == 0
 
 
-def test_a_failure_shows_the_log_and_the_next_call_goes_on(tree: Tree) -> None:
+def test_failure_shows_the_log_and_the_next_launch_resumes(tree: Tree) -> None:
     result = tree.launch(STUB_FAIL="constraints-cpu.txt")
     assert (result.returncode, result.stdout) == (1, "")
     assert "    pip says no\n" in result.stderr
@@ -270,7 +270,7 @@ def test_a_failure_shows_the_log_and_the_next_call_goes_on(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_ends_pip_and_the_next_call_goes_on(tree: Tree, number: signal.Signals, code: int) -> None:
+def test_interrupt_ends_pip_and_the_next_launch_resumes(tree: Tree, number: signal.Signals, code: int) -> None:
     process = tree.start("launch.sh", "roles", STUB_HANG="constraints-cpu.txt")
     tree.wait_for_pip("constraints-cpu.txt")
     process.send_signal(number)
@@ -278,11 +278,11 @@ def test_interrupted_it_ends_pip_and_the_next_call_goes_on(tree: Tree, number: s
     assert process.returncode == code
     assert "the same command goes on from here" in err
     tree.installed()
-    assert tree.launch().returncode == 0  # the lock is free, so pip is gone: it would hold the lock for 600 s
+    assert tree.launch().returncode == 0  # pip has ended: it would hold the lock for 600 s
     assert tree.installed() == EVERYTHING
 
 
-def test_a_list_that_changes_while_it_is_installed_is_installed_again(tree: Tree) -> None:
+def test_constraints_that_change_during_installation_are_installed_again(tree: Tree) -> None:
     process = tree.start("launch.sh", "roles", STUB_PAUSE="constraints-cpu.txt")
     tree.wait_for_pip("constraints-cpu.txt")
     tree.write("scripts/constraints-cpu.txt", "thing==2.0\nother==1.0\n")
@@ -292,7 +292,7 @@ def test_a_list_that_changes_while_it_is_installed_is_installed_again(tree: Tree
     assert tree.installed() == EVERYTHING
 
 
-def test_killed_the_next_call_waits_for_the_pip_left_behind_and_goes_on(tree: Tree) -> None:
+def test_launch_after_kill_waits_for_the_orphaned_pip(tree: Tree) -> None:
     process = tree.start("launch.sh", "roles", STUB_HANG="torch==")
     tree.wait_for_pip("torch==")
     process.kill()
@@ -316,17 +316,17 @@ def end_session(session: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_two_launches_at_once_install_once(tree: Tree) -> None:
+def test_concurrent_launches_install_once(tree: Tree) -> None:
     both = [tree.start("launch.sh", "roles") for _ in range(2)]
     results = [process.communicate(timeout=60) for process in both]
     assert [out for out, _ in results] == ["troupe roles\n"] * 2
     assert tree.installed() == EVERYTHING
 
 
-@pytest.mark.parametrize("lost", ["bin/python", "pyvenv.cfg"])
-def test_a_half_made_environment_is_made_afresh(tree: Tree, lost: str) -> None:
+@pytest.mark.parametrize("missing", ["bin/python", "pyvenv.cfg"])
+def test_incomplete_environment_is_recreated(tree: Tree, missing: str) -> None:
     tree.launch()
-    (tree.root / ".venv" / lost).unlink()
+    (tree.root / ".venv" / missing).unlink()
     (tree.root / ".venv" / "stale").touch()
     tree.installed()
     assert "starting afresh" in tree.launch().stderr
@@ -334,14 +334,14 @@ def test_a_half_made_environment_is_made_afresh(tree: Tree, lost: str) -> None:
     assert tree.installed() == EVERYTHING
 
 
-def test_the_other_extra_starts_afresh(tree: Tree) -> None:
+def test_other_extra_recreates_the_environment(tree: Tree) -> None:
     tree.launch(extra="cuda")
     tree.installed()
     assert "starting afresh" in tree.launch().stderr
     assert tree.installed() == EVERYTHING
 
 
-def test_what_a_killed_pip_left_is_dropped(tree: Tree) -> None:
+def test_leftovers_of_a_killed_pip_are_removed(tree: Tree) -> None:
     tree.launch()
     site = tree.root / ".venv/lib/python3.11/site-packages"
     for path, text in {"whole.dist-info/RECORD": "x", "half.dist-info/METADATA": "x", "~orch/x.py": "x"}.items():
@@ -352,7 +352,7 @@ def test_what_a_killed_pip_left_is_dropped(tree: Tree) -> None:
     assert [path.name for path in site.iterdir()] == ["whole.dist-info"]
 
 
-def test_an_old_python_is_named_before_anything_is_made(tree: Tree, tmp_path: Path) -> None:
+def test_old_python_is_refused_before_anything_is_created(tree: Tree, tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18 && exit\nexit 1\n')
     old.chmod(0o755)
@@ -363,15 +363,15 @@ def test_an_old_python_is_named_before_anything_is_made(tree: Tree, tmp_path: Pa
     assert not (tree.root / ".venv").exists()
 
 
-def test_an_unknown_extra_is_refused(tree: Tree) -> None:
+def test_unknown_extra_is_refused(tree: Tree) -> None:
     assert "set it to cpu or cuda" in tree.launch(extra="rocm").stderr
 
 
-# The checks, each with the facts as arguments
+# The checks of setup.sh, each with its facts as arguments
 
 
 def check(call: str, *arguments: str) -> str:
-    """What the function says; empty where it is content."""
+    """Return what a function of setup.sh reports, or nothing if its check passes."""
     script = f'source "$0"; {call} "$@"'
     command = ["bash", "-c", script, str(ROOT / "scripts" / "setup.sh"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -384,14 +384,14 @@ def fact(tmp_path: Path) -> Path:
     return tmp_path / "fact"
 
 
-def test_disk() -> None:
+def test_require_disk() -> None:
     assert check("require_disk", "/srv", str(8 * GIB), str(8 * GIB)) == ""
-    said = check("require_disk", "/srv", str(3 * GIB), str(8 * GIB))
-    assert "/srv has 3 GiB free, and 8 GiB are needed" in said
-    assert "to mend it: free some space" in said
+    message = check("require_disk", "/srv", str(3 * GIB), str(8 * GIB))
+    assert "/srv has 3 GiB free, and 8 GiB are needed" in message
+    assert "to mend it: free some space" in message
 
 
-def test_avx2(fact: Path) -> None:
+def test_require_avx2(fact: Path) -> None:
     fact.write_text("flags : fpu sse4_2 avx2 bmi2\n")
     assert check("require_avx2", str(fact)) == ""
     fact.write_text("flags : fpu sse4_2 avx avx2x\n")
@@ -409,37 +409,43 @@ def test_avx2(fact: Path) -> None:
         (("Darwin", "arm64", ""), "Darwin on arm64"),
     ],
 )
-def test_platform(platform: tuple[str, str, str], missing: str) -> None:
-    said = check("require_platform", *platform)
-    assert (missing in said) if missing else (said == "")
+def test_require_platform(platform: tuple[str, str, str], missing: str) -> None:
+    message = check("require_platform", *platform)
+    assert (missing in message) if missing else (message == "")
 
 
 @pytest.mark.parametrize(("version", "fits"), [("580.65.06", True), ("595.10", True), ("535.183.01", False)])
-def test_driver(fact: Path, version: str, fits: bool) -> None:
+def test_require_driver(fact: Path, version: str, fits: bool) -> None:
     fact.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Tue Jan  1 00:00:00 UTC 2026\n")
-    said = check("require_driver", str(fact))
-    assert (said == "") is fits
-    assert fits or f"the NVIDIA driver is {version}" in said
+    message = check("require_driver", str(fact))
+    assert (message == "") is fits
+    assert fits or f"the NVIDIA driver is {version}" in message
 
 
-def test_a_python_without_venv(fact: Path) -> None:
+def test_require_venv(fact: Path) -> None:
     fact.write_text("#!/bin/sh\nexit 1\n")
     fact.chmod(0o755)
     assert "apt-get install python3-venv" in check("require_venv", str(fact))
     assert check("require_venv", sys.executable) == ""
 
 
-def test_what_is_there_already_needs_no_disk(tmp_path: Path) -> None:
+def test_installed_packages_need_no_disk(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(bytes(GIB // 1024))
     command = ["bash", "-c", 'source "$0"; needed_bytes cpu "$1"', str(ROOT / "scripts" / "setup.sh"), str(tmp_path)]
     needed = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 8 * GIB - 2 * 1024**2 < needed <= 8 * GIB - GIB // 1024
 
 
-def test_an_environment_of_somebody_else_is_left_alone(tree: Tree) -> None:
+def test_foreign_environment_is_not_touched(tree: Tree) -> None:
     (tree.root / ".venv").mkdir()
     (tree.root / ".venv" / "mine").touch()
     refused = tree.launch()
     assert refused.returncode == 1
     assert "was not made by this script" in refused.stderr
     assert [path.name for path in (tree.root / ".venv").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("script", ["measure.py", "measure_service.py", "drill_service.py", "service_harness.py"])
+def test_measuring_script_shows_its_help(script: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
+    assert f"python scripts/{script}" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
