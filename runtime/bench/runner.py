@@ -5,7 +5,8 @@ repeat.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,30 +58,60 @@ class _Turn(NamedTuple):
         return f"{self.policy}, load {self.load:g}, repeat {self.repeat + 1}" if self.recorded else "warming up"
 
 
-@dataclass
+class Recorder:
+    """The listener of a benchmark. It is made before the team starts, and passes on what belongs to the current play.
+
+    `hear` must listen to the orchestrators' events, and `publish` must get the controller's records. `on_moment` is
+    called for each record of a play that counts.
+    """
+
+    def __init__(self, on_moment: Callable[[Moment], None]) -> None:
+        self._on_moment = on_moment
+        self._player: Player | None = None
+        self._turn: _Turn | None = None
+        self._started_s = 0.0
+
+    @contextmanager
+    def recording(self, player: Player, turn: _Turn) -> Iterator[None]:
+        """Pass events to a player, and records to `on_moment` unless the turn is the warm-up."""
+        self._player, self._turn = player, turn if turn.recorded else None
+        self._started_s = asyncio.get_running_loop().time()
+        try:
+            yield
+        finally:
+            self._player = self._turn = None
+
+    def hear(self, event: Event) -> None:
+        """Pass an event of the orchestrators to the current player."""
+        if self._player is not None:
+            self._player.hear(event)
+
+    def publish(self, record: Record) -> None:
+        """Pass a record of the controller on, with its time counted from the start of the play."""
+        if self._turn is not None:
+            self._on_moment(_moment(record, self._turn, record.snapshot.now_s - self._started_s))
+
+
+@dataclass(frozen=True)
 class Bench:
     """A benchmark over a running team, whose controller must have been entered.
 
+    - `recorder`: the listener of the team's events and of the controller's records
     - `orchestrators`: the orchestrator of each phase of the workload
     - `contain`: makes the contained form of a policy
     - `budget_bytes`: the memory that policies divide, unless a rival has its own budget
-    - `on_job`, `on_moment`: called with each row as it comes; not called during the warm-up
+    - `on_job`: called with each job that ended; not called during the warm-up
     - `on_run`: called with the name of each run before it starts
-
-    `hear` must listen to the orchestrators' events, and `publish` must get the controller's records.
     """
 
     running_team: RunningTeam
+    recorder: Recorder
     orchestrators: Mapping[str, Orchestrator]
     source: Source
     contain: Callable[[PolicyChoice], ContainedPolicy]
     budget_bytes: int
-    on_job: Callable[[JobRow], None] = lambda row: None
-    on_moment: Callable[[Moment], None] = lambda moment: None
-    on_run: Callable[[str], None] = lambda name: None
-    _player: Player | None = None
-    _turn: _Turn | None = None
-    _started_s: float = 0.0
+    on_job: Callable[[JobRow], None]
+    on_run: Callable[[str], None]
 
     async def run(self, rivals: list[Rival], loads: Iterable[float], repeats: int, warm_up: bool = True) -> list[Run]:
         """Run everything, and return the runs sorted by load, policy and repeat.
@@ -107,7 +138,7 @@ class Bench:
         Raises TroupeError if every job fails.
         """
         self.on_run(str(turn))
-        controller, clock = self.running_team.controller, asyncio.get_running_loop().time
+        controller = self.running_team.controller
         controller.use(policy, rival.budget_bytes or self.budget_bytes)
         await asyncio.sleep(SETTLE_S)
         rows: list[JobRow] = []
@@ -117,25 +148,14 @@ class Bench:
             if turn.recorded:
                 self.on_job(rows[-1])
 
-        self._player = player = Player(self.orchestrators, f"{turn.policy}/{turn.load:g}/{turn.repeat}", take)
+        player = Player(self.orchestrators, f"{turn.policy}/{turn.load:g}/{turn.repeat}", take)
         controller.counts = counts = Counts()
         preemptions = self._preemptions()
-        self._started_s, self._turn = clock(), turn if turn.recorded else None
-        seconds = await player.play(self.source.draw(turn.load, turn.repeat))
-        self._player = self._turn = None
+        with self.recorder.recording(player, turn):
+            seconds = await player.play(self.source.draw(turn.load, turn.repeat))
         if rows and all(row.error for row in rows):
             raise TroupeError(f"under the policy {turn.policy} every job failed; the first error is: {rows[0].error}")
         return metrics(rows, seconds, self.source.workload.limits, counts, self._preemptions() - preemptions)
-
-    def hear(self, event: Event) -> None:
-        """Pass an event of the orchestrators to the current play."""
-        if self._player is not None:
-            self._player.hear(event)
-
-    def publish(self, record: Record) -> None:
-        """Pass a record of the controller to `on_moment`, with its time counted from the start of the current play."""
-        if self._turn is not None:
-            self.on_moment(_moment(record, self._turn, record.snapshot.now_s - self._started_s))
 
     def _preemptions(self) -> int:
         return sum(engine.stats().preemptions for engine in self.running_team.engines.values())

@@ -18,16 +18,15 @@ from runtime.assembly import start_team
 from runtime.bench import results, workload
 from runtime.bench.output import Output, command, default_folder, machine
 from runtime.bench.results import Summary
-from runtime.bench.runner import LIMIT, SETTLE_S, STREAM_INTERVAL, Bench, Rival
+from runtime.bench.runner import LIMIT, SETTLE_S, STREAM_INTERVAL, Bench, Recorder, Rival
 from runtime.bench.table import table
 from runtime.bench.workload import Source
 from runtime.cli import interrupt
 from runtime.config import Config, PolicyChoice
 from runtime.control import catalogue
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.control.decision_log import Record
 from runtime.errors import ConfigError, InputError
-from runtime.events import EngineChanged, Event
+from runtime.events import EngineChanged, Event, fan_out
 from runtime.jobs.team import Team, assemble
 
 POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill"
@@ -203,37 +202,30 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     logs.log_to(folder)
     config = plan.config
     whole_team = assemble(config)
-    benches: list[Bench] = []
 
-    def hear(event: Event) -> None:
-        if isinstance(event, EngineChanged) and not benches:
+    def show_start(event: Event) -> None:
+        if isinstance(event, EngineChanged) and not bar.has_runs:
             bar.describe(f"{event.engine} {event.state}")
-        for bench in benches:
-            bench.hear(event)
-
-    def publish(record: Record) -> None:
-        for bench in benches:
-            bench.publish(record)
 
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     async with AsyncExitStack() as owned:
         output = owned.enter_context(Output(plan.folder))
         bar = await owned.enter_async_context(Bar(plan))
-        running = await owned.enter_async_context(start_team(config, whole_team, folder, hear, publish))
-        ledger = running.sharing.ledger
+        recorder = Recorder(output.moment)
+        listener = fan_out(show_start, recorder.hear)
+        running = await owned.enter_async_context(start_team(config, whole_team, folder, listener, recorder.publish))
         device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         bench = Bench(
             running,
+            recorder,
             {phase: running.orchestrate(team, STREAM_INTERVAL) for phase, team in teams.items()},
             plan.source,
             policies.contain,
-            ledger.budget_bytes,
+            running.sharing.ledger.budget_bytes,
             on_job=output.job,
-            on_moment=output.moment,
             on_run=bar.next,
         )
-        benches.append(bench)
         runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats)
         bar.describe("closing the engines")
     return summarise(plan, "engines", started, runs)
@@ -302,6 +294,11 @@ class Bar:
         with suppress(asyncio.CancelledError):
             await self._ticking
         self._bar.stop()
+
+    @property
+    def has_runs(self) -> bool:
+        """Return True once the first run has started."""
+        return self._run > 0
 
     def next(self, name: str) -> None:
         """Start the next run."""

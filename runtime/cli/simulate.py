@@ -18,16 +18,14 @@ from runtime.bench import workload
 from runtime.bench.output import Output
 from runtime.bench.output import machine as output_machine
 from runtime.bench.results import Run
-from runtime.bench.runner import STREAM_INTERVAL, Bench
+from runtime.bench.runner import STREAM_INTERVAL, Bench, Recorder
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.control.decision_log import Record
 from runtime.engines.fake import Script
 from runtime.engines.request import GenerateRequest
 from runtime.errors import ConfigError
-from runtime.events import Event
 from runtime.jobs import problems
 from runtime.jobs.job import Job
 from runtime.jobs.team import Team, assemble
@@ -207,38 +205,37 @@ async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Measurement
 
 async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Run]:
     control = plan.config.control
-    benches: list[Bench] = []
     runs_to_go = iter(range(plan.runs - 1, 0, -1))
 
     def progress(name: str) -> None:
         click.echo(f"\r\033[K{name} ({next(runs_to_go)} to go)", nl=False, err=True)
 
-    def hear(event: Event) -> None:
-        for bench in benches:
-            bench.hear(event)
-
-    def publish(record: Record) -> None:
-        for bench in benches:
-            bench.publish(record)
-
+    recorder = Recorder(output.moment)
     scripts = dict.fromkeys(simulated.model.engines, simulated.script)
     async with model.engines(simulated.model, scripts, simulated.budget_bytes) as (engines, sharing):
         policies = ContainedPolicies(control.policy, control.shadow, threads=False)
-        running = RunningTeam(simulated.whole_team, engines, sharing, control, policies, listener=hear, publish=publish)
+        running = RunningTeam(
+            simulated.whole_team,
+            engines,
+            sharing,
+            control,
+            policies,
+            listener=recorder.hear,
+            publish=recorder.publish,
+        )
         orchestrators = {
             phase: running.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
         }
         bench = Bench(
             running,
+            recorder,
             orchestrators,
             plan.source,
             policies.contain,
             simulated.budget_bytes,
             on_job=output.job,
-            on_moment=output.moment,
             on_run=progress,
         )
-        benches.append(bench)
         device_bytes = min(engine.limits.device_bytes for engine in engines.values())
         async with running.controller:
             runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
