@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up once, then runs `troupe` with the given arguments. Without arguments it solves the sample problems.
+# Set everything up once, then run `troupe` with the given arguments. Without arguments, solve the sample problems.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=scripts/setup.sh

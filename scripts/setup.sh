@@ -1,28 +1,28 @@
-# Functions that set up .venv. launch.sh and test.sh source this file; it runs nothing by itself.
+# Functions that set up .venv, for launch.sh and test.sh, which source this file. It runs nothing by itself.
 # shellcheck shell=bash
 #
-# The constraints files list every package with its exact version, so pip resolves nothing and installs the same packages
-# next year. A stamp in .venv records what it was made from; if nothing has changed, set-up does nothing. An interrupted
-# set-up resumes at the next call.
+# The constraints files list every package with its exact version. pip installs them without resolving, so the same
+# versions are installed next year. A stamp in .venv records what it was made from. While the stamp is current, a call
+# does nothing. The next call resumes an interrupted one.
 #
-#   PYTHON        the Python for .venv (default: the first of python3.11 to python3.14, python3 with a supported version)
+#   PYTHON        the Python to make .venv with (default: the first suitable of python3.11 ... python3.14, python3)
 #   TROUPE_EXTRA  cpu or cuda (default: cuda if an NVIDIA driver is present, else cpu)
 
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 GIB=$((1024 * 1024 * 1024))
-DRIVER_MIN=580 # the oldest driver that runs CUDA 13, for which PyTorch 2.13 is built
+DRIVER_MIN=580 # the first that runs CUDA 13, which PyTorch 2.13 is built for
 
-# --- messages ---------------------------------------------------------------------------------------------------------
+# --- what the user sees -----------------------------------------------------------------------------------------------
 
 say() { printf 'troupe: %s\n' "$*" >&2; }
 
-refuse() { # what is wrong, how to repair it
+refuse() { # problem, fix
     say "cannot set up: $1"
-    say "  to repair it: $2"
+    say "  to fix it: $2"
     return 1
 }
 
-# --- checks before any download ---------------------------------------------------------------------------------------
+# --- checks before anything is downloaded -----------------------------------------------------------------------------
 
 require_platform() { # system machine libc, as of uname -s, uname -m, getconf GNU_LIBC_VERSION
     [[ $1 == Linux && $2 == x86_64 ]] ||
@@ -34,7 +34,7 @@ require_platform() { # system machine libc, as of uname -s, uname -m, getconf GN
             "use a newer system, such as Debian 11, Ubuntu 20.04, RHEL 9 or later"
 }
 
-python_fits() { # command; succeeds if it is a Python for which the packages are built
+python_fits() { # command: true if the packages are built for this Python
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
 }
 
@@ -45,17 +45,17 @@ find_python() { # prints the command
         [[ -z ${PYTHON:-} ]] || break
     done
     candidate=${PYTHON:-python3}
-    refuse "Troupe needs Python 3.11 to 3.14, but $candidate is $("$candidate" --version 2>/dev/null || echo missing)" \
-        "install python3.11, or set PYTHON to a supported Python"
+    refuse "Python 3.11 to 3.14 is needed, and $candidate is $("$candidate" --version 2>/dev/null || echo missing)" \
+        "install python3.11, or set PYTHON to a suitable one"
 }
 
 require_venv() { # python
     "$1" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
-        refuse "$1 has no module venv, or no pip for it" "install it; on Debian and Ubuntu: apt-get install python3-venv"
+        refuse "$1 lacks the module venv or ensurepip" "install it; on Debian and Ubuntu: apt-get install python3-venv"
 }
 
 require_disk() { # folder free-bytes needed-bytes
-    (($2 >= $3)) || refuse "$1 has $(($2 / GIB)) GiB free, but set-up needs $(($3 / GIB)) GiB" \
+    (($2 >= $3)) || refuse "$1 has $(($2 / GIB)) GiB free, but $(($3 / GIB)) GiB are needed" \
         "free some space, or move this folder to a larger disk"
 }
 
@@ -64,7 +64,7 @@ require_avx2() { # cpuinfo: a file like /proc/cpuinfo
         "use a machine with AVX2 (Intel from 2013, AMD from 2015), or one with an NVIDIA GPU"
 }
 
-require_driver() { # version-file: /proc/driver/nvidia/version, which may be missing
+require_driver() { # version-file: /proc/driver/nvidia/version, which exists only with a driver
     [[ -r $1 ]] || return 0
     local version
     version=$(grep -om1 -E '[0-9]{3}\.[0-9]+(\.[0-9]+)?' "$1") || return 0
@@ -77,7 +77,7 @@ fitting_extra() { # prints cpu or cuda
     local extra=${TROUPE_EXTRA:-}
     if [[ -z $extra ]]; then
         extra=cpu
-        # Look for files: nvidia-smi takes seconds if the driver is not loaded. The last file is WSL's.
+        # nvidia-smi takes seconds if the driver is not kept loaded, so look for files. The last one is WSL's.
         [[ ! -e /proc/driver/nvidia/version && ! -e /dev/nvidiactl && ! -e /usr/lib/wsl/lib/libcuda.so.1 ]] || extra=cuda
     fi
     case $extra in
@@ -90,7 +90,7 @@ free_bytes() { # folder
     df -PB1 "$1" | awk 'NR == 2 { print $4 }'
 }
 
-needed_bytes() { # extra-or-"plain" folder; prints the size of a full install less what the folder holds already
+needed_bytes() { # extra-or-"plain" folder: size of a full installation less what the folder already holds
     local -A gib=([cpu]=8 [plain]=12 [cuda]=20)
     local held
     held=$(du -sB1 "$2" 2>/dev/null | cut -f1) || held=0
@@ -110,8 +110,8 @@ check_machine() { # root extra python
 
 # --- the stamp --------------------------------------------------------------------------------------------------------
 
-stamp_key() { # root extra part; prints a hash of everything that the part is made from
-    # Both lists: cuda's pins the plain torch that the extra cpu may fall back to.
+stamp_key() { # root extra part: a hash of everything that the part is made from
+    # Both lists, because the extra cpu can fall back to the plain torch, which is pinned in the list of cuda.
     local files=("$1/pyproject.toml" "$1"/scripts/constraints-{cpu,cuda}.txt "$1/.venv/pyvenv.cfg")
     [[ $3 == run ]] || files+=("$1/scripts/constraints-$3.txt")
     { printf '%s\n' "$1" "$2"; cat "${files[@]}" 2>/dev/null; } | sha256sum | cut -d' ' -f1
@@ -132,12 +132,12 @@ write_stamp() { # root part key
 
 # --- installation -----------------------------------------------------------------------------------------------------
 
-# Runs a command in the background, so that this script answers Ctrl-C and TERM at once and shows the seconds.
+# Run a command in the background, so that INT and TERM take effect at once and the elapsed time can be shown.
 child=
 logged() { # log command...
     local log=$1 started=$SECONDS status=0
     shift
-    set -m # gives it a process group, so that interrupted() can end all of it
+    set -m # a process group of its own, so that all of its processes can be killed
     "$@" >>"$log" 2>&1 </dev/null &
     child=$!
     set +m
@@ -162,9 +162,9 @@ interrupted() { # exit-status
 step() { # log what command...
     say "$2"
     logged "$1" "${@:3}" && return
-    say "this step failed; the last lines of $1:"
+    say "this failed; the last lines of $1:"
     tail -n 15 "$1" | sed 's/^/    /' >&2
-    say "repair that, then run the same command again to resume"
+    say "fix this, then run the same command again to resume"
     return 1
 }
 
@@ -172,13 +172,13 @@ venv_works() { # venv
     [[ -f $1/pyvenv.cfg ]] && python_fits "$1/bin/python" && "$1/bin/python" -m pip --version >/dev/null 2>&1
 }
 
-make_venv() { # venv extra python; leaves a .venv alone that this script did not make
+make_venv() { # venv extra python: refuses to replace an environment that this script did not make
     if [[ -e $1 && ! -f $1/.extra ]]; then
-        refuse "$1 exists and was not made by this script" "move it away, and this script makes its own"
+        refuse "$1 exists and was not made by this script" "move it away; Troupe makes its own"
         return 1
     fi
     if [[ -e $1 ]] && { ! venv_works "$1" || [[ $(<"$1/.extra") != "$2" ]]; }; then
-        say "$1 is incomplete or was made for another extra; making it again"
+        say "$1 is incomplete or was made for the other extra; making a new one"
         rm -rf -- "$1"
     fi
     if [[ ! -e $1 ]]; then
@@ -188,7 +188,7 @@ make_venv() { # venv extra python; leaves a .venv alone that this script did not
     fi
 }
 
-repair_site() { # venv; removes what a killed pip left behind, so that pip installs those packages again
+repair_site() { # venv: removes what a killed pip left, so that pip installs those packages again
     local info
     for info in "$1"/lib/python3.*/site-packages/*.dist-info; do
         [[ -s $info/RECORD ]] || rm -rf -- "$info" # pip writes RECORD last
@@ -200,18 +200,18 @@ pip_install() { # venv arguments...
     "$1/bin/python" -m pip --disable-pip-version-check install --no-input --only-binary :all: "${@:2}"
 }
 
-# Installs torch's +cpu build, or creates .plain-torch if pip finds none. pip loses seconds for each package on an index
-# that does not answer, so it asks PyTorch's index for torch alone, and only if it finds no +cpu build elsewhere (a local
-# wheel, a mirror).
+# Install torch's +cpu build, or record in .plain-torch that pip finds none. An index that does not answer costs pip
+# seconds for each package. So PyTorch's own index is used for torch alone, and only if pip finds no such build without it
+# (a local wheel, a mirror).
 install_cpu_torch() { # venv requirement
-    local said
+    local output
     pip_install "$1" --no-deps "$2" && return
-    said=$(pip_install "$1" --no-deps --extra-index-url "$PYTORCH_CPU_INDEX" "$2" 2>&1) && return
-    echo "$said"
-    grep -qE 'No matching distribution found|ResolutionImpossible' <<<"$said" && touch "$1/.plain-torch"
+    output=$(pip_install "$1" --no-deps --extra-index-url "$PYTORCH_CPU_INDEX" "$2" 2>&1) && return
+    echo "$output"
+    grep -qE 'No matching distribution found|ResolutionImpossible' <<<"$output" && touch "$1/.plain-torch"
 }
 
-# The list of the extra cuda has the same torch, and pins the plain torch's dependencies.
+# The list of the extra cuda has the same torch, and therefore the pins of the plain torch's dependencies.
 install_torch() { # root
     local venv=$1/.venv log=$1/.venv/setup.log pins=$1/scripts/constraints-cuda.txt torch
     torch=$(grep '^torch==' "$pins") || return 1
@@ -219,12 +219,12 @@ install_torch() { # root
         step "$log" "installing PyTorch's CPU build" install_cpu_torch "$venv" "$torch+cpu" || return 1
         [[ -e $venv/.plain-torch ]] || return 0
         say "pip found no $torch+cpu on its own index or on $PYTORCH_CPU_INDEX"
-        say "  installing the plain $torch instead: it runs on the CPU too, but downloads 2.7 GB of CUDA's libraries"
-        say "  for the smaller build, make that index reachable, remove $venv and run this command again"
+        say "  installing $torch instead: it also runs on the CPU, but brings CUDA's libraries, 2.7 GB to download"
+        say "  for the smaller build, make that index reachable, remove $venv, and run this again"
     fi
     require_disk "$1" "$(free_bytes "$1")" "$(needed_bytes plain "$venv")" || return 1
     step "$log" "installing $torch and CUDA's libraries, 2.7 GB" pip_install "$venv" -c "$pins" "$torch" && return
-    rm -f -- "$venv/.plain-torch" # the network may be down: let the next call look for the CPU build again
+    rm -f -- "$venv/.plain-torch" # perhaps no index is reachable; the next call looks for the CPU build again
     return 1
 }
 
@@ -249,21 +249,21 @@ install_part() { # root extra part
 
 set_up_locked() { # root extra part...
     local root=$1 extra=$2 python part key
-    ! all_hold "$@" || return 0 # another call made it while this one waited for the lock
+    ! all_hold "$@" || return 0 # another call set it up while this one waited
     python=$(find_python) || return 1
     check_machine "$root" "$extra" "$python" || return 1
     make_venv "$root/.venv" "$extra" "$python" || return 1
     repair_site "$root/.venv"
     for part in "${@:3}"; do
         stamp_holds "$root" "$extra" "$part" && continue
-        key=$(stamp_key "$root" "$extra" "$part") # computed first: the lists may change during installation
+        key=$(stamp_key "$root" "$extra" "$part") # computed first, because the lists can change during the installation
         install_part "$root" "$extra" "$part" && write_stamp "$root" "$part" "$key" || return 1
     done
     say "ready after $SECONDS s"
 }
 
-# What the tests drive for real: a broker and a browser, from the system's packages. Where they cannot be installed, the
-# tests that need them are skipped, and say so.
+# Programs that tests use: a broker and a browser, from the system's packages. If they cannot be installed, the tests that
+# need them are skipped.
 TEST_PROGRAMS="mosquitto chromium"
 
 set_up_programs() { # root
@@ -281,13 +281,13 @@ set_up_programs() { # root
 }
 
 install_programs() { # package...
-    # RUNLEVEL=1: apt does not start a broker that it installs
+    # With RUNLEVEL=1, the package does not start its broker.
     export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
     apt-get update -q && apt-get install -qy --no-install-recommends "$@"
 }
 
-# Installs the parts ("run", "test") of root's .venv that are missing or outdated. It locks this file itself, so no lock file
-# remains. A pip that outlives a killed script holds the lock until it ends.
+# Bring the parts ("run", "test") of root's .venv up to date. The lock is on this file, so no lock file is left behind. A
+# pip that outlives a killed script holds the lock until it ends.
 set_up() { # root part...
     local root=$1 extra status=0
     extra=$(fitting_extra) || return 1
@@ -296,7 +296,7 @@ set_up() { # root part...
     trap 'interrupted 143' TERM
     exec 9<"$root/scripts/setup.sh"
     if command -v flock >/dev/null && ! flock -n 9; then
-        say "waiting for another set-up of this folder"
+        say "another call is setting up; waiting for it"
         logged /dev/null flock 9 || true
     fi
     set_up_locked "$root" "$extra" "${@:2}" || status=1

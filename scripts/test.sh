@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up the test tools, checks style and types, and runs the tests. With arguments it runs pytest alone with them, from
-# the repository's root.
+# Set up what the tests need, check style and types, and run the tests. With arguments, run only pytest with them; paths
+# start at the repository's root.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=scripts/setup.sh
@@ -17,5 +17,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# Two processes, one file at a time and in order: the tests of a file share their engines.
+# Two processes, each with whole files and in order: the first files start engines, which the tests of a file share.
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -276,7 +276,7 @@ def test_interrupt_ends_pip_and_the_next_launch_resumes(tree: Tree, number: sign
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "the same command goes on from here" in err
+    assert "run the same command again to resume" in err
     tree.installed()
     assert tree.launch().returncode == 0  # pip has ended: it would hold the lock for 600 s
     assert tree.installed() == EVERYTHING
@@ -329,7 +329,7 @@ def test_incomplete_environment_is_recreated(tree: Tree, missing: str) -> None:
     (tree.root / ".venv" / missing).unlink()
     (tree.root / ".venv" / "stale").touch()
     tree.installed()
-    assert "starting afresh" in tree.launch().stderr
+    assert "making a new one" in tree.launch().stderr
     assert not (tree.root / ".venv" / "stale").exists()
     assert tree.installed() == EVERYTHING
 
@@ -337,7 +337,7 @@ def test_incomplete_environment_is_recreated(tree: Tree, missing: str) -> None:
 def test_other_extra_recreates_the_environment(tree: Tree) -> None:
     tree.launch(extra="cuda")
     tree.installed()
-    assert "starting afresh" in tree.launch().stderr
+    assert "making a new one" in tree.launch().stderr
     assert tree.installed() == EVERYTHING
 
 
@@ -387,8 +387,8 @@ def fact(tmp_path: Path) -> Path:
 def test_require_disk() -> None:
     assert check("require_disk", "/srv", str(8 * GIB), str(8 * GIB)) == ""
     message = check("require_disk", "/srv", str(3 * GIB), str(8 * GIB))
-    assert "/srv has 3 GiB free, and 8 GiB are needed" in message
-    assert "to mend it: free some space" in message
+    assert "/srv has 3 GiB free, but 8 GiB are needed" in message
+    assert "to fix it: free some space" in message
 
 
 def test_require_avx2(fact: Path) -> None:
