@@ -165,7 +165,7 @@ async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _rounds(urls: dict[str, str], concurrency: int, count: int, rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Measure the servers in turns, after a warm-up round. Return the figures of each server in each round."""
+    """Measure the servers alternately, after a warm-up round. Return the figures of each server in each round."""
     measured = []
     for number in range(-1, rounds):
         progress(f"{concurrency} at once, round {number + 1} of {rounds}")

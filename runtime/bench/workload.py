@@ -45,7 +45,8 @@ class Phase(Section):
     )
     workflow: Mapping[str, Any] = Field(
         default_factory=dict,
-        description="Name and options of the workflow. They replace those of the configuration.",
+        description="Name and options of the workflow. Other options keep the configuration's value if the workflow is "
+        "the same, and have their default otherwise.",
     )
     characters: tuple[int, int] | None = Field(
         default=None, description="Shortest and longest problem to draw, in characters. By default any length."

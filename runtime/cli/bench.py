@@ -59,7 +59,7 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
             "--policies", "-p", default=POLICIES, show_default=True, help="Policies to run, separated by commas."
         ),
         click.option(
-            "--loads", help="Multiples of the workload's rates, separated by commas [default: the workload's own]."
+            "--loads", help="Multiples of the workload's rates, separated by commas. [default: the workload's own]"
         ),
         click.option(
             "--repeats",
@@ -78,7 +78,7 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
             "--out",
             "-o",
             type=click.Path(path_type=Path),
-            help="Folder for the results [default: a new one in the current folder].",
+            help="Folder for the results. [default: a new one in the current folder]",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
     ):

@@ -85,7 +85,7 @@ under any policy. Algorithm 1 is no better than static here."""
     "--constants",
     type=click.Path(path_type=Path),
     default=CONSTANTS,
-    help="File of the engines' constants, from `troupe simulate fit` [default: those of the embedded team].",
+    help="File of the engines' constants, from `troupe simulate fit`. [default: those of the embedded team]",
 )
 @options
 def load(
@@ -167,7 +167,7 @@ def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
     show_default=True,
     help="Number of problems whose calls are recorded.",
 )
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write [default: standard output].")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write. [default: standard output]")
 def fit(config: str, count: int, out: Path | None) -> None:
     """Measure the engines of a configuration, and write the constants of their model as YAML."""
     chosen = configuration.load(config)

@@ -37,7 +37,7 @@ class EngineModel(Section):
     max_num_seqs: int = Field(gt=0, description="Maximum number of running sequences.")
 
     def decode_step_s(self, sequences: int) -> float:
-        """Return the time of a step that decodes one token for each of so many sequences, in seconds."""
+        """Return the time of a step that decodes one token of each sequence, in seconds."""
         return self.step_s + self.token_s * sequences
 
 

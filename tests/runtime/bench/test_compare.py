@@ -1,4 +1,4 @@
-"""Two benchmarks are compared where they share policies and loads."""
+"""Benchmarks are compared for the policies and loads that they share."""
 
 from pathlib import Path
 
