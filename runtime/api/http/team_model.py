@@ -14,7 +14,7 @@ from runtime.api.http.openai_answers import ChatFormat, usage
 from runtime.api.http.openai_schemas import ChatRequest
 from runtime.errors import InputError, TroupeError
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import JobEvent
+from runtime.jobs.journal.records import JobEvent
 from runtime.jobs.submission import Submission
 
 TEAM = "team"
