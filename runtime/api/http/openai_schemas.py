@@ -10,6 +10,7 @@ Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1_000_000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+TokenPrompt = Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 SAMPLING_KEYS = (
@@ -166,8 +167,8 @@ class CompletionRequest(SamplingBody):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]], Field(max_length=64)]
+        | TokenPrompt
+        | Annotated[list[TokenPrompt], Field(min_length=1, max_length=64)]
     ) = Field(description="One prompt or a list of prompts, each as text or as token ids.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] = False

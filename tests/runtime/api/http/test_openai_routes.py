@@ -42,3 +42,10 @@ async def test_invalid_chat_names_the_field(
     error = response.json()["error"]
     assert message in error["message"]
     assert (error["param"] or "").partition(".")[0] == (field or "")
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [[1], []]])
+async def test_empty_list_of_prompts_names_the_field(served: Served, prompt: object) -> None:
+    response = await served.client.post("/v1/completions", json={"model": "solver", "prompt": prompt})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("prompt")
