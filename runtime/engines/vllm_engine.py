@@ -24,7 +24,7 @@ from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from runtime.engines import forkserver
@@ -149,7 +149,9 @@ class VllmEngine(EngineHandle):
 
     def _start(self) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
-            self._config(), stat_loggers=[lambda config, index: self._latest], disable_log_stats=True
+            self._config(),
+            stat_loggers=[lambda config, index: self._latest, NoPrometheus],
+            disable_log_stats=True,
         )
 
     def _config(self) -> VllmConfig:
@@ -354,6 +356,30 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
 
     def log_engine_initialized(self) -> None:
         return None
+
+
+class NoPrometheus(PrometheusStatLogger):  # type: ignore[misc]  # see above
+    """A Prometheus logger that registers and records nothing.
+
+    Unless vLLM is given a subclass of its Prometheus logger, it adds one that registers metrics in a registry of the
+    whole process, without a lock. Engines that start at the same time can then fail with "Duplicated timeseries".
+    Troupe has metrics of its own.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        pass
+
+    def record(self, *stats: Any, **further: Any) -> None:
+        pass
+
+    def record_admission_rejection(self, reason: str) -> None:
+        pass
+
+    def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
+        pass
+
+    def log_engine_initialized(self) -> None:
+        pass
 
 
 def _sampling(request: GenerateRequest, max_model_len: int) -> SamplingParams:

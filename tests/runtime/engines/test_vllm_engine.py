@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import prometheus_client
 import pytest
 from vllm import SamplingParams
+from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu.sample import logit_bias
 
 from runtime.engines import vllm_engine
@@ -67,3 +69,12 @@ def test_tokens_from_before_a_crash_count_towards_max_and_min_tokens() -> None:
     params = sampling(max_tokens=40, further={"min_tokens": 40}, given=(5, 6, 7))
     assert (params.max_tokens, params.min_tokens) == (37, 37)
     assert sampling(max_tokens=None, further={"min_tokens": 2}, given=(5, 6, 7)).min_tokens == 0
+
+
+def test_engines_register_no_metrics_in_the_registry_of_the_process() -> None:
+    loggers = StatLoggerManager(None, custom_stat_loggers=[vllm_engine.NoPrometheus], enable_default_loggers=False)
+    assert [type(logger) for logger in loggers.stat_loggers] == [vllm_engine.NoPrometheus]
+    loggers.log_engine_initialized()
+    loggers.record(None, None)
+    loggers.record_admission_rejection("full")
+    assert not any(name.startswith("vllm:") for name in prometheus_client.REGISTRY._names_to_collectors)

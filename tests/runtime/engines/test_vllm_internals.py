@@ -109,6 +109,13 @@ ELASTIC_WORKER = {
 }
 OVERRIDDEN: dict[type, set[str]] = {
     vllm_engine.LatestStats: {"__init__", "record", "log_engine_initialized"},
+    vllm_engine.NoPrometheus: {
+        "__init__",
+        "record",
+        "record_admission_rejection",
+        "record_sleep_state",
+        "log_engine_initialized",
+    },
     executor.InCoreExecutor: {"_init_executor"},
     pool.CompactQueue: {"__init__", "popleft", "popleft_n", "remove", "prepend_n", "get_all_free_blocks"},
     pool.ElasticBlockPool: {"__init__", "free_blocks", "_insert_block_hash", "get_usage", "reset_prefix_cache"},
