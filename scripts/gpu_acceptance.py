@@ -203,7 +203,9 @@ async def identical(bench: Bench) -> dict[str, Any]:
 async def memory(bench: Bench) -> dict[str, Any]:
     """Measure resizes of 1 to 16 GiB: NVML's used memory before and after, and milliseconds."""
     record: dict[str, Any] = {}
-    async with elastic.fleet({"one": bench.spec("0.5b", 0.1)}, bench.device_bytes) as running:
+    async with elastic.fleet(
+        {"one": bench.spec("0.5b", 0.2 if bench.rehearsal else 0.1)}, bench.device_bytes
+    ) as running:
         engine = running.engines["one"]
         limits = engine.limits
         for size in [64 * MIB, GIB] if bench.rehearsal else [GIB, 4 * GIB, 16 * GIB]:

@@ -1,11 +1,15 @@
-"""What every test may ask for: a clock that jumps instead of passing."""
+"""Settings for all tests: a clock that jumps, for those that ask for it, and no deadlines."""
 
 import asyncio
 from collections.abc import Callable, Mapping
 
+import hypothesis
 import pytest
 
 from runtime.simulation.virtual_time import VirtualLoop
+
+hypothesis.settings.register_profile("troupe", deadline=None)  # on a busy machine an example can take seconds
+hypothesis.settings.load_profile("troupe")
 
 Factory = Callable[[], asyncio.AbstractEventLoop]
 

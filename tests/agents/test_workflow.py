@@ -422,7 +422,7 @@ def random_reply(rng: random.Random, plan: Plan, unusable: float, call: RoleCall
             return Answer(answer="done")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(drawn=workflows(), seed=st.integers(0, 2**32), unusable=st.sampled_from([0.0, 0.1, 0.5]))
 def test_any_replies_in_any_order_end_and_replay_identically(
     drawn: tuple[Callable[[], Workflow], Plan, int], seed: int, unusable: float

@@ -28,7 +28,7 @@ def test_every_built_in_policy_is_registered() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seen=snapshots())
 def test_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen: Snapshot) -> None:
     decision = catalogue.make(name).decide(seen)
@@ -42,7 +42,7 @@ def test_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen: S
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seen=snapshots())
 def test_new_grants_are_whole_blocks(name: str, seen: Snapshot) -> None:
     decision = catalogue.make(name).decide(seen)
@@ -185,7 +185,7 @@ def test_water_fill_gives_the_others_what_a_cap_cuts_off() -> None:
     assert water_fill(0, [0], [5]) == [0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     total=st.floats(0, 1e6),
     engines=st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 1e5)), min_size=1, max_size=12),

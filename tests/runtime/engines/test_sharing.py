@@ -436,4 +436,4 @@ class Trading(RuleBasedStateMachine):
 
 
 TestTrading = Trading.TestCase
-TestTrading.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+TestTrading.settings = settings(max_examples=100, stateful_step_count=25)

@@ -63,7 +63,7 @@ def test_requests_of_older_jobs_count_as_running_first() -> None:
     virtual_time.run(work())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     calls=st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 10)), min_size=1, max_size=12),
     sizes=st.lists(st.integers(0, 1000), max_size=5),

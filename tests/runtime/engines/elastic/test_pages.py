@@ -144,7 +144,7 @@ def test_memory_in_use_matches_backed_granules_in_any_order(cuda: Callable[..., 
             self.pages.close()
             assert driver.stub_in_use() == 0
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=15, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=15))
 
 
 def test_cuda_error_names_the_call_and_the_status(cuda: Callable[..., Pages]) -> None:

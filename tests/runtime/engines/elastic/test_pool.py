@@ -87,7 +87,7 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=150, stateful_step_count=30)
 
 
 def test_repeated_resizes_do_not_grow_the_queue() -> None:
