@@ -38,7 +38,7 @@ SAMPLES: Mapping[str, tuple[Task, ...]] = {
     "solve": (
         SolveTask("12+7", _SUM),
         SolveTask("(12+7)*3", _PRODUCT, {"A": "19"}),
-        SolveTask("(12+7)*3", _PRODUCT, {"A": "19"}, feedback="the check does not confirm the result"),
+        SolveTask("(12+7)*3", _PRODUCT, {"A": "19"}, feedback="the inverse operation does not give it back"),
         SolveTask("12+7", Step(name="1", instruction="Add 12 and 7.")),
         SolveTask(_LANGUAGE, _REST, {"1": "20 minutes"}),
     ),

@@ -170,15 +170,21 @@ class PlannedWorkflow(Workflow):
     """
 
     class Options(Value):
-        """The settings of every planned workflow.
+        """The settings of every workflow that follows a plan."""
 
-        The planner draws `plans` plans at the same time; the workflow follows the most frequent one. The seats in
-        `critics` judge results. The seat `answerer` states the answer if the plan does not name the step that gives it.
-        """
-
-        plans: int = Field(default=1, ge=1, le=100)
-        critics: tuple[str, ...] = ("critic",)
-        answerer: str = "solver"
+        plans: int = Field(
+            default=1,
+            ge=1,
+            le=100,
+            description="Plans to draw at the same time. The workflow follows the most frequent.",
+        )
+        critics: tuple[str, ...] = Field(
+            default=("critic",), description="Seats that judge results. Without any, none does."
+        )
+        answerer: str = Field(
+            default="solver",
+            description="The seat that states the answer if the plan does not name the step that gives it.",
+        )
 
     options: Options
 
@@ -308,9 +314,9 @@ class Deliberate(PlannedWorkflow):
     """
 
     class Options(PlannedWorkflow.Options):
-        """A step is revised at most `rounds` times. Without `critics`, no result is judged."""
+        """The settings of `deliberate`."""
 
-        rounds: int = Field(default=3, ge=0, le=100)
+        rounds: int = Field(default=3, ge=0, le=100, description="How often a rejected step is solved again at most.")
 
     options: Options
 
@@ -355,10 +361,12 @@ class Vote(PlannedWorkflow):
     """
 
     class Options(PlannedWorkflow.Options):
-        """Each step is solved `samples` times."""
+        """The settings of `vote`."""
 
-        samples: int = Field(default=3, ge=1, le=100)
-        critics: tuple[str, ...] = Field(default=("critic",), min_length=1)
+        samples: int = Field(default=3, ge=1, le=100, description="How often each step is solved.")
+        critics: tuple[str, ...] = Field(
+            default=("critic",), min_length=1, description="Seats that judge the samples, at least one."
+        )
 
     options: Options
 

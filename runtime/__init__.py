@@ -1,1 +1,1 @@
-"""What runs a team: configuration, jobs, engines, and the doors to them."""
+"""The runtime of a team: its configuration, jobs, engines, APIs and command line."""

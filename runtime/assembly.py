@@ -71,7 +71,7 @@ class RunningTeam:
         an engine sends at once.
         """
         self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
-        return Orchestrator(team, self.engines, self._hear, self._price, stream_interval)
+        return Orchestrator(team, self.engines, self._on_event, self._price, stream_interval)
 
     def use_policy(self, choice: PolicyChoice) -> None:
         """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
@@ -82,9 +82,9 @@ class RunningTeam:
         self.controller.look()
         return self.engines[engine].generate(request)
 
-    def _hear(self, event: Event) -> None:
-        self._forecast.hear(event)
-        self.controller.hear(event)
+    def _on_event(self, event: Event) -> None:
+        self._forecast.on_event(event)
+        self.controller.on_event(event)
         self._listener(event)
 
 

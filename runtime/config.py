@@ -250,7 +250,7 @@ class Mqtt(Section):
     ca_file: str | None = Field(
         default=None,
         min_length=1,
-        description="File of the certificate authorities to trust with TLS. The default is the system's.",
+        description="File of certificate authorities to trust; it turns TLS on. The default is the system's.",
     )
 
 

@@ -54,7 +54,8 @@ class ConfigError(TroupeError):
 class Forbidden(TroupeError):
     """A request is not allowed.
 
-    `known` is False if its token is missing or unknown, and True if another token would not help.
+    `known` is False if its token is missing or unknown, and True if the token lacks the scope or the file of tokens
+    cannot be read.
     """
 
     def __init__(self, message: str, known: bool) -> None:

@@ -210,7 +210,7 @@ def main() -> None:
         "--repeats",
         type=int,
         default=5,
-        help="number of measured ticks with 1,000 roles or more; up to ten times as many with fewer",
+        help="number of measured ticks with 10,000 roles; twice as many with 1,000, ten times with fewer",
     )
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON")
     options = parser.parse_args()

@@ -191,7 +191,7 @@ async def elastic_and_stock(chosen: EngineSpec, device_bytes: int | None) -> Asy
         from runtime.engines import vllm_engine  # must follow prepare_process
 
         class StockEngine(vllm_engine.VllmEngine):
-            async def _begin(self) -> None:
+            async def _take_first_grant(self) -> None:
                 return None
 
             def _config(self) -> Any:

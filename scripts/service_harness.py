@@ -125,7 +125,7 @@ async def submit(http: aiohttp.ClientSession, **job: Any) -> str | None:
 
 
 async def ended_jobs(http: aiohttp.ClientSession, **parameters: int) -> AsyncGenerator[str, None]:
-    """Yield the id of each job that ends, from the stream of all events. The stream has no end."""
+    """Yield the id of each job that is done, from the endless stream of all events."""
     async with http.get("/events", params=parameters, timeout=aiohttp.ClientTimeout(None)) as answer:
         async for line in answer.content:
             if line.startswith(b"data: ") and (event := json.loads(line[6:]))["kind"] == "done":

@@ -113,7 +113,7 @@ class ArithmeticCritic(ArithmeticRole):
 
     def read(self, text: str, task: Task) -> Reply:
         accepted = scratchpad.read_verdict(text)
-        return Verdict(accepted=accepted, reason="" if accepted else "the check does not confirm the result")
+        return Verdict(accepted=accepted, reason="" if accepted else "the inverse operation does not give it back")
 
 
 @lru_cache(maxsize=1024)  # the check of every seat and the planner read the same problem

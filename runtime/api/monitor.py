@@ -62,7 +62,7 @@ class Monitor:
         self._last_number = 0
         self._changed = asyncio.Event()
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Note an engine's new state. This is a listener of events."""
         if isinstance(event, EngineChanged):
             self.states[event.engine] = event.state
@@ -79,7 +79,7 @@ class Monitor:
             self.samples.append(Sample(now, engines, record.snapshot.device, dict(self._jobs())))
             self._announce()
 
-    async def news(self) -> None:
+    async def wait_for_change(self) -> None:
         """Wait until there is a new sample or an engine changes its state."""
         await self._changed.wait()
 

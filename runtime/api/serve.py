@@ -60,7 +60,7 @@ async def serving(
         metrics = Metrics()
         monitor = Monitor(lambda: {str(state): count for state, count in jobs.counts.items()})
         backend = Backend(config, team, jobs, monitor, metrics)
-        listeners = fan_out(jobs.hear, monitor.hear, metrics.hear, listener)
+        listeners = fan_out(jobs.on_event, monitor.on_event, metrics.on_event, listener)
         url = await owned.enter_async_context(_http(http_app.create_app(backend, gate, service), service))
         announce(url)
         mqtt = config.mqtt

@@ -27,8 +27,8 @@ class Played:
 class Player:
     """One play of a workload.
 
-    `orchestrators` maps each phase to the orchestrator that runs its jobs; `hear` must listen to their events. `take`
-    gets each ended job. Job ids start with `name`.
+    `orchestrators` maps each phase to the orchestrator that runs its jobs; `on_event` must listen to their events.
+    `take` gets each ended job. Job ids start with `name`.
     """
 
     orchestrators: Mapping[str, Orchestrator]
@@ -50,7 +50,7 @@ class Player:
                 group.create_task(self._job(arrival), name=f"{self.name} job")
         return clock() - self._started_s
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Record an ended call if it belongs to a job of this play."""
         if isinstance(event, CallEnded) and event.job in self._calls:
             self._calls[event.job].append(call_row(event, self._started_s))

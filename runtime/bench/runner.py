@@ -61,7 +61,7 @@ class _Turn(NamedTuple):
 class Recorder:
     """The listener of a benchmark. It is made before the team starts, and passes on what belongs to the current play.
 
-    `hear` must listen to the orchestrators' events, and `publish` must get the controller's records. `on_moment` is
+    `on_event` must listen to the orchestrators' events, and `publish` must get the controller's records. `on_moment` is
     called for each record of a play that counts.
     """
 
@@ -81,10 +81,10 @@ class Recorder:
         finally:
             self._player = self._turn = None
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Pass an event of the orchestrators to the current player."""
         if self._player is not None:
-            self._player.hear(event)
+            self._player.on_event(event)
 
     def publish(self, record: Record) -> None:
         """Pass a record of the controller on, with its time counted from the start of the play."""

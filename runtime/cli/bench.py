@@ -212,7 +212,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
         output = owned.enter_context(Output(plan.folder))
         bar = await owned.enter_async_context(Bar(plan))
         recorder = Recorder(output.moment)
-        listener = fan_out(show_start, recorder.hear)
+        listener = fan_out(show_start, recorder.on_event)
         running = await owned.enter_async_context(start_team(config, whole_team, folder, listener, recorder.publish))
         device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))

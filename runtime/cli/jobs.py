@@ -42,7 +42,7 @@ def jobs() -> None:
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="List at most this many jobs.")
 @_json
 def list_(config: str, state: str | None, limit: int, as_json: bool) -> None:
-    """List the newest jobs. The other commands take the beginning of an id, as printed here, for the whole id."""
+    """List the newest jobs. `show` and `cancel` accept the shortened ids that this command prints."""
     with _journal(config) as sql:
         records = queries.jobs(sql, JobState(state) if state else None, limit=limit)
         counts = queries.counts(sql)

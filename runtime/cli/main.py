@@ -34,7 +34,7 @@ def _version() -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_version(), prog_name="troupe")
 def cli() -> None:
-    """Run a team of language models that solve problems together, each role on its own vLLM engine, on a GPU or CPU.
+    """Run a team of language models that solve problems together, on vLLM engines that share a GPU or CPU.
 
     \b
     troupe solve "(12+7)*3-45"

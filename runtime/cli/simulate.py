@@ -220,7 +220,7 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             sharing,
             control,
             policies,
-            listener=recorder.hear,
+            listener=recorder.on_event,
             publish=recorder.publish,
         )
         orchestrators = {

@@ -63,7 +63,11 @@ class Options:
     show_default=True,
     help="A configuration file, or the name of a shipped one.",
 )
-@click.option("--workflow", "-w", help="deliberate, vote, solo or one of your own, with its default options.")
+@click.option(
+    "--workflow",
+    "-w",
+    help="deliberate, vote, solo or one of your own. It has its default options unless the configuration uses it.",
+)
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Sample every role's replies at this temperature.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of sampling. The same seed gives the same replies."
@@ -176,7 +180,7 @@ def _check(team: Team, problem: Problem) -> Problem:
 async def _work(config: Config, team: Team, jobs: list[Job], concurrency: int, report: Report) -> None:
     folder = run_folder.create()
     logs.log_to(folder)
-    async with start_team(config, team, folder, report.hear) as running:
+    async with start_team(config, team, folder, report.on_event) as running:
         report.engines.update(running.engines)
         await work_all(running.orchestrator, jobs, concurrency, report.add)
         report.print_engines()

@@ -66,7 +66,7 @@ class Report:
     def __exit__(self, *exc: object) -> None:
         self._owned.close()
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Show the engines' progress on the bar while they start and close."""
         if isinstance(event, EngineChanged):
             self._bar.update(self._task, description=self._engine_progress.update(event))

@@ -125,8 +125,8 @@ def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
     for name, grant in decision.grants.items():
         if name not in engines:
             return f"there is no engine {name!r}; the engines are {', '.join(engines)}"
-        if complaint := engines[name].limits.complaint(grant):
-            return f"engine {name}: {complaint}"
+        if violation := engines[name].limits.violation(grant):
+            return f"engine {name}: {violation}"
     before_bytes = sum(view.limits.held_bytes(view.grant.gpu_memory_utilization) for view in engines.values())
     after_bytes = sum(
         view.limits.held_bytes(decision.grants.get(name, view.grant).gpu_memory_utilization)

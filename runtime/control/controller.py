@@ -107,7 +107,7 @@ class Controller:
                 task.cancel()
                 await asyncio.wait([task])
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Check for a burst when calls of a job become due. This is a listener of events."""
         if isinstance(event, JobAdvanced):
             self.look()
@@ -154,8 +154,8 @@ class Controller:
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
         others = {name: held for name, held in self._pinned.items() if name != engine}
         pinned = {**others, engine: grant or current}
-        if complaint := pins.fit(snapshot, pinned).unfit.get(engine):
-            raise InputError(f"engine {engine}: {complaint}")
+        if violation := pins.fit(snapshot, pinned).unfit.get(engine):
+            raise InputError(f"engine {engine}: {violation}")
         self._pinned = pinned
         self.wake(f"{engine} is pinned")
 

@@ -22,7 +22,7 @@ class _Progress:
 class Forecast:
     """A listener that counts calls by engine: those open now, and those expected.
 
-    Its callers first declare the seats with `seat`, then send it every event with `hear`.
+    Its callers first declare the seats with `seat`, then send it every event with `on_event`.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Forecast:
         """Declare seats and the engine that each one calls."""
         self._engine_of.update(engine_of)
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Update the counts when a job starts, advances or ends."""
         match event:
             case JobAdvanced():

@@ -44,8 +44,8 @@ def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
         if name not in snapshot.engines:
             continue
         limits = snapshot.engines[name].limits
-        if complaint := limits.complaint(grant):
-            unfit[name] = complaint
+        if violation := limits.violation(grant):
+            unfit[name] = violation
             continue
         above_floor = limits.kv_cache_bytes(grant.gpu_memory_utilization) - limits.kv_floor_bytes
         if above_floor > max(spare_bytes, 0):

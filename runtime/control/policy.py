@@ -74,7 +74,8 @@ class Policy(ABC):
         """Return grants for the snapshot's engines that fit its budget together, in O(N) of the number of engines."""
 
 
-# These loops and `whole_blocks` avoid min() and max(): their calls made a decision about 1,000 engines 40% slower.
+# These loops and `whole_blocks` avoid min() and max(): their calls made waterfill's decision about 1,000 engines slower
+# (3.2 instead of 2.3 ms on an AMD EPYC, `python scripts/measure_control.py tick`).
 
 
 def at_most(sizes: Sequence[float], caps: Sequence[float]) -> Sizes:

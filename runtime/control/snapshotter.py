@@ -16,7 +16,7 @@ PEAK_DECAY_S = 0.1
 SEQUENCE_BYTES_WEIGHT = 0.1
 """Weight of the newest value in the running mean of `sequence_bytes`."""
 HEADROOM = 0.02
-"""Fraction of a device that is kept free for allocations that nobody announces."""
+"""Fraction of the device that the budget leaves free for allocations outside Troupe's control."""
 
 
 @dataclass(frozen=True)

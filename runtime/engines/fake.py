@@ -197,7 +197,7 @@ class FakeEngine(EngineHandle):
         if request.prompt is not None:
             prompt_tokens = len(request.prompt.split() if isinstance(request.prompt, str) else request.prompt)
         rank = request.rank(asyncio.get_running_loop().time())
-        rest = pieces[len(request.given) : request.max_tokens]
+        rest = pieces[len(request.resume_tokens) : request.max_tokens]
         return _Sequence(self._requests, rank, request, prompt_tokens, rest, finish)
 
     def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:
@@ -261,7 +261,7 @@ class FakeEngine(EngineHandle):
         insort(self._waiting, sequence, key=lambda waiting: (waiting.rank, waiting.number))
 
     def _preempt(self) -> None:
-        """Preempt the requests that were admitted last until the others fit. Wait while a shrink has its grace."""
+        """Preempt the requests that were admitted last until the others fit, except during a shrink's grace period."""
         while self._shrink is None and len(self._running) > 1 and self._in_use > self._kv_cache_bytes:
             self._preempt_one(self._running.pop())
 
@@ -314,8 +314,8 @@ class FakeEngine(EngineHandle):
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         if self._state is not EngineState.READY:
             return Rejected(grant, f"engine {self.name} is {self._state}")
-        if complaint := self._limits.complaint(grant):
-            return Rejected(grant, f"engine {self.name}: {complaint}")
+        if violation := self._limits.violation(grant):
+            return Rejected(grant, f"engine {self.name}: {violation}")
         if self._times.call_s:
             await self._front.spend(self._times.call_s * self._time_scale)
         if self._stepping and not self._stepping.done():

@@ -119,7 +119,8 @@ class Fleet:
                 ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization))
             except OverBudget as error:
                 raise EngineError(
-                    f"the engines together do not fit the device: {error}; lower gpu_memory_utilization of an engine"
+                    f"the engines together do not fit the device: {error}; lower gpu_memory_utilization (or"
+                    " kv_cache_memory_bytes) of an engine, or raise device.kv_cache_memory_bytes if it is set"
                 ) from None
         return ledger
 

@@ -63,7 +63,7 @@ class EngineLimits:
         """Return the share of the device that the engine needs for a KV cache of this size."""
         return (self.fixed_bytes + kv_cache_bytes) / self.device_bytes
 
-    def complaint(self, grant: Grant) -> str | None:
+    def violation(self, grant: Grant) -> str | None:
         """Return why a grant is impossible, naming the field and its bound, or None if it is possible."""
         share = grant.gpu_memory_utilization
         floor, ceiling = self.share(self.kv_floor_bytes), self.share(self.kv_ceiling_bytes)

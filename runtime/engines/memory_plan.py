@@ -113,7 +113,7 @@ def plan_growth(
 def _impossible(positions: Mapping[str, Position], name: str, grant: Grant) -> str | None:
     if name not in positions:
         return f"there is no engine {name!r}; there are {', '.join(positions)}"
-    return positions[name].unavailable or positions[name].limits.complaint(grant)
+    return positions[name].unavailable or positions[name].limits.violation(grant)
 
 
 def _held_bytes(limits: EngineLimits, grant: Grant) -> int:

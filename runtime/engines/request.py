@@ -30,8 +30,8 @@ class GenerateRequest:
 
     - `messages`: the chat to answer.
     - `prompt`: a text or token ids to complete. If it is set, `messages` is ignored.
-    - `given`: ids of reply tokens that the caller already has, from an engine that died. The stream continues after
-      them, and `max_tokens` includes them.
+    - `resume_tokens`: ids of reply tokens that the caller already has, from an engine that died. The stream continues
+      after them, and `max_tokens` includes them.
 
     Sampling:
 
@@ -40,7 +40,7 @@ class GenerateRequest:
     - `seed`: the seed for sampling. None leaves sampling random.
     - `schema`: a JSON schema that the reply must match.
     - `logprobs`: how many of the likeliest tokens to report with each reply token. None reports no logprobs.
-    - `further`: further arguments of vLLM's SamplingParams, passed on unchanged.
+    - `sampling_params`: more arguments of vLLM's SamplingParams, passed on unchanged.
 
     Scheduling and streaming:
 
@@ -62,13 +62,13 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
-    given: tuple[int, ...] = ()
+    resume_tokens: tuple[int, ...] = ()
     prompt: str | tuple[int, ...] | None = None
     logprobs: int | None = None
     priority: int = PRIORITY
     since_s: float | None = None
     stream_interval: int = 1
-    further: Mapping[str, Any] = field(default_factory=dict)
+    sampling_params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def resumable(self) -> bool:
@@ -76,7 +76,7 @@ class GenerateRequest:
 
         A schema's grammar and the parameters in COUNTS_THE_REPLY would treat those tokens as part of the prompt.
         """
-        return self.schema is None and not COUNTS_THE_REPLY & self.further.keys()
+        return self.schema is None and not COUNTS_THE_REPLY & self.sampling_params.keys()
 
     def rank(self, now_s: float) -> int:
         """Return the request's vLLM priority: the lowest is admitted first, the highest is preempted first.
@@ -103,7 +103,7 @@ class Chunk:
     """The text and token ids that were added to a reply since the previous chunk.
 
     - `time_s`: when they arrived, by time.monotonic.
-    - `prompt_tokens`: the length of the prompt, without `GenerateRequest.given`.
+    - `prompt_tokens`: the length of the prompt, without `GenerateRequest.resume_tokens`.
     - `finish`: None until the last chunk, which carries vLLM's finish reason ("stop", "length").
     - `logprobs`: one entry per token if the request asked for logprobs, otherwise empty.
     """

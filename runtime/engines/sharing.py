@@ -70,7 +70,7 @@ class Sharing:
           yet to release memory; the recipient has grown by what was free.
         - Rejected: the grant is impossible, or the engine could not apply it. If one grant of the decision is
           impossible, or all together exceed the budget, all are rejected and nothing changes. If a recipient fails, its
-          donors get back what they gave.
+          donors get back what is still free of what they gave.
 
         A newer grant for an engine supersedes its deferred one. `grace_s` is how long running requests may use memory
         that their engine has to release.
@@ -156,7 +156,7 @@ class Sharing:
         return None
 
     async def _take_late_answer(self, name: str, grant: Grant, answer: "asyncio.Future[ResizeOutcome]") -> None:
-        """Wait for a silent engine's answer, then lower its claim to what it holds."""
+        """Wait until a silent engine has answered or was restarted, then lower its claim to what it holds."""
         outcome = await answer
         async with self._one_at_a_time:
             del self._late[name]
@@ -246,7 +246,7 @@ class Sharing:
                 waiting.settled.set_result(outcome)
 
     async def _serve(self, name: str, waiting: _Waiting) -> Settled | None:
-        """Let one waiting recipient grow. Return its final outcome, or None if it has to wait on."""
+        """Grow one waiting recipient. Return its final outcome, or None if it still waits."""
         growth = self._plan_growth({name: waiting.grant})[name]
         outcome = await self._take(name, growth.now, waiting.decision) if growth.now else None
         await self._roll_back(waiting.decision)
@@ -264,7 +264,9 @@ class Sharing:
 
 
 def _no_answer(name: str, grant: Grant) -> Rejected:
-    return Rejected(grant, f"engine {name} has not answered for {ANSWER_S:g} s; it is left alone until it answers")
+    return Rejected(
+        grant, f"engine {name} has not answered for {ANSWER_S:g} s; Troupe resizes it again once it answers"
+    )
 
 
 def _too_little_released(name: str, grant: Grant) -> Rejected:

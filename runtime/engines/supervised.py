@@ -119,7 +119,7 @@ class SupervisedEngine(EngineHandle):
         if not call.tokens:
             return engine.generate(request)
         if request.resumable:
-            return engine.generate(replace(request, given=tuple(call.tokens)))
+            return engine.generate(replace(request, resume_tokens=tuple(call.tokens)))
         return self._replay(engine, request, ReplyReplay(self.name, call.tokens, call.characters))
 
     async def _replay(

@@ -195,8 +195,8 @@ class VllmEngine(EngineHandle):
         prompt_tokens = 0
         try:
             prompt = await self._rendered(llm, request)
-            if request.given:  # the reply continues after the tokens that the caller already has
-                prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.given]}
+            if request.resume_tokens:  # the reply continues after the tokens that the caller already has
+                prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.resume_tokens]}
             self._requests += 1
             rank = request.rank(asyncio.get_running_loop().time())
             sampling = _sampling(request, llm.model_config.max_model_len)
@@ -204,7 +204,7 @@ class VllmEngine(EngineHandle):
             async for output in llm.generate(prompt, sampling, request.request_id, priority=rank):
                 new = output.outputs[0]
                 if not prompt_tokens:
-                    prompt_tokens = len(output.prompt_token_ids) - len(request.given)
+                    prompt_tokens = len(output.prompt_token_ids) - len(request.resume_tokens)
                     self._prompt_tokens += prompt_tokens
                 self._completion_tokens += len(new.token_ids)
                 yield Chunk(
@@ -245,8 +245,8 @@ class VllmEngine(EngineHandle):
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         if self._limits is None or self._state in _GONE:
             return Rejected(grant, f"engine {self.name} is {self._state}")
-        if complaint := self._limits.complaint(grant):
-            return Rejected(grant, f"engine {self.name}: {complaint}")
+        if violation := self._limits.violation(grant):
+            return Rejected(grant, f"engine {self.name}: {violation}")
         kv_cache_bytes = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
         arguments = (kv_cache_bytes, grant.max_active_seqs, grant.max_step_tokens, grace_s)
         async with self._resizing:  # a deferred shrink needs two calls that no other resize may come between
@@ -389,10 +389,10 @@ def _sampling(request: GenerateRequest, max_model_len: int) -> SamplingParams:
     to the length of the prompt in 32 bits.
     """
     schema = request.schema
-    further = dict(request.further)
+    further = dict(request.sampling_params)
 
     def still_to_generate(tokens: int) -> int:
-        return min(tokens, max_model_len) - len(request.given)
+        return min(tokens, max_model_len) - len(request.resume_tokens)
 
     if "min_tokens" in further:
         further["min_tokens"] = max(0, still_to_generate(further["min_tokens"]))

@@ -1,4 +1,4 @@
-"""Owns what a job is, the states that it passes through, and its result."""
+"""A job, its states and its result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,6 +1,6 @@
 """Runs a job's workflow on the engines: each role call becomes a request, and each reply goes back to the workflow.
 
-Keeps no state between jobs. What is wrong with one job is reported in its result and affects no other job.
+Keeps no state between jobs. The orchestrator reports a job's error in its result; other jobs continue.
 """
 
 import asyncio
@@ -102,7 +102,8 @@ class Orchestrator:
         """Replay the past replies in a new workflow; return it with the calls that are due now.
 
         Start from the beginning if a reply does not fit, because the configuration names another workflow now, or
-        because the workflow is not deterministic. What the past replies used counts in both cases.
+        because the workflow is not deterministic. The tokens of past replies count towards
+        the job's usage even if the job starts over.
         """
         for recorded in past:
             run.add(recorded.seat, recorded.used)

@@ -50,11 +50,11 @@ class JobService:
     jobs are kept.
     """
 
-    feed: EventStream
+    events: EventStream
 
     def __init__(self, path: Path, team: Team, settings: Service | None = None) -> None:
         self.journal = Journal(path, self._on_commit)
-        self.feed = EventStream(self.journal)
+        self.events = EventStream(self.journal)
         self.draining = False
         self._team = team
         self._settings = settings or Service()
@@ -151,7 +151,7 @@ class JobService:
         """Return a job as the journal has it, or None if there is no such job."""
         return await self.journal.read(partial(queries.job, id=id))
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Write the replies of running jobs to the journal. Register this as a listener of the orchestrator."""
         match event:
             case RoleReplied() if event.job in self._running:
@@ -199,7 +199,7 @@ class JobService:
                 self._waiting.discard(event.job)
                 if task := self._running.get(event.job):
                     task.cancel()
-        self.feed.publish(events)
+        self.events.publish(events)
 
     def _forget(self, id: str) -> None:
         """Drop the failure count and the deadline of a job that has ended."""

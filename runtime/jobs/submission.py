@@ -1,4 +1,4 @@
-"""Owns what can be asked when a job is submitted. HTTP, MQTT and Python submit the same model with the same bounds."""
+"""The fields of a submitted job and their bounds. HTTP, MQTT and Python submit the same model with the same bounds."""
 
 from typing import Annotated, Any, Self
 

@@ -88,9 +88,9 @@ async def test_a_prompt_that_is_too_long_is_refused_and_the_engine_keeps_serving
 
 async def test_too_many_stop_tokens_beside_min_tokens_are_refused(fleet: Fleet) -> None:
     many = {"stop_token_ids": list(range(129))}
-    await text(fleet, "chat", request("hello", max_tokens=3, further=many))
+    await text(fleet, "chat", request("hello", max_tokens=3, sampling_params=many))
     with pytest.raises(RequestRefused, match=r"^stop_token_ids: at most 12[78] .* min_tokens; got 129"):
-        await text(fleet, "chat", request("hello", max_tokens=3, further={**many, "min_tokens": 2}))
+        await text(fleet, "chat", request("hello", max_tokens=3, sampling_params={**many, "min_tokens": 2}))
 
 
 @pytest.mark.parametrize("most", [2**31, 10**30])
@@ -140,7 +140,9 @@ async def test_waiting_requests_are_admitted_by_priority_then_job_age(fleet: Fle
     served: list[str] = []
 
     async def ask(name: str, priority: int, since_s: float, tokens: int = 4) -> None:
-        to_send = request(name, max_tokens=tokens, further={"ignore_eos": True}, priority=priority, since_s=since_s)
+        to_send = request(
+            name, max_tokens=tokens, sampling_params={"ignore_eos": True}, priority=priority, since_s=since_s
+        )
         async for _ in engine.generate(to_send):
             pass
         served.append(name)

@@ -48,7 +48,7 @@ def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:
     app = FastAPI(
         title="Troupe",
         version=_version(),
-        description="A team of language models that solve problems together, each role on its own vLLM engine.",
+        description="A team of language models that solve problems together, on vLLM engines that share a device.",
         # FastAPI's documentation pages load their scripts from another site.
         docs_url=None,
         redoc_url=None,

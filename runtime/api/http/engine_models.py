@@ -59,7 +59,7 @@ def _sampling(body: SamplingBody, choice: int) -> dict[str, Any]:
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "stop": body.stop_strings,
         "seed": None if body.seed is None else body.seed + choice,
-        "further": body.sampling_params(),
+        "sampling_params": body.sampling_params(),
     }
 
 

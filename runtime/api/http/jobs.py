@@ -98,7 +98,7 @@ async def await_job(
 async def _wait_for_end(record: JobRecord, backend: Backend, wait_s: float) -> Response:
     if wait_s and not record.state.ended:
         with suppress(TimeoutError):
-            async with asyncio.timeout(wait_s), aclosing(backend.jobs.feed.follow_job(record.id)) as events:
+            async with asyncio.timeout(wait_s), aclosing(backend.jobs.events.follow_job(record.id)) as events:
                 async for _ in events:
                     pass
         record = await _record(record.id, backend)
@@ -111,7 +111,7 @@ async def stream_job_events(
 ) -> StreamingResponse:
     """Stream a job's events as server-sent events until it ends. Starts at its first event by default."""
     await _record(id, backend)
-    return sse.response(_format_events(backend.jobs.feed.follow_job(id, last_event_id or after or 0)))
+    return sse.response(_format_events(backend.jobs.events.follow_job(id, last_event_id or after or 0)))
 
 
 @router.get("/events", dependencies=_READ, response_class=StreamingResponse, responses=_EVENT_STREAM)
@@ -127,7 +127,7 @@ async def stream_events(
     since = last_event_id if last_event_id is not None else after
     if since is None:
         since = max(await backend.jobs.journal.read(queries.last_event) - last, 0)
-    return sse.response(_format_events(backend.jobs.feed.follow(since)))
+    return sse.response(_format_events(backend.jobs.events.follow(since)))
 
 
 async def _format_events(events: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[str, None]:

@@ -29,7 +29,7 @@ async def stream_live_state(backend: BackendDep) -> StreamingResponse:
 
     The first event, of kind `history`, holds the last ten minutes. An event of kind `sample` follows at most every half
     second and whenever an engine changes its state. An event of kind `decision` follows for every decision of the
-    controller that changes a grant.
+    controller that changes a grant or fails.
     """
     return sse.response(_live_events(backend))
 
@@ -64,7 +64,7 @@ async def _live_events(backend: Backend) -> AsyncGenerator[str, None]:
 
 async def _news(backend: Backend) -> AsyncGenerator[bool, None]:
     while True:
-        await backend.monitor.news()
+        await backend.monitor.wait_for_change()
         yield True
 
 

@@ -48,7 +48,7 @@ class Metrics(Collector):
         self.controller: Controller | None = None
         self._jobs: Mapping[JobState, int] = {}
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Record the latency of a job's call to an engine."""
         if isinstance(event, CallEnded) and event.chunk_times_s:
             self._ttft.labels(event.engine).observe(event.chunk_times_s[0] - event.asked_s)

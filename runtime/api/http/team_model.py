@@ -35,7 +35,7 @@ async def chat(body: ChatRequest, backend: Backend) -> Response:
         return await sse.openai_response(_stream(answer, job, backend, body.include_usage))
     reasoning: list[str] = []
     with _cancel_if_abandoned(job, backend):
-        async with aclosing(backend.jobs.feed.follow_job(job)) as events:
+        async with aclosing(backend.jobs.events.follow_job(job)) as events:
             async for event in events:
                 reasoning += _reasoning_lines(event)
     result = await _result(job, backend)
@@ -69,7 +69,7 @@ async def _stream(
 
     with _cancel_if_abandoned(job, backend):
         yield chunk(role="assistant", content="")
-        async with aclosing(backend.jobs.feed.follow_job(job)) as events:
+        async with aclosing(backend.jobs.events.follow_job(job)) as events:
             async for event in events:
                 for line in _reasoning_lines(event):
                     yield chunk(reasoning=line)

@@ -58,7 +58,7 @@ class JobEvents:
         results = InOrder(self._move_cursor)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._save_cursor(), name="mqtt cursor")
-            async with aclosing(self._jobs.feed.batches(cursor)) as batches:
+            async with aclosing(self._jobs.events.batches(cursor)) as batches:
                 async for batch in batches:
                     await self._publish_batch(connection, batch, results, group)
                     await results.wait_for_room(IN_FLIGHT_MAX)

@@ -31,7 +31,7 @@ class States:
                     published[topic] = payload
                     await connection.publish(topic, payload, qos=0, retain=True)
                     raise_if_cancelled()
-            await self._monitor.news()
+            await self._monitor.wait_for_change()
 
     def _current(self) -> Mapping[str, State]:
         """Return the state of every topic that has one."""

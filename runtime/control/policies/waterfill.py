@@ -1,11 +1,12 @@
 """`waterfill`, the default: max-min fair shares.
 
-Memory for more sequences than an engine has buys nothing, so an engine can use what its calls in flight need:
+An engine needs KV cache for its calls in flight only; more does not speed it up. So the policy divides memory in three
+steps:
 
 1. If all needs fit, every engine gets its need. If not, all engines are filled to the same number of sequences (divided
    by priority); an engine that needs fewer leaves the rest to the others.
-2. What is left goes ahead of the work, to the engines that will get the calls that follow on those running now.
-3. What is still left is spread evenly, for whichever engine needs it first.
+2. The rest goes to the engines that the forecast expects to be called next, for those calls.
+3. What then remains is spread evenly, for the engine that needs it first.
 
 The engine with the longest queue is the bottleneck of a team. This rule fills it last and most, and finds it again at
 every decision, so memory follows the work from role to role.

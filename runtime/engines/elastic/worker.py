@@ -37,7 +37,7 @@ class ElasticWorker:
         return int(settings["ceiling_share"] * (settings["device_bytes"] or self.device_bytes()))
 
     def determine_available_memory(self) -> int:
-        """Return the ceiling in bytes, whatever is free now, so that engines may start side by side.
+        """Return the ceiling in bytes. Ignore free memory, because other engines may be loading at the same time.
 
         Overrides the method of vLLM's Worker, which uses `kv_cache_memory_bytes` if it is set.
         """

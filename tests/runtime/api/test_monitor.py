@@ -41,9 +41,9 @@ def test_only_decisions_with_outcomes_or_a_fault_are_kept(now: list[float]) -> N
 
 async def test_news_ends_when_an_engine_changes_its_state() -> None:
     kept = Monitor(dict)
-    waiting = asyncio.create_task(kept.news())
+    waiting = asyncio.create_task(kept.wait_for_change())
     await asyncio.sleep(0)
-    kept.hear(EngineChanged("a", EngineState.READY, 1.0))
+    kept.on_event(EngineChanged("a", EngineState.READY, 1.0))
     async with asyncio.timeout(60):
         await waiting
     assert kept.states == {"a": EngineState.READY}

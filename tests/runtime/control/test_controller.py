@@ -147,7 +147,7 @@ async def test_decides_every_tick_and_at_once_on_a_burst() -> None:
         assert [record.cause for record in rig.records] == ["start", "tick", "tick"]
         work = asyncio.create_task(rig.ask("a", 400))
         await asyncio.sleep(0.001)
-        rig.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        rig.controller.on_event(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.02)
         assert rig.records[-1].cause == BURST
         assert rig.share("a") > 0.4
@@ -163,11 +163,11 @@ async def test_burst_during_a_decision_causes_the_next_decision() -> None:
         rig.engines["b"].may_resize.clear()
         first = asyncio.create_task(rig.ask("a", 400))
         await asyncio.sleep(0.001)
-        rig.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        rig.controller.on_event(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.1)  # the first decision waits for its donor
         second = asyncio.create_task(rig.ask("b", 700))
         await asyncio.sleep(0.001)
-        rig.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
+        rig.controller.on_event(JobAdvanced("k", "", {"b": 1}, None))
         rig.engines["b"].may_resize.set()
         await asyncio.sleep(0.1)
         assert [record.cause for record in rig.records] == ["start", BURST, BURST]
@@ -180,12 +180,12 @@ async def test_calls_to_an_engine_that_just_shrank_are_a_burst() -> None:
         await asyncio.sleep(1)
         first = asyncio.create_task(rig.ask("a", 700))
         await asyncio.sleep(0.001)
-        rig.controller.hear(JobAdvanced("j", "", {"a": 1}, None))
+        rig.controller.on_event(JobAdvanced("j", "", {"a": 1}, None))
         await asyncio.sleep(0.05)
         assert rig.share("b") < 0.15
         second = asyncio.create_task(rig.ask("b", 200))  # these would have fitted before it shrank
         await asyncio.sleep(0.001)
-        rig.controller.hear(JobAdvanced("k", "", {"b": 1}, None))
+        rig.controller.on_event(JobAdvanced("k", "", {"b": 1}, None))
         await asyncio.sleep(0.05)
         assert [record.cause for record in rig.records] == ["start", BURST, BURST]
         assert rig.share("b") > 0.15

@@ -18,39 +18,39 @@ def forecast() -> Forecast:
 
 def play(forecast: Forecast, job: str = "j") -> None:
     """Send the events of a whole job: two steps in sequence, with two critics on one engine."""
-    forecast.hear(JobAdvanced(job, "", {"planner": 1}, None))
-    forecast.hear(JobAdvanced(job, "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
-    forecast.hear(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {"solver": 1, "critic": 1, "second": 1}))
-    forecast.hear(JobAdvanced(job, "critic", {}, {"solver": 1, "critic": 1, "second": 1}))
-    forecast.hear(JobAdvanced(job, "second", {"solver": 1}, {"critic": 1, "second": 1}))
-    forecast.hear(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {}))
-    forecast.hear(JobAdvanced(job, "critic", {}, {}))
-    forecast.hear(JobAdvanced(job, "second", {}, {}))
-    forecast.hear(JobEnded(job, "42", None, 1.0))
+    forecast.on_event(JobAdvanced(job, "", {"planner": 1}, None))
+    forecast.on_event(JobAdvanced(job, "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
+    forecast.on_event(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {"solver": 1, "critic": 1, "second": 1}))
+    forecast.on_event(JobAdvanced(job, "critic", {}, {"solver": 1, "critic": 1, "second": 1}))
+    forecast.on_event(JobAdvanced(job, "second", {"solver": 1}, {"critic": 1, "second": 1}))
+    forecast.on_event(JobAdvanced(job, "solver", {"critic": 1, "second": 1}, {}))
+    forecast.on_event(JobAdvanced(job, "critic", {}, {}))
+    forecast.on_event(JobAdvanced(job, "second", {}, {}))
+    forecast.on_event(JobEnded(job, "42", None, 1.0))
 
 
 def test_coming_counts_what_workflows_know_by_engine(forecast: Forecast) -> None:
-    forecast.hear(JobAdvanced("j", "", {"planner": 1}, None))
+    forecast.on_event(JobAdvanced("j", "", {"planner": 1}, None))
     assert not forecast.coming()
-    forecast.hear(JobAdvanced("j", "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
+    forecast.on_event(JobAdvanced("j", "planner", {"solver": 1}, {"solver": 1, "critic": 2, "second": 2}))
     assert forecast.coming() == {"s": 1, "c": 4}
-    forecast.hear(JobAdvanced("k", "", {"solver": 1}, {"critic": 1}))
+    forecast.on_event(JobAdvanced("k", "", {"solver": 1}, {"critic": 1}))
     assert forecast.coming() == {"s": 1, "c": 5}
-    forecast.hear(JobEnded("j", None, "failed", 1.0))
+    forecast.on_event(JobEnded("j", None, "failed", 1.0))
     assert {name: count for name, count in forecast.coming().items() if count} == {"c": 1}
 
 
 def test_coming_expects_a_job_without_a_plan_to_resemble_earlier_jobs(forecast: Forecast) -> None:
     play(forecast)
-    forecast.hear(JobAdvanced("k", "", {"planner": 1}, None))
+    forecast.on_event(JobAdvanced("k", "", {"planner": 1}, None))
     assert {name: count for name, count in forecast.coming().items() if count} == {"s": 2, "c": 4}
 
 
 def test_soon_expects_the_calls_that_followed_earlier_replies(forecast: Forecast) -> None:
     for number in range(200):
         play(forecast, str(number))
-    forecast.hear(JobAdvanced("a", "", {"planner": 4}, None))
-    forecast.hear(JobAdvanced("b", "", {"solver": 2}, {}))
+    forecast.on_event(JobAdvanced("a", "", {"planner": 4}, None))
+    forecast.on_event(JobAdvanced("b", "", {"solver": 2}, {}))
     assert {name: count for name, count in forecast.open_calls().items() if count} == {"p": 4, "s": 2}
     soon = forecast.soon(ALL_RUN)
     assert soon["s"] == pytest.approx(4, rel=0.2)
@@ -63,4 +63,4 @@ def test_ended_jobs_leave_no_expected_calls(forecast: Forecast) -> None:
         play(forecast, str(number))
     assert not any(forecast.coming().values())
     assert not any(forecast.soon(ALL_RUN).values())
-    forecast.hear(JobEnded("never heard of", None, None, 0))
+    forecast.on_event(JobEnded("never heard of", None, None, 0))

@@ -35,7 +35,7 @@ def test_decision_is_within_budget_and_bounds_and_has_reasons(name: str, seen: S
     assert set(decision.grants) == set(decision.reasons) == set(seen.engines)
     held = 0
     for engine, grant in decision.grants.items():
-        assert seen.engines[engine].limits.complaint(grant) is None
+        assert seen.engines[engine].limits.violation(grant) is None
         assert decision.reasons[engine]
         held += seen.engines[engine].limits.held_bytes(grant.gpu_memory_utilization)
     assert held <= seen.budget_bytes

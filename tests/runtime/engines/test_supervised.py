@@ -128,7 +128,7 @@ async def test_a_reply_is_resumed_without_a_schema_and_replayed_with_its_seed_wi
             if seen == 3:
                 engine.kill()
         first, second = made.requests
-        assert len(second.given) == (3 if schema is None else 0)
+        assert len(second.resume_tokens) == (3 if schema is None else 0)
         assert first.seed == second.seed
         assert (first.seed is None) == (schema is None)
         assert first.request_id != second.request_id
@@ -322,18 +322,18 @@ async def test_a_cancelled_suspect_does_not_block_the_line(engine: SupervisedEng
     assert {text(chunks) for chunks in await asyncio.gather(*(reply(engine) for _ in range(5)))} == {WORDS}
 
 
-@pytest.mark.parametrize("further", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
+@pytest.mark.parametrize("sampling_params", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
 async def test_a_reply_with_penalties_is_replayed(
-    engine: SupervisedEngine, made: Made, further: dict[str, Any]
+    engine: SupervisedEngine, made: Made, sampling_params: dict[str, Any]
 ) -> None:
     """Penalties would treat tokens that are appended to the prompt as part of the prompt."""
     chunks = []
-    async for chunk in engine.generate(replace(REQUEST, further=further)):
+    async for chunk in engine.generate(replace(REQUEST, sampling_params=sampling_params)):
         chunks.append(chunk)
         if len(chunks) == 3:
             engine.kill()
     assert text(chunks) == WORDS
-    assert [request.given for request in made.requests] == [(), ()]
+    assert [request.resume_tokens for request in made.requests] == [(), ()]
 
 
 async def test_all_requests_in_flight_survive_two_kills(engine: SupervisedEngine, made: Made) -> None:

@@ -32,7 +32,7 @@ def check(stops: range, min_tokens: int, model_stops: list[int]) -> None:
         renderer=SimpleNamespace(get_eos_token_id=lambda: model_stops[0]),
     )
     further = {"stop_token_ids": [*stops], "min_tokens": min_tokens}
-    vllm_engine._check_stops(sampling(further=further), llm)
+    vllm_engine._check_stops(sampling(sampling_params=further), llm)
 
 
 def test_the_stop_token_limit_is_the_workers() -> None:
@@ -61,14 +61,14 @@ def test_token_counts_fit_the_workers_32_bit_integers(tokens: int) -> None:
     lengths = np.zeros(1, dtype=np.int32)
     with pytest.raises(OverflowError):
         lengths[0] = MAX_MODEL_LEN + tokens
-    params = sampling(max_tokens=tokens, further={"min_tokens": tokens})
+    params = sampling(max_tokens=tokens, sampling_params={"min_tokens": tokens})
     assert (params.max_tokens, params.min_tokens) == (MAX_MODEL_LEN, MAX_MODEL_LEN)
 
 
 def test_tokens_from_before_a_crash_count_towards_max_and_min_tokens() -> None:
-    params = sampling(max_tokens=40, further={"min_tokens": 40}, given=(5, 6, 7))
+    params = sampling(max_tokens=40, sampling_params={"min_tokens": 40}, resume_tokens=(5, 6, 7))
     assert (params.max_tokens, params.min_tokens) == (37, 37)
-    assert sampling(max_tokens=None, further={"min_tokens": 2}, given=(5, 6, 7)).min_tokens == 0
+    assert sampling(max_tokens=None, sampling_params={"min_tokens": 2}, resume_tokens=(5, 6, 7)).min_tokens == 0
 
 
 def test_engines_register_no_metrics_in_the_registry_of_the_process() -> None:

@@ -44,13 +44,13 @@ async def service(
 ) -> AsyncIterator[JobService]:
     team = embedded_team()
     async with JobService(folder / "jobs.db", team, settings) as jobs:
-        jobs.use(Orchestrator(team, handles or await engines(), jobs.hear))
+        jobs.use(Orchestrator(team, handles or await engines(), jobs.on_event))
         yield jobs
 
 
 async def wait_for_end(jobs: JobService, id: str) -> JobRecord:
     async with asyncio.timeout(60):
-        async for _ in jobs.feed.follow_job(id):
+        async for _ in jobs.events.follow_job(id):
             pass
     record = await jobs.get(id)
     assert record is not None
@@ -60,7 +60,7 @@ async def wait_for_end(jobs: JobService, id: str) -> JobRecord:
 async def wait_for_start(jobs: JobService, id: str) -> None:
     """Wait until a job is RUNNING in the journal."""
     async with asyncio.timeout(60):
-        async for event in jobs.feed.follow_job(id):
+        async for event in jobs.events.follow_job(id):
             if event.kind == "running":
                 return
 
@@ -109,7 +109,7 @@ async def test_job_is_accepted_worked_and_stored(tmp_path: Path) -> None:
     async with service(tmp_path) as jobs:
         record, new = await jobs.submit(PROBLEM)
         assert new
-        kinds = [event.kind async for event in jobs.feed.follow_job(record.id)]
+        kinds = [event.kind async for event in jobs.events.follow_job(record.id)]
         assert kinds == ["queued", "running", *["replied"] * STEPS, "done"]
         record = await wait_for_end(jobs, record.id)
         assert (record.state, record.attempts) == (JobState.DONE, 1)
@@ -147,7 +147,7 @@ async def test_full_queue_refuses_new_jobs_and_finds_known_keys(tmp_path: Path) 
         with pytest.raises(Busy, match=r"the queue is full: 3 jobs wait \(service\.queue_max\); try again later"):
             await jobs.submit(PROBLEM)
         assert (await jobs.submit(submission))[0].id == first.id
-        jobs.use(Orchestrator(team, await engines(), jobs.hear))
+        jobs.use(Orchestrator(team, await engines(), jobs.on_event))
         assert (await wait_for_end(jobs, first.id)).state is JobState.DONE
         assert (await jobs.submit(PROBLEM))[1]
 
@@ -156,7 +156,7 @@ async def test_jobs_start_in_order_of_priority(tmp_path: Path) -> None:
     team = embedded_team()
     async with JobService(tmp_path / "jobs.db", team, Service(jobs_at_once=1)) as jobs:
         ids = {p: (await jobs.submit(PROBLEM.model_copy(update={"priority": p})))[0].id for p in (5, 9, 1, 7)}
-        jobs.use(Orchestrator(team, await engines(), jobs.hear))
+        jobs.use(Orchestrator(team, await engines(), jobs.on_event))
         for id in ids.values():
             await wait_for_end(jobs, id)
         started = [e.job for e in await jobs.journal.read(queries.events) if e.kind == "running"]
@@ -299,8 +299,8 @@ async def test_job_restarts_if_its_replies_do_not_fit_the_workflow(tmp_path: Pat
     counting.go.set()
     team = embedded_team("solo")  # its first call goes to another seat
     async with JobService(tmp_path / "jobs.db", team) as jobs:
-        jobs.use(Orchestrator(team, handles, jobs.hear))
-        kinds = [event.kind async for event in jobs.feed.follow_job(record.id)]
+        jobs.use(Orchestrator(team, handles, jobs.on_event))
+        kinds = [event.kind async for event in jobs.events.follow_job(record.id)]
     assert "anew" in kinds
     assert kinds[-1] in ("done", "failed")
 
@@ -409,7 +409,7 @@ async def test_jobs_start_in_order_after_a_journal_fault(tmp_path: Path, monkeyp
 
         with monkeypatch.context() as fault:
             fault.setattr(Transaction, "start", full)
-            jobs.use(Orchestrator(team, await engines(), jobs.hear))
+            jobs.use(Orchestrator(team, await engines(), jobs.on_event))
             await wait_until(lambda: failures > 20)
             assert sum(jobs.counts.values()) == 50
             assert jobs.journal.fault is not None
@@ -431,7 +431,7 @@ async def test_job_with_an_unreadable_record_fails_alone(tmp_path: Path, monkeyp
             return start(transaction, id)
 
         monkeypatch.setattr(Transaction, "start", fail)
-        jobs.use(Orchestrator(team, await engines(), jobs.hear))
+        jobs.use(Orchestrator(team, await engines(), jobs.on_event))
         assert (await wait_for_end(jobs, whole.id)).state is JobState.DONE
         assert (await wait_for_end(jobs, broken.id)).state is JobState.FAILED
         events = await jobs.journal.read(partial(queries.events, job=broken.id))
@@ -538,7 +538,7 @@ from tests.runtime.fakes import embedded_team, engines
 async def main():
     team = embedded_team()
     async with JobService(Path(sys.argv[1]), team) as jobs:
-        jobs.use(Orchestrator(team, await engines(time_scale=0.5), jobs.hear))
+        jobs.use(Orchestrator(team, await engines(time_scale=0.5), jobs.on_event))
         for n in range(10**6):
             record, _ = await jobs.submit(Submission(problem="(12+7)*3-(45-5)", expected="17"))
             print(record.id, flush=True)

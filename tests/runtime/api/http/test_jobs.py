@@ -157,4 +157,4 @@ async def test_disconnected_event_readers_leave_no_tasks(start: Start) -> None:
     async with asyncio.timeout(60):
         while len(asyncio.all_tasks()) > before + 2:  # noqa: ASYNC110  there is no event for this
             await asyncio.sleep(0.05)
-    assert not served.backend.jobs.feed._job_readers
+    assert not served.backend.jobs.events._job_readers

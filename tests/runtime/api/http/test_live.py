@@ -9,7 +9,7 @@ from tests.runtime.api.http.conftest import Served
 async def test_stream_starts_with_the_history(served: Served) -> None:
     async with asyncio.timeout(60):
         while not served.backend.monitor.samples:
-            await served.backend.monitor.news()
+            await served.backend.monitor.wait_for_change()
     kinds = []
     async with served.client.stream("GET", "/live") as response:
         kind = ""
