@@ -36,7 +36,7 @@ class Message:
 
 
 class Sampling(Value):
-    """How an engine samples a reply.
+    """The sampling parameters of a role's replies.
 
     A retry, or a further sample of the same task, uses `retry_temperature` or `temperature`, whichever is higher.
     """

@@ -19,7 +19,7 @@ PREFIX = "troupe-"
 
 
 class Scope(StrEnum):
-    """What a token allows.
+    """A permission that a token grants.
 
     READ: read jobs, events, engines, decisions and metrics.
     SUBMIT: submit and cancel jobs, and send requests to the OpenAI API.
@@ -93,7 +93,7 @@ class Tokens:
 
     @property
     def all(self) -> tuple[Token, ...]:
-        """All tokens, without their secrets."""
+        """Return all tokens, without their secrets."""
         return tuple(self._by_sha256.values())
 
     def add(self, name: str, scopes: tuple[Scope, ...]) -> str:

@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and warnings about differences that make the two benchmarks hard to compare."""
+    """The rows of a comparison, and warnings about differences that make the two benchmarks hard to compare."""
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]

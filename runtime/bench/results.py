@@ -93,7 +93,7 @@ class JobRow:
 
 @dataclass(frozen=True)
 class Moment:
-    """What the controller saw and did at one tick: a line of `decisions.jsonl`.
+    """One tick of the controller, a line of `decisions.jsonl`: what it saw and did.
 
     `at_s` is in seconds from the start of the run. `cause` is "tick", "a burst" and so on. `seconds` is the time from
     the snapshot until the memory was moved.

@@ -22,6 +22,7 @@ from runtime.bench.runner import LIMIT, SETTLE_S, STREAM_INTERVAL, Bench, Record
 from runtime.bench.table import table
 from runtime.bench.workload import Source
 from runtime.cli import interrupt
+from runtime.cli.config_option import config_option
 from runtime.config import Config, PolicyChoice
 from runtime.control import catalogue
 from runtime.control.contained_policy import ContainedPolicies
@@ -88,9 +89,7 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
 
 @bench.command()
 @click.argument("workload_name", metavar="[WORKLOAD]", default="phases")
-@click.option(
-    "--config", "-c", default="embedded-scarce", show_default=True, help="Configuration: a file or a shipped name."
-)
+@config_option("embedded-scarce")
 @options
 def run(
     workload_name: str,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime import config as configuration
+from runtime.cli.config_option import config_option
 from runtime.errors import TroupeError
 
 TOKEN_VARIABLE = "TROUPE_TOKEN"
@@ -18,13 +19,7 @@ TIMEOUT_S = 10
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    default=configuration.DEFAULT,
-    show_default=True,
-    help="The configuration of the service: a file, or the name of a shipped one.",
-)
+@config_option()
 @click.option("--url", help="The address of the service, instead of the one in the configuration.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON that /engines returns.")
 def engines(config: str, url: str | None, as_json: bool) -> None:

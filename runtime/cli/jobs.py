@@ -13,6 +13,7 @@ from rich.table import Table
 
 from runtime import config as configuration
 from runtime import paths
+from runtime.cli.config_option import config_option
 from runtime.errors import InputError
 from runtime.jobs.job import JobState
 from runtime.jobs.journal import queries
@@ -20,13 +21,7 @@ from runtime.jobs.journal.database import Connection, connect
 from runtime.jobs.journal.records import JobEvent, JobRecord
 from runtime.jobs.journal.transaction import open_transaction
 
-_config = click.option(
-    "--config",
-    "-c",
-    default=configuration.DEFAULT,
-    show_default=True,
-    help="The service's configuration: a file, or the name of a shipped one.",
-)
+_config = config_option()
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
 _state = click.option("--state", type=click.Choice([str(state) for state in JobState]), help="Only jobs in this state.")
 

@@ -11,6 +11,7 @@ from runtime import config as configuration
 from runtime import logs, run_folder
 from runtime.assembly import start_team
 from runtime.cli import interrupt
+from runtime.cli.config_option import config_option
 from runtime.config import Config, Mqtt
 from runtime.engines.handle import EngineState
 from runtime.errors import ConfigError
@@ -21,13 +22,7 @@ MQTT_PORT = 1883
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    default=configuration.DEFAULT,
-    show_default=True,
-    help="A configuration file, or the name of a shipped one.",
-)
+@config_option()
 @click.option("--host", help="The address to listen on, instead of `service.host` (127.0.0.1 by default).")
 @click.option(
     "--port",

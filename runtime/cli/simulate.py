@@ -21,6 +21,7 @@ from runtime.bench.results import Run
 from runtime.bench.runner import STREAM_INTERVAL, Bench, Recorder
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
+from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.fake import Script
@@ -78,9 +79,7 @@ under any policy. Algorithm 1 is no better than static here."""
 
 @simulate.command()
 @click.argument("workload_name", metavar="[WORKLOAD]", default="phases")
-@click.option(
-    "--config", "-c", default="embedded-scarce", show_default=True, help="Configuration: a file or a shipped name."
-)
+@config_option("embedded-scarce")
 @click.option(
     "--constants",
     type=click.Path(path_type=Path),
@@ -158,7 +157,7 @@ def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
 
 
 @simulate.command()
-@click.option("--config", "-c", default="embedded", show_default=True, help="Configuration: a file or a shipped name.")
+@config_option("embedded")
 @click.option(
     "--problems",
     "count",

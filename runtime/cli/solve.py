@@ -13,6 +13,7 @@ from runtime import config as configuration
 from runtime import logs, run_folder
 from runtime.assembly import start_team
 from runtime.cli import interrupt, solve_screen, watch
+from runtime.cli.config_option import config_option
 from runtime.cli.results_file import read_kept
 from runtime.cli.solve_report import Report
 from runtime.config import Config
@@ -56,13 +57,7 @@ class Options:
 @click.option(
     "--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Work this many problems at once."
 )
-@click.option(
-    "--config",
-    "-c",
-    default=configuration.DEFAULT,
-    show_default=True,
-    help="A configuration file, or the name of a shipped one.",
-)
+@config_option()
 @click.option(
     "--workflow",
     "-w",

@@ -5,14 +5,9 @@ import click
 from runtime import config as configuration
 from runtime import paths
 from runtime.api.auth import Scope, Tokens
+from runtime.cli.config_option import config_option
 
-_config = click.option(
-    "--config",
-    "-c",
-    default=configuration.DEFAULT,
-    show_default=True,
-    help="The configuration of the service: a file, or the name of a shipped one.",
-)
+_config = config_option()
 
 
 @click.group()

@@ -9,16 +9,11 @@ from rich.table import Table
 
 from runtime import config as configuration
 from runtime.api.mqtt.messages import TopicInfo, reference
+from runtime.cli.config_option import config_option
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    default=configuration.DEFAULT,
-    show_default=True,
-    help="A configuration file, or the name of a shipped one.",
-)
+@config_option()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the JSON schema of every payload.")
 def topics(config: str, as_json: bool) -> None:
     """List the MQTT topics of the service: direction, QoS and payload. All payloads are JSON objects.

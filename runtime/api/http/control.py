@@ -21,7 +21,7 @@ _CONTROL = [Depends(require(Scope.CONTROL))]
 
 
 class GrantView(BaseModel):
-    """What an engine may use."""
+    """The memory and concurrency that an engine may use."""
 
     gpu_memory_utilization: float = Field(description="The engine's share of the device, weights included.")
     max_active_seqs: int = Field(description="How many sequences it may run at once.")

@@ -35,7 +35,7 @@ class JobFailed(TroupeError):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The error object in the body of a failed request."""
 
     message: str = Field(description="What is wrong, and what would be right.")
     type: str = Field(description="The kind of error, such as `invalid_request_error` or `server_error`.")

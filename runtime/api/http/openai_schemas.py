@@ -130,7 +130,7 @@ class SamplingBody(Body):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that holds the token usage."""
+        """Return True if a stream ends with a chunk that holds the token usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling_params(self) -> dict[str, Any]:
