@@ -29,8 +29,13 @@ class BurstDetector:
 
 
 def capacity(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, int]:
-    """Return the number of average sequences that each engine's KV cache holds with its grant, new or present."""
-    kv_bytes = {name: view.kv_cache_bytes for name, view in snapshot.engines.items()}
-    for name, grant in grants.items():
-        kv_bytes[name] = snapshot.engines[name].limits.kv_cache_bytes(grant.gpu_memory_utilization)
-    return {name: int(kv_bytes[name] / max(view.sequence_bytes, 1)) for name, view in snapshot.engines.items()}
+    """Return how many average sequences each engine may run with its grant, new or present.
+
+    The size of its KV cache and its concurrency limit it: a call to an engine whose admission is paused is a burst.
+    """
+    capacities = {}
+    for name, view in snapshot.engines.items():
+        grant = grants.get(name, view.grant)
+        kv_cache_bytes = view.limits.kv_cache_bytes(grant.gpu_memory_utilization)
+        capacities[name] = min(int(kv_cache_bytes / max(view.sequence_bytes, 1)), grant.max_active_seqs)
+    return capacities

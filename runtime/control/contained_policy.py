@@ -1,7 +1,7 @@
 """Policies whose faults are contained: the service keeps the last good grants, whatever a policy does.
 
 Refuses a policy that raises or takes too long, a grant outside its engine's bounds (NaN included) or for an unknown
-engine, and grants that exceed the budget together.
+engine, grants that exceed the budget together, and grants that pause the admission of every engine with work.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from runtime.config import PolicyChoice
-from runtime.control import catalogue
+from runtime.control import catalogue, pauses
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
 from runtime.daemon_thread import DaemonExecutor
@@ -127,6 +127,10 @@ def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
             return f"there is no engine {name!r}; the engines are {', '.join(engines)}"
         if violation := engines[name].limits.violation(grant):
             return f"engine {name}: {violation}"
+    if pauses.starves(snapshot, decision.grants):
+        return (
+            "it pauses the admission of every engine that has requests; at least one must have max_active_seqs above 0"
+        )
     before_bytes = sum(view.limits.held_bytes(view.grant.gpu_memory_utilization) for view in engines.values())
     after_bytes = sum(
         view.limits.held_bytes(decision.grants.get(name, view.grant).gpu_memory_utilization)

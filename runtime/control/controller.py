@@ -2,7 +2,8 @@
 
 It runs every 100 ms by default, twice as often while memory is short, and at once on a burst of calls. Faults of an
 engine, a policy or the telemetry are recorded and stop nothing. An engine that does not answer a resize is left alone
-until it answers or restarts, while memory keeps moving between the others.
+until it answers or restarts, while memory keeps moving between the others. An engine whose admission is paused for too
+long admits requests again, even if no policy decides.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from runtime.control import burst, pins
+from runtime.control import burst, pauses, pins
 from runtime.control.contained_policy import Answer, ContainedPolicy
 from runtime.control.decision_log import DecisionLog, Outcome, Record
 from runtime.control.policy import Decision
@@ -125,7 +126,7 @@ class Controller:
             self._wake.set()
 
     def pause(self) -> None:
-        """Stop deciding until `resume`; grants stay as they are."""
+        """Stop deciding until `resume`. Grants stay as they are, but no engine's admission stays paused."""
         self.paused = True
 
     def resume(self) -> None:
@@ -193,16 +194,18 @@ class Controller:
     async def _run(self) -> None:
         while True:
             self._wake.clear()  # before the snapshot, so that a burst after it causes another tick
-            if not self.paused:
-                try:
+            try:
+                if self.paused:
+                    await self._end_pauses()
+                else:
                     await self.tick()
-                    self._logged_failure = None
-                except Exception as error:
-                    self.counts.faults += 1
-                    if repr(error) != self._logged_failure:  # log a failure that repeats only once
-                        self._logged_failure = repr(error)
-                        logging.getLogger(__name__).exception("a tick of the controller failed")
-                    await asyncio.sleep(self._every_s)  # bursts would otherwise retry a failing tick at once
+                self._logged_failure = None
+            except Exception as error:
+                self.counts.faults += 1
+                if repr(error) != self._logged_failure:  # log a failure that repeats only once
+                    self._logged_failure = repr(error)
+                    logging.getLogger(__name__).exception("a tick of the controller failed")
+                await asyncio.sleep(self._every_s)  # bursts would otherwise retry a failing tick at once
             await asyncio.sleep(MIN_PAUSE_S)
             # Freed memory is only seen at the next tick, so tick twice as fast while any engine is short.
             every_s = self._every_s / 2 if self._bursts.any_short else self._every_s
@@ -221,7 +224,8 @@ class Controller:
         policy = self._policy.name
         answer, shadow = await self._decide(pinned.rest(snapshot))
         self._note_decision(snapshot, answer.grants)
-        outcomes = await self._apply(snapshot, {**answer.grants, **pinned.in_force})
+        grants = {**pauses.end_overdue(snapshot, answer.grants), **pinned.in_force}
+        outcomes = await self._apply(snapshot, grants)
         if cause == BURST and outcomes:
             self._start_timing(since_s, outcomes)
         record = Record(
@@ -239,6 +243,13 @@ class Controller:
         )
         self.counts.add(record.outcomes)
         self._write(record)
+
+    async def _end_pauses(self) -> None:
+        """Let every engine admit requests that a policy paused."""
+        grants = [engine.stats().grant for engine in self._engines.values()]
+        if any(grant and pauses.is_paused(grant) for grant in grants):
+            snapshot = self._take_snapshot(asyncio.get_running_loop().time())
+            await self._apply(snapshot, pauses.end_all(snapshot))
 
     def _next_cause(self, now_s: float) -> tuple[str, float]:
         """Return why and since when a decision is due, and reset both."""

@@ -4,8 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from runtime.control.pauses import is_paused
 from runtime.control.snapshot import Snapshot
 from runtime.engines.grant import Grant
+
+NEVER_ADMITS = "max_active_seqs 0 would pause the engine for as long as it is pinned; give at least 1"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
         if name not in snapshot.engines:
             continue
         limits = snapshot.engines[name].limits
-        if violation := limits.violation(grant):
+        if violation := limits.violation(grant) or (is_paused(grant) and NEVER_ADMITS):
             unfit[name] = violation
             continue
         above_floor = limits.kv_cache_bytes(grant.gpu_memory_utilization) - limits.kv_floor_bytes

@@ -9,8 +9,8 @@ returns `decision`, which rounds to whole KV blocks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated
 
@@ -134,24 +134,25 @@ def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
     return rounded
 
 
-def decision(snapshot: Snapshot, sizes: Sizes, reason: Callable[[int], str]) -> Decision:
-    """Return the decision that gives every engine its size in whole blocks, at full concurrency.
+def decision(snapshot: Snapshot, sizes: Sizes, reason: Callable[[int], str], paused: Container[int] = ()) -> Decision:
+    """Return the decision that gives every engine its size in whole blocks, at full concurrency or paused.
 
     `sizes` must be within the engines' bounds and, together, within the budget. `reason` returns the reason for the
-    engine at an index in the snapshot's order.
+    engine at an index in the snapshot's order. `paused` has the indices of the engines that admit no requests.
     """
     grants = {}
-    for view, size in zip(snapshot.views, whole_blocks(snapshot, sizes), strict=True):
+    for index, (view, size) in enumerate(zip(snapshot.views, whole_blocks(snapshot, sizes), strict=True)):
         limits, current = view.limits, view.grant
-        if size == view.kv_cache_bytes and current.max_active_seqs == limits.seqs_ceiling:
+        sequences = 0 if index in paused else limits.seqs_ceiling
+        if size == view.kv_cache_bytes and current.max_active_seqs == sequences:
             grants[view.name] = current
         else:
-            grants[view.name] = Grant(limits.share(int(size)), limits.seqs_ceiling, limits.step_tokens_ceiling)
+            grants[view.name] = Grant(limits.share(int(size)), sequences, limits.step_tokens_ceiling)
     return Decision(grants, Reasons(snapshot.engines, reason))
 
 
 def unchanged(snapshot: Snapshot, reason: str) -> Decision:
-    """Return the decision that keeps every grant.
+    """Return the decision that keeps every engine's memory and lets it admit requests.
 
     If the budget was cut below what the engines hold, shrink them with `fit`.
     """
@@ -159,7 +160,13 @@ def unchanged(snapshot: Snapshot, reason: str) -> Decision:
     if sum(sizes) > snapshot.movable_bytes:
         sizes = fit(snapshot, bound(snapshot, sizes))
         return decision(snapshot, sizes, lambda index: f"{reason}; shrunk because the budget was cut")
-    return Decision({view.name: view.grant for view in snapshot.views}, dict.fromkeys(snapshot.engines, reason))
+    grants = {
+        view.name: view.grant
+        if view.grant.max_active_seqs
+        else replace(view.grant, max_active_seqs=view.limits.seqs_ceiling)
+        for view in snapshot.views
+    }
+    return Decision(grants, dict.fromkeys(snapshot.engines, reason))
 
 
 def mib(nbytes: float) -> str:

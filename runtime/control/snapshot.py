@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from runtime.control.costs import PRIOR, PRIOR_LANES, StepCost
 from runtime.engines.grant import EngineLimits, Grant
 
 
@@ -18,6 +19,11 @@ class EngineView:
     - `preemptions`: count since the engine started.
     - `oldest_wait_s`: waiting time of the oldest request that does not run, in seconds; 0 if none waits.
     - `sequence_bytes`: average KV cache of one sequence.
+    - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not.
+    - `stalled_s`: for how long it has completed no step although requests run, in seconds.
+    - `cost`: what its steps cost.
+    - `utilization`: the part of the time in which it used the device, as NVML reports it for its process; None if
+      telemetry does not report it.
     - `priority`: 1 is the most urgent.
     - `minimum_share`: of the memory that can move; None if not configured.
     - `slo_s`: the tightest latency objective of its roles, in seconds; None if not configured.
@@ -38,6 +44,10 @@ class EngineView:
     preemptions: int = 0
     oldest_wait_s: float = 0.0
     sequence_bytes: float = 0.0
+    paused_s: float = 0.0
+    stalled_s: float = 0.0
+    cost: StepCost = PRIOR
+    utilization: float | None = None
     priority: int = 1
     minimum_share: float | None = None
     slo_s: float | None = None
@@ -100,13 +110,16 @@ class DeviceView:
 class Snapshot:
     """The engines by name, their common budget in bytes (everything that they hold included), and the time in seconds.
 
-    Only engines that can take a grant now are in it.
+    Only engines that can take a grant now are in it. `lanes` is how many of them the device serves at full speed at
+    once; `lanes_confidence` is the measured part of that estimate, from 0 (assumed) to 1. See `costs`.
     """
 
     now_s: float
     budget_bytes: int
     engines: Mapping[str, EngineView]
     device: DeviceView = DeviceView()
+    lanes: float = PRIOR_LANES
+    lanes_confidence: float = 0.0
 
     @cached_property
     def views(self) -> tuple[EngineView, ...]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from runtime.control.costs import Costs
 from runtime.control.forecast import Forecast
 from runtime.control.snapshot import DeviceView, EngineView, Snapshot
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
@@ -39,6 +40,9 @@ class _History:
     completions_per_s: float = 0.0
     sequence_bytes: float = 0.0
     peak_in_flight: float = 0.0
+    paused_since_s: float | None = None
+    steps: int = 0
+    stepped_at_s: float = 0.0
 
 
 class Snapshotter:
@@ -59,6 +63,7 @@ class Snapshotter:
         self._terms = terms or {}
         self._reading = reading
         self._history: dict[str, _History] = {}
+        self._costs = Costs()
         self._uuids: set[str] = set()
         self._reachable_bytes: int | None = None
 
@@ -73,6 +78,12 @@ class Snapshotter:
             for name, engine in self._engines.items()
             if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
         }
+        if ready:
+            self._uuids = {self._engines[name].limits.device_uuid for name in ready}
+        device = self._device(held_bytes)
+        # The processor's utilization says nothing here: a host computes other things than the engines' steps.
+        utilization = device.utilization if device.kind == "gpu" and device.fault is None else None
+        self._costs.look(now_s, ready, utilization)
         in_flight = self.in_flight()
         running = {name: min(stats.running / max(in_flight[name], 1), 1.0) for name, stats in ready.items()}
         soon, coming = self._forecast.soon(running), self._forecast.coming()
@@ -80,10 +91,14 @@ class Snapshotter:
             name: self._view(name, stats, now_s, in_flight[name], soon.get(name, 0.0), coming.get(name, 0.0))
             for name, stats in ready.items()
         }
-        if ready:
-            self._uuids = {self._engines[name].limits.device_uuid for name in ready}
-        device = self._device(held_bytes)
-        return Snapshot(now_s, self._reachable_budget(budget_bytes, held_bytes, device), views, device)
+        return Snapshot(
+            now_s,
+            self._reachable_budget(budget_bytes, held_bytes, device),
+            views,
+            device,
+            self._costs.lanes,
+            self._costs.confidence,
+        )
 
     def in_flight(self) -> dict[str, int]:
         """Return the requests of each engine, including those that are about to be sent to it."""
@@ -133,6 +148,9 @@ class Snapshotter:
             preemptions=stats.preemptions,
             oldest_wait_s=0.0 if waiting_since_s is None else now_s - waiting_since_s,
             sequence_bytes=history.sequence_bytes,
+            paused_s=0.0 if history.paused_since_s is None else now_s - history.paused_since_s,
+            stalled_s=now_s - history.stepped_at_s,
+            cost=self._costs.cost(name),
             priority=terms.priority,
             minimum_share=terms.minimum_share,
             slo_s=terms.slo_s,
@@ -171,6 +189,12 @@ class Snapshotter:
 def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: float, used_bytes: int) -> None:
     """Update an engine's averages from its counters."""
     usage, running = engine.usage, stats.running
+    if stats.grant is not None and stats.grant.max_active_seqs:
+        history.paused_since_s = None
+    elif history.paused_since_s is None:
+        history.paused_since_s = now_s
+    if not running or stats.work.steps != history.steps:
+        history.steps, history.stepped_at_s = stats.work.steps, now_s
     if running and used_bytes:
         newest = max(used_bytes / running, engine.limits.block_bytes)
         mean = history.sequence_bytes or newest

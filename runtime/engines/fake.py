@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError
@@ -142,6 +142,7 @@ class FakeEngine(EngineHandle):
         self._stepping: asyncio.Task[None] | None = None
         self._between_steps = asyncio.Event()
         self._shrink: tuple[Deferred, asyncio.TimerHandle] | None = None
+        self._work = Work()
         self._requests = self._prompt_tokens = self._completion_tokens = self._preemptions = 0
 
     async def start(self) -> None:
@@ -221,9 +222,11 @@ class FakeEngine(EngineHandle):
             prefill = sum(s.prompt_tokens + s.generated for s in self._running if not s.computed)
             seconds = self._times.step_s + self._times.token_s * len(self._running) + self._times.prefill_s * prefill
             stepped = list(self._running)
+            began_s = asyncio.get_running_loop().time()
             self._between_steps.clear()
             await self._spend(seconds * self._time_scale)
             self._between_steps.set()
+            self._work = self._work.plus(asyncio.get_running_loop().time() - began_s, len(stepped), prefill)
             for sequence in stepped:
                 self._generate_token(sequence)
             self._preempt()
@@ -366,6 +369,7 @@ class FakeEngine(EngineHandle):
             requests=self._requests,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
+            work=self._work,
         )
 
     async def close(self) -> None:

@@ -12,7 +12,8 @@ class Grant:
     """What an engine may use from now on.
 
     - `gpu_memory_utilization`: its share of the device, weights included.
-    - `max_active_seqs`: how many requests it may run at once.
+    - `max_active_seqs`: how many requests it may run at once. 0 pauses admission: running requests continue, the others
+      wait.
     - `max_step_tokens`: how many tokens it may process in one step.
     """
 
@@ -30,7 +31,7 @@ class EngineLimits:
     - `kv_floor_bytes`: the smallest KV cache. It holds one request of the model's full length, so that every request
       can finish, and all blocks that vLLM's warm-up writes.
     - `kv_ceiling_bytes`: the largest KV cache, bounded by the address space that was reserved at start.
-    - `seqs_ceiling`, `step_tokens_floor`, `step_tokens_ceiling`: bounds of `max_active_seqs` (from 1) and
+    - `seqs_ceiling`, `step_tokens_floor`, `step_tokens_ceiling`: bounds of `max_active_seqs` (from 0) and
       `max_step_tokens`.
     - `block_bytes`, `block_tokens`: the size of a KV block in bytes and in tokens.
     - `device_uuid`: the UUID of the GPU or MIG instance of the engine's process, as CUDA reports it there, in lower
@@ -72,7 +73,7 @@ class EngineLimits:
         if share > ceiling + _SHARE_TOLERANCE:
             return f"gpu_memory_utilization {share:g} is above the engine's ceiling of {ceiling:.4f}"
         for name, value, low, high in (
-            ("max_active_seqs", grant.max_active_seqs, 1, self.seqs_ceiling),
+            ("max_active_seqs", grant.max_active_seqs, 0, self.seqs_ceiling),
             ("max_step_tokens", grant.max_step_tokens, self.step_tokens_floor, self.step_tokens_ceiling),
         ):
             if not low <= value <= high:

@@ -31,13 +31,35 @@ class EngineState(StrEnum):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What an engine's steps have done since it started. All counts only grow.
+
+    - `steps`: steps that computed at least one token; `busy_s`: the seconds that they took together.
+    - `sequences`: the sequences in a step, summed over the steps.
+    - `prompt_tokens`: the tokens of a step beyond one for each sequence, summed over the steps. Almost all are of
+      prompts.
+    """
+
+    steps: int = 0
+    busy_s: float = 0.0
+    sequences: int = 0
+    prompt_tokens: int = 0
+
+    def plus(self, seconds: float, sequences: int, prompt_tokens: int) -> "Work":
+        """Return the counts after another step."""
+        return Work(
+            self.steps + 1, self.busy_s + seconds, self.sequences + sequences, self.prompt_tokens + prompt_tokens
+        )
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """An engine's latest figures.
 
     - `grant`: the grant in force, or the newest one if its shrink is deferred. None until the engine has started.
     - `kv_cache_bytes`: the size of the KV cache; `kv_cache_usage`: the part of it that is in use, from 0 to 1.
     - `running`, `waiting`: requests at this moment.
-    - `preemptions`, `requests`, `prompt_tokens`, `completion_tokens`: counts since the engine started.
+    - `preemptions`, `requests`, `prompt_tokens`, `completion_tokens`, `work`: counts since the engine started.
     """
 
     state: EngineState
@@ -50,6 +72,7 @@ class EngineStats:
     requests: int
     prompt_tokens: int
     completion_tokens: int
+    work: Work = Work()
 
 
 class EngineHandle(ABC):

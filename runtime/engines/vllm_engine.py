@@ -29,6 +29,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from runtime.engines import forkserver
 from runtime.engines.elastic.reports import (
+    WORK,
     ResizeApplied,
     ResizeDeferred,
     ResizeRefused,
@@ -38,7 +39,7 @@ from runtime.engines.elastic.reports import (
     parse_report,
 )
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest, TokenLogprob
 from runtime.engines.spec import EngineSpec
 from runtime.engines.usage import UsageMeter
@@ -296,6 +297,7 @@ class VllmEngine(EngineHandle):
             requests=self._requests,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
+            work=self._latest.work,
         )
 
     async def pulse(self) -> None:
@@ -336,11 +338,12 @@ class VllmEngine(EngineHandle):
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """A stat logger that keeps the scheduler's latest figures instead of logging them."""
+    """A stat logger that keeps the scheduler's latest figures, its work included, instead of logging them."""
 
     def __init__(self) -> None:
         self.scheduler: SchedulerStats | None = None
         self.preemptions = 0
+        self.work = Work()
 
     def record(
         self,
@@ -351,7 +354,9 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
         *unused: Any,
         **further: Any,
     ) -> None:
-        self.scheduler = scheduler_stats or self.scheduler
+        if scheduler_stats:
+            self.scheduler = scheduler_stats
+            self.work = Work(*(scheduler_stats.kv_connector_stats or {}).get(WORK, ()))
         self.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
 
     def log_engine_initialized(self) -> None:

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ async def test_output_is_identical_under_random_grants(fleet: Fleet, name: str) 
     async def shake() -> None:
         while True:
             grant = kv_grant(
-                engine, rng.choice([floor, 2 * floor, 4 * floor, 32 * floor]), rng.choice([1, 8, 32]),
+                engine, rng.choice([floor, 2 * floor, 4 * floor, 32 * floor]), rng.choice([0, 1, 8, 32]),
                 rng.choice([16, 256, engine.limits.step_tokens_ceiling]),
             )  # fmt: skip
             grace_s = rng.choice([0, 0, 0.05])
@@ -159,6 +160,44 @@ async def test_shrink_waits_for_its_grace_and_a_newer_one_supersedes_it(fleet: F
     await work
 
 
+async def test_paused_engine_finishes_what_it_runs_admits_nothing_and_does_not_spin(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    grant = kv_grant(engine, 32 * engine.limits.kv_floor_bytes)
+    await engine.resize(grant)
+    running = [asyncio.create_task(tokens(engine, numbered_request(number))) for number in range(8)]
+    await until_running(engine)
+    await engine.resize(replace(grant, max_active_seqs=0))
+    held_back = [asyncio.create_task(tokens(engine, numbered_request(number))) for number in range(8)]
+    await asyncio.wait(running, timeout=LONG_S)
+    assert all(task.done() for task in running)
+    before, seconds = engine_process(fleet, "plain").cpu_times(), 2.0
+    await asyncio.sleep(seconds)
+    after = engine_process(fleet, "plain").cpu_times()
+    assert not any(task.done() for task in held_back)
+    assert engine.stats().running == 0
+    assert after.user + after.system - before.user - before.system < 0.2 * seconds
+    held_back.pop().cancel()  # a caller may leave meanwhile
+    await engine.resize(grant)
+    replies = [await task for task in held_back]
+    assert replies == [task.result() for task in running][: len(replies)]
+
+
+async def test_work_counts_steps_their_time_sequences_and_prompt_tokens(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    await engine.resize(kv_grant(engine, 32 * engine.limits.kv_floor_bytes))
+    before, began_s = engine.stats(), time.monotonic()
+    replies = await all_tokens(engine, 20)
+    took_s, after = time.monotonic() - began_s, engine.stats()
+    steps = after.work.steps - before.work.steps
+    sequences = after.work.sequences - before.work.sequences
+    assert max(map(len, replies)) <= steps < sum(map(len, replies))
+    assert 0.3 * took_s < after.work.busy_s - before.work.busy_s < took_s
+    # A prompt's last step generates its first token, so that a reply of n tokens is in n steps.
+    assert sequences == pytest.approx(sum(map(len, replies)), rel=0.1)
+    computed = after.work.prompt_tokens - before.work.prompt_tokens
+    assert computed == pytest.approx(after.prompt_tokens - before.prompt_tokens, rel=0.1)
+
+
 async def test_impossible_grants_are_rejected_and_change_nothing(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     before = engine.stats().grant
@@ -168,7 +207,7 @@ async def test_impossible_grants_are_rejected_and_change_nothing(fleet: Fleet) -
         (Grant(-1, 32, 2048), "floor"),
         (Grant(float("nan"), 32, 2048), "floor"),
         (Grant(3, 32, 2048), "ceiling"),
-        (Grant(0.4, 33, 2048), "max_active_seqs 33 is not within 1 to 32"),
+        (Grant(0.4, 33, 2048), "max_active_seqs 33 is not within 0 to 32"),
         (Grant(0.4, 32, 0), "max_step_tokens 0 is not within 1 to"),
     ]:
         outcome = await engine.resize(grant)

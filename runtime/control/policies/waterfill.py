@@ -51,7 +51,7 @@ class Waterfill(Policy):
     def decide(self, snapshot: Snapshot) -> Decision:
         views = snapshot.views
         weights = [view.sequence_bytes / view.priority for view in views]
-        usable = bound(snapshot, self._usable(snapshot))
+        usable = bound(snapshot, self.usable(snapshot))
         filled = water_fill(snapshot.movable_bytes, weights, usable)
         wanted, ahead = filled, [0.0] * len(views)
         remaining = snapshot.movable_bytes - sum(filled)
@@ -69,7 +69,7 @@ class Waterfill(Policy):
         sizes = damp(snapshot, bound(snapshot, wanted), self.options.damping)
         return decision(snapshot, fit(snapshot, sizes), reason)
 
-    def _usable(self, snapshot: Snapshot) -> Sizes:
+    def usable(self, snapshot: Snapshot) -> Sizes:
         """Return bytes for the recent peak of calls and the spare ones, at most for as many as may run at once."""
         spare = self.options.spare
         sequences = at_most(

@@ -57,6 +57,8 @@ class ResizeSuperseded:
 
 ResizeReport = ResizeApplied | ResizeDeferred | ResizeRefused | ResizeSuperseded
 
+WORK = "troupe_work"
+"""The key of an engine's Work, as a tuple, in vLLM's `kv_connector_stats`."""
 _LIMITS = TypeAdapter(EngineLimits)
 _REPORT: TypeAdapter[ResizeReport] = TypeAdapter(Annotated[ResizeReport, Field(discriminator="state")])
 

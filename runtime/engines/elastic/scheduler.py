@@ -3,20 +3,26 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core import kv_cache_coordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from runtime.engines.elastic.pool import ElasticBlockPool
+from runtime.engines.elastic.reports import WORK
+from runtime.engines.handle import Work
 
 
 class ElasticScheduling:
     """A mixin that puts vLLM's scheduler, synchronous or asynchronous, over an elastic block pool.
 
-    The scheduler calls `after_step` after every step, if it is set.
+    The scheduler calls `after_step` after every step, if it is set. It counts in `work` what its steps do, and sends
+    the counts to the client with vLLM's own figures.
 
     Async scheduling keeps steps in flight. The mixin then sets vLLM's `defer_block_free`: a freed block counts as in
     use until the steps that may write to it have ended.
@@ -37,17 +43,22 @@ class ElasticScheduling:
             super().__init__(*args, **kwargs)
         self.pool: ElasticBlockPool = self.kv_cache_manager.block_pool
         self.after_step: Callable[[], None] | None = None
+        self.work = Work()
+        self._last_step_ended_s = 0.0
         if self.vllm_config.max_concurrent_batches > 1:
             self.defer_block_free = True
 
     def set_limits(self, capacity: int, active_seqs: int, step_tokens: int) -> None:
         """Set the pool's capacity (blocks), the sequences that may run at once, and the tokens per step.
 
-        Running requests continue, even if they exceed the new limits.
+        Running requests continue, even if they exceed the new limits. With `active_seqs` 0, no request is admitted.
+        vLLM's engine core then waits for its next call as if it were idle; with vLLM's own limit at 0 it would spin.
         """
         self.pool.set_capacity(capacity)
         self.kv_cache_manager.watermark_blocks = int(self.scheduler_config.watermark * capacity)
-        self.max_num_active_reqs = active_seqs
+        # Not by set_pause_state, which would log a line at every change.
+        self._pause_state = PauseState.UNPAUSED if active_seqs else PauseState.PAUSED_NEW
+        self.max_num_active_reqs = active_seqs or self.max_num_running_reqs
         self.max_num_scheduled_tokens = step_tokens
 
     def preempt_draining(self) -> int:
@@ -63,12 +74,39 @@ class ElasticScheduling:
     def _block_ids(self, request: Request) -> set[int]:
         return {block for group in self.kv_cache_manager.get_block_ids(request.request_id) for block in group}
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        """Process the output of a step as vLLM's Scheduler does, then call `after_step`."""
-        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step as vLLM's Scheduler does, and note when it began."""
+        now_s = time.monotonic()
+        step = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        step.troupe_began_s = now_s
+        return step
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Count a step, process its output as vLLM's Scheduler does, then call `after_step`."""
+        self._count(scheduler_output)
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if self.after_step:
             self.after_step()
         return outputs
+
+    def _count(self, step: SchedulerOutput) -> None:
+        """Add a step that has just ended to `work`.
+
+        With async scheduling, a step is scheduled while the one before it runs: it begins when that one ends.
+        """
+        now_s = time.monotonic()
+        began_s = max(step.troupe_began_s, self._last_step_ended_s)
+        self._last_step_ended_s = now_s
+        tokens, sequences = step.total_num_scheduled_tokens, len(step.num_scheduled_tokens)
+        if tokens:
+            self.work = self.work.plus(now_s - began_s, sequences, tokens - sequences)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Return vLLM's figures with `work` in them. The field is free: only a connector's logger would read it."""
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        if stats is not None:
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), WORK: astuple(self.work)}
+        return stats
 
 
 class ElasticScheduler(ElasticScheduling, Scheduler):  # type: ignore[misc]  # vLLM is not analysed

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from runtime.control import catalogue
+from runtime.control.costs import StepCost
 from runtime.control.decision_log import Outcome, Record
 from runtime.control.policy import Decision
 from runtime.control.snapshot import EngineView, Snapshot
@@ -70,10 +71,13 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             sequence_bytes=draw(st.floats(1, 50 * MIB)),
             priority=draw(st.integers(1, 5)),
             minimum_share=draw(st.none() | st.floats(0, 1)),
+            stalled_s=draw(st.sampled_from([0, 10])),
+            cost=StepCost(draw(st.floats(1e-6, 10)), draw(st.floats(0, 1)), draw(st.floats(0, 1))),
         )
         for number in range(count)
     ]
-    return snapshot(*views, movable_mib=draw(st.floats(count * 10 + 1, 2000)), now_s=draw(st.floats(0, 1e6)))
+    seen = snapshot(*views, movable_mib=draw(st.floats(count * 10 + 1, 2000)), now_s=draw(st.floats(0, 1e6)))
+    return replace(seen, lanes=draw(st.floats(1, count)))
 
 
 def record(policy: str = "static", now_s: float = 1.0, in_flight: int = 60) -> Record:

@@ -1,8 +1,10 @@
 """The burst detector reports engines that newly have more calls than their KV cache can hold."""
 
+from dataclasses import replace
+
 from runtime.control.burst import BurstDetector, capacity
 from runtime.engines.grant import Grant
-from tests.runtime.control.builders import snapshot, view
+from tests.runtime.control.builders import LIMITS, snapshot, view
 
 
 def test_more_calls_than_fit_are_a_burst() -> None:
@@ -42,8 +44,12 @@ def test_any_short_says_whether_calls_exceeded_a_capacity() -> None:
     assert not bursts.any_short
 
 
-def test_capacity_counts_average_sequences_with_new_and_present_grants() -> None:
+def test_capacity_is_limited_by_memory_and_by_concurrency() -> None:
     seen = snapshot(view("a", 100), view("b", 50.5), view("c", 30, sequence_bytes=0))  # 1 MiB a sequence
-    assert capacity(seen, {}) == {"a": 100, "b": 50, "c": 30 << 20}
-    assert capacity(seen, {"a": Grant(0.2, 64, 2048)})["a"] == 100  # 200 MiB less 100 MiB besides the KV cache
-    assert capacity(seen, {"b": Grant(0.3, 64, 2048)})["b"] == 200
+    assert capacity(seen, {}) == {"a": 64, "b": 50, "c": 64}
+    grants = {
+        "a": Grant(LIMITS.share(20 << 20), 64, 2048),
+        "b": replace(seen.engines["b"].grant, max_active_seqs=0),
+        "c": replace(seen.engines["c"].grant, max_active_seqs=5),
+    }
+    assert capacity(seen, grants) == {"a": 20, "b": 0, "c": 5}

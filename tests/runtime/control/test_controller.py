@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agents.role import Message, Value
-from runtime.control import catalogue
+from runtime.control import catalogue, pauses
 from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import BURST, Controller
 from runtime.control.decision_log import Record
@@ -18,7 +18,7 @@ from runtime.control.forecast import Forecast
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import EngineRequirements, Snapshotter
-from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
+from runtime.engines.fake import FakeEngine, FakeMemory, Processor, ServiceTime
 from runtime.engines.grant import Grant, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger
@@ -41,8 +41,9 @@ TIMES = ServiceTime(step_s=0.01, token_s=0, prefill_s=0)
 class Rig:
     """A controller over engines that share 80% of the device equally, and the records that it published."""
 
-    def __init__(self, names: str) -> None:
-        self.engines = {name: StallingEngine(name, 0.8 / len(names)) for name in names}
+    def __init__(self, names: str, times: ServiceTime) -> None:
+        processor = Processor(lanes=1)
+        self.engines = {name: StallingEngine(name, 0.8 / len(names), times, processor) for name in names}
         self.handles: dict[str, EngineHandle] = {**self.engines}
         self.ledger = Ledger(800 * MIB)
         self.sharing = Sharing(self.handles, self.ledger)
@@ -73,9 +74,9 @@ class Rig:
 class StallingEngine(FakeEngine):
     """A fake engine whose resizes hang while `may_resize` is not set."""
 
-    def __init__(self, name: str, share: float) -> None:
+    def __init__(self, name: str, share: float, times: ServiceTime = TIMES, processor: Processor | None = None) -> None:
         grant = Grant(share, 500, 2048)
-        super().__init__(name, lambda request: WORDS, 500, TIMES, time_scale=1, memory=MEMORY, grant=grant)
+        super().__init__(name, lambda request: WORDS, 500, times, 1, MEMORY, grant, processor)
         self.may_resize = asyncio.Event()
         self.may_resize.set()
 
@@ -93,10 +94,14 @@ class Broken(Policy):
 
 @asynccontextmanager
 async def start_rig(
-    policy: str | Policy = "waterfill", shadow: str | None = None, names: str = "ab", **options: Any
+    policy: str | Policy = "waterfill",
+    shadow: str | None = None,
+    names: str = "ab",
+    times: ServiceTime = TIMES,
+    **options: Any,
 ) -> AsyncIterator[Rig]:
     """Run a controller over started engines, one per letter of `names`; engine b is less urgent."""
-    rig = Rig(names)
+    rig = Rig(names, times)
     for engine in rig.engines.values():
         await engine.start()
         rig.ledger.claim(engine.name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
@@ -547,3 +552,88 @@ def logged(name: str) -> Iterator[list[str]]:
         yield messages
     finally:
         logging.getLogger(name).removeHandler(handler)
+
+
+class Stopping(Policy):
+    """A policy that pauses the admission of engine b, and keeps all memory where it is."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        grants = {
+            name: replace(view.grant, max_active_seqs=0 if name == "b" else 500)
+            for name, view in snapshot.engines.items()
+        }
+        return Decision(grants, dict.fromkeys(grants, "stopping"))
+
+
+@simulated
+async def test_a_paused_engine_keeps_its_requests_and_admits_them_after_the_longest_pause() -> None:
+    async with start_rig(Stopping(Value())) as rig:
+        work = asyncio.create_task(rig.keep_busy("a"))
+        await asyncio.sleep(0.5)
+        asked = asyncio.create_task(rig.ask("b", 5))
+        await asyncio.sleep(pauses.MOST_S - 1)
+        assert not asked.done()
+        assert rig.engines["b"].stats().waiting == 5
+        assert rig.records[-1].snapshot.engines["b"].paused_s == pytest.approx(pauses.MOST_S - 0.5, abs=0.3)
+        await asyncio.wait_for(asked, 2)
+        work.cancel()
+
+
+@simulated
+async def test_a_paused_engine_is_admitted_when_its_policy_fails_or_the_controller_pauses() -> None:
+    async with start_rig(Stopping(Value())) as rig:
+        await asyncio.sleep(0.5)
+        rig.controller.use(ContainedPolicy("broken", Broken(Value())))
+        asked = asyncio.create_task(rig.ask("b", 5))
+        await asyncio.wait_for(asked, pauses.MOST_S + 2)
+        rig.controller.use(ContainedPolicy("stopping", Stopping(Value())))
+        await asyncio.sleep(0.5)
+        rig.controller.pause()
+        await asyncio.wait_for(rig.ask("b", 5), 1)
+
+
+@simulated
+async def test_policy_that_pauses_every_engine_with_requests_is_refused() -> None:
+    async with start_rig(Stopping(Value())) as rig:
+        await asyncio.wait_for(rig.ask("b", 5), pauses.MOST_S + 2)
+        faults = [record.fault for record in rig.records if record.fault]
+        assert faults
+        assert "at least one must have max_active_seqs above 0" in faults[0]
+
+
+@simulated
+async def test_a_pin_cannot_pause_an_engine() -> None:
+    async with start_rig() as rig:
+        with pytest.raises(InputError, match="max_active_seqs 0 would pause the engine for as long as it is pinned"):
+            rig.controller.pin("a", replace(rig.engines["a"].grant, max_active_seqs=0))
+
+
+@simulated
+async def test_snapshots_carry_the_costs_of_the_engines_steps() -> None:
+    async with start_rig() as rig:
+        work = asyncio.create_task(rig.keep_busy("a"))
+        await asyncio.sleep(2)
+        work.cancel()
+        cost = rig.records[-1].snapshot.engines["a"].cost
+        assert cost.confidence > 0.8
+        assert cost.seconds(50) == pytest.approx(TIMES.step_s, rel=0.2)
+        assert rig.records[-1].snapshot.engines["b"].cost.confidence == 0
+
+
+@simulated
+async def test_utilization_that_nvml_reports_decides_whom_turns_admits() -> None:
+    """Both engines have more work than fits. A GPU that they leave half idle has room for both at once."""
+    costs = ServiceTime(step_s=0.05, token_s=0.00001, prefill_s=0)
+
+    async def admitted(utilization: float) -> float:
+        """Return how many of the engines with work were admitted, on average."""
+        async with start_rig("turns", times=costs) as rig:
+            rig.reading = Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=utilization),))
+            work = [asyncio.create_task(rig.keep_busy(name)) for name in "ab"]
+            await asyncio.sleep(20)
+            for task in work:
+                task.cancel()
+            late = [record.snapshot.views for record in rig.records if record.snapshot.now_s > 10]
+            return sum(view.grant.max_active_seqs > 0 for views in late for view in views) / len(late)
+
+    assert await admitted(0.45) > await admitted(1.0) + 0.3

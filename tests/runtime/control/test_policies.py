@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.control import catalogue
+from runtime.control import catalogue, pauses
+from runtime.control.costs import StepCost
 from runtime.control.policies.paper import algorithm_1
 from runtime.control.policies.waterfill import water_fill
 from runtime.control.policy import bound, damp, decision, fit, unchanged, whole_blocks
@@ -16,7 +17,7 @@ from runtime.control.snapshot import EngineView, Snapshot
 from runtime.errors import ConfigError
 from tests.runtime.control.builders import LIMITS, MIB, sizes, snapshot, snapshots, view
 
-ALL = ("static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill")
+ALL = ("static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill", "turns")
 
 
 def decide(name: str, seen: Snapshot, **options: Any) -> dict[str, float]:
@@ -176,6 +177,82 @@ def test_waterfill_makes_no_small_changes() -> None:
     seen = snapshot(view("a", 148, in_flight=60), view("b", 152, in_flight=60))
     assert decide("waterfill", seen) == {"a": 148, "b": 152}
     assert decide("waterfill", seen, damping=0) == {"a": 150, "b": 150}
+
+
+A_GPU = StepCost(0.010, 0.0001, 0)
+"""A step mostly reads the weights, so that large batches pay."""
+A_CPU = StepCost(0.0028, 0.00014, 0)
+
+
+def admitted(seen: Snapshot, **options: Any) -> set[str]:
+    grants = catalogue.make("turns", options).decide(seen).grants
+    assert {grant.max_active_seqs for grant in grants.values()} <= {0, LIMITS.seqs_ceiling}
+    return {name for name, grant in grants.items() if grant.max_active_seqs}
+
+
+def team(cost: StepCost = A_GPU, lanes: float = 1, **in_flight: int) -> Snapshot:
+    """Return engines that each need more sequences than fit, of 1 MiB in 60 MiB."""
+    views = [view(name, 20, in_flight=count, cost=cost) for name, count in in_flight.items()]
+    return replace(snapshot(*views, movable_mib=60), lanes=lanes)
+
+
+def test_turns_admits_the_longest_queue_alone_where_large_batches_pay() -> None:
+    seen = team(a=50, b=90, c=60)
+    assert admitted(seen) == {"b"}
+    decided = catalogue.make("turns").decide(seen)
+    assert decided.reasons["b"] == "90 in flight: served in the turn of b"
+    assert decided.reasons["a"] == "50 in flight: paused in the turn of b"
+    assert sizes(decided, seen)["b"] == 40  # the others run what they have, in 10 MiB each
+
+
+def test_turns_is_waterfill_where_engines_do_not_slow_each_other_down() -> None:
+    seen = team(A_CPU, lanes=3, a=50, b=90, c=60)
+    assert admitted(seen) == {"a", "b", "c"}
+    assert decide("turns", seen) == decide("waterfill", seen)
+
+
+def test_turns_is_waterfill_while_memory_is_enough() -> None:
+    seen = team(a=5, b=9, c=6)
+    assert catalogue.make("turns").decide(seen).grants == catalogue.make("waterfill").decide(seen).grants
+
+
+def test_utilization_decides_through_the_lanes() -> None:
+    """The same queues: a saturated device gathers, a device with room admits all."""
+    assert len(admitted(team(lanes=1, a=80, b=90, c=85))) == 1
+    assert len(admitted(team(lanes=2.5, a=80, b=90, c=85))) == 3
+
+
+def serving(seen: Snapshot, names: str) -> Snapshot:
+    """Return the snapshot with all other engines paused."""
+    views = {
+        name: v if name in names else replace(v, grant=replace(v.grant, max_active_seqs=0))
+        for name, v in seen.engines.items()
+    }
+    return replace(seen, engines=views)
+
+
+def test_turns_stays_with_its_engine_until_another_is_clearly_better() -> None:
+    assert admitted(serving(team(a=85, b=90, c=20), "a")) == {"a"}
+    assert admitted(serving(team(a=40, b=90, c=20), "a")) == {"b"}
+    assert admitted(serving(team(a=0, b=90, c=60), "a")) == {"b"}  # nothing left to serve
+
+
+def test_turns_prefers_urgent_engines() -> None:
+    seen = team(a=50, b=80, c=20)
+    urgent = {name: replace(v, priority=1 if name == "a" else 3) for name, v in seen.engines.items()}
+    assert admitted(seen) == {"b"}
+    assert admitted(replace(seen, engines=urgent)) == {"a"}
+
+
+def test_an_engine_whose_step_never_ends_gets_no_turn() -> None:
+    seen = team(a=50, b=200, c=60)
+    stuck = {name: replace(v, stalled_s=5.0 if name == "b" else 0.0) for name, v in seen.engines.items()}
+    assert admitted(replace(seen, engines=stuck)) == {"c"}
+
+
+@given(seen=snapshots())
+def test_turns_never_pauses_all_engines_with_requests(seen: Snapshot) -> None:
+    assert not pauses.starves(seen, catalogue.make("turns").decide(seen).grants)
 
 
 def test_water_fill_gives_the_others_what_a_cap_cuts_off() -> None:

@@ -1,0 +1,44 @@
+"""The bound of pauses: no engine waits longer than MOST_S to admit requests, whatever a policy decides or fails to."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from runtime.control.snapshot import Snapshot
+from runtime.engines.grant import Grant
+
+MOST_S = 10.0
+"""The longest pause of an engine's admission while requests wait, in seconds."""
+
+
+def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, Grant]:
+    """Return the grants of a decision, changed so that no engine stays paused longer than MOST_S.
+
+    An overdue engine admits requests until the next decision. Its KV cache is never below its floor, so it has room for
+    one at least, unless requests that it admitted before still run.
+    """
+    admitted = {
+        name: replace(grants.get(name, view.grant), max_active_seqs=view.limits.seqs_ceiling)
+        for name, view in snapshot.engines.items()
+        if view.paused_s > MOST_S and view.waiting and is_paused(grants.get(name, view.grant))
+    }
+    return {**grants, **admitted}
+
+
+def end_all(snapshot: Snapshot) -> dict[str, Grant]:
+    """Return a grant for every engine whose admission is paused, with its memory unchanged and admission open."""
+    return {
+        name: replace(view.grant, max_active_seqs=view.limits.seqs_ceiling)
+        for name, view in snapshot.engines.items()
+        if is_paused(view.grant)
+    }
+
+
+def starves(snapshot: Snapshot, grants: Mapping[str, Grant]) -> bool:
+    """Return True if engines have requests in flight and a decision pauses the admission of all of them."""
+    busy = [view for view in snapshot.views if view.in_flight]
+    return bool(busy) and all(is_paused(grants.get(view.name, view.grant)) for view in busy)
+
+
+def is_paused(grant: Grant) -> bool:
+    """Return True if a grant pauses admission."""
+    return grant.max_active_seqs == 0
