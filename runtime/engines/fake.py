@@ -2,11 +2,12 @@
 
 It serves tests, development of workflows and policies, and simulation on a virtual clock.
 
-The modelled engine runs steps as vLLM does. A step decodes one token for each running request and computes the prompts
-of the requests that were just admitted. Waiting requests are admitted in the order of their rank while the grant has
-room for another request, the step has room for the prompt's tokens, and the KV cache has blocks for the prompt. If a
-running request needs another block and none is free, the engine preempts the request that was admitted last and
-recomputes it later.
+The modelled engine runs steps as vLLM does, with chunked prefill. A step decodes one token for each running request
+whose prompt is computed, and spends the rest of `max_step_tokens` on prompts, in order of admission. A prompt that is
+longer than the rest takes several steps. Waiting requests are admitted in the order of their rank while the grant has
+room for another request, the step has room for a token, and the KV cache has blocks for the whole prompt. If a running
+request needs another block and none is free, the engine preempts the request that was admitted last and recomputes it
+later.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ from runtime.errors import Death, EngineDead, EngineError
 
 Script = Callable[[GenerateRequest], str]
 """Returns the reply to a request. Each of its words, which single blanks separate, is a token."""
+Lengths = Callable[[GenerateRequest], tuple[int, int]]
+"""Returns the lengths of a request's prompt and of its reply, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ class Processor:
 class _Sequence:
     """One request in the engine.
 
+    - `uncomputed`: how many tokens to compute before it can decode: the rest of its prompt and, after a preemption, of
+      what it had generated.
     - `pieces`: the tokens of its reply; `generated`, `sent`: how many of them are generated and streamed.
-    - `computed`: whether its prompt and the generated tokens are in the KV cache.
     - `chunks`: what is streamed; None if the engine has died.
     """
 
@@ -83,11 +87,11 @@ class _Sequence:
     rank: int
     request: GenerateRequest
     prompt_tokens: int
+    uncomputed: int
     pieces: list[str]
     finish: str
     generated: int = 0
     sent: int = 0
-    computed: bool = False
     chunks: asyncio.Queue[Chunk | None] = field(default_factory=asyncio.Queue)
 
 
@@ -98,6 +102,8 @@ class FakeEngine(EngineHandle):
     - `grant`: the grant that it starts with. None takes the whole device.
     - `processor`: what it computes on, shared with other engines.
     - `front`: the process that its calls come from, shared with other engines.
+    - `lengths`: the lengths to model. Tokens without text precede a shorter reply; a longer one keeps its own length.
+      None counts words.
 
     `kill` ends it from outside, `crash` from inside.
     """
@@ -113,6 +119,7 @@ class FakeEngine(EngineHandle):
         grant: Grant | None = None,
         processor: Processor | None = None,
         front: Processor | None = None,
+        lengths: Lengths | None = None,
     ) -> None:
         self.name = name
         self.usage = UsageMeter()
@@ -134,6 +141,7 @@ class FakeEngine(EngineHandle):
         self.grant = grant or Grant(1.0, max_num_seqs, 2048)
         self._processor = processor or Processor(lanes=1e9)
         self._front = front or Processor(lanes=1e9)
+        self._lengths = lengths
         self._state = EngineState.STARTING
         self._started = False
         self._death = Death.CRASHED
@@ -197,9 +205,14 @@ class FakeEngine(EngineHandle):
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
         if request.prompt is not None:
             prompt_tokens = len(request.prompt.split() if isinstance(request.prompt, str) else request.prompt)
+        pieces = pieces[: request.max_tokens]
+        if self._lengths:
+            prompt_tokens, reply_tokens = self._lengths(request)
+            pieces = [""] * (reply_tokens - len(pieces)) + pieces
         rank = request.rank(asyncio.get_running_loop().time())
-        rest = pieces[len(request.resume_tokens) : request.max_tokens]
-        return _Sequence(self._requests, rank, request, prompt_tokens, rest, finish)
+        uncomputed = prompt_tokens if self._time_scale else 0
+        rest = pieces[len(request.resume_tokens) :]
+        return _Sequence(self._requests, rank, request, prompt_tokens, uncomputed, rest, finish)
 
     def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:
         """Return what was generated up to token `upto` and not streamed yet."""
@@ -219,9 +232,9 @@ class FakeEngine(EngineHandle):
 
     async def _steps(self) -> None:
         while self._state is EngineState.READY and (self._admit() or self._running):
-            prefill = sum(s.prompt_tokens + s.generated for s in self._running if not s.computed)
-            seconds = self._times.step_s + self._times.token_s * len(self._running) + self._times.prefill_s * prefill
-            stepped = list(self._running)
+            prefill = self._schedule_prompts()
+            stepped = [sequence for sequence in self._running if not sequence.uncomputed]
+            seconds = self._times.step_s + self._times.token_s * len(stepped) + self._times.prefill_s * prefill
             began_s = asyncio.get_running_loop().time()
             self._between_steps.clear()
             await self._spend(seconds * self._time_scale)
@@ -231,6 +244,20 @@ class FakeEngine(EngineHandle):
                 self._generate_token(sequence)
             self._preempt()
 
+    def _schedule_prompts(self) -> int:
+        """Take the prompt tokens that the next step has room for, in order of admission. Return how many they are."""
+        room = scheduled = max(self._prompt_room, 0)
+        for sequence in self._running:
+            tokens = min(sequence.uncomputed, room)
+            sequence.uncomputed -= tokens
+            room -= tokens
+        return scheduled - room
+
+    @property
+    def _prompt_room(self) -> int:
+        """Return the tokens that a step has room for beside those of the sequences that decode."""
+        return self.grant.max_step_tokens - sum(not sequence.uncomputed for sequence in self._running)
+
     async def _spend(self, seconds: float) -> None:
         await self._processor.spend(seconds)
 
@@ -238,7 +265,6 @@ class FakeEngine(EngineHandle):
         """Generate a token of a request, unless the request was aborted or preempted during the step."""
         if sequence not in self._running:
             return
-        sequence.computed = True
         sequence.generated += 1
         ended = sequence.generated >= len(sequence.pieces)
         if ended or sequence.sent == 0 or sequence.generated - sequence.sent >= sequence.request.stream_interval:
@@ -248,16 +274,13 @@ class FakeEngine(EngineHandle):
 
     def _admit(self) -> bool:
         """Admit waiting requests while there is room for them. Return True if any request runs."""
-        tokens = len(self._running)
-        while self._waiting and len(self._running) < self.grant.max_active_seqs:
+        room = self._prompt_room - sum(sequence.uncomputed for sequence in self._running)
+        while self._waiting and room > 0 and len(self._running) < self.grant.max_active_seqs:
             sequence = self._waiting[0]
-            tokens += sequence.prompt_tokens + sequence.generated
-            first = not self._running
-            if not first and tokens > self.grant.max_step_tokens:
-                break
             if self._held(sequence) > self._kv_cache_bytes - self._in_use:
                 break
             self._running.append(self._waiting.pop(0))
+            room -= sequence.uncomputed
         return bool(self._running)
 
     def _enqueue(self, sequence: _Sequence) -> None:
@@ -269,7 +292,7 @@ class FakeEngine(EngineHandle):
             self._preempt_one(self._running.pop())
 
     def _preempt_one(self, sequence: _Sequence) -> None:
-        sequence.computed = False
+        sequence.uncomputed = sequence.prompt_tokens + sequence.generated
         self._enqueue(sequence)
         self._preemptions += 1
 
