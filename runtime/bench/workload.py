@@ -12,11 +12,11 @@ There are three kinds of load. The same seed always draws the same arrivals.
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from runtime.bench.results import Slo
 from runtime.config import SHIPPED, Section, read_yaml
@@ -25,6 +25,8 @@ from runtime.jobs import problems
 from runtime.jobs.problems import Problem
 
 FOLDER = SHIPPED / "workloads"
+LENGTH_MAX = 1_000_000
+"""Upper bound for the lengths of prompts and replies, in tokens."""
 
 
 class Phase(Section):
@@ -73,6 +75,22 @@ class SloSection(Section):
     )
 
 
+def _in_order(bounds: tuple[int, int]) -> tuple[int, int]:
+    if not 1 <= bounds[0] <= bounds[1] <= LENGTH_MAX:
+        raise ValueError(f"give the shortest and the longest length, from 1 to {LENGTH_MAX}, such as [300, 1500]")
+    return bounds
+
+
+Bounds = Annotated[tuple[int, int], AfterValidator(_in_order)]
+
+
+class Lengths(Section):
+    """The lengths of the prompts and replies of a modelled engine, in tokens. They are lognormal."""
+
+    prompt: Bounds = Field(description="Shortest and longest prompt, in tokens.")
+    reply: Bounds = Field(description="Shortest and longest reply, in tokens.")
+
+
 class Workload(Section):
     """The content of a workload file: either phases or a trace."""
 
@@ -93,6 +111,11 @@ class Workload(Section):
         description="Multiples of the rates. The workload runs once at each.",
     )
     slo: SloSection = Field(default=SloSection(), description="The limits that a good job meets.")
+    lengths: Mapping[str, Lengths] = Field(
+        default_factory=dict,
+        description="Lengths of prompts and replies by the name of a modelled engine, for `troupe simulate load` only. "
+        "An engine without lengths counts the words of its texts.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -152,6 +175,14 @@ class Source:
     workload: Workload
     problems: tuple[Problem, ...]
     trace: tuple[Arrival, ...] = ()
+
+    def at_rate(self, factor: float) -> "Source":
+        """Return a source whose open-loop phases have their rates multiplied by a factor."""
+        phases = tuple(
+            phase.model_copy(update={"jobs_per_s": phase.jobs_per_s * factor}) if phase.jobs_per_s else phase
+            for phase in self.workload.phases
+        )
+        return replace(self, workload=self.workload.model_copy(update={"phases": phases}))
 
     def draw(self, load: float, seed: int) -> Script:
         """Return the arrivals at a load. They depend only on the load and the seed, so every policy gets the same."""

@@ -104,6 +104,11 @@ def run(
     """Run WORKLOAD, a file or a shipped name, on real engines under each policy in turn."""
     chosen = configuration.load(config)
     source = workload.load(workload_name)
+    if source.workload.lengths:
+        raise ConfigError(
+            f"workload {source.name}: lengths: real engines have the lengths of their own prompts and replies; "
+            "use `troupe simulate load`, or remove this key"
+        )
     plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
     teams = phase_teams(chosen, source)
     summary = interrupt.run(_bench(plan, teams))

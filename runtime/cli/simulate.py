@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
@@ -19,6 +19,7 @@ from runtime.bench.output import Output
 from runtime.bench.output import machine as output_machine
 from runtime.bench.results import Run
 from runtime.bench.runner import STREAM_INTERVAL, Bench, Recorder
+from runtime.bench.workload import Lengths, Source
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
 from runtime.cli.config_option import config_option
@@ -34,11 +35,18 @@ from runtime.simulation import agents as paper_agents
 from runtime.simulation import fit as fitting
 from runtime.simulation import load as model
 from runtime.simulation import paper as paper_model
+from runtime.simulation import roofline as rooflines
 from runtime.simulation import virtual_time
+from runtime.simulation.assembly import KV_CACHE_BYTES
 from runtime.simulation.assembly import MODEL as CONSTANTS
 from runtime.simulation.fit import Measurement
+from runtime.simulation.lengths import drawn
 from runtime.simulation.load import Model
 from runtime.simulation.paper import Row
+from runtime.simulation.roofline import REGIMES, SharingMode
+
+COUNTED_JOBS = 200
+"""Jobs of each phase whose calls are counted to derive the rates of a GPU."""
 
 
 @click.group()
@@ -82,15 +90,15 @@ under any policy. Algorithm 1 is no better than static here."""
 @config_option("embedded-scarce")
 @click.option(
     "--constants",
-    type=click.Path(path_type=Path),
     default=CONSTANTS,
-    help="File of the engines' constants, from `troupe simulate fit`. [default: those of the embedded team]",
+    show_default=True,
+    help="A file of the engines' constants, from `troupe simulate fit` or `roofline`, or the name of a shipped one.",
 )
 @options
 def load(
     workload_name: str,
     config: str,
-    constants: Path,
+    constants: str,
     policies: str,
     loads: str | None,
     repeats: int,
@@ -103,16 +111,24 @@ def load(
     Only the embedded team can be simulated: the modelled engines give its correct replies.
     """
     chosen = configuration.load(config)
+    engines = model.read(constants)
     source = workload.load(workload_name)
+    source = source.at_rate(engines.rate_factors.get(source.name, 1))
+    lengths = source.workload.lengths
+    if unknown := lengths.keys() - engines.engines.keys():
+        raise ConfigError(
+            f"workload {source.name}: lengths.{min(unknown)}: there is no such engine; "
+            f"the engines of {constants} are {', '.join(engines.engines)}"
+        )
     plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
     teams = phase_teams(chosen, source)
-    budget_bytes = chosen.device.kv_cache_memory_bytes
+    budget_bytes = engines.kv_cache_bytes or chosen.device.kv_cache_memory_bytes
     if budget_bytes is None:
         raise ConfigError(
             f"{chosen.source}: device.kv_cache_memory_bytes: this key is required for a simulation; "
             "give the KV cache of all engines together, such as 18MiB"
         )
-    simulated = Simulated(assemble(chosen), teams, model.read(constants), _oracle, budget_bytes)
+    simulated = Simulated(assemble(chosen), teams, engines, _oracle, budget_bytes, lengths)
     _run(plan, simulated, as_json)
 
 
@@ -139,7 +155,7 @@ class Simulated:
     """A team over modelled engines.
 
     `whole_team` has all seats, and `teams` has the team of each phase. `script` gives the engines' replies. The engines
-    share `budget_bytes` of KV cache.
+    share `budget_bytes` of KV cache. `lengths` gives the lengths of the calls of some engines.
     """
 
     whole_team: Team
@@ -147,6 +163,7 @@ class Simulated:
     model: Model
     script: Script
     budget_bytes: int
+    lengths: Mapping[str, Lengths] = field(default_factory=dict)
 
 
 def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
@@ -174,16 +191,69 @@ def fit(config: str, count: int, out: Path | None) -> None:
     fitted, measurements = interrupt.run(_fit(chosen, [Job(p.id, p.problem, p.expected) for p in asked]))
     worst = max(abs(fitted.engines[m.engine].decode_step_s(m.sequences) - m.step_s) / m.step_s for m in measurements)
     machine = " ".join(f"{key} {value}" for key, value in output_machine().items())
-    described = fitted.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"})
-    text = configuration.as_yaml(described)
-    if out:
-        out.write_text(text, encoding="utf-8")
-    else:
-        click.echo(text, nl=False)
+    _write(fitted.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"}), out)
     click.echo(
         f"lanes {fitted.lanes:.2f}; the modelled time of a step differs by at most {worst:.0%} from the measured one",
         err=True,
     )
+
+
+@simulate.command()
+@click.argument("gpu", type=click.Choice(list(REGIMES)))
+@click.argument("workload_name", metavar="[WORKLOAD]", default="realistic")
+@config_option("embedded")
+@click.option(
+    "--sharing",
+    type=click.Choice([mode.value for mode in SharingMode]),
+    default=SharingMode.TIME_SLICING.value,
+    show_default=True,
+    help="How the engines share the GPU: in turns, or with overlapping kernels.",
+)
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write. [default: standard output]")
+def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path | None) -> None:
+    """Derive the constants of engines on GPU for WORKLOAD from published figures, and write them as YAML.
+
+    Nothing is measured, and no GPU is needed. WORKLOAD must have lengths for the planner, the solver and the critic.
+    """
+    chosen, source, regime = configuration.load(config), workload.load(workload_name), REGIMES[gpu]
+    lengths = source.workload.lengths
+    if missing := [name for name in regime.shapes if name not in lengths]:
+        raise ConfigError(
+            f"workload {source.name}: lengths.{missing[0]}: this key is required to derive constants; "
+            "give the lengths of prompts and replies, such as {prompt: [300, 1500], reply: [100, 400]}"
+        )
+    if any(phase.jobs_per_s is None for phase in source.workload.phases) or source.trace:
+        raise ConfigError(f"workload {source.name}: give every phase jobs_per_s; other loads have no rate to scale")
+    calls_per_s = virtual_time.run(_calls_per_s(source, phase_teams(chosen, source)))
+    derived = rooflines.derive(regime, source.name, lengths, calls_per_s, SharingMode(sharing))
+    command = f"troupe simulate roofline {gpu} {workload_name} --sharing {sharing}"
+    _write(derived.model_copy(update={"fitted": f"{command}; derived, not measured"}), out)
+
+
+async def _calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, dict[str, float]]:
+    """Return the calls per second of each phase to each engine, at the source's own rates.
+
+    The calls of the first COUNTED_JOBS jobs of each phase are counted.
+    """
+    constants = model.read(CONSTANTS)
+    scripts = dict.fromkeys(constants.engines, _oracle)
+    rates = {}
+    async with model.engines(constants, scripts, KV_CACHE_BYTES, time_scale=0) as (engines, _):
+        for phase in source.workload.phases:
+            assert phase.jobs_per_s is not None
+            arrivals = [arrival for arrival in source.draw(1, 0).arrivals if arrival.phase == phase.name]
+            jobs = [Job(str(number), arrival.problem.problem) for number, arrival in enumerate(arrivals[:COUNTED_JOBS])]
+            requests = await fitting.record(teams[phase.name], engines, jobs)
+            rates[phase.name] = {name: phase.jobs_per_s * len(sent) / len(jobs) for name, sent in requests.items()}
+    return rates
+
+
+def _write(constants: Model, out: Path | None) -> None:
+    text = configuration.as_yaml(constants)
+    if out:
+        out.write_text(text, encoding="utf-8")
+    else:
+        click.echo(text, nl=False)
 
 
 async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Measurement]]:
@@ -211,7 +281,8 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
 
     recorder = Recorder(output.moment)
     scripts = dict.fromkeys(simulated.model.engines, simulated.script)
-    async with model.engines(simulated.model, scripts, simulated.budget_bytes) as (engines, sharing):
+    lengths = {name: drawn(of_engine) for name, of_engine in simulated.lengths.items()}
+    async with model.engines(simulated.model, scripts, simulated.budget_bytes, lengths=lengths) as (engines, sharing):
         policies = ContainedPolicies(control.policy, control.shadow, threads=False)
         running = RunningTeam(
             simulated.whole_team,

@@ -218,7 +218,7 @@ class Orchestrator:
         if call.variation:
             temperature = max(temperature, sampling.retry_temperature)
         return GenerateRequest(
-            request_id=f"{job.id}/{next(self._requests)}",
+            request_id=f"{job.id}/{call.number}/{next(self._requests)}",
             messages=_call_plugin(f"the role at {seat.name}: messages()", lambda: _messages(seat.role, call.task)),
             temperature=temperature,
             top_p=sampling.top_p,

@@ -3,11 +3,10 @@ engines."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from agents.arithmetic import oracle
 from runtime.assembly import Publish, RunningTeam
-from runtime.config import SHIPPED, Config
+from runtime.config import Config
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.handle import EngineState
 from runtime.engines.request import GenerateRequest
@@ -16,7 +15,7 @@ from runtime.jobs.team import Team
 from runtime.simulation import load
 
 KV_CACHE_BYTES = 64 << 20
-MODEL = SHIPPED / "simulation" / "embedded.yaml"
+MODEL = "embedded"
 
 
 @asynccontextmanager
@@ -26,7 +25,7 @@ async def start_modelled_team(
     listener: Listener = ignore,
     publish: Publish = lambda record: None,
     time_scale: float = 1,
-    model: Path = MODEL,
+    model: str = MODEL,
 ) -> AsyncIterator[RunningTeam]:
     """Start the embedded team over modelled engines, which always reply correctly.
 

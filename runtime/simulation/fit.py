@@ -79,7 +79,7 @@ async def fit(
 
     Each engine must have memory for as many sequences as it may run at once.
     """
-    requests = await _record(team, engines, jobs)
+    requests = await record(team, engines, jobs)
     measurements: list[Measurement] = []
     fitted: dict[str, EngineModel] = {}
     for name, engine in engines.items():
@@ -96,9 +96,10 @@ async def fit(
     return Model(lanes=lanes, engines=models), measurements
 
 
-async def _record(
+async def record(
     team: Team, engines: Mapping[str, EngineHandle], jobs: Sequence[Job]
 ) -> Mapping[str, list[GenerateRequest]]:
+    """Return the requests that a team sends to each engine while it works the jobs."""
     recording = {name: Recording(engine) for name, engine in engines.items()}
     orchestrator = Orchestrator(team, recording, stream_interval=1)  # as in a benchmark, whose times the model predicts
     await work_all(orchestrator, jobs, 16, lambda result: None)

@@ -8,16 +8,19 @@ not modelled.
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from runtime.config import Section, read_yaml
-from runtime.engines.fake import FakeEngine, FakeMemory, Processor, Script, ServiceTime
+from runtime.config import SHIPPED, Section, read_yaml
+from runtime.engines.fake import FakeEngine, FakeMemory, Lengths, Processor, Script, ServiceTime
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineHandle
 from runtime.engines.ledger import Ledger
 from runtime.engines.sharing import Sharing
 from runtime.errors import ConfigError
+
+FOLDER = SHIPPED / "simulation"
 
 
 class EngineModel(Section):
@@ -34,6 +37,9 @@ class EngineModel(Section):
     block_bytes: int = Field(gt=0, description="Size of a KV block, in bytes.")
     block_tokens: int = Field(gt=0, description="Size of a KV block, in tokens.")
     null_blocks: int = Field(default=1, ge=0, description="KV blocks that hold nothing. vLLM has one.")
+    floor_blocks: int = Field(
+        default=1, gt=0, description="KV blocks that the engine always keeps. vLLM keeps those of its longest sequence."
+    )
     max_num_seqs: int = Field(gt=0, description="Maximum number of running sequences.")
 
     def decode_step_s(self, sequences: int) -> float:
@@ -46,11 +52,28 @@ class Model(Section):
 
     lanes: float = Field(gt=0, description="Number of engines that can be in a step at once at full speed.")
     engines: Mapping[str, EngineModel] = Field(min_length=1, description="The engines, by name.")
+    kv_cache_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="The KV cache of all engines together, in bytes. By default that of the configuration.",
+    )
+    rate_factors: Mapping[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        default_factory=dict,
+        description="Factors of the arrival rates by the name of a workload, so that a load of 1 means the same on "
+        "every device. Other workloads keep their rates.",
+    )
     fitted: str = Field(default="", description="Command and machine that the constants come from.")
 
 
-def read(path: Path) -> Model:
-    """Read the constants of a model. Raises ConfigError, which names the file and the key."""
+def read(name: str) -> Model:
+    """Read the constants of a model, given by their path or by the name of shipped ones.
+
+    Raises ConfigError, which names the file and the key.
+    """
+    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise ConfigError(f"--constants: there is no file and no shipped name {name!r}; shipped are {shipped}")
     try:
         return Model.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -64,16 +87,21 @@ async def engines(
     scripts: Mapping[str, Script],
     kv_cache_bytes: int,
     time_scale: float = 1,
+    lengths: Mapping[str, Lengths] | None = None,
 ) -> AsyncIterator[tuple[Mapping[str, EngineHandle], Sharing]]:
-    """Yield running engines that start with equal shares of `kv_cache_bytes`, and the sharing that moves it."""
+    """Yield running engines that start with equal shares of `kv_cache_bytes`, and the sharing that moves it.
+
+    `lengths` gives the lengths of the calls of some engines, by name. The others count words.
+    """
     processor, front = Processor(model.lanes), Processor(1)
-    device = max(kv_cache_bytes, sum(e.block_bytes * (e.max_num_seqs + 2) for e in model.engines.values()))
+    device = max(kv_cache_bytes, sum(map(_most_bytes, model.engines.values())))
     running: dict[str, EngineHandle] = {}
     ledger = Ledger(kv_cache_bytes)
     async with AsyncExitStack() as owned:
         for name, engine in model.engines.items():
             null_bytes = engine.null_blocks * engine.block_bytes
-            share = max(kv_cache_bytes / len(model.engines), null_bytes + engine.block_bytes) / device
+            floor_bytes = engine.floor_blocks * engine.block_bytes
+            share = max(kv_cache_bytes / len(model.engines), null_bytes + floor_bytes) / device
             running[name] = await owned.enter_async_context(
                 FakeEngine(
                     name,
@@ -84,16 +112,22 @@ async def engines(
                     memory=FakeMemory(
                         device=device,
                         fixed=null_bytes,
-                        floor=engine.block_bytes,
+                        floor=floor_bytes,
                         token=engine.block_bytes // engine.block_tokens,
                         block_tokens=engine.block_tokens,
                     ),
                     grant=Grant(share, engine.max_num_seqs, 2048),
                     processor=processor,
                     front=front,
+                    lengths=(lengths or {}).get(name),
                 )
             )
             ledger.claim(name, running[name].limits.held_bytes(share))
         sharing = Sharing(running, ledger)
         owned.push_async_callback(sharing.close)
         yield running, sharing
+
+
+def _most_bytes(engine: EngineModel) -> int:
+    """Return the KV cache that an engine could use: the largest number of its longest sequences, and two blocks."""
+    return engine.block_bytes * (engine.max_num_seqs * engine.floor_blocks + 2)
