@@ -286,7 +286,7 @@ def _trace_line(text: str, place: str, number: int) -> Arrival:
 def _complaint(error: dict[str, Any]) -> str:
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        kinds: dict[str, type[Section]] = {"phases": Phase, "slo": SloSection}
+        kinds: dict[str, type[Section]] = {"phases": Phase, "slo": SloSection, "lengths": Lengths}
         section = kinds.get(str(error["loc"][0]), Workload) if len(error["loc"]) > 1 else Workload
         return f"{place}: unknown key; known keys are {', '.join(section.model_fields)}"
     message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]

@@ -19,7 +19,7 @@ from runtime.bench.output import Output
 from runtime.bench.output import machine as output_machine
 from runtime.bench.results import Run
 from runtime.bench.runner import STREAM_INTERVAL, Bench, Recorder
-from runtime.bench.workload import Lengths, Source
+from runtime.bench.workload import Lengths
 from runtime.cli import interrupt
 from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
 from runtime.cli.config_option import config_option
@@ -37,16 +37,13 @@ from runtime.simulation import load as model
 from runtime.simulation import paper as paper_model
 from runtime.simulation import roofline as rooflines
 from runtime.simulation import virtual_time
-from runtime.simulation.assembly import KV_CACHE_BYTES
 from runtime.simulation.assembly import MODEL as CONSTANTS
+from runtime.simulation.calls import calls_per_s
 from runtime.simulation.fit import Measurement
 from runtime.simulation.lengths import drawn
 from runtime.simulation.load import Model
 from runtime.simulation.paper import Row
 from runtime.simulation.roofline import REGIMES, SharingMode
-
-COUNTED_JOBS = 200
-"""Jobs of each phase whose calls are counted to derive the rates of a GPU."""
 
 
 @click.group()
@@ -222,30 +219,12 @@ def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path 
             f"workload {source.name}: lengths.{missing[0]}: this key is required to derive constants; "
             "give the lengths of prompts and replies, such as {prompt: [300, 1500], reply: [100, 400]}"
         )
-    if any(phase.jobs_per_s is None for phase in source.workload.phases) or source.trace:
-        raise ConfigError(f"workload {source.name}: give every phase jobs_per_s; other loads have no rate to scale")
-    calls_per_s = virtual_time.run(_calls_per_s(source, phase_teams(chosen, source)))
-    derived = rooflines.derive(regime, source.name, lengths, calls_per_s, SharingMode(sharing))
+    if source.trace:
+        raise ConfigError(f"workload {source.name}: trace: give phases instead; a trace has no rate to scale")
+    calls = virtual_time.run(calls_per_s(source, phase_teams(chosen, source)))
+    derived = rooflines.derive(regime, source.name, lengths, calls, SharingMode(sharing))
     command = f"troupe simulate roofline {gpu} {workload_name} --sharing {sharing}"
     _write(derived.model_copy(update={"fitted": f"{command}; derived, not measured"}), out)
-
-
-async def _calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, dict[str, float]]:
-    """Return the calls per second of each phase to each engine, at the source's own rates.
-
-    The calls of the first COUNTED_JOBS jobs of each phase are counted.
-    """
-    constants = model.read(CONSTANTS)
-    scripts = dict.fromkeys(constants.engines, _oracle)
-    rates = {}
-    async with model.engines(constants, scripts, KV_CACHE_BYTES, time_scale=0) as (engines, _):
-        for phase in source.workload.phases:
-            assert phase.jobs_per_s is not None
-            arrivals = [arrival for arrival in source.draw(1, 0).arrivals if arrival.phase == phase.name]
-            jobs = [Job(str(number), arrival.problem.problem) for number, arrival in enumerate(arrivals[:COUNTED_JOBS])]
-            requests = await fitting.record(teams[phase.name], engines, jobs)
-            rates[phase.name] = {name: phase.jobs_per_s * len(sent) / len(jobs) for name, sent in requests.items()}
-    return rates
 
 
 def _write(constants: Model, out: Path | None) -> None:

@@ -3,9 +3,15 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from runtime.bench import results
+from runtime.config import SHIPPED
+from runtime.simulation.load import read as read_constants
 from tests.runtime.bench.benchmarks import invoke
+from tests.runtime.bench.conftest import WORKLOAD
+
+PROBLEMS = SHIPPED / "problems" / "held-out.jsonl"
 
 
 def test_every_policy_gets_the_same_jobs_and_answers_them(folder: Path) -> None:
@@ -63,6 +69,7 @@ def test_existing_benchmark_is_not_overwritten(folder: Path) -> None:
         (("--loads", "1,many"), "--loads: give numbers above 0"),
         (("--loads", "0"), "--loads: give numbers above 0"),
         (("--config", "embedded"), "device.kv_cache_memory_bytes: this key is required"),
+        (("--constants", "l5"), "--constants: there is no file and no shipped name 'l5'; shipped are a100, embedded"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(
@@ -71,6 +78,37 @@ def test_wrong_arguments_are_refused_before_anything_runs(
     result = invoke("simulate", "load", "phases", *arguments, "--out", tmp_path / "out")
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_lengths_of_an_unknown_engine_are_refused(tmp_path: Path) -> None:
+    workload = {**WORKLOAD, "lengths": {"writer": {"prompt": [1, 2], "reply": [1, 2]}}, "problems": str(PROBLEMS)}
+    (tmp_path / "w.yaml").write_text(yaml.safe_dump(workload))
+    result = invoke("simulate", "load", tmp_path / "w.yaml", "--out", tmp_path / "out")
+    assert "lengths.writer: there is no such engine; the engines of embedded are planner" in str(result.exception)
+
+
+def test_real_engines_refuse_lengths(tmp_path: Path) -> None:
+    result = invoke("bench", "realistic", "--out", tmp_path / "out")
+    assert "workload realistic: lengths: real engines have the lengths of their own" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_jobs_of_modelled_lengths_are_right_and_at_the_rate_of_the_gpu(tmp_path: Path) -> None:
+    lengths = {name: {"prompt": [300, 900], "reply": [50, 100]} for name in ("planner", "solver", "critic")}
+    phase = {"name": "a", "seconds": 400, "jobs_per_s": 3}
+    (tmp_path / "realistic.yaml").write_text(
+        yaml.safe_dump({"phases": [phase], "lengths": lengths, "problems": str(PROBLEMS)})
+    )
+    out = tmp_path / "out"
+    command = ("simulate", "load", tmp_path / "realistic.yaml", "--constants", "l4", "-p", "waterfill", "--no-limit")
+    result = invoke(*command, "--repeats", 1, "--out", out)
+    assert result.exception is None, result.exception
+    rows = list(results.read_jobs(out))
+    assert len(rows) == pytest.approx(400 * 3 * read_constants("l4").rate_factors["realistic"], rel=0.3)
+    assert all(row.correct for row in rows)
+    calls = [call for row in rows for call in row.calls]
+    assert {call.prompt_tokens for call in calls} <= set(range(300, 901))
+    assert {call.completion_tokens for call in calls} <= set(range(50, 101))
 
 
 def test_agents_are_faster_under_waterfill_than_static(tmp_path: Path) -> None:

@@ -45,6 +45,13 @@ def test_burstiness_is_the_shape_of_the_gamma_distribution(tmp_path: Path, burst
     assert statistics.stdev(drawn) / statistics.fmean(drawn) == pytest.approx(variation, rel=0.15)
 
 
+def test_at_rate_multiplies_the_rates(tmp_path: Path) -> None:
+    closed = {"name": "c", "seconds": 3, "concurrency": 8}
+    source = read(tmp_path, phases=[PHASE, closed]).at_rate(0.25)
+    assert [phase.jobs_per_s for phase in source.workload.phases] == [5, None]
+    assert len(source.draw(1, 0).arrivals) == pytest.approx(500, rel=0.15)
+
+
 def test_draw_depends_on_the_seed(tmp_path: Path) -> None:
     source = read(tmp_path)
     assert source.draw(1, 3) == source.draw(1, 3)
@@ -99,6 +106,16 @@ def test_wrong_trace_line_is_named(tmp_path: Path, line: str, message: str) -> N
         ({"phases": []}, "give either phases or a trace"),
         ({"loads": [0]}, "loads: every load must be above 0"),
         ({"slo": {"jct": 1}}, "slo.jct: unknown key; known keys are jct_s, ttft_s, tpot_s"),
+        (
+            {"lengths": {"a": {"prompt": [9, 2], "reply": [1, 2]}}},
+            "lengths.a.prompt: give the shortest and",
+        ),
+        (
+            {"lengths": {"a": {"prompt": [0, 2], "reply": [1, 2]}}},
+            "lengths.a.prompt: give the shortest and",
+        ),
+        ({"lengths": {"a": {"prompt": [1, 2]}}}, "lengths.a.reply: Field required"),
+        ({"lengths": {"a": {"prompts": [1, 2]}}}, "lengths.a.prompts: unknown key; known keys are prompt, reply"),
         ({"phases": [{**PHASE, "characters": [50, 60]}]}, "phases.one.characters: no problem has 50 to 60 characters"),
     ],
 )

@@ -198,3 +198,71 @@ async def test_calls_from_one_process_are_made_one_after_another() -> None:
         tasks = [task for engine in engines for task in (await run_many(engine, 2))[0]]
         await asyncio.gather(*tasks)
         assert now_s() >= 4 * 0.02
+
+
+async def test_long_prompt_is_computed_over_several_steps() -> None:
+    times = ServiceTime(step_s=1, token_s=0, prefill_s=0.01)
+    grant = Grant(1.0, 64, 100)
+    lengths = {"short": (10, 6), "long": (250, 1)}
+    async with FakeEngine(
+        "f", lambda r: "a", times=times, time_scale=1, grant=grant, lengths=lambda r: lengths[r.request_id]
+    ) as engine:
+
+        async def ask(name: str) -> list[float]:
+            return [now_s() async for _ in engine.generate(replace(REQUEST, request_id=name))]
+
+        short = asyncio.create_task(ask("short"))
+        await asyncio.sleep(1.5)  # the short request is in its second step
+        long = asyncio.create_task(ask("long"))
+        # Steps 3 to 5 decode one token of the short request and compute 99, 99 and 52 tokens of the long prompt.
+        ends = [1.1, 2.1, 2.1 + 1.99, 2.1 + 2 * 1.99, 2.1 + 2 * 1.99 + 1.52]
+        assert await short == pytest.approx([*ends, ends[-1] + 1])
+        assert await long == pytest.approx([ends[-1]])
+
+
+async def test_prompts_are_computed_in_order_of_admission() -> None:
+    times = ServiceTime(step_s=1, token_s=0, prefill_s=0)
+    grant = Grant(1.0, 64, 100)
+    async with FakeEngine(
+        "f", lambda r: "a", times=times, time_scale=1, grant=grant, lengths=lambda r: (150, 1)
+    ) as engine:
+
+        async def ask() -> float:
+            async for _ in engine.generate(REQUEST):
+                pass
+            return now_s()
+
+        tasks = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        assert (engine.stats().running, engine.stats().waiting) == (1, 2)  # the first prompt fills the first step
+        assert await asyncio.gather(*tasks) == pytest.approx([2, 3, 5])
+
+
+async def test_preempted_request_computes_its_prompt_and_its_reply_again() -> None:
+    times = ServiceTime(step_s=1, token_s=0, prefill_s=0.01)
+    memory = FakeMemory(device=1000, fixed=100, floor=10, token=1)
+    async with FakeEngine(
+        "f", lambda r: "a b c", times=times, time_scale=1, memory=memory, lengths=lambda r: (10, 3)
+    ) as engine:
+
+        async def ask() -> list[float]:
+            return [now_s() async for _ in engine.generate(REQUEST)]
+
+        task = asyncio.create_task(ask())
+        await asyncio.sleep(1.5)
+        shrink = await engine.resize(Grant(0.112, 64, 2048), grace_s=0.1)  # at 2.1 s, and the request needs 13 bytes
+        assert isinstance(shrink, Deferred)
+        assert isinstance(await shrink.settled, Applied)
+        await asyncio.sleep(4 - now_s())
+        await engine.resize(Grant(1.0, 64, 2048))
+        assert await task == pytest.approx([1.1, 2.1, 4 + 1.12])
+
+
+async def test_modelled_lengths_count_tokens_and_keep_the_text() -> None:
+    async with FakeEngine("f", lambda r: "the answer", time_scale=1, lengths=lambda r: (700, 90)) as engine:
+        chunks = [chunk async for chunk in engine.generate(replace(REQUEST, max_tokens=2))]
+        assert "".join(chunk.text for chunk in chunks) == "the answer"
+        assert sum(len(chunk.token_ids) for chunk in chunks) == 90
+        assert (chunks[-1].prompt_tokens, chunks[-1].finish) == (700, "stop")
+        resumed = [chunk async for chunk in engine.generate(replace(REQUEST, resume_tokens=(0,) * 88))]
+        assert [chunk.text for chunk in resumed] == ["the", " answer"]

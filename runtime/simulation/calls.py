@@ -1,0 +1,38 @@
+"""Counts the calls that a workload makes to each engine, over modelled engines that reply at once."""
+
+from collections.abc import Mapping
+
+from agents.arithmetic import oracle
+from runtime.bench.workload import Source
+from runtime.errors import ConfigError
+from runtime.jobs.job import Job
+from runtime.jobs.team import Team
+from runtime.simulation import load
+from runtime.simulation.assembly import KV_CACHE_BYTES, MODEL
+from runtime.simulation.fit import record
+
+COUNTED_JOBS = 200
+"""Jobs of each phase whose calls are counted."""
+
+
+async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, dict[str, float]]:
+    """Return the calls per second of each phase to each engine, at the workload's own rates.
+
+    `teams` has the team of each phase. Raises ConfigError if a phase has no rate.
+    """
+    constants = load.read(MODEL)
+    scripts = dict.fromkeys(constants.engines, lambda request: oracle.reply(request.messages[-1].content))
+    arrivals = source.draw(1, 0).arrivals
+    calls: dict[str, dict[str, float]] = {}
+    async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale=0) as (engines, _):
+        for phase in source.workload.phases:
+            if phase.jobs_per_s is None:
+                raise ConfigError(
+                    f"workload {source.name}: phases.{phase.name}.jobs_per_s: this key is required to derive constants; "
+                    "a closed loop has no rate to scale"
+                )
+            problems = [arrival.problem.problem for arrival in arrivals if arrival.phase == phase.name][:COUNTED_JOBS]
+            jobs = [Job(str(number), problem) for number, problem in enumerate(problems)]
+            requests = await record(teams[phase.name], engines, jobs)
+            calls[phase.name] = {name: phase.jobs_per_s * len(sent) / len(jobs) for name, sent in requests.items()}
+    return calls
