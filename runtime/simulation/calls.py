@@ -28,7 +28,7 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
         for phase in source.workload.phases:
             if phase.jobs_per_s is None:
                 raise ConfigError(
-                    f"workload {source.name}: phases.{phase.name}.jobs_per_s: this key is required to derive constants; "
+                    f"workload {source.name}: phases.{phase.name}.jobs_per_s: this key is required; "
                     "a closed loop has no rate to scale"
                 )
             problems = [arrival.problem.problem for arrival in arrivals if arrival.phase == phase.name][:COUNTED_JOBS]

@@ -1,8 +1,8 @@
 """Modelled engines for a request-level simulation. Workflows, orchestrator, policies, controller and ledger are real.
 
-Modelled are queues, batches whose step time grows with their sequences, KV blocks, preemption, engines that slow each
-other down on one processor, and the one process that all calls pass through. Stalls of a resize and prefix caching are
-not modelled.
+Modelled are queues, batches whose step time grows with their sequences, chunked prefill, KV blocks, preemption, engines
+that slow each other down on one processor, and the one process that all calls pass through. Stalls of a resize and
+prefix caching are not modelled.
 """
 
 from collections.abc import AsyncIterator, Mapping
