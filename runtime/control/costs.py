@@ -189,7 +189,10 @@ class Costs:
             after.sequences - before.sequences,
             after.prompt_tokens - before.prompt_tokens,
         )
-        if 0 < new.busy_s < LONGEST_STEP_S * steps and new.sequences >= steps and new.prompt_tokens >= 0:
+        if (
+            0 < new.busy_s < LONGEST_STEP_S * steps
+            and min(new.sequences, new.prompt_tokens) >= 0 < new.sequences + new.prompt_tokens
+        ):
             self._faults.pop(name, None)
             return new
         self._alone.pop(name, None)
