@@ -1,7 +1,7 @@
 """Puts a running team together: its engines, the controller that resizes them, and the orchestrator that runs jobs."""
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:
 def engine_requirements(team: Team) -> dict[str, EngineRequirements]:
     """Return what each engine's seats declare together.
 
-    That is the most urgent priority, the sum of the minimum shares, and the shortest SLO.
+    That is the most urgent priority, the sum of the minimum shares, and the shortest of each objective.
     """
     seats_of: defaultdict[str, list[Seat]] = defaultdict(list)
     for seat in team.seats.values():
@@ -152,9 +152,14 @@ def engine_requirements(team: Team) -> dict[str, EngineRequirements]:
 
 def _combined_requirements(seats: Sequence[Seat]) -> EngineRequirements:
     minimum_shares = [seat.minimum_share for seat in seats if seat.minimum_share is not None]
-    slos_s = [seat.slo_s for seat in seats if seat.slo_s is not None]
     return EngineRequirements(
         priority=min(seat.priority for seat in seats),
         minimum_share=sum(minimum_shares) if minimum_shares else None,
-        slo_s=min(slos_s, default=None),
+        slo_s=_shortest(seat.slo_s for seat in seats),
+        ttft_slo_s=_shortest(seat.ttft_slo_s for seat in seats),
+        tpot_slo_s=_shortest(seat.tpot_slo_s for seat in seats),
     )
+
+
+def _shortest(objectives_s: Iterable[float | None]) -> float | None:
+    return min((objective_s for objective_s in objectives_s if objective_s is not None), default=None)

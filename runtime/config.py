@@ -65,21 +65,37 @@ class Member(Section):
         default=1,
         ge=1,
         le=100,
-        description="Weight for the policies `waterfill` and `paper`; 1 is the most urgent. An engine with several "
-        "seats has the priority of the most urgent one.",
+        description="Weight for the policies `turns`, `waterfill` and `paper`; 1 is the most urgent. An engine with "
+        "several seats has the priority of the most urgent one.",
     )
     minimum_share: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Share of the movable memory that the policy `paper` sets aside for this seat. By default all "
-        "engines have equal minimum shares. An engine with several seats has the sum of theirs.",
+        description="Share of the movable memory that the policies `turns` and `paper` set aside for this seat. By "
+        "default `turns` sets nothing aside, and `paper` the same for all engines. An engine with several seats has "
+        "the sum of theirs.",
     )
     slo_s: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Target for the duration of one call, in seconds. Policies see it; no built-in policy uses it.",
+        description="Objective for the duration of one call, in seconds. The policy `turns` serves an engine earlier "
+        "while a request has waited for a large part of it.",
+    )
+    ttft_slo_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Objective for the time to the first token of one call, in seconds. The policy `turns` treats it "
+        "like `slo_s`.",
+    )
+    tpot_slo_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Objective for the time between two tokens of one reply, in seconds. The policy `turns` limits the "
+        "concurrency and the tokens of a step of all engines so that their steps take no longer.",
     )
 
     def sampling(self, defaults: Sampling) -> Sampling:

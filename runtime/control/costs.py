@@ -27,6 +27,8 @@ from runtime.engines.handle import EngineStats, Work
 
 MEMORY_S = 30.0
 """Seconds after which a row weighs 1/e of a new one."""
+MIX_MEMORY_S = 5.0
+"""Seconds in which an engine computes after which the mix of prompts and replies in its steps weighs 1/e."""
 PRIOR_ROWS = 2.0
 """Rows that make a cost as much measured as assumed."""
 ENOUGH = 0.5
@@ -117,6 +119,7 @@ class Costs:
         self._alone: dict[str, _Fit] = {}
         self._together: dict[str, _Fit] = {}
         self._looks = 0
+        self._mixes: dict[str, tuple[float, float]] = {}  # faded sums of prompt tokens and of sequences in steps
         self._work: dict[str, Work] = {}
         self._looked_s: float | None = None
         # Faded sums of the evidence for the lanes, in seconds: work that was done, and time of a busy device.
@@ -136,6 +139,11 @@ class Costs:
         if alone and (alone.cost.confidence >= ENOUGH or not together):
             return alone.cost
         return replace(together.cost, confidence=ENOUGH * together.cost.confidence) if together else PRIOR
+
+    def prompt_ratio(self, engine: str) -> float:
+        """Return how many prompt tokens the engine has computed recently for each token that it generated."""
+        prompt_tokens, sequences = self._mixes.get(engine, (0.0, 0.0))
+        return prompt_tokens / sequences if sequences else 0.0
 
     @property
     def lanes(self) -> float:
@@ -162,6 +170,9 @@ class Costs:
                 continue  # a new engine, or one that restarted
             if (new := self._new(name, before, counts)) is not None:
                 done[name] = new
+                fade = math.exp(-elapsed_s / MIX_MEMORY_S)
+                prompt_tokens, sequences = self._mixes.get(name, (0.0, 0.0))
+                self._mixes[name] = fade * prompt_tokens + new.prompt_tokens, fade * sequences + new.sequences
         if elapsed_s <= 0 or not done:
             self._fade_rate(elapsed_s, 0.0)
             return

@@ -9,9 +9,10 @@ returns `decision`, which rounds to whole KV blocks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Annotated
 
 from pydantic import PlainSerializer
@@ -134,20 +135,28 @@ def whole_blocks(snapshot: Snapshot, sizes: Sizes) -> Sizes:
     return rounded
 
 
-def decision(snapshot: Snapshot, sizes: Sizes, reason: Callable[[int], str], paused: Container[int] = ()) -> Decision:
-    """Return the decision that gives every engine its size in whole blocks, at full concurrency or paused.
+def decision(
+    snapshot: Snapshot,
+    sizes: Sizes,
+    reason: Callable[[int], str],
+    sequences: Mapping[int, int] = MappingProxyType({}),
+    step_tokens: Mapping[int, int] = MappingProxyType({}),
+) -> Decision:
+    """Return the decision that gives every engine its size in whole blocks.
 
     `sizes` must be within the engines' bounds and, together, within the budget. `reason` returns the reason for the
-    engine at an index in the snapshot's order. `paused` has the indices of the engines that admit no requests.
+    engine at an index in the snapshot's order. Concurrency and step tokens are at their ceilings, except those that
+    `sequences` and `step_tokens` give by index.
     """
     grants = {}
     for index, (view, size) in enumerate(zip(snapshot.views, whole_blocks(snapshot, sizes), strict=True)):
         limits, current = view.limits, view.grant
-        sequences = 0 if index in paused else limits.seqs_ceiling
-        if size == view.kv_cache_bytes and current.max_active_seqs == sequences:
+        seqs = sequences.get(index, limits.seqs_ceiling)
+        tokens = step_tokens.get(index, limits.step_tokens_ceiling)
+        if size == view.kv_cache_bytes and current.max_active_seqs == seqs and current.max_step_tokens == tokens:
             grants[view.name] = current
         else:
-            grants[view.name] = Grant(limits.share(int(size)), sequences, limits.step_tokens_ceiling)
+            grants[view.name] = Grant(limits.share(int(size)), seqs, tokens)
     return Decision(grants, Reasons(snapshot.engines, reason))
 
 

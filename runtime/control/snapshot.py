@@ -22,11 +22,13 @@ class EngineView:
     - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not.
     - `stalled_s`: for how long it has completed no step although requests run, in seconds.
     - `cost`: what its steps cost.
+    - `prompt_ratio`: how many prompt tokens its steps computed recently for each token that they generated.
     - `utilization`: the part of the time in which it used the device, as NVML reports it for its process; None if
       telemetry does not report it.
     - `priority`: 1 is the most urgent.
     - `minimum_share`: of the memory that can move; None if not configured.
-    - `slo_s`: the tightest latency objective of its roles, in seconds; None if not configured.
+    - `slo_s`, `ttft_slo_s`, `tpot_slo_s`: the tightest objectives of its roles for the duration of a call, the time to
+      its first token, and the time between two tokens, in seconds; None if not configured.
     """
 
     name: str
@@ -47,10 +49,13 @@ class EngineView:
     paused_s: float = 0.0
     stalled_s: float = 0.0
     cost: StepCost = PRIOR
+    prompt_ratio: float = 0.0
     utilization: float | None = None
     priority: int = 1
     minimum_share: float | None = None
     slo_s: float | None = None
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
     @property
     def waiting(self) -> int:

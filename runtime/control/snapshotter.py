@@ -27,6 +27,8 @@ class EngineRequirements:
     priority: int = 1
     minimum_share: float | None = None
     slo_s: float | None = None
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
 
 @dataclass
@@ -151,9 +153,12 @@ class Snapshotter:
             paused_s=0.0 if history.paused_since_s is None else now_s - history.paused_since_s,
             stalled_s=now_s - history.stepped_at_s,
             cost=self._costs.cost(name),
+            prompt_ratio=self._costs.prompt_ratio(name),
             priority=terms.priority,
             minimum_share=terms.minimum_share,
             slo_s=terms.slo_s,
+            ttft_slo_s=terms.ttft_slo_s,
+            tpot_slo_s=terms.tpot_slo_s,
         )
 
     def _device(self, held_bytes: int) -> DeviceView:

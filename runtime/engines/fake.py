@@ -178,7 +178,6 @@ class FakeEngine(EngineHandle):
             sequence = self._sequence(request)
             self._check()  # the script may have ended the engine
             self._requests += 1
-            self._prompt_tokens += sequence.prompt_tokens
             if self._times.call_s:
                 await self._front.spend(self._times.call_s * self._time_scale)
                 self._check()
@@ -217,6 +216,7 @@ class FakeEngine(EngineHandle):
     def _chunk(self, sequence: _Sequence, upto: int) -> Chunk:
         """Return what was generated up to token `upto` and not streamed yet."""
         pieces = sequence.pieces[sequence.sent : upto]
+        self._prompt_tokens += 0 if sequence.sent else sequence.prompt_tokens
         self._completion_tokens += len(pieces)
         sequence.sent = upto
         finish = sequence.finish if upto >= len(sequence.pieces) else None

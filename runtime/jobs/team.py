@@ -23,7 +23,7 @@ PROBLEM_MAX_CHARACTERS = 100_000
 class Seat:
     """A place in the team: a role, its engine and its sampling.
 
-    `priority`, `minimum_share` and `slo_s` are for the policies; runtime.config.Member describes them.
+    `priority` and the fields after it are for the policies; runtime.config.Member describes them.
     """
 
     name: str
@@ -33,6 +33,8 @@ class Seat:
     priority: int = 1
     minimum_share: float | None = None
     slo_s: float | None = None
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,17 @@ def _options(config: Config, workflow: type[Workflow]) -> Value:
 def _seat(config: Config, name: str, member: Member) -> Seat:
     role = _role(config, name, member)
     sampling = member.sampling(role.sampling)
-    return Seat(name, role, member.engine, sampling, member.priority, member.minimum_share, member.slo_s)
+    return Seat(
+        name,
+        role,
+        member.engine,
+        sampling,
+        member.priority,
+        member.minimum_share,
+        member.slo_s,
+        member.ttft_slo_s,
+        member.tpot_slo_s,
+    )
 
 
 def _role(config: Config, seat: str, member: Member) -> Role:

@@ -17,21 +17,28 @@ Which set? The one with the greatest value
     V(S) = (sum over S of w n) / T(S),
 
 where n is what fits into the memory that is free for S, shared max-min fairly, and the weight w is the number of the
-engine's requests in flight. V is the rate at which S works off the queues, the long ones most. This is the max-weight
-rule, which keeps every queue stable that any rule could keep stable.
+engine's requests in flight, divided by its priority. V is the rate at which S works off the queues, the long ones most.
+This is the max-weight rule, which keeps every queue stable that any rule could keep stable. The weight of an engine
+with an objective for a call or its first token grows while a request waits for it, up to tenfold.
 
 Three limits keep turns from costing more than they gain:
+
 - All engines are admitted while all needs fit into memory, and unless the best set is `gain` times as good as all.
 - A set stays until another is `stay` times as good, because engines that drain work in small batches.
 - The controller ends each pause after a few seconds, so that no engine starves.
 
-The present set is not remembered: the grants in the snapshot show it.
+The present set is not remembered: the grants in the snapshot show it. An engine with a minimum share keeps at least
+this share, even while it is paused.
+
+With an objective for the time between tokens, rounds must not take longer. As many sequences run as T(S) allows, and
+the time that then remains in a round bounds the prompt tokens of a step.
 
 Sources: L. Tassiulas and A. Ephremides, "Stability properties of constrained queueing systems and scheduling policies
 for maximum throughput in multihop radio networks", 1992 (max-weight); see `waterfill` for the division of memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from pydantic import Field
@@ -42,6 +49,8 @@ from runtime.control.snapshot import EngineView, Snapshot
 
 STALLED_S = 2.0
 """An engine that has not completed a step for this long, although requests run, gets no turn."""
+MOST_URGENT = 10.0
+"""The most by which an objective multiplies an engine's weight."""
 
 Engines = Sequence[int]
 """A set of engines, by their indices in the snapshot's order."""
@@ -69,29 +78,31 @@ class Turns(Waterfill):
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        demand = _Demand(snapshot, bound(snapshot, self.usable(snapshot)))
+        seen = _with_minimum_shares(snapshot)
+        demand = _Demand(seen, bound(seen, self.usable(seen)))
         chosen = self._choose(demand)
         if len(chosen) == len(demand.live):
-            return super().decide(snapshot)
-        sizes = demand.divide(chosen)
-        sizes = fit(snapshot, damp(snapshot, bound(snapshot, sizes), self.options.damping))
-        served = set(chosen)
+            sizes, reason = self.divide(seen)
+            paused: set[int] = set()
+        else:
+            sizes = fit(seen, damp(seen, bound(seen, demand.divide(chosen)), self.options.damping))
+            paused = set(range(len(sizes))).difference(chosen)
 
-        def reason(index: int) -> str:
-            turn = ", ".join(snapshot.views[other].name for other in chosen[:3]) + ", ..." * (len(chosen) > 3)
-            state = "served" if index in served else "paused"
-            return f"{snapshot.views[index].in_flight} in flight: {state} in the turn of {turn}"
+            def reason(index: int) -> str:
+                turn = ", ".join(seen.views[other].name for other in chosen[:3]) + ", ..." * (len(chosen) > 3)
+                state = "paused" if index in paused else "served"
+                return f"{seen.views[index].in_flight} in flight: {state} in the turn of {turn}"
 
-        return decision(snapshot, sizes, reason, paused=set(range(len(sizes))) - served)
+        sequences, step_tokens = demand.limits(chosen, sizes)
+        return decision(seen, sizes, reason, {**sequences, **dict.fromkeys(paused, 0)}, step_tokens)
 
     def _choose(self, demand: "_Demand") -> Engines:
         """Return the engines to admit: all that have work, or the best set."""
         live = demand.live
         if len(live) < 2 or demand.fits:
             return live
-        everyone = demand.value(live)
-        best, best_value = max(((set_, demand.value(set_)) for set_ in demand.candidates()), key=lambda pair: pair[1])
-        if best_value < self.options.gain * everyone:
+        best_value, best = max((demand.value(candidate), candidate) for candidate in demand.candidates())
+        if best_value < self.options.gain * demand.value(live):
             return live
         present = [index for index in live if demand.views[index].grant.max_active_seqs]
         if 0 < len(present) < len(live) and demand.value(present) * self.options.stay >= best_value:
@@ -106,7 +117,7 @@ class _Demand:
         self.views: Sequence[EngineView] = snapshot.views
         self._snapshot = snapshot
         self._needs = needs
-        self._weights = [view.sequence_bytes / view.priority for view in self.views]
+        self._shares = [view.sequence_bytes / view.priority for view in self.views]
         # What an engine keeps while others are served: the memory of its running requests.
         self._kept = [
             float(max(view.limits.kv_floor_bytes, min(view.kv_used_bytes, need)))
@@ -127,7 +138,7 @@ class _Demand:
     def candidates(self) -> Iterator[Engines]:
         """Yield the sets to compare: the first 1, 2, ... engines in the order of their value alone.
 
-        From 8 on, the number of engines doubles, so that all sets together have O(N).
+        From 8 engines on, the number doubles, so that all comparisons together take O(N).
         """
         order = sorted(self.live, key=lambda index: -self.value([index]))
         count = 1
@@ -136,15 +147,14 @@ class _Demand:
             count += 1 if count < 8 else count
 
     def value(self, chosen: Engines) -> float:
-        """Return V(S), in requests squared a second."""
+        """Return V(S), in weighted sequences a second."""
         longest_s = together_s = worked = 0.0
-        for index, size in zip(chosen, self._fill(chosen), strict=True):
+        for index, sequences in zip(chosen, self._sequences(chosen, self._fill(chosen)), strict=True):
             view = self.views[index]
-            sequences = min(size / view.sequence_bytes, view.in_flight)
-            step_s = view.cost.seconds(sequences)
+            step_s = view.cost.seconds(sequences, sequences * view.prompt_ratio)
             together_s += step_s
             longest_s = max(longest_s, step_s)
-            worked += view.in_flight / view.priority * sequences
+            worked += view.in_flight / view.priority * _urgency(view) * sequences
         return worked / max(together_s / self._snapshot.lanes, longest_s)
 
     def divide(self, chosen: Engines) -> Sizes:
@@ -156,13 +166,70 @@ class _Demand:
         if remaining <= 0:
             return sizes
         missing = [max(need - size, 0.0) for need, size in zip(self._needs, sizes, strict=True)]
-        more = water_fill(remaining, self._weights, missing)
+        more = water_fill(remaining, self._shares, missing)
         spread = max(remaining - sum(more), 0.0) / len(sizes)
         return [size + extra + spread for size, extra in zip(sizes, more, strict=True)]
+
+    def limits(self, chosen: Engines, sizes: Sizes) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        """Return the concurrency and the step tokens, by engine, with which rounds keep the objectives per token.
+
+        Both are empty without such objectives. Step tokens are powers of two, so that they rarely change.
+        """
+        objective_s = min((o for i in self.live if (o := self.views[i].tpot_slo_s) is not None), default=None)
+        if objective_s is None or not chosen:
+            return {}, {}
+        lanes = min(self._snapshot.lanes, len(chosen))
+        running = self._sequences(chosen, [sizes[index] for index in chosen])
+        costs = [self.views[index].cost for index in chosen]
+        fixed_s = sum(cost.step_s for cost in costs) / lanes
+        decode_s = sum(cost.sequence_s * count for cost, count in zip(costs, running, strict=True)) / lanes
+        part = min(max(objective_s - fixed_s, 0.0) / decode_s, 1.0) if decode_s else 1.0
+        remaining_s = max(objective_s - fixed_s - part * decode_s, 0.0) * lanes
+        sequences, step_tokens = {}, {}
+        for index, cost, count in zip(chosen, costs, running, strict=True):
+            limits = self.views[index].limits
+            if part < 1:
+                sequences[index] = min(max(int(part * count), 1), limits.seqs_ceiling)
+            if cost.prompt_token_s:
+                tokens = int(part * count + remaining_s / cost.prompt_token_s)
+                rounded = 1 << max(tokens, 1).bit_length() - 1
+                step_tokens[index] = min(max(rounded, limits.step_tokens_floor), limits.step_tokens_ceiling)
+        return sequences, step_tokens
+
+    def _sequences(self, chosen: Engines, sizes: Sizes) -> list[float]:
+        """Return how many sequences each engine of a set can run in its bytes."""
+        return [
+            min(size / max(self.views[index].sequence_bytes, 1), self.views[index].in_flight)
+            for index, size in zip(chosen, sizes, strict=True)
+        ]
 
     def _fill(self, chosen: Engines) -> Sizes:
         """Divide the memory that is free for a set among its engines, max-min fairly."""
         free_bytes = self._free_bytes + sum([self._kept[index] for index in chosen])
         return water_fill(
-            free_bytes, [self._weights[index] for index in chosen], [self._needs[index] for index in chosen]
+            free_bytes, [self._shares[index] for index in chosen], [self._needs[index] for index in chosen]
         )
+
+
+def _urgency(view: EngineView) -> float:
+    """Return by how much the wait for an engine multiplies its weight: 1 without an objective or a wait."""
+    objectives_s = [o for o in (view.slo_s, view.ttft_slo_s) if o is not None]
+    if not objectives_s:
+        return 1.0
+    return 1 / max(1 - view.oldest_wait_s / min(objectives_s), 1 / MOST_URGENT)
+
+
+def _with_minimum_shares(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with the engines' minimum shares in their floors, in whole blocks."""
+    total = sum([view.minimum_share or 0.0 for view in snapshot.views])
+    if not total:
+        return snapshot
+    above_floors = snapshot.movable_bytes - sum([view.limits.kv_floor_bytes for view in snapshot.views])
+    engines = {}
+    for name, view in snapshot.engines.items():
+        limits = view.limits
+        floor = limits.kv_floor_bytes + max(above_floors, 0) * (view.minimum_share or 0.0) / max(total, 1.0)
+        floor = min(int(floor), limits.kv_ceiling_bytes)
+        floor = max(floor - floor % (limits.block_bytes or 1), limits.kv_floor_bytes)
+        engines[name] = replace(view, limits=replace(limits, kv_floor_bytes=floor))
+    return replace(snapshot, engines=engines)

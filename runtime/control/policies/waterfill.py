@@ -19,6 +19,8 @@ role) make no difference.
 Source: max-min fairness, computed by progressive filling.
 """
 
+from collections.abc import Callable
+
 from pydantic import Field
 
 from agents.role import Value
@@ -49,6 +51,10 @@ class Waterfill(Policy):
     options: Options
 
     def decide(self, snapshot: Snapshot) -> Decision:
+        return decision(snapshot, *self.divide(snapshot))
+
+    def divide(self, snapshot: Snapshot) -> tuple[Sizes, Callable[[int], str]]:
+        """Return the bytes of every engine, and a function that returns the reason for an engine's index."""
         views = snapshot.views
         weights = [view.sequence_bytes / view.priority for view in views]
         usable = bound(snapshot, self.usable(snapshot))
@@ -67,7 +73,7 @@ class Waterfill(Policy):
             return f"{now}; {view.soon:.1f} expected next: {mib(ahead[index])} more"
 
         sizes = damp(snapshot, bound(snapshot, wanted), self.options.damping)
-        return decision(snapshot, fit(snapshot, sizes), reason)
+        return fit(snapshot, sizes), reason
 
     def usable(self, snapshot: Snapshot) -> Sizes:
         """Return bytes for the recent peak of calls and the spare ones, at most for as many as may run at once."""
