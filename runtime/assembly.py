@@ -16,6 +16,7 @@ from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec
+from runtime.engines.step_time import StepTime
 from runtime.events import EngineChanged, Event, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
@@ -95,11 +96,13 @@ async def start_team(
     folder: Path,
     listener: Listener = ignore,
     publish: Publish = lambda record: None,
+    step_times: Mapping[str, StepTime] | None = None,
 ) -> AsyncIterator[RunningTeam]:
     """Start a team's engines, telemetry and controller; stop them when the context is left.
 
-    The engines log to `folder`, and the controller writes its decisions to `decisions.jsonl` in it. Raises ConfigError
-    or PluginError if a policy cannot be used, before any engine starts, and EngineError if an engine does not start.
+    The engines log to `folder`, and the controller writes its decisions to `decisions.jsonl` in it. Engines in
+    `step_times` take turns on an emulated device, for their step time. Raises ConfigError or PluginError if a policy
+    cannot be used, before any engine starts, and EngineError if an engine does not start.
     """
 
     def on_state(engine: str, state: EngineState, seconds: float) -> None:
@@ -114,6 +117,7 @@ async def start_team(
                 on_state,
                 config.device.memory_bytes,
                 kv_cache_bytes=config.device.kv_cache_memory_bytes,
+                step_times=step_times,
             )
         )
         on_gpu = any(engine.limits.device_uuid for engine in fleet.engines.values())

@@ -18,6 +18,7 @@ from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec
+from runtime.engines.step_time import StepTime
 from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import EngineError
 
@@ -32,8 +33,9 @@ class Fleet:
     - `sharing`: moves memory between them.
 
     `device_bytes` is what counts as the whole device; None takes all of its memory. `kv_cache_bytes` limits the KV
-    caches of all engines together. Entering raises EngineError if an engine does not start or if the engines together
-    exceed the device; all engines are closed then.
+    caches of all engines together. Engines in `step_times` take turns on an emulated device, for their step time.
+    Entering raises EngineError if an engine does not start or if the engines together exceed the device; all engines
+    are closed then.
     """
 
     sharing: Sharing
@@ -46,11 +48,13 @@ class Fleet:
         device_bytes: int | None = None,
         patience: Patience | None = None,
         kv_cache_bytes: int | None = None,
+        step_times: Mapping[str, StepTime] | None = None,
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
         self._device_bytes = device_bytes
         self._kv_cache_bytes = kv_cache_bytes
+        self._step_times = step_times or {}
         self._patience = patience
         self._run_folder = run_folder
         self._on_state = on_state
@@ -86,7 +90,9 @@ class Fleet:
 
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:
-            engine: EngineHandle = module.VllmEngine(name, spec, self.log(name), folder, self._device_bytes, grant)
+            engine: EngineHandle = module.VllmEngine(
+                name, spec, self.log(name), folder, self._device_bytes, grant, self._step_times.get(name)
+            )
             return engine
 
         return SupervisedEngine(name, make, partial(self._report, name), self._patience)

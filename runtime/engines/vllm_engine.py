@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Reject
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest, TokenLogprob
 from runtime.engines.spec import EngineSpec
+from runtime.engines.step_time import StepTime
 from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
@@ -66,6 +67,7 @@ class VllmEngine(EngineHandle):
     - `temporary`: the folder with the socket for its start-up reports.
     - `device_bytes`: what counts as the whole device. None takes all of the device's memory.
     - `grant`: the grant that it starts with. None takes the one in its specification.
+    - `step_time`: emulate a device on which a step takes this long. None runs steps as fast as they are.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class VllmEngine(EngineHandle):
         temporary: Path,
         device_bytes: int | None = None,
         grant: Grant | None = None,
+        step_time: StepTime | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -83,6 +86,7 @@ class VllmEngine(EngineHandle):
         self.usage = UsageMeter()
         self._temporary = temporary
         self._device_bytes = device_bytes
+        self._step_time = step_time
         self._limits: EngineLimits | None = None
         self._grant = grant
         self._kv_cache_bytes = 0
@@ -156,6 +160,8 @@ class VllmEngine(EngineHandle):
         )
 
     def _config(self) -> VllmConfig:
+        if self._step_time is not None and not current_platform.is_cpu():
+            raise EngineError("only engines on a CPU can emulate a device; leave out --emulate on a GPU")
         spec = self.spec
         arguments: dict[str, Any] = {
             "model": spec.model,
@@ -176,6 +182,7 @@ class VllmEngine(EngineHandle):
                     "ceiling_share": spec.max_gpu_memory_utilization,
                     "device_bytes": self._device_bytes,
                     "granule_bytes": int(spec.kv_granule_bytes),
+                    "step_time": asdict(self._step_time) if self._step_time else None,
                 }
             },
             "disable_log_stats": True,

@@ -1,12 +1,21 @@
 """The elastic worker on the CPU."""
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
 import psutil
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from runtime.engines.elastic.emulated_device import EmulatedDevice
 from runtime.engines.elastic.pages import HostPages
 from runtime.engines.elastic.worker import ElasticWorker, host_tensor
+from runtime.engines.step_time import StepTime
 
+LOCK = "device"
+"""Name of the emulated device's lock in the folder for temporary files, which all engines share."""
 WORKING_BYTES = 256 << 20
 """Bytes that an engine process adds to its memory while it works. A bound for small models, not a measurement: at most
 190 MiB were seen. Steps compute in this memory, and pages that the process shares with the one that it was forked from
@@ -14,7 +23,32 @@ become its own when it writes to them."""
 
 
 class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """vLLM's CPU worker with its KV cache in host pages."""
+    """vLLM's CPU worker with its KV cache in host pages. It can take turns on an emulated device."""
+
+    _emulated_device: EmulatedDevice | None = None
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm the model up as the CUDA worker does, then begin to take turns on the emulated device, if there is one.
+
+        Steps of the warm-up are not emulated.
+        """
+        times = super().compile_or_warm_up_model()
+        settings = self.vllm_config.additional_config["troupe"]
+        if settings["step_time"] is not None:
+            self._emulated_device = EmulatedDevice(
+                Path(settings["temporary"]) / LOCK, StepTime(**settings["step_time"])
+            )
+        return times
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run a step, on the emulated device if there is one."""
+        with self._turn(scheduler_output):
+            return super().execute_model(scheduler_output)
+
+    def _turn(self, step: SchedulerOutput) -> AbstractContextManager[None]:
+        if self._emulated_device is None or not step.total_num_scheduled_tokens:  # an empty step uses no device
+            return nullcontext()
+        return self._emulated_device.step(len(step.num_scheduled_tokens))
 
     def determine_available_memory(self) -> int:
         """Warm the model up and return the ceiling in bytes, as the CUDA worker does.

@@ -3,6 +3,7 @@
 These tests use vLLM's own classes and start no engine.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,9 @@ from vllm.v1.worker.gpu.sample import logit_bias
 
 from runtime.engines import vllm_engine
 from runtime.engines.request import GenerateRequest
-from runtime.errors import RequestRefused
+from runtime.engines.spec import EngineSpec
+from runtime.engines.step_time import StepTime
+from runtime.errors import EngineError, RequestRefused
 
 MAX_MODEL_LEN = 512
 
@@ -78,3 +81,11 @@ def test_engines_register_no_metrics_in_the_registry_of_the_process() -> None:
     loggers.record(None, None)
     loggers.record_admission_rejection("full")
     assert not any(name.startswith("vllm:") for name in prometheus_client.REGISTRY._names_to_collectors)
+
+
+async def test_a_gpu_refuses_to_emulate_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    spec = EngineSpec(model="/no/model")
+    engine = vllm_engine.VllmEngine("solver", spec, tmp_path / "log", tmp_path, step_time=StepTime(8))
+    with pytest.raises(EngineError, match=r"engine solver did not start: .* leave out --emulate"):
+        await engine.start()

@@ -179,7 +179,8 @@ READ = {
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt",
     "vllm.v1.request:Request": "request_id",
     "vllm.v1.kv_cache_layout:KVCacheLayout": "is_block_outermost is_block_compact",
-    "vllm.v1.core.sched.output:SchedulerOutput": "scheduled_new_reqs scheduled_cached_reqs",
+    "vllm.v1.core.sched.output:SchedulerOutput": "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens"
+    " total_num_scheduled_tokens",
     "vllm.v1.core.sched.output:NewRequestData": "block_ids",
     "vllm.v1.core.sched.output:CachedRequestData": "new_block_ids",
     "vllm.utils.mem_utils:MemoryProfilingResult": "transient_peak_headroom",
