@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of a comparison, and warnings about differences that make the two benchmarks hard to compare."""
+    """The rows of a comparison, and warnings: an emulated device, and what makes the two benchmarks hard to compare."""
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
@@ -56,7 +56,7 @@ def compare(a: Path, b: Path) -> Comparison:
             f"{a} has {_content(summary_a)}, and {b} has {_content(summary_b)}: they share no policy at the same load; "
             "run both with the same --policies and --loads"
         )
-    return Comparison(tuple(rows), tuple(_differences(summary_a, summary_b)))
+    return Comparison(tuple(rows), (*_emulations(summary_a, summary_b), *_differences(summary_a, summary_b)))
 
 
 def table(comparison: Comparison, everything: bool = False) -> Table:
@@ -90,6 +90,13 @@ def _row(policy: str, load: float, name: str, a: Spread, b: Spread) -> Row:
     if clear and metric and metric.better:
         better = "a" if (a.median < b.median) == (metric.better == "lower") else "b"
     return Row(policy, load, name, a, b, b.median / a.median if a.median else None, clear, better)
+
+
+def _emulations(a: Summary, b: Summary) -> list[str]:
+    if a.emulation == b.emulation:
+        return [a.emulation] if a.emulation else []
+    device_a, device_b = (summary.emulation or "no emulated device" for summary in (a, b))
+    return [f"the devices differ, so no figure compares. a has {device_a}. b has {device_b}."]
 
 
 def _differences(a: Summary, b: Summary) -> list[str]:

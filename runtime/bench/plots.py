@@ -36,7 +36,7 @@ class Plot:
 
 
 def draw(folder: Path) -> list[Plot]:
-    """Draw all plots of the benchmark in a folder into its subfolder `plots`.
+    """Draw all plots of the benchmark in a folder into its subfolder `plots`. Each says so if the device is emulated.
 
     Raises InputError if the folder holds no benchmark.
     """
@@ -79,6 +79,8 @@ def draw(folder: Path) -> list[Plot]:
     plots = []
     for title, explanation, name, figure in drawn:
         path = folder / "plots" / f"{name}.png"
+        if summary.emulation:
+            figure.supxlabel(summary.emulation, fontsize=7, color=GREY)
         FigureCanvasAgg(figure)
         figure.savefig(path)
         plots.append(Plot(title, explanation, path))

@@ -33,6 +33,7 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 </head>
 <body>
 <h1>$title</h1>
+$emulation
 $about
 $tables
 $plots
@@ -50,6 +51,7 @@ def write(folder: Path) -> Path:
     summary = results.read_summary(folder)
     page = _PAGE.substitute(
         title=escape(f"{summary.workload}: {len(summary.policies)} policies"),
+        emulation=f"<p><strong>{escape(summary.emulation)}</strong></p>" if summary.emulation else "",
         about=_about(summary),
         tables="\n".join(_table(summary, load) for load in summary.loads),
         plots="\n".join(_figure(plot) for plot in plots.draw(folder)),

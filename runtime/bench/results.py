@@ -138,7 +138,7 @@ class Summary:
     `kind` is "engines" for real engines and "simulation" for modelled ones. `limit` names the entry of `policies` that
     had memory for all engines, if there is one. It shows what is possible and does not compete. `stream_interval` is
     the number of tokens in one message of an engine. Results without this key have 64, whose time is divided equally in
-    `itl_s`.
+    `itl_s`. `emulation` says on which emulated device the engines ran, or is None. Every output shows it.
     """
 
     kind: str
@@ -157,6 +157,7 @@ class Summary:
     runs: tuple[Run, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
     stream_interval: int = 64
+    emulation: str | None = None
 
     def point(self, policy: str, load: float) -> Point:
         """Return the metrics of one policy at one load. Raises KeyError if it did not run."""

@@ -16,8 +16,11 @@ COLUMNS = {
 
 
 def table(summary: Summary) -> Table:
-    """Return a table of medians over the repeats, with the ranges below them if they differ. It fits 80 columns."""
-    shown = Table(box=None, pad_edge=False, header_style="dim")
+    """Return a table of medians over the repeats, with the ranges below them if they differ. It fits 80 columns.
+
+    Its caption says so if the device is emulated.
+    """
+    shown = Table(box=None, pad_edge=False, header_style="dim", caption=summary.emulation, caption_justify="left")
     shown.add_column("policy")
     if len(summary.loads) > 1:
         shown.add_column("load", justify="right")

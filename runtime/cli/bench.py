@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from agents.names import nearest
 from runtime import config as configuration
 from runtime import logs, run_folder
 from runtime.assembly import start_team
@@ -26,6 +27,7 @@ from runtime.cli.config_option import config_option
 from runtime.config import Config, PolicyChoice
 from runtime.control import catalogue
 from runtime.control.contained_policy import ContainedPolicies
+from runtime.engines.step_time import StepTime
 from runtime.errors import ConfigError, InputError
 from runtime.events import EngineChanged, Event, fan_out
 from runtime.jobs.team import Team, assemble
@@ -90,10 +92,17 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
 @bench.command()
 @click.argument("workload_name", metavar="[WORKLOAD]", default="phases")
 @config_option("embedded-scarce")
+@click.option(
+    "--emulate",
+    metavar="TIMES",
+    help="Emulate a device on which engines on the CPU take turns, such as `planner=8,solver=20+0.1,critic=12`: a step "
+    "of each engine takes at least these milliseconds, and 0.1 ms more for each sequence. [default: no emulation]",
+)
 @options
 def run(
     workload_name: str,
     config: str,
+    emulate: str | None,
     policies: str,
     loads: str | None,
     repeats: int,
@@ -109,7 +118,8 @@ def run(
             f"workload {source.name}: lengths: real engines have the lengths of their own prompts and replies; "
             "use `troupe simulate load`, or remove this key"
         )
-    plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
+    step_times = parse_step_times(emulate, chosen)
+    plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out, step_times)
     teams = phase_teams(chosen, source)
     summary = interrupt.run(_bench(plan, teams))
     finish(plan, summary, as_json)
@@ -135,7 +145,7 @@ def compare(a: Path, b: Path, everything: bool, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, and where the results go."""
+    """What to run, and where the results go. With `step_times`, engines take turns on an emulated device."""
 
     config: Config
     source: Source
@@ -144,10 +154,19 @@ class Plan:
     repeats: int
     limit: bool
     out: Path | None
+    step_times: Mapping[str, StepTime] = field(default_factory=dict)
     folder: Path = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.out or default_folder(self.source.name))
+
+    @property
+    def emulation(self) -> str | None:
+        """Return what every output says about the emulated device, or None if there is none."""
+        if not self.step_times:
+            return None
+        times = ", ".join(f"{step_time} ({engine})" for engine, step_time in self.step_times.items())
+        return f"emulated device: CPU engines take turns, at least {times} a step; these are not a GPU's figures"
 
     @property
     def runs(self) -> int:
@@ -178,6 +197,39 @@ def parse_loads(text: str | None, source: Source) -> tuple[float, ...]:
             f"--loads: give numbers above 0 and at most 1000, separated by commas, none twice, not {text!r}"
         )
     return loads
+
+
+def parse_step_times(text: str | None, config: Config) -> dict[str, StepTime]:
+    """Return the step time of each engine that `--emulate` gives, or none without it.
+
+    Raises InputError for a wrong time, and if not every engine of the configuration has exactly one.
+    """
+    if text is None:
+        return {}
+    step_times: dict[str, StepTime] = {}
+    for part in text.split(","):
+        engine, _, value = (piece.strip() for piece in part.partition("="))
+        if engine not in config.engines:
+            raise InputError(f"--emulate: there is no engine {engine!r}; {nearest(engine, config.engines)}")
+        if engine in step_times:
+            raise InputError(f"--emulate: give the engine {engine} once")
+        step_times[engine] = _step_time(engine, value)
+    if missing := [engine for engine in config.engines if engine not in step_times]:
+        raise InputError(f"--emulate: give every engine a step time; these have none: {', '.join(missing)}")
+    return step_times
+
+
+def _step_time(engine: str, text: str) -> StepTime:
+    try:
+        times_ms = [float(part) for part in text.split("+")]
+    except ValueError:
+        times_ms = []
+    if not 1 <= len(times_ms) <= 2 or not all(0 < time_ms <= 10_000 for time_ms in times_ms):
+        raise InputError(
+            f"--emulate: give {engine} milliseconds above 0 and at most 10000, such as {engine}=8 or {engine}=8+0.1, "
+            f"not {text!r}"
+        )
+    return StepTime(*times_ms)
 
 
 def phase_teams(config: Config, source: Source) -> dict[str, Team]:
@@ -217,7 +269,9 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
         bar = await owned.enter_async_context(Bar(plan))
         recorder = Recorder(output.moment)
         listener = fan_out(show_start, recorder.on_event)
-        running = await owned.enter_async_context(start_team(config, whole_team, folder, listener, recorder.publish))
+        running = await owned.enter_async_context(
+            start_team(config, whole_team, folder, listener, recorder.publish, plan.step_times)
+        )
         device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         bench = Bench(
@@ -259,6 +313,7 @@ def summarise(plan: Plan, kind: str, started: tuple[str, float], runs: list[resu
         points=results.points(runs),
         runs=tuple(runs),
         stream_interval=STREAM_INTERVAL,
+        emulation=plan.emulation,
     )
     results.write(plan.folder, summary)
     return summary

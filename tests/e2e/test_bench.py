@@ -1,5 +1,6 @@
 """`troupe bench` with real engines: two policies, a report, and a replay of the logged decisions."""
 
+import html
 import json
 from pathlib import Path
 
@@ -45,6 +46,25 @@ def test_bench_runs_policies_and_replay_reads_its_log(troupe: Command, tmp_path:
     assert totals["records"] > 20
     assert totals["differing"] > 5
     assert totals["faults"] == 0
+
+
+def test_bench_on_an_emulated_device_says_so_in_every_output(troupe: Command, tmp_path: Path) -> None:
+    workload, out = tmp_path / "mine.yaml", tmp_path / "out"
+    workload.write_text(WORKLOAD)
+    times = "planner=40,solver=60+1,critic=50"
+    done = troupe.run("bench", workload, "-p", "static", "--repeats", 1, "--no-limit", "--out", out, "--emulate", times)
+    assert done.returncode == 0, done.stderr
+    troupe.nothing_left()
+    said = (
+        "emulated device: CPU engines take turns, at least 40 ms (planner), 60 ms + 1 ms a sequence (solver), "
+        "50 ms (critic) a step; these are not a GPU's figures"
+    )
+    assert said in " ".join(done.stdout.split())
+    assert said in html.unescape((out / "report.html").read_text())
+    assert json.loads((out / results.SUMMARY).read_text())["emulation"] == said
+    metrics = results.read_summary(out).point("static", 1.0).metrics
+    assert metrics["failed"].median == 0
+    assert metrics["median_tpot_ms"].median >= 40
 
 
 def test_interrupted_bench_keeps_its_rows_and_ends_its_engines(troupe: Command, tmp_path: Path) -> None:

@@ -27,6 +27,19 @@ def test_comparison_tells_noise_from_a_difference(tmp_path: Path) -> None:
     assert comparison.warnings == ("machine differs: {'cores': '2'} and {'cores': '64'}",)
 
 
+def test_comparison_warns_of_an_emulated_device(tmp_path: Path) -> None:
+    real = write_benchmark(tmp_path / "real")
+    emulated = write_benchmark(tmp_path / "emulated", emulation="emulated device: 8 ms")
+    again = write_benchmark(tmp_path / "again", emulation="emulated device: 8 ms")
+    slower = write_benchmark(tmp_path / "slower", emulation="emulated device: 9 ms")
+    assert compare(real, real).warnings == ()
+    assert compare(emulated, again).warnings == ("emulated device: 8 ms",)
+    assert compare(real, emulated).warnings == (
+        "the devices differ, so no figure compares. a has no emulated device. b has emulated device: 8 ms.",
+    )
+    assert "8 ms. b has emulated device: 9 ms" in compare(emulated, slower).warnings[0]
+
+
 def test_comparison_errors_say_why(tmp_path: Path) -> None:
     a, b = write_benchmark(tmp_path / "a", {"static": 1.0}), write_benchmark(tmp_path / "b", {"mine": 1.0})
     with pytest.raises(InputError, match=r"has static at load 1, and .* has mine at load 1"):

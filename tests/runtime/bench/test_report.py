@@ -18,6 +18,12 @@ def test_report_is_self_contained_and_marks_the_best_policy(tmp_path: Path) -> N
     assert "1.05<small>1.00 to 1.10</small>" in rows["mine"]
 
 
+def test_report_says_first_that_the_device_is_emulated(tmp_path: Path) -> None:
+    page = report.write(write_benchmark(tmp_path / "a", emulation="emulated device: <8 ms>")).read_text()
+    assert page.index("emulated device: &lt;8 ms&gt;") < page.index("<dl>")
+    assert "emulated device" not in report.write(write_benchmark(tmp_path / "b")).read_text()
+
+
 def test_report_escapes_names_and_notes(tmp_path: Path) -> None:
     folder = write_benchmark(
         tmp_path / "a", {"<script>alert(1)</script>": 1.0}, workload="<b>x</b>", notes=("<i>n</i>",)
