@@ -4,6 +4,7 @@ A policy has the same colour in all plots; the limit is grey.
 """
 
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def draw(folder: Path) -> list[Plot]:
     for title, explanation, name, figure in drawn:
         path = folder / "plots" / f"{name}.png"
         if summary.emulation:
-            figure.supxlabel(summary.emulation, fontsize=7, color=GREY)
+            figure.supxlabel(textwrap.fill(summary.emulation, width=130), fontsize=7, color=GREY)
         FigureCanvasAgg(figure)
         figure.savefig(path)
         plots.append(Plot(title, explanation, path))

@@ -18,6 +18,11 @@ phases:
   - {{name: plan, seconds: 2, jobs_per_s: 8, workflow: {{plans: 6, critics: []}}}}
   - {{name: vote, seconds: 2, concurrency: 10, workflow: {{name: vote, samples: 4}}}}
 """
+SHORT_WORKLOAD = f"""
+problems: {REPOSITORY}/configs/problems/held-out.jsonl
+phases:
+  - {{name: plan, seconds: 1, concurrency: 2, workflow: {{plans: 2}}}}
+"""
 
 
 def test_bench_runs_policies_and_replay_reads_its_log(troupe: Command, tmp_path: Path) -> None:
@@ -50,21 +55,21 @@ def test_bench_runs_policies_and_replay_reads_its_log(troupe: Command, tmp_path:
 
 def test_bench_on_an_emulated_device_says_so_in_every_output(troupe: Command, tmp_path: Path) -> None:
     workload, out = tmp_path / "mine.yaml", tmp_path / "out"
-    workload.write_text(WORKLOAD)
-    times = "planner=40,solver=60+1,critic=50"
+    workload.write_text(SHORT_WORKLOAD)
+    times = "planner=20,solver=30+0.5,critic=25"
     done = troupe.run("bench", workload, "-p", "static", "--repeats", 1, "--no-limit", "--out", out, "--emulate", times)
     assert done.returncode == 0, done.stderr
     troupe.nothing_left()
     said = (
-        "emulated device: CPU engines take turns, at least 40 ms (planner), 60 ms + 1 ms a sequence (solver), "
-        "50 ms (critic) a step; these are not a GPU's figures"
+        "emulated device: CPU engines take turns, at least 20 ms (planner), 30 ms + 0.5 ms a sequence (solver), "
+        "25 ms (critic) a step; these are not a GPU's figures"
     )
     assert said in " ".join(done.stdout.split())
     assert said in html.unescape((out / "report.html").read_text())
     assert json.loads((out / results.SUMMARY).read_text())["emulation"] == said
     metrics = results.read_summary(out).point("static", 1.0).metrics
     assert metrics["failed"].median == 0
-    assert metrics["median_tpot_ms"].median >= 40
+    assert metrics["median_tpot_ms"].median >= 20
 
 
 def test_interrupted_bench_keeps_its_rows_and_ends_its_engines(troupe: Command, tmp_path: Path) -> None:
