@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runtime.control import catalogue, pauses
 from runtime.control.costs import StepCost
 from runtime.control.policies.paper import algorithm_1
+from runtime.control.policies.turns import _Demand
 from runtime.control.policies.waterfill import water_fill
 from runtime.control.policy import bound, damp, decision, fit, unchanged, whole_blocks
 from runtime.control.snapshot import EngineView, Snapshot
@@ -242,6 +243,64 @@ def test_turns_prefers_urgent_engines() -> None:
     urgent = {name: replace(v, priority=1 if name == "a" else 3) for name, v in seen.engines.items()}
     assert admitted(seen) == {"b"}
     assert admitted(replace(seen, engines=urgent)) == {"a"}
+
+
+def changed(seen: Snapshot, name: str, **changes: Any) -> Snapshot:
+    """Return the snapshot with one engine's view changed."""
+    return replace(seen, engines={**seen.engines, name: replace(seen.engines[name], **changes)})
+
+
+@pytest.mark.parametrize("objective", ["slo_s", "ttft_slo_s"])
+def test_turns_serves_an_engine_earlier_while_a_request_waits_for_its_objective(objective: str) -> None:
+    seen = team(a=30, b=90, c=20)
+    waits = changed(seen, "a", oldest_wait_s=4.0)
+    assert admitted(waits) == {"b"}
+    assert admitted(changed(waits, "a", **{objective: 5.0})) == {"a"}
+    assert admitted(changed(waits, "a", **{objective: 500.0})) == {"b"}
+
+
+def test_turns_limits_concurrency_to_the_objective_for_the_time_between_tokens() -> None:
+    """A step of 40 sequences takes 14 ms. 12 ms are enough for 20, and 10 ms for one, because it takes no less."""
+    seen = team(a=50, b=90, c=60)
+    for objective_s, sequences in ((0.020, LIMITS.seqs_ceiling), (0.012, 20), (0.005, 1)):
+        grant = catalogue.make("turns").decide(changed(seen, "b", tpot_slo_s=objective_s)).grants["b"]
+        assert grant.max_active_seqs == sequences
+
+
+def test_turns_limits_step_tokens_so_that_prompts_keep_the_objective_of_any_engine() -> None:
+    """A round has 20 ms: 2 engines take 12 ms for 10 sequences each, and 8 ms are left for prompts of 10 µs a token."""
+    cost = StepCost(0.005, 0.0001, 0.00001)
+    seen = team(cost, a=10, b=10)
+    assert {g.max_step_tokens for g in catalogue.make("turns").decide(seen).grants.values()} == {2048}
+    decided = catalogue.make("turns").decide(changed(seen, "a", tpot_slo_s=0.020))
+    assert {g.max_step_tokens for g in decided.grants.values()} == {512}  # 810, rounded down to a power of two
+    assert {g.max_active_seqs for g in decided.grants.values()} == {LIMITS.seqs_ceiling}
+
+
+def test_turns_keeps_minimum_shares_in_every_turn() -> None:
+    seen = team(a=50, b=90, c=60)
+    assert decide("turns", seen)["c"] == 10
+    kept = decide("turns", changed(seen, "c", minimum_share=0.5))  # of 30 MiB above the floors
+    assert (kept["c"], kept["b"]) == (25, 25)
+    everyone = {name: replace(v, minimum_share=0.9) for name, v in seen.engines.items()}
+    assert decide("turns", replace(seen, engines=everyone)) == {"a": 20, "b": 20, "c": 20}  # 0.9 each do not fit
+
+
+def test_long_prompts_count_in_the_cost_of_a_turn() -> None:
+    """If most of the time goes to prompts, a larger batch saves little, and turns do not pay."""
+    seen = team(replace(A_GPU, prompt_token_s=0.0001), a=80, b=90, c=85)
+    prompts = {name: replace(v, prompt_ratio=50) for name, v in seen.engines.items()}
+    assert len(admitted(seen)) == 1
+    assert len(admitted(replace(seen, engines=prompts))) == 3
+
+
+def test_turns_compares_many_engines_in_linear_time() -> None:
+    """A thousand queues: the sets that are compared have few thousand engines together."""
+    seen = team(**{f"e{number}": 20 + number % 50 for number in range(1000)})
+    demand = _Demand(seen, [float(20 << 20)] * 1000)
+    compared = list(demand.candidates())
+    assert sum(map(len, compared)) < 4 * 1000
+    assert len(compared[0]) == 1
 
 
 def test_an_engine_whose_step_never_ends_gets_no_turn() -> None:
