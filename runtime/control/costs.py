@@ -39,7 +39,7 @@ PRIOR_WEIGHT = 0.1
 """Weight of the prior in a fit, in rows."""
 PRIOR_SPREAD = 10.0
 """The prior may be wrong by about this factor."""
-PRIOR_LANES_S = 0.5
+PRIOR_LANES_S = 0.1
 """Weight of the prior for the lanes, in seconds of evidence."""
 OUTLIER = 4.0
 """A row above the fit by more than this factor counts as this much: a stall is not the cost of a step."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from runtime.control.snapshot import Snapshot
-from runtime.engines.grant import Grant
+from runtime.engines.grant import EngineLimits, Grant
 
 MOST_S = 10.0
 """The longest pause of an engine's admission while requests wait, in seconds."""
@@ -17,7 +17,7 @@ def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, Gr
     one at least, unless requests that it admitted before still run.
     """
     admitted = {
-        name: replace(grants.get(name, view.grant), max_active_seqs=view.limits.seqs_ceiling)
+        name: admitting(grants.get(name, view.grant), view.limits)
         for name, view in snapshot.engines.items()
         if view.paused_s > MOST_S and view.waiting and is_paused(grants.get(name, view.grant))
     }
@@ -27,9 +27,7 @@ def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, Gr
 def end_all(snapshot: Snapshot) -> dict[str, Grant]:
     """Return a grant for every engine whose admission is paused, with its memory unchanged and admission open."""
     return {
-        name: replace(view.grant, max_active_seqs=view.limits.seqs_ceiling)
-        for name, view in snapshot.engines.items()
-        if is_paused(view.grant)
+        name: admitting(view.grant, view.limits) for name, view in snapshot.engines.items() if is_paused(view.grant)
     }
 
 
@@ -37,6 +35,11 @@ def starves(snapshot: Snapshot, grants: Mapping[str, Grant]) -> bool:
     """Return True if engines have requests in flight and a decision pauses the admission of all of them."""
     busy = [view for view in snapshot.views if view.in_flight]
     return bool(busy) and all(is_paused(grants.get(view.name, view.grant)) for view in busy)
+
+
+def admitting(grant: Grant, limits: EngineLimits) -> Grant:
+    """Return a grant with the same memory and full concurrency."""
+    return replace(grant, max_active_seqs=limits.seqs_ceiling, preempt=False)
 
 
 def is_paused(grant: Grant) -> bool:

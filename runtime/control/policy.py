@@ -9,7 +9,7 @@ returns `decision`, which rounds to whole KV blocks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -141,22 +141,22 @@ def decision(
     reason: Callable[[int], str],
     sequences: Mapping[int, int] = MappingProxyType({}),
     step_tokens: Mapping[int, int] = MappingProxyType({}),
+    preempted: Container[int] = (),
 ) -> Decision:
     """Return the decision that gives every engine its size in whole blocks.
 
     `sizes` must be within the engines' bounds and, together, within the budget. `reason` returns the reason for the
     engine at an index in the snapshot's order. Concurrency and step tokens are at their ceilings, except those that
-    `sequences` and `step_tokens` give by index.
+    `sequences` and `step_tokens` give by index. `preempted` has the indices of the engines whose running requests are
+    preempted.
     """
     grants = {}
     for index, (view, size) in enumerate(zip(snapshot.views, whole_blocks(snapshot, sizes), strict=True)):
         limits, current = view.limits, view.grant
         seqs = sequences.get(index, limits.seqs_ceiling)
         tokens = step_tokens.get(index, limits.step_tokens_ceiling)
-        if size == view.kv_cache_bytes and current.max_active_seqs == seqs and current.max_step_tokens == tokens:
-            grants[view.name] = current
-        else:
-            grants[view.name] = Grant(limits.share(int(size)), seqs, tokens)
+        share = current.gpu_memory_utilization if size == view.kv_cache_bytes else limits.share(int(size))
+        grants[view.name] = Grant(share, seqs, tokens, index in preempted)
     return Decision(grants, Reasons(snapshot.engines, reason))
 
 
@@ -172,7 +172,7 @@ def unchanged(snapshot: Snapshot, reason: str) -> Decision:
     grants = {
         view.name: view.grant
         if view.grant.max_active_seqs
-        else replace(view.grant, max_active_seqs=view.limits.seqs_ceiling)
+        else replace(view.grant, max_active_seqs=view.limits.seqs_ceiling, preempt=False)
         for view in snapshot.views
     }
     return Decision(grants, dict.fromkeys(snapshot.engines, reason))

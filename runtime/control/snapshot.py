@@ -19,6 +19,7 @@ class EngineView:
     - `preemptions`: count since the engine started.
     - `oldest_wait_s`: waiting time of the oldest request that does not run, in seconds; 0 if none waits.
     - `sequence_bytes`: average KV cache of one sequence.
+    - `reply_tokens`: average length of recent replies; 0 if none has ended.
     - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not.
     - `stalled_s`: for how long it has completed no step although requests run, in seconds.
     - `cost`: what its steps cost.
@@ -46,6 +47,7 @@ class EngineView:
     preemptions: int = 0
     oldest_wait_s: float = 0.0
     sequence_bytes: float = 0.0
+    reply_tokens: float = 0.0
     paused_s: float = 0.0
     stalled_s: float = 0.0
     cost: StepCost = PRIOR

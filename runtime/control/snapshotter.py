@@ -14,6 +14,8 @@ RATE_DECAY_S = 1.0
 """Seconds until the weight of a moment in an average rate has fallen to 1/e."""
 PEAK_DECAY_S = 0.1
 """Seconds until a peak has fallen to 1/e."""
+REPLIES = 64
+"""Replies after which the length of a reply weighs 1/e of a new one."""
 SEQUENCE_BYTES_WEIGHT = 0.1
 """Weight of the newest value in the running mean of `sequence_bytes`."""
 HEADROOM = 0.02
@@ -42,6 +44,9 @@ class _History:
     completions_per_s: float = 0.0
     sequence_bytes: float = 0.0
     peak_in_flight: float = 0.0
+    completion_tokens: int = 0
+    replies: float = 0.0
+    tokens_of_replies: float = 0.0
     paused_since_s: float | None = None
     steps: int = 0
     stepped_at_s: float = 0.0
@@ -150,6 +155,8 @@ class Snapshotter:
             preemptions=stats.preemptions,
             oldest_wait_s=0.0 if waiting_since_s is None else now_s - waiting_since_s,
             sequence_bytes=history.sequence_bytes,
+            # A running request has generated half of its reply, on average.
+            reply_tokens=history.tokens_of_replies / (history.replies + stats.running / 2) if history.replies else 0.0,
             paused_s=0.0 if history.paused_since_s is None else now_s - history.paused_since_s,
             stalled_s=now_s - history.stepped_at_s,
             cost=self._costs.cost(name),
@@ -211,6 +218,11 @@ def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: 
         return
     weight = 1 - math.exp(-elapsed_s / RATE_DECAY_S)
     arrived, finished = usage.arrived - history.arrived, usage.finished - history.finished
+    fade = math.exp(-finished / REPLIES)
+    new_tokens = max(stats.completion_tokens - history.completion_tokens, 0)  # a restarted engine counts from 0
+    history.replies = fade * history.replies + finished
+    history.tokens_of_replies = fade * history.tokens_of_replies + new_tokens
+    history.completion_tokens = stats.completion_tokens
     history.arrivals_per_s += weight * (arrived / elapsed_s - history.arrivals_per_s)
     history.completions_per_s += weight * (finished / elapsed_s - history.completions_per_s)
     history.at_s, history.arrived, history.finished = now_s, usage.arrived, usage.finished

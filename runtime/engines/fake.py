@@ -291,6 +291,12 @@ class FakeEngine(EngineHandle):
         while self._shrink is None and len(self._running) > 1 and self._in_use > self._kv_cache_bytes:
             self._preempt_one(self._running.pop())
 
+    def _preempt_all(self) -> int:
+        preempted = len(self._running)
+        while self._running:
+            self._preempt_one(self._running.pop())
+        return preempted
+
     def _preempt_one(self, sequence: _Sequence) -> None:
         sequence.uncomputed = sequence.prompt_tokens + sequence.generated
         self._enqueue(sequence)
@@ -349,6 +355,7 @@ class FakeEngine(EngineHandle):
         self._settle_shrink(None)
         before, self.grant = self.grant, grant
         self.usage.hold(self._limits.held_bytes(grant.gpu_memory_utilization))
+        preempted = self._preempt_all() if grant.preempt else 0
         held = self._in_use - self._kv_cache_bytes
         if held > 0 and grace_s > 0:
             loop = asyncio.get_running_loop()
@@ -358,7 +365,8 @@ class FakeEngine(EngineHandle):
         self._preempt()
         if self._waiting:
             self._begin_steps()
-        return self._applied(grant, moved=abs(grant.gpu_memory_utilization - before.gpu_memory_utilization))
+        moved = abs(grant.gpu_memory_utilization - before.gpu_memory_utilization)
+        return self._applied(grant, moved, preempted)
 
     def _end_grace(self) -> None:
         """Preempt the requests that still use memory that the shrink takes away."""

@@ -15,11 +15,14 @@ class Grant:
     - `max_active_seqs`: how many requests it may run at once. 0 pauses admission: running requests continue, the others
       wait.
     - `max_step_tokens`: how many tokens it may process in one step.
+    - `preempt`: preempt the requests that run, instead of letting them finish. vLLM computes them again once they are
+      admitted. Possible only while admission is paused.
     """
 
     gpu_memory_utilization: float
     max_active_seqs: int
     max_step_tokens: int
+    preempt: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class EngineLimits:
         ):
             if not low <= value <= high:
                 return f"{name} {value} is not within {low} to {high}"
+        if grant.preempt and grant.max_active_seqs:
+            return "preempt is possible only with max_active_seqs 0"
         return None
 
 

@@ -107,7 +107,7 @@ class EngineHandle(ABC):
 
         A larger grant is in force when this returns. A smaller one keeps new work off the memory that it takes away;
         requests that use this memory may finish for `grace_s` seconds and are preempted after that. A newer resize
-        supersedes a deferred one.
+        supersedes a deferred one. A grant with `preempt` preempts all running requests at once.
 
         Returns Rejected, and raises nothing, if the grant is impossible or the engine is gone.
         """

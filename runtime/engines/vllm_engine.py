@@ -256,7 +256,7 @@ class VllmEngine(EngineHandle):
         if violation := self._limits.violation(grant):
             return Rejected(grant, f"engine {self.name}: {violation}")
         kv_cache_bytes = self._limits.kv_cache_bytes(grant.gpu_memory_utilization)
-        arguments = (kv_cache_bytes, grant.max_active_seqs, grant.max_step_tokens, grace_s)
+        arguments = (kv_cache_bytes, grant.max_active_seqs, grant.max_step_tokens, grace_s, grant.preempt)
         async with self._resizing:  # a deferred shrink needs two calls that no other resize may come between
             try:
                 report = parse_report(await self._call("troupe_resize", *arguments))

@@ -182,6 +182,23 @@ async def test_paused_engine_finishes_what_it_runs_admits_nothing_and_does_not_s
     assert replies == [task.result() for task in running][: len(replies)]
 
 
+async def test_preempted_requests_are_computed_again_and_their_replies_stay_the_same(fleet: Fleet) -> None:
+    engine = fleet.engines["plain"]
+    grant = kv_grant(engine, 32 * engine.limits.kv_floor_bytes)
+    await engine.resize(grant)
+    undisturbed = await all_tokens(engine, 40)
+    work = asyncio.create_task(all_tokens(engine, 40))
+    await until_running(engine)
+    stopped = kv_grant(engine, engine.limits.kv_floor_bytes, seqs=0)
+    outcome = await engine.resize(replace(stopped, preempt=True), grace_s=30)
+    assert isinstance(outcome, Applied)  # at once, whatever the grace period
+    assert outcome.preempted > 0
+    await asyncio.sleep(0.5)
+    assert not work.done()
+    await engine.resize(grant)
+    assert await work == undisturbed
+
+
 async def test_work_counts_steps_their_time_sequences_and_prompt_tokens(fleet: Fleet) -> None:
     engine = fleet.engines["plain"]
     await engine.resize(kv_grant(engine, 32 * engine.limits.kv_floor_bytes))
@@ -209,6 +226,7 @@ async def test_impossible_grants_are_rejected_and_change_nothing(fleet: Fleet) -
         (Grant(3, 32, 2048), "ceiling"),
         (Grant(0.4, 33, 2048), "max_active_seqs 33 is not within 0 to 32"),
         (Grant(0.4, 32, 0), "max_step_tokens 0 is not within 1 to"),
+        (Grant(0.4, 32, 2048, preempt=True), "preempt is possible only with max_active_seqs 0"),
     ]:
         outcome = await engine.resize(grant)
         assert isinstance(outcome, Rejected)

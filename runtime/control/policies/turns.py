@@ -24,8 +24,11 @@ with an objective for a call or its first token grows while a request waits for 
 Three limits keep turns from costing more than they gain:
 
 - All engines are admitted while all needs fit into memory, and unless the best set is `gain` times as good as all.
-- A set stays until another is `stay` times as good, because engines that drain work in small batches.
+- A set stays until another is `stay` times as good, because a change costs time.
 - The controller ends each pause after a few seconds, so that no engine starves.
+
+When the turn of an engine ends, its running requests usually finish, in small batches beside the engines whose turn it
+is. Where computing them again costs far less, as with short prompts, they are preempted instead.
 
 The present set is not remembered: the grants in the snapshot show it. An engine with a minimum share keeps at least
 this share, even while it is paused.
@@ -51,6 +54,13 @@ STALLED_S = 2.0
 """An engine that has not completed a step for this long, although requests run, gets no turn."""
 MOST_URGENT = 10.0
 """The most by which an objective multiplies an engine's weight."""
+
+WORTH_PREEMPTING = 1 / 3
+"""Preempted requests must take at most this part of the time to compute again that they would cost to finish. They also
+wait for another turn, which the comparison leaves out."""
+MEASURED = 0.9
+"""Confidence in the lanes from which requests are preempted. Until then they finish beside the other engines, which
+shows how many lanes there are."""
 
 Engines = Sequence[int]
 """A set of engines, by their indices in the snapshot's order."""
@@ -83,10 +93,10 @@ class Turns(Waterfill):
         chosen = self._choose(demand)
         if len(chosen) == len(demand.live):
             sizes, reason = self.divide(seen)
-            paused: set[int] = set()
+            paused: frozenset[int] = frozenset()
         else:
             sizes = fit(seen, damp(seen, bound(seen, demand.divide(chosen)), self.options.damping))
-            paused = set(range(len(sizes))).difference(chosen)
+            paused = frozenset(range(len(sizes))).difference(chosen)
 
             def reason(index: int) -> str:
                 turn = ", ".join(seen.views[other].name for other in chosen[:3]) + ", ..." * (len(chosen) > 3)
@@ -94,7 +104,8 @@ class Turns(Waterfill):
                 return f"{seen.views[index].in_flight} in flight: {state} in the turn of {turn}"
 
         sequences, step_tokens = demand.limits(chosen, sizes)
-        return decision(seen, sizes, reason, {**sequences, **dict.fromkeys(paused, 0)}, step_tokens)
+        preempted = {index for index in paused if demand.preempts(index)}
+        return decision(seen, sizes, reason, {**sequences, **dict.fromkeys(paused, 0)}, step_tokens, preempted)
 
     def _choose(self, demand: "_Demand") -> Engines:
         """Return the engines to admit: all that have work, or the best set."""
@@ -118,10 +129,10 @@ class _Demand:
         self._snapshot = snapshot
         self._needs = needs
         self._shares = [view.sequence_bytes / view.priority for view in self.views]
-        # What an engine keeps while others are served: the memory of its running requests.
+        # What an engine keeps while others are served: the memory of its running requests, unless they are preempted.
         self._kept = [
-            float(max(view.limits.kv_floor_bytes, min(view.kv_used_bytes, need)))
-            for view, need in zip(self.views, needs, strict=True)
+            float(max(view.limits.kv_floor_bytes, 0 if self.preempts(index) else min(view.kv_used_bytes, need)))
+            for index, (view, need) in enumerate(zip(self.views, needs, strict=True))
         ]
         self._free_bytes = snapshot.movable_bytes - sum(self._kept)
 
@@ -134,6 +145,20 @@ class _Demand:
     def live(self) -> Engines:
         """The engines that have requests, without those that complete no steps."""
         return [i for i, view in enumerate(self.views) if view.in_flight and view.stalled_s < STALLED_S]
+
+    def preempts(self, index: int) -> bool:
+        """Return True if the end of an engine's turn should preempt its running requests.
+
+        Until they have finished, rounds pay the engine's `a` once for each token of a whole reply, at most.
+        """
+        view = self.views[index]
+        if not view.running:
+            return view.grant.preempt  # changes nothing
+        if self._snapshot.lanes_confidence < MEASURED or not view.limits.block_bytes:
+            return False
+        tokens = view.kv_used_bytes / view.limits.block_bytes * view.limits.block_tokens
+        again_s, finish_s = tokens * view.cost.prompt_token_s, view.reply_tokens * view.cost.step_s
+        return again_s < WORTH_PREEMPTING * finish_s
 
     def candidates(self) -> Iterator[Engines]:
         """Yield the sets to compare: the first 1, 2, ... engines in the order of their value alone.

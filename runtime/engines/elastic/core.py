@@ -78,8 +78,12 @@ class Resizer:
             block_tokens=self._scheduler.vllm_config.cache_config.block_size,
         )
 
-    def resize(self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float) -> Future[ResizeReport]:
+    def resize(
+        self, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float, preempt: bool = False
+    ) -> Future[ResizeReport]:
         """Resize the KV cache to the most blocks that `kv_cache_bytes` can back, and set both scheduler limits.
+
+        With `preempt`, preempt all running requests first.
 
         Return a future of ResizeApplied, ResizeDeferred or ResizeRefused. A shrink is deferred if blocks above the new
         capacity are still in use: by requests, for up to `grace_s` seconds, or by a step in flight. `settled` then
@@ -100,11 +104,12 @@ class Resizer:
             return _completed(ResizeRefused(str(error)))
         self._supersede_shrink()
         self._scheduler.set_limits(capacity, active_seqs, step_tokens)
+        preempted = self._scheduler.preempt_running() if preempt else 0
         if capacity < self._worker.backed_blocks:
-            return self._start_shrink(capacity, started_s, grace_s)
+            return self._start_shrink(capacity, started_s, grace_s, preempted)
         held_bytes = self._worker.layout.backed_bytes(capacity)
         seconds = time.perf_counter() - started_s
-        return _completed(ResizeApplied(held_bytes, moved_bytes, seconds, stall_seconds=seconds, preempted=0))
+        return _completed(ResizeApplied(held_bytes, moved_bytes, seconds, stall_seconds=seconds, preempted=preempted))
 
     def settled(self) -> Future[ResizeReport]:
         """Return a future of how the last deferred shrink ends: ResizeApplied or ResizeSuperseded."""
@@ -116,11 +121,11 @@ class Resizer:
         if shrink is not None:
             shrink.finished.set_result(ResizeSuperseded())
 
-    def _start_shrink(self, capacity: int, started_s: float, grace_s: float) -> Future[ResizeReport]:
+    def _start_shrink(self, capacity: int, started_s: float, grace_s: float, preempted: int) -> Future[ResizeReport]:
         """Release the blocks above `capacity`, now if they are free, otherwise once they are."""
         kv_cache_bytes = self._worker.layout.backed_bytes(capacity)
         stall_seconds = time.perf_counter() - started_s
-        shrink = _Shrink(capacity, kv_cache_bytes, started_s, started_s + grace_s, stall_seconds)
+        shrink = _Shrink(capacity, kv_cache_bytes, started_s, started_s + grace_s, stall_seconds, preempted=preempted)
         self._shrink = shrink
         self._scheduler.after_step = self._continue_shrink
         self._continue_shrink()
@@ -197,9 +202,9 @@ def _limits(core: EngineCore) -> EngineLimits:
 
 
 def _resize(
-    core: EngineCore, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float
+    core: EngineCore, kv_cache_bytes: int, active_seqs: int, step_tokens: int, grace_s: float, preempt: bool = False
 ) -> Future[ResizeReport]:
-    return _resizer(core).resize(kv_cache_bytes, active_seqs, step_tokens, grace_s)
+    return _resizer(core).resize(kv_cache_bytes, active_seqs, step_tokens, grace_s, preempt)
 
 
 def _settled(core: EngineCore) -> Future[ResizeReport]:

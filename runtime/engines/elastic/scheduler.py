@@ -64,12 +64,19 @@ class ElasticScheduling:
     def preempt_draining(self) -> int:
         """Preempt every running request that holds a draining block, and return their number. vLLM recomputes them."""
         holders = [request for request in self.running if not self._block_ids(request).isdisjoint(self.pool.draining)]
-        for request in reversed(holders):  # each goes to the front of the queue, so reversing keeps their order
+        return self._preempt(holders)
+
+    def preempt_running(self) -> int:
+        """Preempt every running request, and return their number. vLLM recomputes them once it admits them again."""
+        return self._preempt(list(self.running))
+
+    def _preempt(self, requests: list[Request]) -> int:
+        for request in reversed(requests):  # each goes to the front of the queue, so reversing keeps their order
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
             # vLLM may resume the request in the next step, and must not believe that it also ran in the last one.
             self.prev_step_scheduled_req_ids.discard(request.request_id)
-        return len(holders)
+        return len(requests)
 
     def _block_ids(self, request: Request) -> set[int]:
         return {block for group in self.kv_cache_manager.get_block_ids(request.request_id) for block in group}

@@ -294,9 +294,28 @@ def test_long_prompts_count_in_the_cost_of_a_turn() -> None:
     assert len(admitted(replace(seen, engines=prompts))) == 3
 
 
+def preempted(seen: Snapshot) -> set[str]:
+    decided = catalogue.make("turns").decide(seen)
+    assert all(grant.max_active_seqs == 0 for grant in decided.grants.values() if grant.preempt)
+    return {name for name, grant in decided.grants.items() if grant.preempt}
+
+
+def test_turns_preempts_where_computing_again_is_cheap() -> None:
+    """Engine a runs 10 sequences of 100 tokens when its turn ends, and its replies have 50 tokens: 500 ms to finish."""
+    seen = replace(team(a=10, b=90), lanes_confidence=0.95)
+    changes: dict[str, Any] = {"running": 10, "reply_tokens": 50, "kv_used_bytes": 10 * MIB}
+    for token_s, expected in ((0.0001, {"a"}), (0.0003, set())):  # 100 and 300 ms to compute again
+        cost = replace(A_GPU, prompt_token_s=token_s)
+        limits = replace(LIMITS, block_bytes=MIB, block_tokens=100)
+        ends = changed(seen, "a", cost=cost, limits=limits, **changes)
+        assert admitted(ends) == {"b"}
+        assert preempted(ends) == expected
+        assert preempted(replace(ends, lanes_confidence=0.5)) == set()  # the lanes are measured first
+
+
 def test_turns_compares_many_engines_in_linear_time() -> None:
     """A thousand queues: the sets that are compared have few thousand engines together."""
-    seen = team(**{f"e{number}": 20 + number % 50 for number in range(1000)})
+    seen = snapshot(*(view(f"e{number}", 20, in_flight=20 + number % 50) for number in range(1000)))
     demand = _Demand(seen, [float(20 << 20)] * 1000)
     compared = list(demand.candidates())
     assert sum(map(len, compared)) < 4 * 1000
