@@ -87,7 +87,8 @@ class Snapshotter:
         }
         if ready:
             self._uuids = {self._engines[name].limits.device_uuid for name in ready}
-        device = self._device(held_bytes)
+        reading = self._reading() if self._reading else None
+        device, processes = self._device(reading, held_bytes) if reading else (DeviceView(), {})
         # The processor's utilization says nothing here: a host computes other things than the engines' steps.
         utilization = device.utilization if device.kind == "gpu" and device.fault is None else None
         self._costs.look(now_s, ready, utilization)
@@ -95,7 +96,15 @@ class Snapshotter:
         running = {name: min(stats.running / max(in_flight[name], 1), 1.0) for name, stats in ready.items()}
         soon, coming = self._forecast.soon(running), self._forecast.coming()
         views = {
-            name: self._view(name, stats, now_s, in_flight[name], soon.get(name, 0.0), coming.get(name, 0.0))
+            name: self._view(
+                name,
+                stats,
+                now_s,
+                in_flight[name],
+                soon.get(name, 0.0),
+                coming.get(name, 0.0),
+                None if stats.pid is None else processes.get(stats.pid),
+            )
             for name, stats in ready.items()
         }
         return Snapshot(
@@ -124,7 +133,14 @@ class Snapshotter:
         return budget_bytes if self._reachable_bytes is None else min(budget_bytes, self._reachable_bytes)
 
     def _view(
-        self, name: str, stats: EngineStats, now_s: float, in_flight: int, soon: float, coming: float
+        self,
+        name: str,
+        stats: EngineStats,
+        now_s: float,
+        in_flight: int,
+        soon: float,
+        coming: float,
+        utilization: float | None,
     ) -> EngineView:
         engine = self._engines[name]
         usage = engine.usage
@@ -161,6 +177,7 @@ class Snapshotter:
             stalled_s=now_s - history.stepped_at_s,
             cost=self._costs.cost(name),
             prompt_ratio=self._costs.prompt_ratio(name),
+            utilization=utilization,
             priority=terms.priority,
             minimum_share=terms.minimum_share,
             slo_s=terms.slo_s,
@@ -168,17 +185,14 @@ class Snapshotter:
             tpot_slo_s=terms.tpot_slo_s,
         )
 
-    def _device(self, held_bytes: int) -> DeviceView:
-        """Return telemetry's view of the device that the engines report to run on."""
-        if self._reading is None:
-            return DeviceView()
-        reading = self._reading()
+    def _device(self, reading: Reading, held_bytes: int) -> tuple[DeviceView, Mapping[int, float]]:
+        """Return telemetry's view of the device that the engines report to run on, and its use by each process."""
         # A host reading always counts: a GPU without memory of its own uses the host's.
         ours = [device for device in reading.devices if reading.kind == "host" or device.uuid in self._uuids]
         if len(ours) != 1:
-            return DeviceView(kind=reading.kind, fault=reading.fault or self._mismatch(reading))
+            return DeviceView(kind=reading.kind, fault=reading.fault or self._mismatch(reading)), {}
         device = ours[0]
-        return DeviceView(
+        view = DeviceView(
             kind=reading.kind,
             name=device.name,
             total_bytes=device.total_bytes,
@@ -190,6 +204,7 @@ class Snapshotter:
             fault=reading.fault or device.fault,
             uuid=device.uuid,
         )
+        return view, (device.process_utilization or {}) if view.fault is None else {}
 
     def _mismatch(self, reading: Reading) -> str:
         """Return the fault of a reading that does not list exactly one device of the engines."""

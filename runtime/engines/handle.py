@@ -60,6 +60,7 @@ class EngineStats:
     - `kv_cache_bytes`: the size of the KV cache; `kv_cache_usage`: the part of it that is in use, from 0 to 1.
     - `running`, `waiting`: requests at this moment.
     - `preemptions`, `requests`, `prompt_tokens`, `completion_tokens`, `work`: counts since the engine started.
+    - `pid`: the process that uses the device; None if there is none.
     """
 
     state: EngineState
@@ -73,6 +74,7 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     work: Work = Work()
+    pid: int | None = None
 
 
 class EngineHandle(ABC):

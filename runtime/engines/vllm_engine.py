@@ -305,6 +305,7 @@ class VllmEngine(EngineHandle):
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             work=self._latest.work,
+            pid=next((process.pid for process in self._processes()), None),
         )
 
     async def pulse(self) -> None:

@@ -5,10 +5,11 @@ and names the error in its reading.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from statistics import fmean
 from typing import Any, Self, TypeVar
 
 import pynvml
@@ -19,6 +20,8 @@ __all__ = ["Device", "DriverFault", "NoDriver", "NvmlSource", "devices"]
 T = TypeVar("T")
 RETRY_S = 5.0
 """Seconds between two attempts to open a driver that does not answer."""
+SAMPLED_S = 1.0
+"""NVML samples the utilization of a busy process at least this often. A process without a sample for longer is idle."""
 _GONE = (
     pynvml.NVMLError_GpuIsLost,
     pynvml.NVMLError_Uninitialized,
@@ -89,6 +92,8 @@ class NvmlSource(Source):
 
     The source keeps NVML open. If the driver as a whole does not answer, it closes NVML and opens it again after
     `retry_s` seconds. A value that a device does not support is None. A lost device keeps its last values.
+
+    MIG instances do not report the utilization of their processes.
     """
 
     kind: Kind = "gpu"
@@ -98,6 +103,7 @@ class NvmlSource(Source):
         self._open = False
         self._last_attempt_s = float("-inf")
         self._last_readings: dict[int, tuple[DeviceReading, ...]] = {}
+        self._samples: dict[int, _Samples] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +119,7 @@ class NvmlSource(Source):
         except pynvml.NVMLError as error:
             self._close()
             return Reading("gpu", tuple(chain.from_iterable(self._last_readings.values())), str(error), now_s)
-        devices = tuple(chain.from_iterable(self._read_gpu(index) for index in range(count)))
+        devices = tuple(chain.from_iterable(self._read_gpu(index, now_s) for index in range(count)))
         if devices and all(device.fault for device in devices):
             self._close()  # NVML finds a lost GPU again only after it is reopened
         return Reading("gpu", devices, time_s=now_s)
@@ -134,16 +140,69 @@ class NvmlSource(Source):
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
 
-    def _read_gpu(self, index: int) -> tuple[DeviceReading, ...]:
+    def _read_gpu(self, index: int, now_s: float) -> tuple[DeviceReading, ...]:
         """Read one GPU or its MIG instances. If the GPU does not answer, return its last readings with the fault."""
         try:
             gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-            readings = tuple(_read(handle) for handle in _mig_instances(gpu) or [gpu])
+            readings = tuple(_read(instance) for instance in _mig_instances(gpu))
+            if not readings:
+                whole = _read(gpu)
+                samples = self._samples.setdefault(index, _Samples())
+                readings = (replace(whole, process_utilization=samples.read(gpu, whole.processes or (), now_s)),)
         except pynvml.NVMLError as error:
             last = self._last_readings.get(index, (DeviceReading(f"GPU {index}", 0, 0),))
             return tuple(replace(device, fault=str(error)) for device in last)
         self._last_readings[index] = readings
         return readings
+
+
+class _Samples:
+    """NVML's samples of what part of the time each process used a GPU, averaged since the last read.
+
+    NVML may sample less often than it is read, so an average stays for SAMPLED_S unless newer samples replace it.
+    """
+
+    def __init__(self) -> None:
+        self._seen_us = 0
+        self._averages: dict[int, float] = {}
+        self._sampled_s: dict[int, float] = {}
+
+    def read(self, gpu: Any, processes: Iterable[int], now_s: float) -> Mapping[int, float] | None:
+        """Return the utilization of each process, from 0 to 1; None if the GPU does not report it.
+
+        NVML takes no samples of an idle process, so `processes` without a sample have 0. Raises NVMLError if the GPU or
+        the driver is gone.
+        """
+        samples = _samples_since(gpu, self._seen_us)
+        if samples is None:
+            return None
+        percents: dict[int, list[int]] = {}
+        for sample in samples:
+            percents.setdefault(sample.pid, []).append(sample.smUtil)
+            self._seen_us = max(self._seen_us, sample.timeStamp)
+            self._sampled_s[sample.pid] = now_s
+        self._averages |= {pid: fmean(values) / 100 for pid, values in percents.items()}
+        for pid, sampled_s in [*self._sampled_s.items()]:
+            if now_s - sampled_s > SAMPLED_S:
+                del self._averages[pid], self._sampled_s[pid]
+        return {**dict.fromkeys(processes, 0.0), **self._averages}
+
+
+def _samples_since(gpu: Any, seen_us: int) -> list[Any] | None:
+    """Return NVML's newer samples of the utilization of processes; None if the GPU does not report it.
+
+    Raises NVMLError if the GPU or the driver is gone.
+    """
+    try:
+        samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, seen_us)
+    except _GONE:
+        raise
+    except (pynvml.NVMLError_NotFound, pynvml.NVMLError_InsufficientSize):
+        return []  # no sample yet, or another one came between pynvml's two calls: the next read gets them
+    except pynvml.NVMLError as error:
+        return [] if error.value == pynvml.NVML_SUCCESS else None  # pynvml raises success without samples as an error
+    # The array may have places that the driver did not fill: their values are old, or absurd.
+    return [sample for sample in samples if sample.timeStamp > seen_us and sample.smUtil <= 100]
 
 
 def _mig_instances(gpu: Any) -> list[Any]:

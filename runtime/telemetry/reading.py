@@ -13,7 +13,9 @@ Kind = Literal["gpu", "host"]
 class DeviceReading:
     """One device that a process can run on. Memory in bytes, `utilization` from 0 to 1; None if it has no value.
 
-    `processes` maps process ids to the bytes that each process holds on the device.
+    `processes` maps process ids to the bytes that each process holds on the device. `process_utilization` maps them to
+    the part of the time in which each process used the device, from 0 to 1. Both have the ids of the device's driver:
+    in a container, they may be others than those that a process sees itself.
 
     `fault` is the reason why the device cannot be read now, for example "GPU is lost". The other values are then the
     last ones read, or 0.
@@ -27,6 +29,7 @@ class DeviceReading:
     used_bytes: int
     utilization: float | None = None
     processes: Mapping[int, int] | None = None
+    process_utilization: Mapping[int, float] | None = None
     power_w: float | None = None
     temperature_c: float | None = None
     fault: str | None = None

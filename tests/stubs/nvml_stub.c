@@ -10,6 +10,7 @@
  *   0.power=412000          milliwatts
  *   0.temperature=61        Celsius
  *   0.processes=101:2000,7  process id and bytes; without bytes, the driver does not report them
+ *   0.samples=5:101:40,9:101:200   time in microseconds, process id and percent of each sample of a process's use
  *   0.uuid=GPU-8a..         in the driver's format
  *   0.mig=3                 the GPU is in MIG mode, with 3 places for instances, some of which may be empty
  *   0.mig.2.uuid=MIG-5c..   the instance at place 2, which exists if it has a uuid; it takes the keys above
@@ -27,6 +28,7 @@ typedef struct { unsigned index; char prefix[24]; } Device;
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned gpu, memory; } Utilization;
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } Process;
+typedef struct { unsigned pid; unsigned long long time; unsigned sm, memory, encoder, decoder; } Sample;
 
 static Device devices[DEVICES_MAX], instances[DEVICES_MAX][INSTANCES_MAX];
 static int initialized;
@@ -171,6 +173,22 @@ int nvmlDeviceGetComputeRunningProcesses_v3(Device *device, unsigned *count, Pro
         found++;
     }
     error = found > *count ? INSUFFICIENT_SIZE : SUCCESS;
+    *count = found;
+    return error;
+}
+
+int nvmlDeviceGetProcessUtilization(Device *device, Sample *samples, unsigned *count, unsigned long long seen) {
+    char text[256], *rest = text, *entry;
+    unsigned found = 0;
+    int error = of_device(device, "samples", text, sizeof text);
+    if (error != SUCCESS) return error;
+    while ((entry = strsep(&rest, ",")) != NULL) {
+        Sample sample = {0};
+        if (sscanf(entry, "%llu:%u:%u", &sample.time, &sample.pid, &sample.sm) != 3 || sample.time <= seen) continue;
+        if (samples && found < *count) samples[found] = sample;
+        found++;
+    }
+    error = !found ? NOT_FOUND : found > *count ? INSUFFICIENT_SIZE : SUCCESS;
     *count = found;
     return error;
 }

@@ -65,10 +65,12 @@ def test_missing_library_means_no_driver(tmp_path: Path) -> None:
 
 
 WATCH = """
-import dataclasses, json, sys
+import dataclasses, json, sys, time
 from runtime.telemetry.nvml import NvmlSource
 with NvmlSource(retry_s=0) as source:
     for line in sys.stdin:
+        now_s = float(line)
+        time.monotonic = lambda: now_s
         print(json.dumps(dataclasses.asdict(source.read())), flush=True)
 """
 
@@ -82,7 +84,7 @@ BUSY = {
 
 
 class Watching:
-    """A process with an open NvmlSource, over a script that can change between two readings."""
+    """A process with an open NvmlSource, over a script and a clock that can change between two readings."""
 
     def __init__(self, folder: Path, lines: Mapping[str, object]) -> None:
         self.folder = folder
@@ -92,13 +94,13 @@ class Watching:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def read(self, lines: Mapping[str, object] | None = None) -> Any:
-        """Return the next reading. If `lines` is given, the driver answers with it from now on."""
+    def read(self, lines: Mapping[str, object] | None = None, at_s: float = 0) -> Any:
+        """Return a reading at this time. If `lines` is given, the driver answers with it from now on."""
         if lines is not None:
             stubs.nvml(self.folder, lines)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{at_s}\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -127,6 +129,7 @@ def test_reading_has_all_values_in_their_units(watching: Watching) -> None:
             "used_bytes": 4 << 30,
             "utilization": 0.73,
             "processes": {"101": 2000},
+            "process_utilization": None,
             "power_w": 412.0,
             "temperature_c": 61.0,
             "fault": None,
@@ -148,6 +151,30 @@ def test_reading_follows_changes_and_shows_foreign_processes(watching: Watching)
 def test_unsupported_values_are_none(watching: Watching) -> None:
     [device] = watching.read(H200)["devices"]
     assert [device[key] for key in ("utilization", "processes", "power_w", "temperature_c", "fault")] == [None] * 5
+
+
+def test_utilization_of_a_process_is_the_mean_of_its_new_samples(watching: Watching) -> None:
+    sampled = {**BUSY, "0.processes": "101:2000,102:2000", "0.samples": "5:101:40,6:101:80,6:9:10"}
+    assert utilization(watching.read(sampled)) == {"101": 0.6, "102": 0, "9": 0.1}
+    absurd = {**sampled, "0.samples": f"{sampled['0.samples']},7:101:25,99:101:4000000000"}
+    assert utilization(watching.read(absurd)) == {"101": 0.25, "102": 0, "9": 0.1}
+    later = {**sampled, "0.samples": "7:101:25,8:101:50"}  # the absurd sample has not set the time of the last one
+    assert utilization(watching.read(later)) == {"101": 0.5, "102": 0, "9": 0.1}
+
+
+def test_utilization_of_a_process_stays_for_a_second_without_samples(watching: Watching) -> None:
+    first = {**BUSY, "0.samples": "5:101:40"}
+    assert utilization(watching.read(first, at_s=10)) == {"101": 0.4}
+    second = {**BUSY, "0.samples": "5:101:40,6:102:20"}
+    assert utilization(watching.read(second, at_s=10.9)) == {"101": 0.4, "102": 0.2}
+    assert utilization(watching.read(at_s=11.1)) == {"101": 0, "102": 0.2}
+    assert utilization(watching.read(at_s=12)) == {"101": 0}
+
+
+def utilization(reading: Any) -> Any:
+    """Return the utilization of each process on the only device."""
+    [device] = reading["devices"]
+    return device["process_utilization"]
 
 
 def test_lost_gpu_has_a_fault_and_its_last_values_until_it_returns(watching: Watching) -> None:
@@ -192,6 +219,8 @@ GPUS = {
     "2.total": 100 << 30,
     "2.used": 10 << 30,
     "2.gpu": 7,
+    "2.processes": "1000:100,1001:100",
+    "2.samples": "5:1000:30",
 }
 """A GPU divided by MIG, one that another process fills, and one that is nearly free."""
 A0, A2 = (f"00000000-0000-0000-0000-0000000000{place}" for place in ("a0", "a2"))
@@ -201,6 +230,7 @@ BUSY_GPU, FREE_GPU = ("-".join(digit * n for n in (8, 4, 4, 4, 12)) for digit in
 def test_gpu_in_mig_mode_is_read_as_its_instances(tmp_path: Path) -> None:
     with watch(tmp_path, GPUS) as watching:
         devices = watching.read()["devices"]
+        assert [d["process_utilization"] for d in devices] == [None, None, None, {"1000": 0.3, "1001": 0}]
         assert [(d["uuid"], d["used_bytes"] >> 30) for d in devices] == [
             (A0, 19),
             (A2, 1),
@@ -227,10 +257,12 @@ async def main():
         engine = FakeEngine(str(number), str, memory=FakeMemory(device=10 << 30), grant=Grant(0.5, 64, 2048))
         await engine.start()
         engine._limits = replace(engine.limits, device_uuid=uuid)
+        engine.stats = lambda stats=engine.stats, pid=1000 + number: replace(stats(), pid=pid)
         engines[str(number)] = engine
     with NvmlSource() as source:
         snapshot = Snapshotter(engines, Forecast(), reading=source.read).take(1.0, 20 << 30, 10 << 30)
-    print(json.dumps({"budget": snapshot.budget_bytes >> 30, **asdict(snapshot.device)}))
+    used = [view.utilization for view in snapshot.views]
+    print(json.dumps({"budget": snapshot.budget_bytes >> 30, "used": used, **asdict(snapshot.device)}))
 
 asyncio.run(main())
 """
@@ -274,6 +306,12 @@ def test_unknown_device_is_a_fault(uuids: tuple[str, ...], tmp_path: Path) -> No
     theirs = ", ".join(uuids) or "a device that they do not name"
     assert f"the engines run on {theirs}; telemetry lists {A0}, {A2}, {BUSY_GPU}" in seen["fault"]
     assert (seen["used_bytes"], seen["foreign_bytes"], seen["budget"]) == (0, 0, 20)
+
+
+def test_engines_use_of_the_device_is_that_of_their_processes(tmp_path: Path) -> None:
+    seen = observe(tmp_path, FREE_GPU, FREE_GPU, FREE_GPU)  # NVML does not list the process of the third
+    assert seen["used"] == [0.3, 0, None]
+    assert observe(tmp_path, A0)["used"] == [None]
 
 
 def test_unloaded_driver_is_a_fault_until_it_returns(watching: Watching) -> None:
