@@ -13,7 +13,9 @@ from rich.table import Table
 from runtime.config import PolicyChoice
 from runtime.control import catalogue, decision_log
 from runtime.control.contained_policy import ContainedPolicy
+from runtime.control.pauses import is_paused
 from runtime.control.replay import Difference, Replay
+from runtime.engines.grant import Grant
 
 
 @click.command()
@@ -43,6 +45,7 @@ def _print_json(replayed: Replay, differences: Sequence[Difference]) -> None:
         "without_a_decision": replayed.without_a_decision,
         "faults": replayed.faults,
         "differing": replayed.differing,
+        "pausing": replayed.pausing,
         "largest_difference": round(replayed.largest, 4),
     }
     click.echo(json.dumps({"summary": summary}))
@@ -50,16 +53,27 @@ def _print_json(replayed: Replay, differences: Sequence[Difference]) -> None:
 
 def _print_table(replayed: Replay, policy: str, differences: Sequence[Difference], show: int) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("record", "engine", "share", policy, "reason", f"{policy}'s reason"):
+    for column in ("record", "engine", "grant", policy, "reason", f"{policy}'s reason"):
         table.add_column(column)
     for d in differences[:show]:
-        shares = (f"{d.share:.2%}", f"{d.other_share:.2%}")
-        table.add_row(str(d.record), d.engine, *shares, d.reason, d.other_reason)
+        grants = (_described(d.grant, d.other_grant), _described(d.other_grant, d.grant))
+        table.add_row(str(d.record), d.engine, *grants, d.reason, d.other_reason)
     if table.row_count:
         Console().print(table)
     hidden = len(differences) - show
     more = f"; --show {len(differences)} prints {hidden} more" if hidden > 0 else ""
     click.echo(
         f"{policy} would have decided differently at {replayed.differing} of {replayed.records} decisions, "
-        f"by up to {replayed.largest:.0%} of an engine's KV cache{more}"
+        f"by up to {replayed.largest:.0%} of an engine's KV cache; at {replayed.pausing}, only one of the policies "
+        f"pauses an engine's admission{more}"
     )
+
+
+def _described(grant: Grant, other: Grant) -> str:
+    """Return a grant's share, and its concurrency and tokens per step if those of the other grant differ."""
+    parts = [f"{grant.gpu_memory_utilization:.2%}"]
+    if grant.max_active_seqs != other.max_active_seqs:
+        parts.append("paused" if is_paused(grant) else f"{grant.max_active_seqs} sequences")
+    if grant.max_step_tokens != other.max_step_tokens:
+        parts.append(f"{grant.max_step_tokens} tokens a step")
+    return ", ".join(parts)

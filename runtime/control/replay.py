@@ -4,16 +4,18 @@ It cannot say what that would have led to: every snapshot in a log is a conseque
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.decision_log import Record
+from runtime.control.pauses import is_paused
 from runtime.control.policy import Decision
+from runtime.engines.grant import Grant
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One engine that the other policy would have granted another share of the device, with both reasons.
+    """One engine to which the other policy would have given another grant, with both reasons.
 
     `record` is the number of the record in the log, counted from 1.
     """
@@ -21,18 +23,24 @@ class Difference:
     record: int
     at_s: float
     engine: str
-    share: float
-    other_share: float
+    grant: Grant
+    other_grant: Grant
     reason: str
     other_reason: str
+
+    @property
+    def pauses(self) -> bool:
+        """True if only one of the policies pauses the engine's admission."""
+        return is_paused(self.grant) != is_paused(self.other_grant)
 
 
 @dataclass
 class Replay:
     """A run of a policy over records, with the counts of all records so far.
 
-    `least` is the fraction of an engine's KV cache below which a difference is ignored; `largest` is the largest
-    fraction seen.
+    `least` is the fraction of an engine's KV cache below which a difference of memory is ignored; `largest` is the
+    largest fraction seen. Any difference of concurrency or of tokens per step counts. `pausing` counts the records in
+    which only one of the policies pauses an engine's admission.
     """
 
     policy: ContainedPolicy
@@ -41,6 +49,7 @@ class Replay:
     without_a_decision: int = 0
     faults: int = 0
     differing: int = 0
+    pausing: int = 0
     largest: float = 0.0
 
     async def over(self, records: Iterable[Record]) -> list[Difference]:
@@ -57,6 +66,7 @@ class Replay:
                 continue
             differences = list(self._differences(record, record.decision, answer.decision))
             self.differing += bool(differences)
+            self.pausing += any(difference.pauses for difference in differences)
             found += differences
         return found
 
@@ -69,15 +79,16 @@ class Replay:
             logged_bytes = limits.kv_cache_bytes(logged_grant.gpu_memory_utilization)
             other_bytes = limits.kv_cache_bytes(grant.gpu_memory_utilization)
             fraction = abs(other_bytes - logged_bytes) / max(logged_bytes, 1)
-            if fraction < self.least:
+            same_share = replace(grant, gpu_memory_utilization=logged_grant.gpu_memory_utilization)
+            if fraction < self.least and same_share == logged_grant:
                 continue
             self.largest = max(self.largest, fraction)
             yield Difference(
                 self.records,
                 record.snapshot.now_s,
                 name,
-                logged_grant.gpu_memory_utilization,
-                grant.gpu_memory_utilization,
+                logged_grant,
+                grant,
                 logged.reasons.get(name, ""),
                 other.reasons.get(name, ""),
             )

@@ -1,5 +1,6 @@
 """The decision log: writing, rotation, reading back, and errors that name the line and key."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ def test_read_returns_the_written_records(tmp_path: Path) -> None:
     assert list(decision_log.read(log.path)) == records
     assert records[0].outcomes["a"].preempted == 3
     assert records[0].outcomes["b"].reason == "no"
+
+
+def test_read_accepts_a_log_from_before_costs_and_pauses(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    with DecisionLog(path) as log:
+        log.write(record())
+    line = json.loads(path.read_text())
+    for key in ("lanes", "lanes_confidence"):
+        del line["snapshot"][key]
+    for engine in line["snapshot"]["engines"].values():
+        for key in ("paused_s", "stalled_s", "cost", "utilization"):
+            del engine[key]
+    path.write_text(json.dumps(line) + "\n")
+    assert list(decision_log.read(path)) == [record()]
 
 
 def test_lazy_reasons_are_formatted_when_written(tmp_path: Path) -> None:
