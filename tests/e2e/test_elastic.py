@@ -108,6 +108,11 @@ async def test_engines_that_start_together_hold_exactly_their_shares(fleet: Flee
     assert held == {"cached": int(0.4 * DEVICE), "plain": int(0.4 * DEVICE)}
 
 
+async def test_stats_name_the_process_of_the_engine(fleet: Fleet) -> None:
+    for name, engine in fleet.engines.items():
+        assert engine.stats().pid == engine_process(fleet, name).pid
+
+
 @pytest.mark.parametrize("name", ["cached", "plain"])
 async def test_output_is_identical_under_random_grants(fleet: Fleet, name: str) -> None:
     engine = fleet.engines[name]
