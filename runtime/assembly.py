@@ -46,6 +46,7 @@ class RunningTeam:
         reading: Callable[[], Reading] | None = None,
         log: DecisionLog | None = None,
     ) -> None:
+        self.team = team
         self.engines = engines
         self.sharing = sharing
         self._price = control.price_per_gpu_hour

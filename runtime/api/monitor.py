@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.control.decision_log import Record
-from runtime.control.snapshot import DeviceView, EngineMoment, EngineView
+from runtime.control.snapshot import DeviceMoment, EngineMoment, EngineView, Snapshot
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
 from runtime.events import EngineChanged, Event
@@ -27,7 +27,7 @@ class Sample:
 
     at: float
     engines: Mapping[str, EngineMoment]
-    device: DeviceView
+    device: DeviceMoment
     jobs: Mapping[str, int]
 
 
@@ -75,8 +75,8 @@ class Monitor:
             self._last_number += 1
             self.decisions.append(_shown(record, self._last_number, now))
         if not self.samples or now - self.samples[-1].at >= SAMPLE_S:
-            engines = {name: _moment(view) for name, view in record.snapshot.engines.items()}
-            self.samples.append(Sample(now, engines, record.snapshot.device, dict(self._jobs())))
+            engines = {name: engine_moment(view) for name, view in record.snapshot.engines.items()}
+            self.samples.append(Sample(now, engines, device_moment(record.snapshot), dict(self._jobs())))
             self._announce()
 
     async def wait_for_change(self) -> None:
@@ -89,10 +89,26 @@ class Monitor:
         changed.set()
 
 
-def _moment(view: EngineView) -> EngineMoment:
-    """Round the share to the digits that are displayed."""
+def engine_moment(view: EngineView) -> EngineMoment:
+    """Return an engine's moment, rounded to the digits that are displayed."""
     moment = EngineMoment.of(view)
-    return replace(moment, share=round(moment.share, 5))
+    cost = replace(
+        view.cost,
+        step_s=round(view.cost.step_s, 6),
+        sequence_s=round(view.cost.sequence_s, 8),
+        prompt_token_s=round(view.cost.prompt_token_s, 9),
+        confidence=round(view.cost.confidence, 3),
+    )
+    return replace(moment, share=round(moment.share, 5), paused_s=round(moment.paused_s, 2), cost=cost)
+
+
+def device_moment(snapshot: Snapshot) -> DeviceMoment:
+    """Return the device's moment, rounded to the digits that are displayed."""
+    return replace(
+        DeviceMoment.of(snapshot),
+        lanes=round(snapshot.lanes, 3),
+        lanes_confidence=round(snapshot.lanes_confidence, 3),
+    )
 
 
 def _shown(record: Record, number: int, at: float) -> DecisionShown:

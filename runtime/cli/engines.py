@@ -4,14 +4,18 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from runtime import config as configuration
+from runtime.cli import measured
 from runtime.cli.config_option import config_option
+from runtime.control.costs import StepCost
+from runtime.control.snapshot import DeviceMoment
 from runtime.errors import TroupeError
 
 TOKEN_VARIABLE = "TROUPE_TOKEN"
@@ -21,21 +25,28 @@ TIMEOUT_S = 10
 @click.command()
 @config_option()
 @click.option("--url", help="The address of the service, instead of the one in the configuration.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON that /engines returns.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON that /engines and /device return.")
 def engines(config: str, url: str | None, as_json: bool) -> None:
-    """Show each engine of a running service: its share, KV cache, and requests.
+    """Show each engine of a running service: its share, KV cache, requests, and what its steps cost.
 
     If the service needs a token, set it in $TROUPE_TOKEN; the token needs the scope `read`.
     """
     service = configuration.load(config).service
-    infos = _get(f"{url or f'http://{service.host}:{service.port}'}/engines")
+    address = url or f"http://{service.host}:{service.port}"
+    infos, device = _get(f"{address}/engines"), _get(f"{address}/device")
     if as_json:
-        click.echo(json.dumps(infos, indent=1))
+        click.echo(json.dumps({"engines": infos, "device": device}, indent=1))
     else:
-        Console(highlight=False).print(_table(infos))
+        Console(highlight=False).print(tables(infos, device))
 
 
-def _table(infos: list[dict[str, Any]]) -> Table:
+def tables(infos: Sequence[Mapping[str, Any]], device: Mapping[str, Any] | None) -> Group:
+    """Return tables of what /engines and /device return."""
+    costs = {info["name"]: (StepCost(**info["cost"]), info["utilization"]) for info in infos if info["cost"]}
+    return Group(_table(infos), measured.table(costs, DeviceMoment(**device) if device else None))
+
+
+def _table(infos: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("engine", "seats", "state", "share", "KV MiB", "used", "running", "waiting", "max"):
         table.add_column(title, justify="left" if title in ("engine", "seats", "state") else "right")
@@ -50,12 +61,12 @@ def _table(infos: list[dict[str, Any]]) -> Table:
             f"{info['kv_cache_usage']:.0%}",
             str(info["running"]),
             str(info["waiting"]),
-            str(grant["max_active_seqs"]) if grant else "",
+            measured.concurrency(grant["max_active_seqs"], info["paused_s"]) if grant else "",
         )
     return table
 
 
-def _get(url: str) -> list[dict[str, Any]]:
+def _get(url: str) -> Any:
     if not url.startswith(("http://", "https://")):
         raise TroupeError(f"--url: {url!r} is not a valid address; give one such as http://127.0.0.1:8000")
     token = os.environ.get(TOKEN_VARIABLE)
@@ -63,8 +74,7 @@ def _get(url: str) -> list[dict[str, Any]]:
     request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            infos: list[dict[str, Any]] = json.load(response)
-            return infos
+            return json.load(response)
     except urllib.error.HTTPError as error:
         try:
             message = json.load(error)["error"]["message"]

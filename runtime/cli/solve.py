@@ -11,13 +11,12 @@ from rich.spinner import Spinner
 
 from runtime import config as configuration
 from runtime import logs, run_folder
-from runtime.assembly import start_team
+from runtime.assembly import RunningTeam, start_team
 from runtime.cli import interrupt, solve_screen, watch
 from runtime.cli.config_option import config_option
 from runtime.cli.results_file import read_kept
 from runtime.cli.solve_report import Report
 from runtime.config import Config
-from runtime.engines.handle import EngineHandle
 from runtime.errors import InputError, PluginError
 from runtime.events import EngineChanged, Event, RoleReplied
 from runtime.jobs import problems
@@ -67,7 +66,7 @@ class Options:
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of sampling. The same seed gives the same replies."
 )
-@click.option("--watch", is_flag=True, help="Show each engine's share, KV cache, concurrency and queue during the run.")
+@click.option("--watch", is_flag=True, help="Show each engine's share, KV cache, concurrency, queue and step cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each problem.")
 def solve(
     problem: str | None,
@@ -117,7 +116,7 @@ async def _solve_one(config: Config, team: Team, job: Job, options: Options) -> 
     logs.log_to(folder)
     status = Spinner("dots")
     engine_progress = solve_screen.EngineProgress()
-    engines: dict[str, EngineHandle] = {}
+    running: RunningTeam | None = None
 
     def show(event: Event) -> None:
         if isinstance(event, EngineChanged):
@@ -127,12 +126,11 @@ async def _solve_one(config: Config, team: Team, job: Job, options: Options) -> 
             for entry in event.entries:
                 output.print(solve_screen.entry_line(entry), soft_wrap=True)
 
-    with watch.live(screen, status, engines, team, options.watching):
+    with watch.live(screen, status, lambda: running, options.watching):
         async with start_team(config, team, folder, show) as running:
-            engines.update(running.engines)
             result = await running.orchestrator.run(job)
             if options.watching:
-                screen.print(watch.table(engines, team))
+                screen.print(watch.tables(running))
             status.update(text="closing the engines")
     if options.as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
@@ -152,7 +150,7 @@ def _solve_file(config: Config, team: Team, asked: list[Problem], options: Optio
     if kept:
         click.echo(f"{len(kept)} problems are done, {len(jobs)} to go", err=True)
     total = len(kept) + len(faulty) + len(jobs)
-    with Report(options.out, list(kept.values()), options.as_json, total, team, options.watching) as report:
+    with Report(options.out, list(kept.values()), options.as_json, total, options.watching) as report:
         for result in faulty:
             report.add(result)
         if jobs:
@@ -176,6 +174,6 @@ async def _work(config: Config, team: Team, jobs: list[Job], concurrency: int, r
     folder = run_folder.create()
     logs.log_to(folder)
     async with start_team(config, team, folder, report.on_event) as running:
-        report.engines.update(running.engines)
+        report.running_team = running
         await work_all(running.orchestrator, jobs, concurrency, report.add)
         report.print_engines()

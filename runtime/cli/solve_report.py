@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from runtime.assembly import RunningTeam
 from runtime.cli import solve_screen, watch
 from runtime.cli.results_file import ResultsFile
-from runtime.engines.handle import EngineHandle
 from runtime.events import EngineChanged, Event
 from runtime.jobs import problems
 from runtime.jobs.batch import summarise
 from runtime.jobs.job import JobResult
-from runtime.jobs.team import Team
 
 FAILED_SHOWN = 10
 """Ids of failed problems that are listed in the summary."""
@@ -28,16 +27,13 @@ class Report:
     """A context manager over the progress bar and, if there is one, the file of results.
 
     A result goes to the file `out` or, if there is none, to standard output. `kept` are results of an earlier run. The
-    owner adds the engines to `engines` once they are ready; `watching` shows them below the bar.
+    owner sets `running_team` once its engines are ready; `watching` shows them below the bar.
     """
 
-    def __init__(
-        self, out: Path | None, kept: Sequence[JobResult], as_json: bool, total: int, team: Team, watching: bool
-    ) -> None:
-        self.engines: dict[str, EngineHandle] = {}
+    def __init__(self, out: Path | None, kept: Sequence[JobResult], as_json: bool, total: int, watching: bool) -> None:
+        self.running_team: RunningTeam | None = None
         self.results = list(kept)
         self._as_json = as_json
-        self._team = team
         self._watching = watching
         self._screen = Console(stderr=True, highlight=False)
         self._output = solve_screen.output_console(self._screen)
@@ -60,7 +56,7 @@ class Report:
     def __enter__(self) -> Self:
         if self._file:
             self._owned.enter_context(self._file)
-        self._owned.enter_context(watch.live(self._screen, self._bar, self.engines, self._team, self._watching))
+        self._owned.enter_context(watch.live(self._screen, self._bar, lambda: self.running_team, self._watching))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -93,8 +89,8 @@ class Report:
 
     def print_engines(self) -> None:
         """Print the table of engines above the bar, if they are watched."""
-        if self._watching:
-            self._screen.print(watch.table(self.engines, self._team))
+        if self._watching and self.running_team:
+            self._screen.print(watch.tables(self.running_team))
 
     def print_summary(self) -> None:
         """Print the totals of all results, kept ones included: as JSON to standard output, else to the screen."""

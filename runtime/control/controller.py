@@ -60,7 +60,7 @@ class Controller:
     """The owner of the control loop over the engines of one device.
 
     An async context manager: the loop runs while it is entered. `publish` is called with every record and must not
-    block. All methods must be called on the event loop.
+    block. All methods must be called on the event loop. `snapshot` is the newest one, None until the first tick.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Controller:
     ) -> None:
         self.counts = Counts()
         self.paused = False
+        self.snapshot: Snapshot | None = None
         self._engines = engines
         self._sharing = sharing
         self._budget_bytes = sharing.ledger.budget_bytes
@@ -246,10 +247,8 @@ class Controller:
 
     async def _end_pauses(self) -> None:
         """Let every engine admit requests that a policy paused."""
-        grants = [engine.stats().grant for engine in self._engines.values()]
-        if any(grant and pauses.is_paused(grant) for grant in grants):
-            snapshot = self._take_snapshot(asyncio.get_running_loop().time())
-            await self._apply(snapshot, pauses.end_all(snapshot))
+        snapshot = self._take_snapshot(asyncio.get_running_loop().time())
+        await self._apply(snapshot, pauses.end_all(snapshot))
 
     def _next_cause(self, now_s: float) -> tuple[str, float]:
         """Return why and since when a decision is due, and reset both."""
@@ -258,14 +257,15 @@ class Controller:
         return cause, since_s
 
     def _take_snapshot(self, now_s: float) -> Snapshot:
-        """Return a snapshot of the engines that answer, with the budget that is left for them."""
+        """Take and keep a snapshot of the engines that answer, with the budget that is left for them."""
         ledger = self._sharing.ledger
         snapshot = self._snapshotter.take(now_s, self._budget_bytes, sum(ledger.held.values()))
         ledger.budget_bytes = snapshot.budget_bytes
         views = {name: view for name, view in snapshot.engines.items() if name not in self._sharing.silent}
         # Memory is reserved for engines that restart, and for those that hold it without answering.
         reserved_bytes = sum(held for name, held in ledger.held.items() if name not in views)
-        return replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - reserved_bytes)
+        self.snapshot = replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - reserved_bytes)
+        return self.snapshot
 
     async def _decide(self, snapshot: Snapshot) -> tuple[Answer, Answer | None]:
         """Return the answers of the policy and of its shadow, if any. Ask neither if all engines are pinned."""

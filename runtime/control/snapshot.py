@@ -69,7 +69,8 @@ class EngineView:
 class EngineMoment:
     """One engine at one moment, as it is displayed and recorded.
 
-    `share` is of the device, `running` and `waiting` count requests, and `max_active_seqs` is how many may run at once.
+    `share` is of the device, and `running` and `waiting` count requests. `max_active_seqs` is how many may run at once;
+    0 means that admission is paused. EngineView describes the other fields.
     """
 
     share: float
@@ -78,6 +79,9 @@ class EngineMoment:
     running: int
     waiting: int
     max_active_seqs: int
+    paused_s: float = 0.0
+    cost: StepCost = PRIOR
+    utilization: float | None = None
 
     @classmethod
     def of(cls, view: EngineView) -> "EngineMoment":
@@ -89,6 +93,9 @@ class EngineMoment:
             running=view.running,
             waiting=view.waiting,
             max_active_seqs=view.grant.max_active_seqs,
+            paused_s=view.paused_s,
+            cost=view.cost,
+            utilization=view.utilization,
         )
 
 
@@ -137,3 +144,16 @@ class Snapshot:
     def movable_bytes(self) -> int:
         """The part of the budget that the KV caches share: what the engines hold besides is subtracted."""
         return self.budget_bytes - sum([view.limits.fixed_bytes for view in self.views])
+
+
+@dataclass(frozen=True)
+class DeviceMoment(DeviceView):
+    """The engines' device at one moment, as it is displayed, with the lanes of its snapshot."""
+
+    lanes: float = PRIOR_LANES
+    lanes_confidence: float = 0.0
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> "DeviceMoment":
+        """Add the lanes of a snapshot to its device."""
+        return cls(**vars(snapshot.device), lanes=snapshot.lanes, lanes_confidence=snapshot.lanes_confidence)

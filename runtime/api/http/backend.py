@@ -11,6 +11,7 @@ from runtime.api.http.metrics import Metrics
 from runtime.api.monitor import Monitor
 from runtime.assembly import RunningTeam
 from runtime.config import Config
+from runtime.control.snapshot import Snapshot
 from runtime.engines.handle import EngineHandle
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.errors import Busy
@@ -48,6 +49,11 @@ class Backend:
     def engines(self) -> Mapping[str, EngineHandle]:
         """The running engines by name; empty while they start or stop."""
         return self.running_team.engines if self.running_team else {}
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The controller's newest snapshot; None until it has taken one."""
+        return self.running_team.controller.snapshot if self.running_team else None
 
     async def generate(self, seat: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the reply of a seat's engine to a request. Raises Busy or EngineError."""

@@ -12,6 +12,9 @@ from runtime.api.auth import Scope
 from runtime.api.http.auth import require
 from runtime.api.http.backend import Backend, BackendDep
 from runtime.api.http.errors import ERRORS
+from runtime.api.monitor import device_moment, engine_moment
+from runtime.control.costs import StepCost
+from runtime.control.snapshot import DeviceMoment
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
 
@@ -24,7 +27,7 @@ class GrantView(BaseModel):
     """The memory and concurrency that an engine may use."""
 
     gpu_memory_utilization: float = Field(description="The engine's share of the device, weights included.")
-    max_active_seqs: int = Field(description="How many sequences it may run at once.")
+    max_active_seqs: int = Field(description="How many sequences it may run at once; 0 means that admission is paused.")
     max_step_tokens: int = Field(description="How many tokens it may process in one step.")
 
 
@@ -37,7 +40,7 @@ class LimitsView(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    """An engine: its seats, its state, its grant and limits, and its load."""
+    """An engine: its seats, its state, its grant and limits, its load, and what its steps cost."""
 
     name: str
     model: str = Field(description="The model's name or path.")
@@ -52,6 +55,11 @@ class EngineInfo(BaseModel):
     kv_cache_usage: float = Field(description="The fraction of the KV cache in use, from 0 to 1.")
     running: int = Field(description="Requests that the engine is running.")
     waiting: int = Field(description="Requests that wait for the engine.")
+    paused_s: float = Field(description="For how long its admission has been paused, in seconds; 0 if it is not.")
+    cost: StepCost | None = Field(description="What its steps cost; null until the controller has seen it ready.")
+    utilization: float | None = Field(
+        description="The part of the time in which it used the GPU, from 0 to 1; null if NVML does not report it."
+    )
     preemptions: int = Field(description="Preempted requests since the engine started.")
     requests: int = Field(description="Requests since the engine started.")
     prompt_tokens: int = Field(description="Prompt tokens since the engine started.")
@@ -76,6 +84,15 @@ class ControlView(BaseModel):
 async def list_engines(backend: BackendDep) -> list[EngineInfo]:
     """List all engines."""
     return [engine_info(backend, name) for name in backend.monitor.states]
+
+
+@router.get("/device", dependencies=_READ)
+async def retrieve_device(backend: BackendDep) -> DeviceMoment | None:
+    """Retrieve the engines' device as telemetry sees it; null until the controller has looked at it.
+
+    `lanes` is how many engines the device serves at full speed at once.
+    """
+    return device_moment(backend.snapshot) if backend.snapshot else None
 
 
 @router.get("/control", dependencies=_READ)
@@ -130,6 +147,8 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
     """Return the state of an engine. Counts are 0 until it is up."""
     running_team = backend.running_team
     stats = backend.engines[name].stats() if name in backend.engines else None
+    view = backend.snapshot.engines.get(name) if backend.snapshot else None
+    moment = engine_moment(view) if view else None
     return EngineInfo(
         name=name,
         model=backend.config.engines[name].model,
@@ -142,6 +161,9 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
         kv_cache_usage=stats.kv_cache_usage if stats else 0.0,
         running=stats.running if stats else 0,
         waiting=stats.waiting if stats else 0,
+        paused_s=moment.paused_s if moment else 0.0,
+        cost=moment.cost if moment else None,
+        utilization=moment.utilization if moment else None,
         preemptions=stats.preemptions if stats else 0,
         requests=stats.requests if stats else 0,
         prompt_tokens=stats.prompt_tokens if stats else 0,

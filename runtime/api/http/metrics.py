@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from runtime.control.controller import Controller
+from runtime.control.snapshot import Snapshot
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk
 from runtime.events import CallEnded, Event
@@ -73,6 +74,8 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the current gauges and counters."""
         yield from self._of_engines()
+        if self.controller is not None and self.controller.snapshot is not None:
+            yield from _of_snapshot(self.controller.snapshot)
         jobs = GaugeMetricFamily("troupe:jobs", "Jobs in the journal by state.", labels=["state"])
         for state, count in self._jobs.items():
             jobs.add_metric([str(state)], count)
@@ -122,3 +125,39 @@ class Metrics(Collector):
             for family, value in values.items():
                 families[family].add_metric([name], value)
         yield from families.values()
+
+
+def _of_snapshot(snapshot: Snapshot) -> Iterator[Metric]:
+    """Yield what the controller measures: pauses, costs and utilization. A value that is not reported has no sample."""
+    device = (
+        ("lanes", "How many engines the device serves at full speed at once.", snapshot.lanes),
+        ("lanes_confidence", "The measured part of troupe:lanes, from 0 (assumed) to 1.", snapshot.lanes_confidence),
+        ("device_utilization", "The device's utilization, from 0 to 1.", snapshot.device.utilization),
+    )
+    for name, help_text, value in device:
+        if value is not None:
+            yield GaugeMetricFamily(f"troupe:{name}", help_text, value)
+    gauges = {
+        "troupe:max_active_seqs": "Requests that the engine may run at once; 0 if its admission is paused.",
+        "troupe:admission_paused_seconds": "How long the engine's admission has been paused; 0 if it is not.",
+        "troupe:step_seconds": "Time of a step without its sequences and prompt tokens.",
+        "troupe:step_seconds_per_sequence": "Time that each sequence adds to a step.",
+        "troupe:step_seconds_per_prompt_token": "Time that each prompt token adds to a step.",
+        "troupe:step_seconds_confidence": "The measured part of a step's times, from 0 (assumed) to 1.",
+        "troupe:engine_utilization": "The part of the time in which the engine used the GPU, from 0 to 1.",
+    }
+    families = {name: GaugeMetricFamily(name, text, labels=["model_name"]) for name, text in gauges.items()}
+    for view in snapshot.views:
+        values = {
+            "troupe:max_active_seqs": view.grant.max_active_seqs,
+            "troupe:admission_paused_seconds": view.paused_s,
+            "troupe:step_seconds": view.cost.step_s,
+            "troupe:step_seconds_per_sequence": view.cost.sequence_s,
+            "troupe:step_seconds_per_prompt_token": view.cost.prompt_token_s,
+            "troupe:step_seconds_confidence": view.cost.confidence,
+            "troupe:engine_utilization": view.utilization,
+        }
+        for family, number in values.items():
+            if number is not None:
+                families[family].add_metric([view.name], number)
+    yield from families.values()

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from agents.role import Value, explain
 from runtime.api.admin import Change, Pin
 from runtime.api.monitor import DecisionShown
-from runtime.control.snapshot import DeviceView, EngineMoment
+from runtime.control.snapshot import DeviceMoment, EngineMoment
 from runtime.engines.handle import EngineState
 from runtime.errors import InputError
 from runtime.jobs.job import JobState
@@ -74,7 +74,7 @@ class Topics:
         return self.under("engines", _level(engine), "grant")
 
     def device(self, number: int) -> str:
-        """Outgoing, retained: the telemetry of a device."""
+        """Outgoing, retained: the telemetry of a device, and how many engines it serves at full speed at once."""
         return self.under("gpu", str(number))
 
     @property
@@ -126,7 +126,10 @@ class RoleState(Value):
 
 
 class GrantState(Value):
-    """An engine's grant: its share of the device, the KV cache that fits into this share, and its concurrency."""
+    """An engine's grant: its share of the device, the KV cache that fits into this share, and its concurrency.
+
+    A `max_active_seqs` of 0 pauses admission.
+    """
 
     gpu_memory_utilization: float
     kv_cache_bytes: int
@@ -248,6 +251,6 @@ def reference(cluster: str = "<cluster>") -> list[TopicInfo]:
         retained(topics.state, 1, Liveness, "whether the service is up"),
         retained(topics.role("<role>"), 0, RoleState, "a role and its engine"),
         retained(topics.grant("<name>"), 0, GrantState, "an engine's grant"),
-        retained(topics.under("gpu", "<n>"), 0, DeviceView, "telemetry of the device"),
+        retained(topics.under("gpu", "<n>"), 0, DeviceMoment, "telemetry and lanes of the device"),
         retained(topics.decision, 0, DecisionShown, "the last decision that changed a grant or failed"),
     ]

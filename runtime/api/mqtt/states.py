@@ -7,10 +7,10 @@ from pydantic_core import to_json
 from runtime.api.monitor import DecisionShown, Monitor
 from runtime.api.mqtt.connection import Connection, raise_if_cancelled
 from runtime.api.mqtt.messages import GrantState, RoleState, Topics
-from runtime.control.snapshot import DeviceView
+from runtime.control.snapshot import DeviceMoment
 from runtime.jobs.team import Team
 
-State = RoleState | GrantState | DeviceView | DecisionShown
+State = RoleState | GrantState | DeviceMoment | DecisionShown
 
 
 class States:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from runtime.api.monitor import Monitor
+from runtime.control.costs import StepCost
 from runtime.engines.handle import EngineState
 from runtime.events import EngineChanged
-from tests.runtime.control.builders import record
+from tests.runtime.control.builders import record, snapshot, view
 
 
 @pytest.fixture
@@ -37,6 +38,17 @@ def test_only_decisions_with_outcomes_or_a_fault_are_kept(now: list[float]) -> N
     assert [(decision.number, decision.fault) for decision in kept.decisions] == [(1, None), (2, "policy mine raised")]
     assert kept.decisions[0].engines["b"]["outcome"]["state"] == "rejected"
     assert kept.decisions[1].engines == {}
+
+
+def test_samples_have_pauses_costs_and_lanes(now: list[float]) -> None:
+    seen = snapshot(view("a", paused_s=1.23456, cost=StepCost(0.0121, 0.0002, 0.00003, 0.93456), utilization=0.4))
+    kept = Monitor(dict)
+    kept.record(replace(record(), snapshot=replace(seen, lanes=1.71828, lanes_confidence=0.8)))
+    [sample] = kept.samples
+    engine = sample.engines["a"]
+    assert (engine.paused_s, engine.utilization) == (1.23, 0.4)
+    assert engine.cost == StepCost(0.0121, 0.0002, 0.00003, 0.935)
+    assert (sample.device.lanes, sample.device.lanes_confidence) == (1.718, 0.8)
 
 
 async def test_news_ends_when_an_engine_changes_its_state() -> None:

@@ -177,6 +177,28 @@ function element(tag, text = "", className = "", ...children) {
   return node;
 }
 
+const wholePercent = (part) => (part == null ? "" : `${Math.round(part * 100)}%`);
+const milliseconds = (seconds, digits) => (seconds * 1000).toFixed(digits);
+const granted = (grant) => `${(grant.share * 100).toFixed(1)}%${grant.max_active_seqs ? "" : ", paused"}`;
+const concurrency = (moment) => moment.max_active_seqs || `paused ${moment.paused_s.toFixed(1)} s`;
+
+// What a step of n sequences takes; the tooltip has all costs, and how much of them is measured.
+function costCell({ step_s: step, sequence_s: sequence, prompt_token_s: token, confidence, fault }) {
+  const cell = element("td", `${milliseconds(step, 1)} + ${milliseconds(sequence, 2)} n ms`, confidence ? "" : "quiet");
+  cell.title = `A step takes ${milliseconds(step, 1)} ms, ${milliseconds(sequence, 2)} ms for each sequence, and `
+    + `${(token * 1e6).toFixed(1)} µs for each prompt token. `
+    + (fault ? `Assumed, because ${fault}.` : `${wholePercent(confidence)} of this is measured, the rest is assumed.`);
+  return cell;
+}
+
+function drawDevice() {
+  const device = samples.at(-1)?.device;
+  if (!device) return;
+  const measured = wholePercent(device.lanes_confidence);
+  const lanes = `${device.lanes.toFixed(1)} engines at full speed at once (${measured} measured)`;
+  byId("device").textContent = [device.name, lanes, device.fault].filter(Boolean).join(" · ");
+}
+
 const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 
 function drawEngines() {
@@ -198,8 +220,10 @@ function drawEngines() {
       element("td", now.states[name] ?? ""),
       ...(moment
         ? [`${(moment.share * 100).toFixed(1)}%`, mib(moment.kv_cache_bytes), mib(moment.kv_used_bytes),
-           moment.running, moment.waiting, moment.max_active_seqs]
+           moment.running, moment.waiting, concurrency(moment)]
         : ["", "", "", "", "", ""]).map((value) => element("td", String(value))),
+      moment ? costCell(moment.cost) : element("td"),
+      element("td", wholePercent(moment?.utilization)),
       element("td", "", "", button));
   }));
   if (focused) document.querySelector(`button[data-engine="${CSS.escape(focused)}"]`)?.focus();
@@ -267,7 +291,7 @@ function drawDecision(decision) {
   const list = byId("decisions");
   if (list.firstElementChild?.className === "quiet") list.replaceChildren();
   const rows = Object.entries(decision.engines).map(([name, engine]) =>
-    element("li", `${name} ${(engine.share * 100).toFixed(1)}%: ${engine.reason}`));
+    element("li", `${name} ${granted(engine)}: ${engine.reason}`));
   list.prepend(element("li", "", "", clock(decision.at), ` ${decision.policy}, ${decision.cause}: `,
     decision.fault ? element("span", decision.fault, "fault") : `${mib(decision.moved_bytes)} moved`,
     element("ul", "", "quiet", ...rows)));
@@ -315,6 +339,7 @@ function onLiveEvent(kind, data) {
   }
   drawSamples();
   drawEngines();
+  drawDevice();
   drawState();
 }
 

@@ -1,8 +1,9 @@
 """A service on a real port, with a real journal, over modelled engines."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from runtime import config
 from runtime.api.http.backend import Backend
 from runtime.api.serve import serving
 from runtime.config import Config
+from runtime.control.contained_policy import ContainedPolicy
+from runtime.control.policy import Decision, Policy
+from runtime.control.snapshot import Snapshot
 from runtime.jobs.team import assemble
 from runtime.simulation.assembly import start_modelled_team
 
@@ -70,6 +74,30 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 @pytest.fixture
 async def served(start: Start) -> Served:
     return await start()
+
+
+class Pausing(Policy):
+    """A policy that pauses the admission of the engine `solver`."""
+
+    def __init__(self) -> None:
+        super().__init__(self.Options())
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        solver = snapshot.engines["solver"]
+        grants = {name: view.grant for name, view in snapshot.engines.items()}
+        grants["solver"] = replace(solver.grant, max_active_seqs=0)
+        return Decision(grants, dict.fromkeys(grants, "solver must wait"))
+
+
+async def pause_solver(served: Served) -> None:
+    """Work a job, so that costs are measured, then pause the solver's admission. Return once the controller sees it."""
+    job = (await served.client.post("/jobs", json={"problem": PROBLEM})).json()["id"]
+    await served.client.get(f"/jobs/{job}/result", params={"wait_s": 60})
+    controller = served.backend.ready_team().controller
+    controller.use(ContainedPolicy("pausing", Pausing()))
+    async with asyncio.timeout(60):
+        while controller.snapshot is None or controller.snapshot.engines["solver"].paused_s < 0.1:  # noqa: ASYNC110  no event
+            await asyncio.sleep(0.02)
 
 
 def user_message(text: str) -> list[Any]:

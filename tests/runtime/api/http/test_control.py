@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.api.http.conftest import PROBLEM, Served, Start
+from tests.runtime.api.http.conftest import PROBLEM, Served, Start, pause_solver
 
 
 async def test_engines_list_their_state_and_limits(served: Served) -> None:
@@ -27,6 +27,22 @@ async def test_pin_resizes_an_engine_until_it_is_unpinned(served: Served) -> Non
         while (await served.client.get("/engines")).json()[1]["grant"]["gpu_memory_utilization"] != share:
             pass
     assert (await served.client.delete("/control/pins/solver")).json()["pinned"] == {}
+
+
+async def test_engines_show_pauses_and_costs(start: Start) -> None:
+    served = await start(time_scale=1)
+    await pause_solver(served)
+    planner, solver, _ = (await served.client.get("/engines")).json()
+    assert (solver["grant"]["max_active_seqs"], planner["paused_s"]) == (0, 0)
+    assert solver["paused_s"] >= 0.1
+    assert {*solver["cost"]} == {"step_s", "sequence_s", "prompt_token_s", "confidence", "fault"}
+    assert solver["cost"]["step_s"] > 0
+    assert solver["cost"]["confidence"] > 0
+    assert solver["utilization"] is None  # modelled engines have no process
+    device = (await served.client.get("/device")).json()
+    assert device["lanes"] >= 1
+    assert 0 <= device["lanes_confidence"] <= 1
+    assert "utilization" in device
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.runtime.api.http.conftest import PROBLEM, Served, user_message
+from tests.runtime.api.http.conftest import PROBLEM, Served, Start, pause_solver, user_message
 
 
 async def test_metrics_count_jobs_requests_and_tokens(served: Served) -> None:
@@ -12,13 +12,34 @@ async def test_metrics_count_jobs_requests_and_tokens(served: Served) -> None:
     await served.client.post("/v1/chat/completions", json=body)
     response = await served.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
-    values = {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(response.text)
-        for sample in family.samples
-    }
+    values = samples(response.text)
     assert values["troupe:jobs", "done"] == 1
     assert values["vllm:generation_tokens_total", "solver"] > 0
     assert values["vllm:time_to_first_token_seconds_count", "solver"] == 5  # four calls of the job, and one chat
     assert values["vllm:num_requests_running", "planner"] == 0
     assert values["troupe:engine_up", "critic"] == 1
+
+
+async def test_metrics_have_pauses_costs_and_lanes(start: Start) -> None:
+    served = await start(time_scale=1)
+    await pause_solver(served)
+    values = samples((await served.client.get("/metrics")).text)
+    assert values["troupe:max_active_seqs", "solver"] == 0
+    assert values["troupe:admission_paused_seconds", "solver"] >= 0.1
+    assert values["troupe:admission_paused_seconds", "planner"] == 0
+    assert values["troupe:step_seconds", "solver"] > 0
+    assert values["troupe:step_seconds_per_sequence", "solver"] >= 0
+    assert values["troupe:step_seconds_per_prompt_token", "solver"] >= 0
+    assert 0 < values["troupe:step_seconds_confidence", "solver"] < 1
+    assert values["troupe:lanes",] >= 1
+    assert 0 <= values["troupe:lanes_confidence",] <= 1
+    assert ("troupe:engine_utilization", "solver") not in values  # modelled engines have no process
+
+
+def samples(text: str) -> dict[tuple[str, ...], float]:
+    """Return the values of metrics by their name and labels."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }

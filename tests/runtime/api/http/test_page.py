@@ -1,5 +1,6 @@
 """The live page in a real browser, over a real port."""
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 from runtime.api.auth import Scope, Tokens
 from runtime.jobs.submission import Submission
 from tests.programs import CHROMIUM, needs
-from tests.runtime.api.http.conftest import PROBLEM, Start, configured, service
+from tests.runtime.api.http.conftest import PROBLEM, Start, configured, pause_solver, service
 
 expect.set_options(timeout=60_000)  # milliseconds; the default of 5 s is short on a busy machine
 pytestmark = needs(CHROMIUM, "Chromium")
@@ -73,6 +74,23 @@ async def test_button_pins_and_unpins_an_engine(start: Start, browser: Browser) 
     await page.get_by_role("button", name="unpin solver").click()
     await expect(page.get_by_role("button", name="pin solver", exact=True)).to_be_visible()
     assert not served.backend.ready_team().controller.pinned
+    assert complaints == []
+
+
+async def test_engines_show_their_pause_and_the_cost_of_a_step(start: Start, browser: Browser) -> None:
+    served = await start(time_scale=1)
+    page, complaints = await open_page(browser, served.url)
+    await pause_solver(served)
+    solver = page.locator("#engines tr").nth(1)
+    await expect(solver).to_contain_text(re.compile(r"paused \d+\.\d s"))
+    cost = solver.get_by_title("each prompt token")
+    await expect(cost).to_have_text(re.compile(r"\d+\.\d \+ \d+\.\d\d n ms"))
+    await expect(cost).to_have_attribute("title", re.compile(r"µs for each prompt token. \d+% of this is measured"))
+    await expect(page.locator("#engines tr").first).not_to_contain_text("paused")
+    await expect(page.locator("#device")).to_have_text(
+        re.compile(r"\d\.\d engines at full speed at once \(\d+% measured\)")
+    )
+    await expect(page.locator("#decisions > li").first).to_contain_text(re.compile(r"solver \d+\.\d%, paused"))
     assert complaints == []
 
 

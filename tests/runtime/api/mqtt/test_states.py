@@ -18,8 +18,12 @@ async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
         async with reader(mqtt) as late:
             role = await late.until(TOPICS.role("solver"), state="ready")
             grant = await late.until(TOPICS.grant("solver"))
-            await late.until(TOPICS.device(0))
+            device = await late.until(TOPICS.device(0))
             decision = await late.until(TOPICS.decision)
     assert role["engine"] == "solver"
+    assert role["now"]["paused_s"] == 0
+    assert role["now"]["cost"]["step_s"] > 0
+    assert device["lanes"] >= 1
+    assert 0 <= device["lanes_confidence"] <= 1
     assert 0 < grant["gpu_memory_utilization"] <= 1
     assert decision["policy"] == "waterfill"

@@ -1,0 +1,31 @@
+"""`troupe engines` shows what a service returns, in tables and as JSON."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from runtime.cli.engines import engines
+from tests.runtime.api.http.conftest import Served, configured, pause_solver, service
+
+
+async def test_pause_costs_and_lanes_are_shown(tmp_path: Path) -> None:
+    async with service(configured(tmp_path), time_scale=1) as served:
+        await pause_solver(served)
+        table, found = await invoke(served), json.loads((await invoke(served, "--json")).output)
+    assert re.search(r"solver +solver +ready .* paused \d+\.\d s", table.output)
+    assert re.search(r"solver +\d+\.\d ms +\d+\.\d\d ms +\d+\.\d µs +\d+%", table.output)
+    assert re.search(r"\d\.\d engines at full speed at once \(\d+% measured\)", table.output)
+    assert [engine["name"] for engine in found["engines"]] == ["planner", "solver", "critic"]
+    assert found["engines"][1]["paused_s"] > 0
+    assert found["engines"][1]["cost"]["confidence"] > 0
+    assert found["device"]["lanes"] >= 1
+
+
+async def invoke(served: Served, *options: str) -> Result:
+    """Run the command in a thread, while the service runs on the event loop."""
+    result = await asyncio.to_thread(CliRunner().invoke, engines, ["--url", served.url, *options])
+    assert result.exit_code == 0, result.output
+    return result
