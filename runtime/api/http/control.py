@@ -70,7 +70,7 @@ class ControlView(BaseModel):
     """The controller: its policy, its pins, and counts since the service started."""
 
     policy: str = Field(description="The policy that decides.")
-    paused: bool = Field(description="Whether the controller is paused. Grants do not change while it is.")
+    paused: bool = Field(description="Whether the controller is paused, so that grants stay as they are.")
     pinned: dict[str, GrantView] = Field(description="The pinned engines and the grants that they are held at.")
     unfit_pins: dict[str, str] = Field(description="For each pin that is not in force, the reason.")
     decisions: int = Field(description="Decisions made.")
