@@ -87,8 +87,7 @@ class Snapshotter:
         }
         if ready:
             self._uuids = {self._engines[name].limits.device_uuid for name in ready}
-        reading = self._reading() if self._reading else None
-        device, processes = self._device(reading, held_bytes) if reading else (DeviceView(), {})
+        device, processes = self._device(held_bytes)
         # The processor's utilization says nothing here: a host computes other things than the engines' steps.
         utilization = device.utilization if device.kind == "gpu" and device.fault is None else None
         self._costs.look(now_s, ready, utilization)
@@ -185,8 +184,11 @@ class Snapshotter:
             tpot_slo_s=terms.tpot_slo_s,
         )
 
-    def _device(self, reading: Reading, held_bytes: int) -> tuple[DeviceView, Mapping[int, float]]:
+    def _device(self, held_bytes: int) -> tuple[DeviceView, Mapping[int, float]]:
         """Return telemetry's view of the device that the engines report to run on, and its use by each process."""
+        if self._reading is None:
+            return DeviceView(), {}
+        reading = self._reading()
         # A host reading always counts: a GPU without memory of its own uses the host's.
         ours = [device for device in reading.devices if reading.kind == "host" or device.uuid in self._uuids]
         if len(ours) != 1:

@@ -590,6 +590,9 @@ async def test_a_paused_engine_is_admitted_when_its_policy_fails_or_the_controll
         await asyncio.sleep(0.5)
         rig.controller.pause()
         await asyncio.wait_for(rig.ask("b", 5), 1)
+        await asyncio.sleep(1)
+        assert rig.controller.snapshot is not None  # it stays current, although the last record shows a pause
+        assert rig.controller.snapshot.engines["b"].paused_s == 0 < rig.records[-1].snapshot.engines["b"].paused_s
 
 
 @simulated
