@@ -1,8 +1,15 @@
 """Metrics in Prometheus' format."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.api.http.metrics import Metrics
+from runtime.control.controller import Counts
+from runtime.control.snapshot import DeviceView
 from tests.runtime.api.http.conftest import PROBLEM, Served, Start, pause_solver, user_message
+from tests.runtime.control.builders import snapshot, view
 
 
 async def test_metrics_count_jobs_requests_and_tokens(served: Served) -> None:
@@ -34,6 +41,17 @@ async def test_metrics_have_pauses_costs_and_lanes(start: Start) -> None:
     assert values["troupe:lanes",] >= 1
     assert 0 <= values["troupe:lanes_confidence",] <= 1
     assert ("troupe:engine_utilization", "solver") not in values  # modelled engines have no process
+
+
+def test_metrics_have_the_utilization_that_nvml_reports() -> None:
+    seen = snapshot(view("a", utilization=0.4), view("b"))
+    metrics = Metrics()
+    metrics.controller = SimpleNamespace(  # type: ignore[assignment]  # all that metrics read of a controller
+        snapshot=replace(seen, device=DeviceView("gpu", utilization=0.7)), counts=Counts()
+    )
+    values = samples(metrics.text({}).decode())
+    assert (values["troupe:engine_utilization", "a"], values["troupe:device_utilization",]) == (0.4, 0.7)
+    assert ("troupe:engine_utilization", "b") not in values
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
