@@ -136,14 +136,21 @@ class Controller:
         self.wake("resumed")
 
     def current_grant(self, engine: str) -> Grant:
-        """Return an engine's grant. Raises NotFound, or InputError if the engine takes no grants now."""
+        """Return an engine's grant, with its admission open.
+
+        Raises NotFound, or InputError if the engine takes no grants now.
+        """
         self._require(engine)
         stats = self._engines[engine].stats()
         silent = engine in self._sharing.silent
         if silent or stats.state is not EngineState.READY or stats.grant is None:
             state = "silent" if silent else stats.state
             raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
-        return stats.grant
+        return (
+            pauses.admitting(stats.grant, self._engines[engine].limits)
+            if pauses.is_paused(stats.grant)
+            else stats.grant
+        )
 
     def pin(self, engine: str, grant: Grant | None = None) -> None:
         """Hold an engine at a grant (its current one if None); policies divide the rest of the budget.

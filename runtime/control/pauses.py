@@ -13,13 +13,15 @@ MOST_S = 10.0
 def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, Grant]:
     """Return the grants of a decision, changed so that no engine stays paused longer than MOST_S.
 
-    An overdue engine admits requests until the next decision. Its KV cache is never below its floor, so it has room for
-    one at least, unless requests that it admitted before still run.
+    An overdue engine, in which a request has waited for that long, admits requests until the next decision. Its KV
+    cache is never below its floor, so it has room for one at least, unless requests that it admitted before still run.
     """
     admitted = {
         name: admitting(grants.get(name, view.grant), view.limits)
         for name, view in snapshot.engines.items()
-        if view.paused_s > MOST_S and view.waiting and is_paused(grants.get(name, view.grant))
+        # After a preemption an engine may report requests as running that wait: then it makes no step.
+        if min(view.paused_s, max(view.oldest_wait_s, view.stalled_s)) > MOST_S
+        and is_paused(grants.get(name, view.grant))
     }
     return {**grants, **admitted}
 

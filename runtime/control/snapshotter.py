@@ -38,6 +38,7 @@ class _History:
     """What is remembered of an engine between snapshots: the last counts, and averages over time."""
 
     at_s: float
+    stepped_at_s: float
     arrived: int
     finished: int
     arrivals_per_s: float = 0.0
@@ -49,7 +50,6 @@ class _History:
     tokens_of_replies: float = 0.0
     paused_since_s: float | None = None
     steps: int = 0
-    stepped_at_s: float = 0.0
 
 
 class Snapshotter:
@@ -90,7 +90,8 @@ class Snapshotter:
         device, processes = self._device(held_bytes)
         # The processor's utilization says nothing here: a host computes other things than the engines' steps.
         utilization = device.utilization if device.kind == "gpu" and device.fault is None else None
-        self._costs.look(now_s, ready, utilization)
+        calls = {name: self._engines[name].usage.in_flight for name in ready}
+        self._costs.look(now_s, ready, calls, utilization)
         in_flight = self.in_flight()
         running = {name: min(stats.running / max(in_flight[name], 1), 1.0) for name, stats in ready.items()}
         soon, coming = self._forecast.soon(running), self._forecast.coming()
@@ -145,7 +146,7 @@ class Snapshotter:
         usage = engine.usage
         history = self._history.get(name)
         if history is None:
-            history = self._history[name] = _History(now_s, usage.arrived, usage.finished)
+            history = self._history[name] = _History(now_s, now_s, usage.arrived, usage.finished)
         used_bytes = int(stats.kv_cache_usage * stats.kv_cache_bytes)
         decayed_peak = history.peak_in_flight * math.exp((history.at_s - now_s) / PEAK_DECAY_S)
         history.peak_in_flight = max(in_flight, decayed_peak)
@@ -222,7 +223,7 @@ def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: 
         history.paused_since_s = None
     elif history.paused_since_s is None:
         history.paused_since_s = now_s
-    if not running or stats.work.steps != history.steps:
+    if not running or not stats.work.steps or stats.work.steps != history.steps:
         history.steps, history.stepped_at_s = stats.work.steps, now_s
     if running and used_bytes:
         newest = max(used_bytes / running, engine.limits.block_bytes)

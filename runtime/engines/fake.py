@@ -209,7 +209,7 @@ class FakeEngine(EngineHandle):
             prompt_tokens, reply_tokens = self._lengths(request)
             pieces = [""] * (reply_tokens - len(pieces)) + pieces
         rank = request.rank(asyncio.get_running_loop().time())
-        uncomputed = prompt_tokens if self._time_scale else 0
+        uncomputed = prompt_tokens + len(request.resume_tokens) if self._time_scale else 0
         rest = pieces[len(request.resume_tokens) :]
         return _Sequence(self._requests, rank, request, prompt_tokens, uncomputed, rest, finish)
 
@@ -233,7 +233,8 @@ class FakeEngine(EngineHandle):
     async def _steps(self) -> None:
         while self._state is EngineState.READY and (self._admit() or self._running):
             prefill = self._schedule_prompts()
-            stepped = [sequence for sequence in self._running if not sequence.uncomputed]
+            decoding = [sequence for sequence in self._running if not sequence.uncomputed]
+            stepped = decoding[: self.grant.max_step_tokens]
             seconds = self._times.step_s + self._times.token_s * len(stepped) + self._times.prefill_s * prefill
             began_s = asyncio.get_running_loop().time()
             self._between_steps.clear()
@@ -298,7 +299,7 @@ class FakeEngine(EngineHandle):
         return preempted
 
     def _preempt_one(self, sequence: _Sequence) -> None:
-        sequence.uncomputed = sequence.prompt_tokens + sequence.generated
+        sequence.uncomputed = sequence.prompt_tokens + len(sequence.request.resume_tokens) + sequence.generated
         self._enqueue(sequence)
         self._preemptions += 1
 

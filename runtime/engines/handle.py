@@ -36,8 +36,8 @@ class Work:
 
     - `steps`: steps that computed at least one token; `busy_s`: the seconds that they took together.
     - `sequences`: the sequences in a step, summed over the steps.
-    - `prompt_tokens`: the tokens of a step beyond one for each sequence, summed over the steps. Almost all are of
-      prompts.
+    - `prompt_tokens`: the tokens of a step beyond one for each sequence, without draft tokens, summed over the steps.
+      These are tokens of prompts, and of replies that are computed again after a preemption.
     """
 
     steps: int = 0

@@ -16,6 +16,8 @@ from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger
 from runtime.engines.memory_plan import Growth, Position
 
+DRAIN_S = 60.0
+"""Seconds for which the requests of an engine whose admission is paused may use memory that it gives up."""
 GRACE_S = 0.5
 """Default time that running requests have to finish before a shrink preempts them."""
 ANSWER_S = 1.0
@@ -167,6 +169,8 @@ class Sharing:
             await self._serve_waiting()
 
     async def _shrink(self, name: str, grant: Grant, grace_s: float) -> ResizeOutcome:
+        if grant.max_active_seqs == 0 and not grant.preempt:
+            grace_s = max(grace_s, DRAIN_S)  # its requests could not be admitted again after a preemption
         outcome = await self._ask(name, grant, grace_s)
         if isinstance(outcome, Applied):
             self.ledger.claim(name, self._bytes(name, grant))

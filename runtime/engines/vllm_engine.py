@@ -282,6 +282,8 @@ class VllmEngine(EngineHandle):
     def _applied(self, grant: Grant, report: ResizeReport) -> Applied:
         assert isinstance(report, ResizeApplied), report
         self._kv_cache_bytes = report.kv_cache_bytes
+        if grant.preempt:
+            self._latest.all_preempted()
         return Applied(
             grant,
             report.kv_cache_bytes,
@@ -366,6 +368,12 @@ class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed
             self.scheduler = scheduler_stats
             self.work = Work(*(scheduler_stats.kv_connector_stats or {}).get(WORK, ()))
         self.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
+
+    def all_preempted(self) -> None:
+        """Count all running requests as waiting: the engine makes no step that would report it."""
+        if latest := self.scheduler:
+            waiting = latest.num_waiting_reqs + latest.num_running_reqs
+            self.scheduler = replace(latest, num_running_reqs=0, num_waiting_reqs=waiting, kv_cache_usage=0.0)
 
     def log_engine_initialized(self) -> None:
         return None

@@ -6,35 +6,31 @@ in which each engine of a set S makes one step takes
 
     T(S) = max(sum over S of (a + b n) / L, the longest a + b n in S).
 
-While memory is scarce, it holds a certain number of sequences, whoever has them. If three engines share it, each round
-pays three times `a` for them. If one engine has all of it, each round pays one. So it can pay to admit requests to some
-engines only, to pause the admission of the others, whose running requests finish and leave their memory, and to change
-the set as queues change. Whether it pays depends on the costs: with `a` large and L = 1, as on a GPU, turns are nearly
-twice as fast for a team of three; with L near the number of engines, as on CPU cores, they gain nothing.
+Scarce memory holds a certain number of sequences. If three engines share it, each round pays three times `a` for them.
+If one engine has all of it, each round pays `a` once. So it can pay to admit requests to some engines only. The others'
+running requests finish and leave their memory, and the set changes as queues change. With a large `a` and one lane, as
+on a GPU, turns are nearly twice as fast for a team of three. With almost as many lanes as engines, as on CPU cores,
+they gain nothing.
 
-Which set? The one with the greatest value
+The policy admits the set with the greatest value
 
     V(S) = (sum over S of w n) / T(S),
 
-where n is what fits into the memory that is free for S, shared max-min fairly, and the weight w is the number of the
-engine's requests in flight, divided by its priority. V is the rate at which S works off the queues, the long ones most.
-This is the max-weight rule, which keeps every queue stable that any rule could keep stable. The weight of an engine
-with an objective for a call or its first token grows while a request waits for it, up to tenfold.
+where n is the number of sequences that fit into the memory that is free for S, shared max-min fairly. The weight w is
+the number of the engine's requests in flight, divided by its priority. V is the rate at which S works off the queues,
+and long queues count most. This is the max-weight rule. T counts the prompt tokens that come with n sequences, too.
 
-Three limits keep turns from costing more than they gain:
-
-- All engines are admitted while all needs fit into memory, and unless the best set is `gain` times as good as all.
+- The policy admits all engines while memory is enough for all, and unless the best set is `gain` times as good as all.
 - A set stays until another is `stay` times as good, because a change costs time.
-- The controller ends each pause after a few seconds, so that no engine starves.
+- When the turn of an engine ends, its running requests usually finish. They run in small batches beside the engines
+  whose turn it is. Where computing them again costs far less, as with short prompts, they are preempted instead.
+- The controller ends a pause after 10 s, so that no engine starves.
+- The weight of an engine with an objective for a call or its first token grows up to tenfold while a request waits.
+- With an objective for the time between tokens, as many sequences run as T(S) allows. The time that then remains in a
+  round bounds the prompt tokens of a step.
+- An engine with a minimum share keeps it, even while it is paused.
 
-When the turn of an engine ends, its running requests usually finish, in small batches beside the engines whose turn it
-is. Where computing them again costs far less, as with short prompts, they are preempted instead.
-
-The present set is not remembered: the grants in the snapshot show it. An engine with a minimum share keeps at least
-this share, even while it is paused.
-
-With an objective for the time between tokens, rounds must not take longer. As many sequences run as T(S) allows, and
-the time that then remains in a round bounds the prompt tokens of a step.
+The policy does not remember the present set: the grants in the snapshot show it.
 
 Sources: L. Tassiulas and A. Ephremides, "Stability properties of constrained queueing systems and scheduling policies
 for maximum throughput in multihop radio networks", 1992 (max-weight); see `waterfill` for the division of memory.
@@ -43,15 +39,21 @@ for maximum throughput in multihop radio networks", 1992 (max-weight); see `wate
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import combinations
 
 from pydantic import Field
 
+from runtime.control.costs import ENOUGH
 from runtime.control.policies.waterfill import Waterfill, water_fill
 from runtime.control.policy import Decision, Sizes, bound, damp, decision, fit
 from runtime.control.snapshot import EngineView, Snapshot
 
 STALLED_S = 2.0
-"""An engine that has not completed a step for this long, although requests run, gets no turn."""
+"""An engine whose turn it is loses it if it has not completed a step for this long, although requests run."""
+ALL_SUBSETS = 4
+"""The most engines of which all subsets are compared."""
+LEAST_PROMPT_TOKENS = 256
+"""The least that a step may compute of prompts. Less would cost many steps."""
 MOST_URGENT = 10.0
 """The most by which an objective multiplies an engine's weight."""
 
@@ -129,9 +131,8 @@ class _Demand:
         self._snapshot = snapshot
         self._needs = needs
         self._shares = [view.sequence_bytes / view.priority for view in self.views]
-        # What an engine keeps while others are served: the memory of its running requests, unless they are preempted.
         self._kept = [
-            float(max(view.limits.kv_floor_bytes, 0 if self.preempts(index) else min(view.kv_used_bytes, need)))
+            min(max(float(view.limits.kv_floor_bytes), self._draining_bytes(index)), need)
             for index, (view, need) in enumerate(zip(self.views, needs, strict=True))
         ]
         self._free_bytes = snapshot.movable_bytes - sum(self._kept)
@@ -144,7 +145,11 @@ class _Demand:
     @cached_property
     def live(self) -> Engines:
         """The engines that have requests, without those that complete no steps."""
-        return [i for i, view in enumerate(self.views) if view.in_flight and view.stalled_s < STALLED_S]
+        return [
+            index
+            for index, view in enumerate(self.views)
+            if view.in_flight and (view.stalled_s < STALLED_S or not view.grant.max_active_seqs)
+        ]
 
     def preempts(self, index: int) -> bool:
         """Return True if the end of an engine's turn should preempt its running requests.
@@ -160,11 +165,28 @@ class _Demand:
         again_s, finish_s = tokens * view.cost.prompt_token_s, view.reply_tokens * view.cost.step_s
         return again_s < WORTH_PREEMPTING * finish_s
 
-    def candidates(self) -> Iterator[Engines]:
-        """Yield the sets to compare: the first 1, 2, ... engines in the order of their value alone.
+    def _draining_bytes(self, index: int) -> float:
+        """Return what an engine keeps while others are served: the memory of its running requests, with room to grow.
 
-        From 8 engines on, the number doubles, so that all comparisons together take O(N).
+        Without room they would be preempted, and not admitted again before the engine's next turn. Half a reply is to
+        come on average, but no more than a block before the next decision.
         """
+        view, limits = self.views[index], self.views[index].limits
+        if self.preempts(index):
+            return 0.0
+        blocks = min(view.reply_tokens / 2 / limits.block_tokens, 1.0) if limits.block_tokens else 0.0
+        return view.kv_used_bytes + view.running * blocks * limits.block_bytes
+
+    def candidates(self) -> Iterator[Engines]:
+        """Yield the sets to compare.
+
+        These are all subsets of up to ALL_SUBSETS engines. Of more engines, they are the first 1, 2, ... in the order
+        of their value alone; from 8 on, the number doubles, so that all comparisons together take O(N).
+        """
+        if len(self.live) <= ALL_SUBSETS:
+            for count in range(1, len(self.live)):
+                yield from combinations(self.live, count)
+            return
         order = sorted(self.live, key=lambda index: -self.value([index]))
         count = 1
         while count < len(order):
@@ -198,27 +220,29 @@ class _Demand:
     def limits(self, chosen: Engines, sizes: Sizes) -> tuple[Mapping[int, int], Mapping[int, int]]:
         """Return the concurrency and the step tokens, by engine, with which rounds keep the objectives per token.
 
-        Both are empty without such objectives. Step tokens are powers of two, so that they rarely change.
+        Both are empty without such objectives, if no concurrency keeps them, and until the costs are measured.
         """
         objective_s = min((o for i in self.live if (o := self.views[i].tpot_slo_s) is not None), default=None)
-        if objective_s is None or not chosen:
+        costs = [self.views[index].cost for index in chosen]
+        if objective_s is None or any(cost.confidence < ENOUGH for cost in costs):
             return {}, {}
         lanes = min(self._snapshot.lanes, len(chosen))
-        running = self._sequences(chosen, [sizes[index] for index in chosen])
-        costs = [self.views[index].cost for index in chosen]
-        fixed_s = sum(cost.step_s for cost in costs) / lanes
-        decode_s = sum(cost.sequence_s * count for cost, count in zip(costs, running, strict=True)) / lanes
-        part = min(max(objective_s - fixed_s, 0.0) / decode_s, 1.0) if decode_s else 1.0
-        remaining_s = max(objective_s - fixed_s - part * decode_s, 0.0) * lanes
+        left_s = objective_s - sum(cost.step_s for cost in costs) / lanes
+        if left_s <= 0:
+            return {}, {}
+        counts = self._sequences(chosen, [sizes[index] for index in chosen])
+        decode_s = sum(cost.sequence_s * count for cost, count in zip(costs, counts, strict=True)) / lanes
+        part = min(left_s / decode_s, 1.0) if decode_s else 1.0
+        prompts_s = (left_s - part * decode_s) * lanes
         sequences, step_tokens = {}, {}
-        for index, cost, count in zip(chosen, costs, running, strict=True):
+        for index, cost, count in zip(chosen, costs, counts, strict=True):
             limits = self.views[index].limits
             if part < 1:
                 sequences[index] = min(max(int(part * count), 1), limits.seqs_ceiling)
             if cost.prompt_token_s:
-                tokens = int(part * count + remaining_s / cost.prompt_token_s)
-                rounded = 1 << max(tokens, 1).bit_length() - 1
-                step_tokens[index] = min(max(rounded, limits.step_tokens_floor), limits.step_tokens_ceiling)
+                prompt_tokens = max(int(prompts_s / cost.prompt_token_s), LEAST_PROMPT_TOKENS)
+                rounded = 1 << prompt_tokens.bit_length() - 1  # so that it rarely changes
+                step_tokens[index] = min(limits.seqs_ceiling + rounded, limits.step_tokens_ceiling)
         return sequences, step_tokens
 
     def _sequences(self, chosen: Engines, sizes: Sizes) -> list[float]:

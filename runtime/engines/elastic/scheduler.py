@@ -33,6 +33,8 @@ class ElasticScheduling:
         scheduler_config: Any
         vllm_config: Any
         running: list[Request]
+        deferred_waiting: set[Request]
+        get_request_counts: Callable[[], tuple[int, int]]
         prev_step_scheduled_req_ids: set[str]
         max_num_running_reqs: int
         max_model_len: int
@@ -94,7 +96,20 @@ class ElasticScheduling:
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if self.after_step:
             self.after_step()
+            self._refresh_counts(outputs)
         return outputs
+
+    def _refresh_counts(self, outputs: Any) -> None:
+        """Correct the figures that vLLM made before `after_step` may have preempted requests.
+
+        While admission is paused, there may be no further step to report them.
+        """
+        running, waiting = self.get_request_counts()
+        for output in outputs.values():
+            if output.scheduler_stats is not None:
+                output.scheduler_stats.num_running_reqs = running
+                output.scheduler_stats.num_waiting_reqs = waiting - len(self.deferred_waiting)
+                output.scheduler_stats.kv_cache_usage = self.kv_cache_manager.usage
 
     def _count(self, step: SchedulerOutput) -> None:
         """Add a step that has just ended to `work`.
@@ -104,7 +119,8 @@ class ElasticScheduling:
         now_s = time.monotonic()
         began_s = max(step.troupe_began_s, self._last_step_ended_s)
         self._last_step_ended_s = now_s
-        tokens, sequences = step.total_num_scheduled_tokens, len(step.num_scheduled_tokens)
+        drafts = sum(map(len, step.scheduled_spec_decode_tokens.values()))
+        tokens, sequences = step.total_num_scheduled_tokens - drafts, len(step.num_scheduled_tokens)
         if tokens:
             self.work = self.work.plus(now_s - began_s, sequences, tokens - sequences)
 

@@ -24,13 +24,13 @@ LIMITS = EngineLimits(
 )
 
 
-def view(name: str, kv_mib: float = 100, block_bytes: int = 0, **changes: Any) -> EngineView:
+def view(name: str, kv_mib: float = 100, block_bytes: int = 0, paused: bool = False, **changes: Any) -> EngineView:
     """Return an engine with a KV cache of `kv_mib`, half of it in use; a sequence takes 1 MiB."""
     kv = int(kv_mib * MIB)
-    grant = Grant(LIMITS.share(kv), LIMITS.seqs_ceiling, LIMITS.step_tokens_ceiling)
+    grant = Grant(LIMITS.share(kv), 0 if paused else LIMITS.seqs_ceiling, LIMITS.step_tokens_ceiling)
     return EngineView(
         name,
-        replace(LIMITS, block_bytes=block_bytes),
+        replace(LIMITS, block_bytes=block_bytes, block_tokens=16 if block_bytes else 0),
         grant,
         kv,
         kv // 2,
@@ -71,13 +71,19 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             sequence_bytes=draw(st.floats(1, 50 * MIB)),
             priority=draw(st.integers(1, 5)),
             minimum_share=draw(st.none() | st.floats(0, 1)),
+            paused=draw(st.booleans()),
             stalled_s=draw(st.sampled_from([0, 10])),
-            cost=StepCost(draw(st.floats(1e-6, 10)), draw(st.floats(0, 1)), draw(st.floats(0, 1))),
+            cost=StepCost(*draw(st.tuples(st.floats(1e-6, 10), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)))),
+            prompt_ratio=draw(st.floats(0, 1e4)),
+            reply_tokens=draw(st.floats(0, 1e4)),
+            slo_s=draw(st.none() | st.floats(1e-3, 1e3)),
+            ttft_slo_s=draw(st.none() | st.floats(1e-3, 1e3)),
+            tpot_slo_s=draw(st.none() | st.floats(1e-3, 10)),
         )
         for number in range(count)
     ]
     seen = snapshot(*views, movable_mib=draw(st.floats(count * 10 + 1, 2000)), now_s=draw(st.floats(0, 1e6)))
-    return replace(seen, lanes=draw(st.floats(1, count)))
+    return replace(seen, lanes=draw(st.floats(1, count)), lanes_confidence=draw(st.sampled_from([0, 1])))
 
 
 def record(policy: str = "static", now_s: float = 1.0, in_flight: int = 60) -> Record:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from runtime.control.costs import ENOUGH, PRIOR, PRIOR_LANES, Costs, StepCost
+from runtime.control.costs import ENOUGH, PRIOR, PRIOR_LANES, STALE_S, Costs, StepCost
+from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState, EngineStats, Work
 
 TRUE = {
@@ -18,6 +19,8 @@ TRUE = {
     "critic": StepCost(0.004, 0.00003, 0.00001),
 }
 LOOK_S = 0.05
+IDLE = {"a": 0}
+"""Calls in flight that an engine's own figures do not show yet."""
 
 
 def stats(work: Work, running: int = 0) -> EngineStats:
@@ -33,9 +36,10 @@ class _Step:
 
 
 class Device:
-    """Engines with the TRUE costs on a number of lanes, and the costs learnt from them."""
+    """Engines with the TRUE costs, times `slower`, on a number of lanes, and the costs learnt from them."""
 
-    def __init__(self, lanes: float, utilization: bool = False) -> None:
+    def __init__(self, lanes: float, utilization: bool = False, slower: float = 1) -> None:
+        self._slower = slower
         self.costs = Costs()
         self._lanes = lanes
         self._reports_utilization = utilization
@@ -68,28 +72,30 @@ class Device:
 
     def _step(self, name: str) -> _Step:
         sequences, prompt_tokens = self._rng.randint(1, 30), self._rng.choice([0, 0, 0, 500])
-        seconds = TRUE[name].seconds(sequences, prompt_tokens) * self._rng.gauss(1, 0.05)
+        seconds = self._slower * TRUE[name].seconds(sequences, prompt_tokens) * self._rng.gauss(1, 0.05)
         return _Step(seconds, sequences, prompt_tokens, self._now_s)
 
     def _look(self, utilization: float | None) -> None:
         running = {name: stats(work, int(name in self._steps)) for name, work in self._work.items()}
-        self.costs.look(self._now_s, running, utilization if self._reports_utilization else None)
+        calls = {name: int(name in self._steps) for name in TRUE}
+        self.costs.look(self._now_s, running, calls, utilization if self._reports_utilization else None)
 
 
 def alone_and_together(now_s: float) -> Collection[str]:
     return list(TRUE) if int(now_s) % 2 else [list(TRUE)[int(now_s / 2) % 3]]
 
 
+@pytest.mark.parametrize("slower", [1, 4])
 @pytest.mark.parametrize("lanes", [1, 1.7, 3])
-def test_costs_and_lanes_are_learnt_from_engines_that_compute_alone_and_together(lanes: float) -> None:
-    costs = Device(lanes).run(12, alone_and_together)
+def test_costs_and_lanes_are_learnt_from_engines_that_compute_alone_and_together(lanes: float, slower: float) -> None:
+    """With `slower` 4, a step takes up to 166 ms, which is longer than the time between two looks."""
+    costs = Device(lanes, slower=slower).run(20, alone_and_together)
     for name, true in TRUE.items():
         cost = costs.cost(name)
-        assert cost.confidence > 0.9
+        assert cost.confidence > 0.7
         for sequences, prompt_tokens in ((1, 0), (30, 0), (15, 500)):
-            assert cost.seconds(sequences, prompt_tokens) == pytest.approx(
-                true.seconds(sequences, prompt_tokens), rel=0.15
-            )
+            expected_s = slower * true.seconds(sequences, prompt_tokens)
+            assert cost.seconds(sequences, prompt_tokens) == pytest.approx(expected_s, rel=0.15)
     assert costs.lanes == pytest.approx(lanes, rel=0.15)
     assert costs.confidence > 0.8
 
@@ -117,7 +123,7 @@ def test_a_fit_follows_an_engine_that_becomes_slower() -> None:
     for step_s in (0.01, 0.03):
         for _ in range(1200):
             work, now_s = work.plus(step_s, 4, 0), now_s + 0.1
-            costs.look(now_s, {"a": stats(work, 4)})
+            costs.look(now_s, {"a": stats(work, 4)}, IDLE)
         assert costs.cost("a").seconds(4) == pytest.approx(step_s, rel=0.2)
 
 
@@ -125,7 +131,7 @@ def test_a_stall_is_not_the_cost_of_a_step() -> None:
     costs, work, now_s = Costs(), Work(), 0.0
     for number in range(50):
         work, now_s = work.plus(5.0 if number == 40 else 0.01, 4, 0), now_s + 6
-        costs.look(now_s, {"a": stats(work, 4)})
+        costs.look(now_s, {"a": stats(work, 4)}, IDLE)
     assert costs.cost("a").seconds(4) == pytest.approx(0.01, rel=0.5)
 
 
@@ -144,24 +150,46 @@ def test_absurd_reports_fall_back_to_the_prior_and_say_so_once(
     bad: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     costs, good = Costs(), Work(2, 0.02, 8, 0)
-    costs.look(0, {"a": stats(Work())})
-    costs.look(1, {"a": stats(good, 4)})
+    costs.look(0, {"a": stats(Work())}, IDLE)
+    costs.look(1, {"a": stats(good, 4)}, IDLE)
     assert costs.cost("a").confidence > 0
     with caplog.at_level(logging.WARNING):
         for number in range(3):
-            costs.look(2 + number, {"a": stats(replace(good, steps=4 + number, **bad), 4)})
+            costs.look(2 + number, {"a": stats(replace(good, steps=4 + number, **bad), 4)}, IDLE)
     fallback = costs.cost("a")
     assert replace(fallback, fault=None) == PRIOR
     assert fallback.fault is not None
-    assert fallback.fault.startswith("it reported 2 steps")
+    assert fallback.fault.startswith("it reported steps of ")
     assert len(caplog.records) == 1
-    for number in range(3):  # the next good report is believed
-        costs.look(10 + number, {"a": stats(Work(100 + number, 10 + 0.01 * number, 1000 + 4 * number, 0), 4)})
+    costs.look(9, {"a": stats(Work(100, 10, 1000, 0))}, IDLE)
+    for number in range(1, 3):  # the next good report is believed
+        costs.look(10 + number, {"a": stats(Work(100 + number, 10 + 0.01 * number, 1000 + 4 * number, 0), 4)}, IDLE)
     assert costs.cost("a").fault is None
 
 
-def test_a_restarted_engine_counts_from_zero() -> None:
+@pytest.mark.parametrize("before", [Work(100, 1.0, 400, 0), Work(1, 0.5, 60, 900)])
+def test_a_restarted_engine_counts_from_zero(before: Work) -> None:
     costs = Costs()
-    costs.look(0, {"a": stats(Work(100, 1.0, 400, 0))})
-    costs.look(1, {"a": stats(Work(1, 0.01, 4, 0), 4)})
+    costs.look(0, {"a": stats(before)}, IDLE)
+    costs.look(1, {"a": stats(Work(2, 0.02, 8, 0), 4)}, IDLE)
     assert costs.cost("a").fault is None
+
+
+def test_confidence_falls_while_an_engine_has_no_new_samples() -> None:
+    costs, work = Costs(), Work()
+    for number in range(30):
+        work = work.plus(0.01, 4, 0)
+        costs.look(number, {"a": stats(work, 4)}, IDLE)
+    assert costs.cost("a").confidence > 0.7
+    costs.look(30 + 2 * STALE_S, {"a": stats(work)}, IDLE)
+    assert costs.cost("a").confidence < 0.2
+
+
+def test_an_engine_in_its_first_step_computes_beside_the_others() -> None:
+    """It reports no running request before the step has ended."""
+    costs, work = Costs(), Work()
+    first_step = replace(stats(Work()), grant=Grant(0.5, 8, 2048))
+    for number in range(30):
+        costs.look(number, {"a": stats(work, 4), "b": first_step}, {"a": 4, "b": 1})
+        work = work.plus(0.01, 4, 0)
+    assert costs.cost("a").confidence < ENOUGH

@@ -1,19 +1,20 @@
 """A pause ends in time, whatever the policy does."""
 
 from dataclasses import replace
+from typing import Any
 
 from runtime.control import pauses
 from runtime.control.snapshot import EngineView
 from tests.runtime.control.builders import LIMITS, snapshot, view
 
 
-def paused(name: str, for_s: float, **changes: int) -> EngineView:
+def paused(name: str, for_s: float, **changes: Any) -> EngineView:
     seen = view(name, paused_s=for_s, **changes)
     return replace(seen, grant=replace(seen.grant, max_active_seqs=0))
 
 
 def test_an_overdue_engine_is_admitted_with_the_memory_that_the_decision_gives_it() -> None:
-    seen = snapshot(paused("a", pauses.MOST_S + 1, in_flight=3), view("b", in_flight=9))
+    seen = snapshot(paused("a", pauses.MOST_S + 1, in_flight=3, oldest_wait_s=11), view("b", in_flight=9))
     decided = {"a": replace(seen.engines["a"].grant, gpu_memory_utilization=0.123)}
     grants = pauses.end_overdue(seen, decided)
     assert grants == {"a": replace(decided["a"], max_active_seqs=LIMITS.seqs_ceiling)}
@@ -22,12 +23,18 @@ def test_an_overdue_engine_is_admitted_with_the_memory_that_the_decision_gives_i
 
 def test_pauses_that_are_short_or_make_nobody_wait_stay() -> None:
     seen = snapshot(
-        paused("short", pauses.MOST_S - 1, in_flight=3),
+        paused("short", pauses.MOST_S - 1, in_flight=3, oldest_wait_s=20),
         paused("idle", pauses.MOST_S + 1),
+        paused("was idle", pauses.MOST_S + 1, in_flight=1, oldest_wait_s=1),
         paused("drains", pauses.MOST_S + 1, in_flight=2, running=2),
         view("admitted", in_flight=9),
     )
     assert pauses.end_overdue(seen, {}) == {}
+
+
+def test_an_engine_that_reports_requests_as_running_but_makes_no_step_is_overdue_too() -> None:
+    seen = snapshot(paused("a", 20, in_flight=2, running=2, stalled_s=11), view("b", in_flight=9))
+    assert set(pauses.end_overdue(seen, {})) == {"a"}
 
 
 def test_a_decision_starves_if_it_pauses_every_engine_with_requests() -> None:

@@ -180,7 +180,7 @@ def test_waterfill_makes_no_small_changes() -> None:
     assert decide("waterfill", seen, damping=0) == {"a": 150, "b": 150}
 
 
-A_GPU = StepCost(0.010, 0.0001, 0)
+A_GPU = StepCost(0.010, 0.0001, 0, confidence=0.9)
 """A step mostly reads the weights, so that large batches pay."""
 A_CPU = StepCost(0.0028, 0.00014, 0)
 
@@ -260,20 +260,23 @@ def test_turns_serves_an_engine_earlier_while_a_request_waits_for_its_objective(
 
 
 def test_turns_limits_concurrency_to_the_objective_for_the_time_between_tokens() -> None:
-    """A step of 40 sequences takes 14 ms. 12 ms are enough for 20, and 10 ms for one, because it takes no less."""
-    seen = team(a=50, b=90, c=60)
-    for objective_s, sequences in ((0.020, LIMITS.seqs_ceiling), (0.012, 20), (0.005, 1)):
+    """A step of 40 sequences takes 14 ms. 12 ms are enough for 20, and 5 ms for none, so that nothing is gained."""
+    seen = team(replace(A_GPU, prompt_token_s=0.00001), a=50, b=90, c=60)
+    for objective_s, sequences in ((0.020, LIMITS.seqs_ceiling), (0.012, 20), (0.005, LIMITS.seqs_ceiling)):
         grant = catalogue.make("turns").decide(changed(seen, "b", tpot_slo_s=objective_s)).grants["b"]
         assert grant.max_active_seqs == sequences
+        assert grant.max_step_tokens >= 256  # a prompt is not cut to pieces
+    unmeasured = changed(seen, "b", tpot_slo_s=0.012, cost=replace(A_GPU, confidence=0.2))
+    assert catalogue.make("turns").decide(unmeasured).grants["b"].max_active_seqs == LIMITS.seqs_ceiling
 
 
 def test_turns_limits_step_tokens_so_that_prompts_keep_the_objective_of_any_engine() -> None:
     """A round has 20 ms: 2 engines take 12 ms for 10 sequences each, and 8 ms are left for prompts of 10 µs a token."""
-    cost = StepCost(0.005, 0.0001, 0.00001)
+    cost = StepCost(0.005, 0.0001, 0.00001, confidence=0.9)
     seen = team(cost, a=10, b=10)
     assert {g.max_step_tokens for g in catalogue.make("turns").decide(seen).grants.values()} == {2048}
     decided = catalogue.make("turns").decide(changed(seen, "a", tpot_slo_s=0.020))
-    assert {g.max_step_tokens for g in decided.grants.values()} == {512}  # 810, rounded down to a power of two
+    assert {g.max_step_tokens for g in decided.grants.values()} == {64 + 512}  # 800, rounded down, and all sequences
     assert {g.max_active_seqs for g in decided.grants.values()} == {LIMITS.seqs_ceiling}
 
 
@@ -326,6 +329,22 @@ def test_an_engine_whose_step_never_ends_gets_no_turn() -> None:
     seen = team(a=50, b=200, c=60)
     stuck = {name: replace(v, stalled_s=5.0 if name == "b" else 0.0) for name, v in seen.engines.items()}
     assert admitted(replace(seen, engines=stuck)) == {"c"}
+
+
+def test_a_paused_engine_is_not_taken_for_one_whose_step_never_ends() -> None:
+    """After a preemption it may still report requests as running, and makes no steps because it is paused."""
+    seen = serving(team(a=50, b=200, c=60), "a")
+    assert admitted(changed(seen, "b", stalled_s=5.0, running=3)) == {"b"}
+
+
+@pytest.mark.parametrize(("reply_tokens", "kept_mib"), [(0, 14), (16, 20), (500, 26)])
+def test_draining_engines_keep_room_for_their_requests_to_grow(reply_tokens: float, kept_mib: float) -> None:
+    limits = replace(LIMITS, block_bytes=MIB, block_tokens=16)
+    drains: dict[str, Any] = {"running": 12, "kv_used_bytes": 14 * MIB, "reply_tokens": reply_tokens}
+    seen = changed(team(a=30, b=90), "a", limits=limits, **drains)
+    decided = catalogue.make("turns").decide(seen)
+    assert decided.grants["a"].max_active_seqs == 0
+    assert sizes(decided, seen)["a"] == kept_mib
 
 
 @given(seen=snapshots())

@@ -1,6 +1,7 @@
 """Replay counts and describes the decisions in which another policy differs from the log."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ async def test_differences_of_another_policy_are_returned_with_its_reasons() -> 
     ("change", "pausing"),
     [({"max_active_seqs": 0}, 1), ({"max_active_seqs": 8}, 0), ({"max_step_tokens": 512}, 0)],
 )
-async def test_a_difference_of_concurrency_or_step_tokens_alone_counts(change: dict[str, int], pausing: int) -> None:
+async def test_a_difference_of_concurrency_or_step_tokens_alone_counts(change: dict[str, Any], pausing: int) -> None:
     logged = record()
     assert logged.decision is not None
     grants = {**logged.decision.grants, "a": replace(logged.decision.grants["a"], **change)}
