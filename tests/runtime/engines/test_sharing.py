@@ -154,7 +154,7 @@ async def test_an_impossible_decision_is_rejected_and_changes_nothing(
     assert shares(three) == {"a": 0.3, "b": 0.4, "c": 0.3}
 
 
-@pytest.mark.parametrize(("seqs", "tokens"), [(0, 2048), (65, 2048), (-1, 2048), (64, 0), (64, 4096)])
+@pytest.mark.parametrize(("seqs", "tokens"), [(65, 2048), (-1, 2048), (64, 0), (64, 4096)])
 async def test_concurrency_outside_its_bounds_is_rejected(three: Three, seqs: int, tokens: int) -> None:
     outcome = (await three.sharing.resize({"a": Grant(0.3, seqs, tokens)}))["a"]
     assert isinstance(outcome, Rejected)

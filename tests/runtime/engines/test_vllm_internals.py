@@ -119,8 +119,8 @@ OVERRIDDEN: dict[type, set[str]] = {
     executor.InCoreExecutor: {"_init_executor"},
     pool.CompactQueue: {"__init__", "popleft", "popleft_n", "remove", "prepend_n", "get_all_free_blocks"},
     pool.ElasticBlockPool: {"__init__", "free_blocks", "_insert_block_hash", "get_usage", "reset_prefix_cache"},
-    scheduler.ElasticScheduler: {"__init__", "update_from_output"},
-    scheduler.ElasticAsyncScheduler: {"__init__", "update_from_output"},
+    scheduler.ElasticScheduler: {"__init__", "schedule", "update_from_output", "make_stats"},
+    scheduler.ElasticAsyncScheduler: {"__init__", "schedule", "update_from_output", "make_stats"},
     cpu_worker.ElasticCPUWorker: ELASTIC_WORKER,
     cuda_worker.ElasticCUDAWorker: ELASTIC_WORKER,
 }
@@ -136,7 +136,9 @@ CALLERS = [
     (pool.ElasticBlockPool, "_insert_block_hash", "self", "vllm.v1.core.block_pool"),
     (pool.ElasticBlockPool, "get_usage", "pool", "vllm.v1.core.kv_cache_manager"),
     (pool.ElasticBlockPool, "reset_prefix_cache", "pool", "vllm.v1.core.kv_cache_coordinator"),
+    (scheduler.ElasticScheduler, "schedule", "scheduler", "vllm.v1.engine.core"),
     (scheduler.ElasticScheduler, "update_from_output", "scheduler", "vllm.v1.engine.core"),
+    (scheduler.ElasticScheduler, "make_stats", "self", "vllm.v1.core.sched.scheduler"),
     (worker.ElasticWorker, "_maybe_get_memory_pool_context", "self", "vllm.v1.worker.gpu_worker"),
     (vllm_engine.LatestStats, "record", "logger", "vllm.v1.metrics.loggers"),
     (vllm_engine.LatestStats, "log_engine_initialized", "logger", "vllm.v1.metrics.loggers"),
@@ -154,7 +156,7 @@ READ = {
     "vllm.outputs:RequestOutput": "outputs prompt_token_ids",
     "vllm.outputs:CompletionOutput": "text token_ids finish_reason logprobs",
     "vllm.logprobs:Logprob": "logprob rank decoded_token",
-    "vllm.v1.metrics.stats:SchedulerStats": "num_running_reqs num_waiting_reqs kv_cache_usage",
+    "vllm.v1.metrics.stats:SchedulerStats": "num_running_reqs num_waiting_reqs kv_cache_usage kv_connector_stats",
     "vllm.v1.metrics.stats:IterationStats": "num_preempted_reqs",
     "vllm.sampling_params:RequestOutputKind": "DELTA",
     # The configuration.
@@ -172,7 +174,7 @@ READ = {
     WORKER: "cache_config device init_snapshot model_runner vllm_config",
     CPU_WORKER: "cache_config device init_snapshot model_runner vllm_config",
     SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
-    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free",
+    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state deferred_waiting",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool watermark_blocks",
     POOL: "blocks free_block_queue num_gpu_blocks",
     BLOCKS: "num_free_blocks",
@@ -180,7 +182,7 @@ READ = {
     "vllm.v1.request:Request": "request_id",
     "vllm.v1.kv_cache_layout:KVCacheLayout": "is_block_outermost is_block_compact",
     "vllm.v1.core.sched.output:SchedulerOutput": "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens"
-    " total_num_scheduled_tokens",
+    " total_num_scheduled_tokens scheduled_spec_decode_tokens",
     "vllm.v1.core.sched.output:NewRequestData": "block_ids",
     "vllm.v1.core.sched.output:CachedRequestData": "new_block_ids",
     "vllm.utils.mem_utils:MemoryProfilingResult": "transient_peak_headroom",
@@ -204,7 +206,8 @@ LOOKED_UP = {
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": "allocate_kv_cache",
     "vllm.v1.engine.core:EngineCore._initialize_kv_caches": "get_supported_kv_cache_layouts compile_or_warm_up_model",
     f"{WORKER}.compile_or_warm_up_model": "execute_model",
-    f"{SCHEDULER}.schedule": "max_num_active_reqs max_num_scheduled_tokens",
+    f"{SCHEDULER}.schedule": "max_num_active_reqs max_num_scheduled_tokens _pause_state UNPAUSED",
+    f"{SCHEDULER}.get_num_unfinished_requests": "_pause_state PAUSED_NEW",  # so that a paused engine core waits
     f"{SCHEDULER}._preempt_request": "waiting prepend_request",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": "watermark_blocks",
     f"{POOL}.get_new_blocks": "popleft_n _maybe_evict_cached_block",
