@@ -150,8 +150,8 @@ class PolicyChoice(Choice):
     name: str = Field(
         default="waterfill",
         min_length=1,
-        description="Name of a registered policy. Built in are `waterfill`, `static`, `round_robin`, `paper`, "
-        "`modelclaim` and `on_demand`.",
+        description="Name of a registered policy. Built in are `waterfill`, `turns`, `static`, `round_robin`, "
+        "`paper`, `modelclaim` and `on_demand`.",
     )
 
 

@@ -145,7 +145,7 @@ def compare(a: Path, b: Path, everything: bool, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, and where the results go. With `step_times`, engines take turns on an emulated device."""
+    """The runs of a benchmark and their folder. With `step_times`, engines take turns on an emulated device."""
 
     config: Config
     source: Source

@@ -10,7 +10,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from agents.arithmetic import oracle
 from runtime import config as configuration
 from runtime import logs, run_folder
 from runtime.assembly import RunningTeam, start_team
@@ -26,7 +25,6 @@ from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.fake import Script
-from runtime.engines.request import GenerateRequest
 from runtime.errors import ConfigError
 from runtime.jobs import problems
 from runtime.jobs.job import Job
@@ -38,7 +36,7 @@ from runtime.simulation import paper as paper_model
 from runtime.simulation import roofline as rooflines
 from runtime.simulation import virtual_time
 from runtime.simulation.assembly import MODEL as CONSTANTS
-from runtime.simulation.calls import calls_per_s
+from runtime.simulation.calls import calls_per_s, reply
 from runtime.simulation.fit import Measurement
 from runtime.simulation.lengths import drawn
 from runtime.simulation.load import Model
@@ -125,7 +123,7 @@ def load(
             f"{chosen.source}: device.kv_cache_memory_bytes: this key is required for a simulation; "
             "give the KV cache of all engines together, such as 18MiB"
         )
-    simulated = Simulated(assemble(chosen), teams, engines, _oracle, budget_bytes, lengths)
+    simulated = Simulated(assemble(chosen), teams, engines, reply, budget_bytes, lengths)
     _run(plan, simulated, as_json)
 
 
@@ -290,8 +288,3 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
     click.echo("\r\033[K", nl=False, err=True)
     return runs
-
-
-def _oracle(request: GenerateRequest) -> str:
-    """Return the correct reply of the embedded team's models."""
-    return oracle.reply(request.messages[-1].content)

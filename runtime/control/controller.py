@@ -146,11 +146,7 @@ class Controller:
         if silent or stats.state is not EngineState.READY or stats.grant is None:
             state = "silent" if silent else stats.state
             raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
-        return (
-            pauses.admitting(stats.grant, self._engines[engine].limits)
-            if pauses.is_paused(stats.grant)
-            else stats.grant
-        )
+        return pauses.admitting(stats.grant, self._engines[engine].limits)
 
     def pin(self, engine: str, grant: Grant | None = None) -> None:
         """Hold an engine at a grant (its current one if None); policies divide the rest of the budget.

@@ -53,7 +53,7 @@ UTILIZATION_S = 1.0
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes, in seconds: `step_s`, plus `sequence_s` a sequence, plus `prompt_token_s` a prompt token.
+    """The time of a step, in seconds: `step_s`, plus `sequence_s` a sequence, plus `prompt_token_s` a prompt token.
 
     `confidence` is the measured part of the estimate, from 0 (assumed) to 1. `fault` says why nothing was measured.
     """
@@ -64,9 +64,9 @@ class StepCost:
     confidence: float = 0.0
     fault: str | None = None
 
-    def seconds(self, sequences: float, prompt_tokens: float = 0.0) -> float:
-        """Return the time of a step with the device to itself."""
-        return self.step_s + self.sequence_s * sequences + self.prompt_token_s * prompt_tokens
+    def seconds(self, sequences: float, prompt_tokens: float = 0.0, steps: int = 1) -> float:
+        """Return the time of some steps together, with the device to themselves."""
+        return self.step_s * steps + self.sequence_s * sequences + self.prompt_token_s * prompt_tokens
 
 
 PRIOR = StepCost(step_s=0.004, sequence_s=0.00015, prompt_token_s=0.00003)
@@ -161,12 +161,12 @@ class Costs:
 
     @property
     def lanes(self) -> float:
-        """How many engines the device serves at full speed at once."""
+        """Return how many engines the device serves at full speed at once."""
         return max((self._worked_s + PRIOR_LANES * PRIOR_LANES_S) / (self._busy_s + PRIOR_LANES_S), 1.0)
 
     @property
     def confidence(self) -> float:
-        """The measured part of `lanes`, from 0 (assumed) to 1."""
+        """Return the measured part of `lanes`, from 0 (assumed) to 1."""
         return self._busy_s / (self._busy_s + PRIOR_LANES_S)
 
     def look(
@@ -250,7 +250,7 @@ class Costs:
         costs = {name: self.cost(name) for name in computing}
         if any(cost.confidence < ENOUGH for cost in costs.values()):
             return
-        alone_s = {name: _alone_s(costs[name], new) for name, new in done.items()}
+        alone_s = {name: costs[name].seconds(new.sequences, new.prompt_tokens, new.steps) for name, new in done.items()}
         fade = math.exp(-elapsed_s / UTILIZATION_S)
         self._recently_worked_s = fade * self._recently_worked_s + sum(alone_s.values())
         self._recent_s = fade * self._recent_s + elapsed_s
@@ -267,11 +267,6 @@ class Costs:
         fade = math.exp(-busy_s / MEMORY_S)
         self._worked_s = fade * self._worked_s + worked_s
         self._busy_s = fade * self._busy_s + busy_s
-
-
-def _alone_s(cost: StepCost, steps: Work) -> float:
-    """Return the seconds that some steps would have taken with the device to themselves."""
-    return cost.step_s * steps.steps + cost.sequence_s * steps.sequences + cost.prompt_token_s * steps.prompt_tokens
 
 
 def _non_negative(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:

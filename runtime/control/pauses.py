@@ -40,8 +40,8 @@ def starves(snapshot: Snapshot, grants: Mapping[str, Grant]) -> bool:
 
 
 def admitting(grant: Grant, limits: EngineLimits) -> Grant:
-    """Return a grant with the same memory and full concurrency."""
-    return replace(grant, max_active_seqs=limits.seqs_ceiling, preempt=False)
+    """Return a grant at full concurrency if it pauses admission, otherwise unchanged. Its memory stays the same."""
+    return replace(grant, max_active_seqs=limits.seqs_ceiling, preempt=False) if is_paused(grant) else grant
 
 
 def is_paused(grant: Grant) -> bool:

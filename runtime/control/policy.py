@@ -10,7 +10,7 @@ returns `decision`, which rounds to whole KV blocks.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated
@@ -18,6 +18,7 @@ from typing import Annotated
 from pydantic import PlainSerializer
 
 from agents.role import Value
+from runtime.control import pauses
 from runtime.control.snapshot import Snapshot
 from runtime.engines.grant import Grant
 
@@ -169,12 +170,7 @@ def unchanged(snapshot: Snapshot, reason: str) -> Decision:
     if sum(sizes) > snapshot.movable_bytes:
         sizes = fit(snapshot, bound(snapshot, sizes))
         return decision(snapshot, sizes, lambda index: f"{reason}; shrunk because the budget was cut")
-    grants = {
-        view.name: view.grant
-        if view.grant.max_active_seqs
-        else replace(view.grant, max_active_seqs=view.limits.seqs_ceiling, preempt=False)
-        for view in snapshot.views
-    }
+    grants = {view.name: pauses.admitting(view.grant, view.limits) for view in snapshot.views}
     return Decision(grants, dict.fromkeys(snapshot.engines, reason))
 
 

@@ -32,7 +32,7 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine's steps have done since it started. All counts only grow.
+    """The work of an engine's steps since it started, in counts that only grow.
 
     - `steps`: steps that computed at least one token; `busy_s`: the seconds that they took together.
     - `sequences`: the sequences in a step, summed over the steps.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from agents.arithmetic import oracle
 from runtime.bench.workload import Source
+from runtime.engines.request import GenerateRequest
 from runtime.errors import ConfigError
 from runtime.jobs.job import Job
 from runtime.jobs.team import Team
@@ -21,7 +22,7 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
     `teams` has the team of each phase. Raises ConfigError if a phase has no rate.
     """
     constants = load.read(MODEL)
-    scripts = dict.fromkeys(constants.engines, lambda request: oracle.reply(request.messages[-1].content))
+    scripts = dict.fromkeys(constants.engines, reply)
     arrivals = source.draw(1, 0).arrivals
     calls: dict[str, dict[str, float]] = {}
     async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale=0) as (engines, _):
@@ -36,3 +37,8 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
             requests = await record(teams[phase.name], engines, jobs)
             calls[phase.name] = {name: phase.jobs_per_s * len(sent) / len(jobs) for name, sent in requests.items()}
     return calls
+
+
+def reply(request: GenerateRequest) -> str:
+    """Return the correct reply of the embedded team's models to a role's chat."""
+    return oracle.reply(request.messages[-1].content)

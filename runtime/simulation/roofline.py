@@ -132,7 +132,7 @@ The data sheets give FLOP/s with sparsity for L4, H100 and H200. Half of that is
 
 
 class SharingMode(StrEnum):
-    """How the engines' processes share the GPU: in turns (CUDA's default), or with overlapping kernels (MPS)."""
+    """The way in which engines share the GPU: in turns (CUDA's default), or with overlapping kernels (MPS)."""
 
     TIME_SLICING = "time-slicing"
     MPS = "mps"

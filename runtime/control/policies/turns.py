@@ -124,22 +124,30 @@ class Turns(Waterfill):
 
 
 class _Demand:
-    """What the engines of a snapshot need, and what sets of them are worth."""
+    """The needs of the engines of a snapshot, and the value of sets of these engines."""
 
     def __init__(self, snapshot: Snapshot, needs: Sizes) -> None:
         self.views: Sequence[EngineView] = snapshot.views
         self._snapshot = snapshot
         self._needs = needs
         self._shares = [view.sequence_bytes / view.priority for view in self.views]
-        self._kept = [
+
+    @cached_property
+    def _kept(self) -> Sizes:
+        """Return the bytes that each engine keeps while others are served."""
+        return [
             min(max(float(view.limits.kv_floor_bytes), self._draining_bytes(index)), need)
-            for index, (view, need) in enumerate(zip(self.views, needs, strict=True))
+            for index, (view, need) in enumerate(zip(self.views, self._needs, strict=True))
         ]
-        self._free_bytes = snapshot.movable_bytes - sum(self._kept)
+
+    @cached_property
+    def _free_bytes(self) -> float:
+        """Return the bytes that no engine keeps."""
+        return self._snapshot.movable_bytes - sum(self._kept)
 
     @cached_property
     def fits(self) -> bool:
-        """Whether memory is enough for all needs."""
+        """Return True if memory is enough for all needs."""
         return sum(self._needs) <= self._snapshot.movable_bytes
 
     @cached_property
@@ -166,7 +174,7 @@ class _Demand:
         return again_s < WORTH_PREEMPTING * finish_s
 
     def _draining_bytes(self, index: int) -> float:
-        """Return what an engine keeps while others are served: the memory of its running requests, with room to grow.
+        """Return the memory of an engine's running requests, with room to grow; 0 if they will be preempted.
 
         Without room they would be preempted, and not admitted again before the engine's next turn. Half a reply is to
         come on average, but no more than a block before the next decision.
