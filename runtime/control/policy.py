@@ -98,9 +98,15 @@ def bound(snapshot: Snapshot, wanted: Sizes) -> Sizes:
 
 
 def damp(snapshot: Snapshot, wanted: Sizes, least: float) -> Sizes:
-    """Keep the current size of every engine that would change by less than the fraction `least` of it."""
+    """Keep the current size of every engine that would change by less than the fraction `least` of it.
+
+    A size below the engine's floor is not kept: a policy may have raised the floor.
+    """
     return [
-        view.kv_cache_bytes if abs(size - view.kv_cache_bytes) < least * view.kv_cache_bytes else size
+        view.kv_cache_bytes
+        if abs(size - view.kv_cache_bytes) < least * view.kv_cache_bytes
+        and view.kv_cache_bytes >= view.limits.kv_floor_bytes
+        else size
         for view, size in zip(snapshot.views, wanted, strict=True)
     ]
 

@@ -377,9 +377,23 @@ def test_bound_damp_and_fit() -> None:
     seen = snapshot(view("a", 100), view("b", 100), movable_mib=100)
     assert bound(seen, [0, 1e12]) == [LIMITS.kv_floor_bytes, LIMITS.kv_ceiling_bytes]
     assert damp(seen, [104 * MIB, 90 * MIB], 0.05) == [100 * MIB, 90 * MIB]
+    assert damp(snapshot(view("a", 9.9)), [10 * MIB], 0.05) == [10 * MIB]
     assert fit(seen, [10 * MIB, 40 * MIB]) == [10 * MIB, 40 * MIB]
     assert fit(seen, [10 * MIB, 990 * MIB]) == [10 * MIB, 90 * MIB]
     assert fit(snapshot(view("a"), movable_mib=0), [50 * MIB]) == [10 * MIB]
+
+
+def test_turns_stays_within_the_budget_while_an_engine_is_just_below_its_minimum_share() -> None:
+    """Hypothesis found 0.5 MiB too much: damping kept the engine below its floor, and whole blocks raised it again."""
+    seen = snapshot(
+        view("a", 10, sequence_bytes=10.5 * MIB),
+        view("b", 489, minimum_share=1, block_bytes=1),
+        view("c", 10, minimum_share=0.5),
+        view("d", 10),
+        view("e", 10),
+        movable_mib=804,
+    )
+    assert sum(decide("turns", seen).values()) <= 804
 
 
 def test_bound_passes_nan_on() -> None:
