@@ -148,9 +148,9 @@ class PolicyChoice(Choice):
     """The policy that divides memory among the engines. Every key but `name` is an option of that policy."""
 
     name: str = Field(
-        default="waterfill",
+        default="turns",
         min_length=1,
-        description="Name of a registered policy. Built in are `waterfill`, `turns`, `static`, `round_robin`, "
+        description="Name of a registered policy. Built in are `turns`, `waterfill`, `static`, `round_robin`, "
         "`paper`, `modelclaim` and `on_demand`.",
     )
 

@@ -32,7 +32,7 @@ from runtime.errors import ConfigError, InputError
 from runtime.events import EngineChanged, Event, fan_out
 from runtime.jobs.team import Team, assemble
 
-POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill"
+POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill,turns"
 
 
 class _RunByDefault(click.Group):

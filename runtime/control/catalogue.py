@@ -10,7 +10,7 @@ from agents.role import Value, explain
 from runtime.control.policy import Policy
 from runtime.errors import ConfigError, PluginError
 
-DEFAULT = "waterfill"
+DEFAULT = "turns"
 
 
 def make(name: str, options: Mapping[str, Any] | None = None, place: str = "control.policy") -> Policy:

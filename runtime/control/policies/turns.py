@@ -1,4 +1,4 @@
-"""`turns`: serve engines in turns where that finishes more work, and divide memory as `waterfill` does.
+"""`turns`, the default: serve engines in turns where that finishes more work, and divide memory as `waterfill` does.
 
 A step of an engine with n sequences takes a + b n seconds: `a` is the price of the step, mostly that of reading the
 weights, and `b` that of a sequence. A device serves L engines at once at full speed; L is its number of lanes. A round

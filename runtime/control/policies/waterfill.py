@@ -1,4 +1,4 @@
-"""`waterfill`, the default: max-min fair shares.
+"""`waterfill`: max-min fair shares.
 
 An engine needs KV cache for its calls in flight only; more does not speed it up. So the policy divides memory in three
 steps:

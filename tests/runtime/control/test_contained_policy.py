@@ -122,7 +122,7 @@ async def test_third_party_reasons_are_formatted_at_once_and_their_faults_contai
     assert await policy.decide(SEEN) == Answer(None, "policy mine raised RuntimeError('nothing to say')")
 
 
-@pytest.mark.parametrize("name", ["static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill"])
+@pytest.mark.parametrize("name", ["static", "round_robin", "paper", "modelclaim", "on_demand", "waterfill", "turns"])
 async def test_reasons_of_built_in_policies_are_formatted_only_when_read(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,5 +84,5 @@ async def test_decisions_have_reasons(start: Start) -> None:
     async with asyncio.timeout(60):
         while not (decisions := (await served.client.get("/control/decisions")).json()):
             await served.client.post("/jobs", json={"problem": PROBLEM})
-    assert decisions[0]["policy"] == "waterfill"
+    assert decisions[0]["policy"] == "turns"
     assert all(engine["reason"] for engine in decisions[0]["engines"].values())

@@ -43,7 +43,7 @@ async def test_submitted_problem_appears_with_its_steps(start: Start, browser: B
         page, complaints = await open_page(
             browser, served.url, color_scheme=scheme, viewport={"width": size[0], "height": size[1]}
         )
-        await expect(page.locator("#state")).to_contain_text("policy waterfill")
+        await expect(page.locator("#state")).to_contain_text("policy turns")
         await expect(page.locator("#engines tr")).to_have_count(3)
         # Use the keyboard only.
         await page.keyboard.press("Tab")
@@ -56,7 +56,7 @@ async def test_submitted_problem_appears_with_its_steps(start: Start, browser: B
         await job.locator("summary").focus()
         await page.keyboard.press("Enter")
         await expect(job).to_contain_text("solver: 12+7 → 19")
-        await expect(page.locator("#decisions > li").first).to_contain_text("waterfill")
+        await expect(page.locator("#decisions > li").first).to_contain_text("turns")
         assert await page.locator("#shares canvas").count() == 1
         width = await page.evaluate("document.documentElement.scrollWidth")
         assert width <= size[0]  # no horizontal scrolling on a phone

@@ -26,4 +26,4 @@ async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
     assert device["lanes"] >= 1
     assert 0 <= device["lanes_confidence"] <= 1
     assert 0 < grant["gpu_memory_utilization"] <= 1
-    assert decision["policy"] == "waterfill"
+    assert decision["policy"] == "turns"
