@@ -19,8 +19,13 @@ from agents.names import nearest
 from agents.role import Role, Value
 from agents.workflow import Workflow
 
-Kind = Literal["role", "workflow", "policy"]
-GROUPS: dict[Kind, str] = {"role": "troupe.roles", "workflow": "troupe.workflows", "policy": "troupe.policies"}
+Kind = Literal["role", "workflow", "policy", "residency policy"]
+GROUPS: dict[Kind, str] = {
+    "role": "troupe.roles",
+    "workflow": "troupe.workflows",
+    "policy": "troupe.policies",
+    "residency policy": "troupe.residency",
+}
 TROUPE = "troupe-llm"
 T = TypeVar("T")
 

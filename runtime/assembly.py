@@ -1,9 +1,10 @@
 """Puts a running team together: its engines, the controller that resizes them, and the orchestrator that runs jobs."""
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Self
 
 from runtime.config import Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
@@ -17,9 +18,13 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
-from runtime.events import EngineChanged, Event, Listener, ignore
+from runtime.events import EngineChanged, Event, JobAdvanced, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
+from runtime.residency import catalogue
+from runtime.residency.call_times import CallTimes
+from runtime.residency.keeper import Keeper, Rules
+from runtime.residency.policy import ResidencyPolicy
 from runtime.telemetry.reading import Reading
 from runtime.telemetry.sampler import Sampler, best_source
 
@@ -28,9 +33,10 @@ Publish = Callable[[Record], None]
 
 
 class RunningTeam:
-    """A team whose engines are ready, with their controller and orchestrator. The engines may be real or modelled.
+    """A team whose engines have started, with their controller, keeper and orchestrator.
 
-    `orchestrator` runs jobs of `team`. `controller` resizes the engines while its context is entered.
+    The engines may be real or modelled. While the team's context is entered, `controller` resizes the engines, and
+    `keeper` puts them to sleep and wakes them. `orchestrator` runs jobs of `team`.
     """
 
     def __init__(
@@ -45,6 +51,8 @@ class RunningTeam:
         publish: Publish = lambda record: None,
         reading: Callable[[], Reading] | None = None,
         log: DecisionLog | None = None,
+        residency: ResidencyPolicy | None = None,
+        may_sleep: Collection[str] = (),
     ) -> None:
         self.team = team
         self.engines = engines
@@ -52,11 +60,13 @@ class RunningTeam:
         self._price = control.price_per_gpu_hour
         self._listener = listener
         self._forecast = Forecast()
+        self._call_times = CallTimes()
         self._policies = policies
+        requirements = engine_requirements(team)
         self.controller = Controller(
             engines,
             sharing,
-            Snapshotter(engines, self._forecast, engine_requirements(team), reading),
+            Snapshotter(engines, self._forecast, requirements, reading),
             policies.policy,
             every_s=control.every_s,
             grace_s=control.grace_s,
@@ -64,7 +74,29 @@ class RunningTeam:
             log=log,
             publish=publish,
         )
+        rules = {name: Rules(name in may_sleep, terms.priority) for name, terms in requirements.items()}
+        self._may_sleep = may_sleep
+        self.keeper = Keeper(
+            engines,
+            sharing,
+            self._forecast,
+            self._call_times,
+            residency or catalogue.make("keep"),
+            rules,
+            self.controller.wake,
+        )
         self.orchestrator = self.orchestrate(team)
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as owned:
+            await owned.enter_async_context(self.controller)
+            if self._may_sleep:
+                await owned.enter_async_context(self.keeper)
+            self._owned = owned.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._owned.aclose()
 
     def orchestrate(self, team: Team, stream_interval: int = STREAM_INTERVAL) -> Orchestrator:
         """Return an orchestrator that runs jobs of a team on these engines.
@@ -72,7 +104,9 @@ class RunningTeam:
         Its events go to the forecast, the controller and the listener. `stream_interval` is the number of tokens that
         an engine sends at once.
         """
-        self._forecast.seat({seat.name: seat.engine for seat in team.seats.values()})
+        engine_of = {seat.name: seat.engine for seat in team.seats.values()}
+        self._forecast.seat(engine_of)
+        self._call_times.seat(engine_of)
         return Orchestrator(team, self.engines, self._on_event, self._price, stream_interval)
 
     def use_policy(self, choice: PolicyChoice) -> None:
@@ -80,13 +114,20 @@ class RunningTeam:
         self.controller.use(self._policies.contain(choice, "policy"))
 
     def generate(self, engine: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream the reply to a request that belongs to no job. The controller checks for a burst at once."""
+        """Stream the reply to a request that belongs to no job. An engine that sleeps wakes for it.
+
+        The controller checks for a burst at once.
+        """
         self.controller.look()
+        self.keeper.look()
         return self.engines[engine].generate(request)
 
     def _on_event(self, event: Event) -> None:
         self._forecast.on_event(event)
+        self._call_times.on_event(event)
         self.controller.on_event(event)
+        if isinstance(event, JobAdvanced):
+            self.keeper.look()
         self._listener(event)
 
 
@@ -111,6 +152,7 @@ async def start_team(
 
     async with AsyncExitStack() as owned:
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
+        residency = catalogue.make(config.residency.policy.name, config.residency.policy.options)
         fleet = await owned.enter_async_context(
             Fleet(
                 needed_engines(config, team),
@@ -119,6 +161,7 @@ async def start_team(
                 config.device.memory_bytes,
                 kv_cache_bytes=config.device.kv_cache_memory_bytes,
                 step_times=step_times,
+                one_at_a_time=config.oversubscribed,
             )
         )
         on_gpu = any(engine.limits.device_uuid for engine in fleet.engines.values())
@@ -134,8 +177,10 @@ async def start_team(
             publish=publish,
             reading=lambda: sampler.latest,
             log=log,
+            residency=residency,
+            may_sleep=[name for name in fleet.engines if config.may_sleep(name)],
         )
-        await owned.enter_async_context(running.controller)
+        await owned.enter_async_context(running)
         yield running
 
 

@@ -186,6 +186,25 @@ class Control(Section):
     )
 
 
+class ResidencyChoice(Choice):
+    """The policy that decides which engines are on the device. Every key but `name` is an option of that policy."""
+
+    name: str = Field(
+        default="keep",
+        min_length=1,
+        description="Name of a registered residency policy. Built in are `keep`, `job_graph`, `ttl`, `lru` and "
+        "`histogram`. With `keep`, no engine sleeps.",
+    )
+
+
+class Residency(Section):
+    """Which engines are on the device. The others sleep: they give all their memory back until they are called."""
+
+    policy: ResidencyChoice = Field(
+        default=ResidencyChoice(), description="The policy that puts engines to sleep and wakes them."
+    )
+
+
 class Service(Section):
     """How `troupe serve` is reached over HTTP, how many jobs it accepts, and how long it keeps them."""
 
@@ -278,6 +297,7 @@ class Config(Section):
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
     control: Control = Field(default=Control(), description="How the controller moves memory between engines.")
+    residency: Residency = Field(default=Residency(), description="Which engines are on the device.")
     service: Service = Field(default=Service(), description="How `troupe serve` is reached and what it accepts.")
     mqtt: Mqtt | None = Field(
         default=None, description="The MQTT broker that the service connects to. By default it connects to none."
@@ -307,14 +327,35 @@ class Config(Section):
                     f"engines.{name}.max_gpu_memory_utilization: {spec.max_gpu_memory_utilization:g} is below the "
                     f"engine's gpu_memory_utilization, {spec.gpu_memory_utilization:g}; give at least that"
                 )
-        shares = sum(spec.gpu_memory_utilization for spec in self.engines.values())
+        self._check_sleep()
+        awake = {name: spec for name, spec in self.engines.items() if not self.may_sleep(name)}
+        shares = sum(spec.gpu_memory_utilization for spec in awake.values())
         if shares > 1 + 1e-9:
-            parts = " + ".join(f"{name} {spec.gpu_memory_utilization:g}" for name, spec in self.engines.items())
+            parts = " + ".join(f"{name} {spec.gpu_memory_utilization:g}" for name, spec in awake.items())
             raise ValueError(
-                f"engines: the gpu_memory_utilization of all engines adds up to {shares:g} ({parts}); "
-                "it can be at most 1, the whole device"
+                f"engines: the gpu_memory_utilization of all engines that stay awake adds up to {shares:g} ({parts}); "
+                "it can be at most 1, the whole device, unless a residency.policy lets engines sleep"
             )
         return self
+
+    def _check_sleep(self) -> None:
+        for name, spec in self.engines.items():
+            seats = [seat for seat, member in self.team.items() if member.engine == name and member.minimum_share]
+            if spec.sleep == "auto" and "sleep" in spec.model_fields_set and seats:
+                raise ValueError(
+                    f"engines.{name}.sleep: an engine with a minimum_share (team.{seats[0]}) never sleeps; "
+                    "set the minimum_share to 0, or leave out sleep"
+                )
+
+    def may_sleep(self, engine: str) -> bool:
+        """Return True if the residency policy may put the engine to sleep."""
+        shares = (member.minimum_share for member in self.team.values() if member.engine == engine)
+        return self.residency.policy.name != "keep" and self.engines[engine].sleep == "auto" and not any(shares)
+
+    @property
+    def oversubscribed(self) -> bool:
+        """True if the engines do not fit the device together, by their gpu_memory_utilization."""
+        return sum(spec.gpu_memory_utilization for spec in self.engines.values()) > 1 + 1e-9
 
     def with_workflow(self, name: str) -> "Config":
         """Return a copy that follows another workflow with its default options.
@@ -491,6 +532,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "engines": EngineSpec,
         "team": Member,
         "control": Control,
+        "residency": Residency,
         "service": Service,
         "mqtt": Mqtt,
     }

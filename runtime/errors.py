@@ -44,7 +44,14 @@ class BudgetSpent(TroupeError):
 
 
 class Busy(TroupeError):
-    """The service accepts nothing more at the moment. The message says why and that the caller may try again."""
+    """The service accepts this or nothing more at the moment. The message says why.
+
+    `retry_s` is when the caller may try again, in seconds from now.
+    """
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class ConfigError(TroupeError):

@@ -50,12 +50,14 @@ class JobAdvanced:
 
     `replied` is the seat that replied, empty at the start. `due` counts the calls that are made now, by seat. `ahead`
     counts the calls that are certain to follow those that are open, by seat; it is None if the workflow cannot tell.
+    `seats` are all seats that the job's workflow may call.
     """
 
     job: str
     replied: str
     due: Mapping[str, int]
     ahead: Mapping[str, int] | None
+    seats: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,18 @@ from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from runtime.cli.main import cli
-from runtime.config import Config, Control, Device, Member, Mqtt, PolicyChoice, Service, WorkflowChoice
+from runtime.config import (
+    Config,
+    Control,
+    Device,
+    Member,
+    Mqtt,
+    PolicyChoice,
+    Residency,
+    ResidencyChoice,
+    Service,
+    WorkflowChoice,
+)
 from runtime.engines.spec import EngineSpec
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -36,6 +47,8 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "workflow": WorkflowChoice,
     "control": Control,
     "control.policy": PolicyChoice,
+    "residency": Residency,
+    "residency.policy": ResidencyChoice,
     "service": Service,
     "mqtt": Mqtt,
 }
@@ -67,6 +80,8 @@ def config() -> str:
             lines += _choices("workflow", "troupe.workflows")
         elif model is PolicyChoice:
             lines += _choices("policy", "troupe.policies")
+        elif model is ResidencyChoice:
+            lines += _choices("policy", "troupe.residency")
     return _joined(lines)
 
 

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.events",
         "runtime.telemetry",
     ),
+    "runtime.residency": ("runtime.control", "runtime.engines", "runtime.errors", "runtime.events"),
     "runtime.jobs": ("agents", "runtime.config", "runtime.engines", "runtime.errors", "runtime.events"),
     "runtime.assembly": (
         "runtime.config",
@@ -37,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.engines",
         "runtime.events",
         "runtime.jobs",
+        "runtime.residency",
         "runtime.telemetry",
     ),
     "runtime.bench": (
@@ -46,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.errors",
         "runtime.events",
         "runtime.jobs",
+        "runtime.residency",
     ),
     "runtime.simulation": (
         "agents",

@@ -72,7 +72,7 @@ async def serving(
         running_team = await owned.enter_async_context(open_team(listeners, monitor.record))
         metrics.engines, metrics.controller = running_team.engines, running_team.controller
         backend.running_team = running_team
-        jobs.use(running_team.orchestrator)
+        jobs.use(running_team.orchestrator, running_team.keeper.expect_job)
         try:
             yield backend
         finally:

@@ -6,6 +6,7 @@ the rate of good jobs.
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from runtime.bench.results import CallRow, JobRow, Slo
 from runtime.control.controller import Counts
@@ -13,7 +14,50 @@ from runtime.control.controller import Counts
 GIB = 1 << 30
 
 
-def metrics(rows: Sequence[JobRow], seconds: float, slo: Slo, counts: Counts, preemptions: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class ResidencyFigures:
+    """What sleeping and waking did in a run, over all engines.
+
+    - `held`: requests that arrived while their engine slept.
+    - `idle_byte_seconds`, `wakes`, `ahead`, `wasted`: see residency.keeper.Counts.
+    """
+
+    held: int
+    idle_byte_seconds: float
+    wakes: int
+    ahead: int
+    wasted: int
+
+    def since(self, earlier: "ResidencyFigures") -> "ResidencyFigures":
+        """Return what was added since earlier figures."""
+        return ResidencyFigures(
+            self.held - earlier.held,
+            self.idle_byte_seconds - earlier.idle_byte_seconds,
+            self.wakes - earlier.wakes,
+            self.ahead - earlier.ahead,
+            self.wasted - earlier.wasted,
+        )
+
+    def metrics(self, jobs: int) -> dict[str, float]:
+        """Return these figures as metrics: per job, and as parts of all wakes."""
+        measured = {
+            "held_per_job": self.held / jobs,
+            "idle_gib_seconds_per_job": self.idle_byte_seconds / GIB / jobs,
+            "wakes_per_job": self.wakes / jobs,
+        }
+        if self.wakes:
+            measured |= {"wakes_ahead": self.ahead / self.wakes, "wakes_wasted": self.wasted / self.wakes}
+        return measured
+
+
+def metrics(
+    rows: Sequence[JobRow],
+    seconds: float,
+    slo: Slo,
+    counts: Counts,
+    preemptions: int,
+    residency: ResidencyFigures | None = None,
+) -> dict[str, float]:
     """Return the metrics of one run. Failed jobs count in `failed`, and in no metric of time."""
     done = [row for row in rows if row.error is None]
     calls = [call for row in done for call in row.calls]
@@ -34,6 +78,8 @@ def metrics(rows: Sequence[JobRow], seconds: float, slo: Slo, counts: Counts, pr
         "gib_seconds_per_job": statistics.fmean([row.gib_seconds for row in rows]) if rows else 0.0,
         "engine_seconds_per_job": statistics.fmean([row.engine_seconds for row in rows]) if rows else 0.0,
     }
+    if residency and rows:
+        measured |= residency.metrics(len(rows))
     if judged:
         measured["accuracy"] = statistics.fmean(judged)
     if costs := [row.cost for row in rows if row.cost is not None]:

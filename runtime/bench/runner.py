@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from runtime.assembly import RunningTeam
-from runtime.bench.metrics import GIB, metrics
+from runtime.bench.metrics import GIB, ResidencyFigures, metrics
 from runtime.bench.play import Played, Player
 from runtime.bench.results import JobRow, Moment, Run
 from runtime.bench.workload import Source
-from runtime.config import PolicyChoice
+from runtime.config import PolicyChoice, ResidencyChoice
 from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import Counts
 from runtime.control.decision_log import Record
@@ -23,6 +23,7 @@ from runtime.control.snapshot import EngineMoment
 from runtime.errors import TroupeError
 from runtime.events import Event
 from runtime.jobs.orchestrator import Orchestrator
+from runtime.residency import catalogue
 
 STREAM_INTERVAL = 1
 """Tokens in one message of an engine. With 1, times between tokens mean the same as in `vllm bench serve`."""
@@ -36,11 +37,15 @@ LIMIT = "limit"
 
 @dataclass(frozen=True)
 class Rival:
-    """A policy that takes part: its name in the results, the policy, and its own budget if it has one (bytes)."""
+    """A policy that takes part: its name in the results, the policy, and its own budget if it has one (bytes).
+
+    `residency` is the residency policy beside it. None keeps the one of the configuration.
+    """
 
     name: str
     choice: PolicyChoice
     budget_bytes: int | None = None
+    residency: ResidencyChoice | None = None
 
 
 class _Turn(NamedTuple):
@@ -140,6 +145,8 @@ class Bench:
         self.on_run(str(turn))
         controller = self.running_team.controller
         controller.use(policy, rival.budget_bytes or self.budget_bytes)
+        if rival.residency:
+            await self.running_team.keeper.begin(catalogue.make(rival.residency.name, rival.residency.options))
         await asyncio.sleep(SETTLE_S)
         rows: list[JobRow] = []
 
@@ -150,15 +157,27 @@ class Bench:
 
         player = Player(self.orchestrators, f"{turn.policy}/{turn.load:g}/{turn.repeat}", take)
         controller.counts = counts = Counts()
-        preemptions = self._preemptions()
+        preemptions, residency = self._preemptions(), self._residency()
         with self.recorder.recording(player, turn):
             seconds = await player.play(self.source.draw(turn.load, turn.repeat))
         if rows and all(row.error for row in rows):
             raise TroupeError(f"under the policy {turn.policy} every job failed; the first error is: {rows[0].error}")
-        return metrics(rows, seconds, self.source.workload.limits, counts, self._preemptions() - preemptions)
+        preempted = self._preemptions() - preemptions
+        figures = self._residency().since(residency) if rival.residency else None
+        return metrics(rows, seconds, self.source.workload.limits, counts, preempted, figures)
 
     def _preemptions(self) -> int:
         return sum(engine.stats().preemptions for engine in self.running_team.engines.values())
+
+    def _residency(self) -> ResidencyFigures:
+        engines, counts = self.running_team.engines.values(), self.running_team.keeper.counts
+        return ResidencyFigures(
+            sum(engine.stats().held for engine in engines),
+            counts.idle_byte_seconds,
+            counts.wakes,
+            counts.ahead,
+            counts.wasted,
+        )
 
 
 def _moment(record: Record, turn: _Turn, at_s: float) -> Moment:

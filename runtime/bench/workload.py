@@ -34,7 +34,9 @@ class Phase(Section):
 
     name: str = Field(min_length=1, description="Name of the phase, unique in its workload.")
     seconds: float = Field(gt=0, le=86400, description="How long jobs arrive, in seconds.")
-    jobs_per_s: float | None = Field(default=None, gt=0, le=1e5, description="Rate of arrivals in an open loop.")
+    jobs_per_s: float | None = Field(
+        default=None, ge=0, le=1e5, description="Rate of arrivals in an open loop. 0 makes a gap."
+    )
     burstiness: float = Field(
         default=1,
         gt=0,
@@ -219,6 +221,8 @@ def _open_loop(
 ) -> list[Arrival]:
     assert phase.jobs_per_s is not None
     rate = phase.jobs_per_s * load
+    if not rate:
+        return []
     scale_s = 1 / (rate * phase.burstiness)
     arrivals: list[Arrival] = []
     at_s = start_s

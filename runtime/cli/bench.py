@@ -24,13 +24,14 @@ from runtime.bench.table import table
 from runtime.bench.workload import Source
 from runtime.cli import interrupt
 from runtime.cli.config_option import config_option
-from runtime.config import Config, PolicyChoice
+from runtime.config import Config, PolicyChoice, ResidencyChoice
 from runtime.control import catalogue
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.step_time import StepTime
 from runtime.errors import ConfigError, InputError
 from runtime.events import EngineChanged, Event, fan_out
 from runtime.jobs.team import Team, assemble
+from runtime.residency import catalogue as residency_catalogue
 
 POLICIES = "static,round_robin,paper,modelclaim,on_demand,waterfill,turns"
 
@@ -60,6 +61,12 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
     for option in (
         click.option(
             "--policies", "-p", default=POLICIES, show_default=True, help="Policies to run, separated by commas."
+        ),
+        click.option(
+            "--residency",
+            metavar="NAMES",
+            help="Residency policies to run instead of `--policies`, separated by commas, such as `job_graph,lru`. "
+            "[default: none]",
         ),
         click.option(
             "--loads", help="Multiples of the workload's rates, separated by commas. [default: the workload's own]"
@@ -104,6 +111,7 @@ def run(
     config: str,
     emulate: str | None,
     policies: str,
+    residency: str | None,
     loads: str | None,
     repeats: int,
     limit: bool,
@@ -119,7 +127,8 @@ def run(
             "use `troupe simulate load`, or remove this key"
         )
     step_times = parse_step_times(emulate, chosen)
-    plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out, step_times)
+    chosen_rivals = residency_rivals(residency, chosen) if residency else rivals(policies)
+    plan = Plan(chosen, source, chosen_rivals, parse_loads(loads, source), repeats, limit, out, step_times)
     teams = phase_teams(chosen, source)
     summary = interrupt.run(_bench(plan, teams))
     finish(plan, summary, as_json)
@@ -149,7 +158,7 @@ class Plan:
 
     config: Config
     source: Source
-    rivals: list[PolicyChoice]
+    rivals: list[Rival]
     loads: tuple[float, ...]
     repeats: int
     limit: bool
@@ -174,14 +183,33 @@ class Plan:
         return (len(self.rivals) + self.limit) * len(self.loads) * self.repeats + 1
 
 
-def rivals(policies: str) -> list[PolicyChoice]:
+def rivals(policies: str) -> list[Rival]:
     """Return the policies that `--policies` names. Raises ConfigError for an unknown or repeated one."""
-    choices = [PolicyChoice(name=name.strip()) for name in policies.split(",") if name.strip()]
-    if not choices or len({choice.name for choice in choices}) < len(choices):
-        raise ConfigError(f"--policies: give at least one policy, and none twice, not {policies!r}")
-    for choice in choices:
-        catalogue.make(choice.name, place="--policies")
-    return choices
+    names = _names("--policies", policies)
+    for name in names:
+        catalogue.make(name, place="--policies")
+    return [Rival(name, PolicyChoice(name=name)) for name in names]
+
+
+def residency_rivals(policies: str, config: Config) -> list[Rival]:
+    """Return the residency policies that `--residency` names, each beside the configuration's policy.
+
+    An option of a policy follows its name, as in `ttl:idle_s=5`. Raises ConfigError for an unknown or repeated one.
+    """
+    chosen = []
+    for name in _names("--residency", policies):
+        policy, *options = name.split(":")
+        choice = ResidencyChoice.model_validate({"name": policy, **dict(option.split("=", 1) for option in options)})
+        residency_catalogue.make(choice.name, choice.options, place="--residency")
+        chosen.append(Rival(name, config.control.policy, residency=choice))
+    return chosen
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"{option}: give at least one policy, and none twice, not {text!r}")
+    return names
 
 
 def parse_loads(text: str | None, source: Source) -> tuple[float, ...]:
@@ -273,6 +301,8 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
             start_team(config, whole_team, folder, listener, recorder.publish, plan.step_times)
         )
         device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
+        if plan.rivals[0].residency:  # a larger device, for all engines at once
+            device_bytes = sum(e.limits.fixed_bytes + e.limits.kv_ceiling_bytes for e in running.engines.values())
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         bench = Bench(
             running,
@@ -291,8 +321,13 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
 
 def taking_part(plan: Plan, device_bytes: int) -> list[Rival]:
     """Return the policies of the plan and, if it asks for it, the run with memory for all engines."""
-    limit = [Rival(LIMIT, PolicyChoice(name="static"), device_bytes)] if plan.limit else []
-    return [Rival(choice.name, choice) for choice in plan.rivals] + limit
+    if not plan.limit:
+        return plan.rivals
+    if plan.rivals[0].residency:
+        limit = Rival(LIMIT, plan.config.control.policy, device_bytes, ResidencyChoice(name="keep"))
+    else:
+        limit = Rival(LIMIT, PolicyChoice(name="static"), device_bytes)
+    return [*plan.rivals, limit]
 
 
 def summarise(plan: Plan, kind: str, started: tuple[str, float], runs: list[results.Run]) -> Summary:

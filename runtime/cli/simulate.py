@@ -20,7 +20,17 @@ from runtime.bench.results import Run
 from runtime.bench.runner import STREAM_INTERVAL, Bench, Recorder
 from runtime.bench.workload import Lengths
 from runtime.cli import interrupt
-from runtime.cli.bench import Plan, finish, options, parse_loads, phase_teams, rivals, summarise, taking_part
+from runtime.cli.bench import (
+    Plan,
+    finish,
+    options,
+    parse_loads,
+    phase_teams,
+    residency_rivals,
+    rivals,
+    summarise,
+    taking_part,
+)
 from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
@@ -95,6 +105,7 @@ def load(
     config: str,
     constants: str,
     policies: str,
+    residency: str | None,
     loads: str | None,
     repeats: int,
     limit: bool,
@@ -115,9 +126,12 @@ def load(
             f"workload {source.name}: lengths.{min(unknown)}: there is no such engine; "
             f"the engines of {constants} are {', '.join(engines.engines)}"
         )
-    plan = Plan(chosen, source, rivals(policies), parse_loads(loads, source), repeats, limit, out)
+    if residency and not engines.device_bytes:
+        raise ConfigError(f"--residency: the engines of {constants} cannot sleep; use constants with device_bytes")
+    chosen_rivals = residency_rivals(residency, chosen) if residency else rivals(policies)
+    plan = Plan(chosen, source, chosen_rivals, parse_loads(loads, source), repeats, limit, out)
     teams = phase_teams(chosen, source)
-    budget_bytes = engines.kv_cache_bytes or chosen.device.kv_cache_memory_bytes
+    budget_bytes = engines.device_bytes or engines.kv_cache_bytes or chosen.device.kv_cache_memory_bytes
     if budget_bytes is None:
         raise ConfigError(
             f"{chosen.source}: device.kv_cache_memory_bytes: this key is required for a simulation; "
@@ -129,8 +143,18 @@ def load(
 
 @simulate.command()
 @options
-def agents(policies: str, loads: str | None, repeats: int, limit: bool, out: Path | None, as_json: bool) -> None:
+def agents(
+    policies: str,
+    residency: str | None,
+    loads: str | None,
+    repeats: int,
+    limit: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Simulate the paper's four agents request by request, at loads of 0.3 to 1.5 GPUs."""
+    if residency:
+        raise ConfigError("--residency: the paper's agents never sleep")
     source = paper_agents.AgentsSource()
     plan = Plan(
         configuration.load("embedded"), source, rivals(policies), parse_loads(loads, source), repeats, limit, out
@@ -269,6 +293,7 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             policies,
             listener=recorder.on_event,
             publish=recorder.publish,
+            may_sleep=tuple(engines) if simulated.model.device_bytes else (),
         )
         orchestrators = {
             phase: running.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
@@ -284,7 +309,7 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             on_run=progress,
         )
         device_bytes = min(engine.limits.device_bytes for engine in engines.values())
-        async with running.controller:
+        async with running:
             runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
     click.echo("\r\033[K", nl=False, err=True)
     return runs

@@ -265,8 +265,9 @@ class Controller:
         snapshot = self._snapshotter.take(now_s, self._budget_bytes, sum(ledger.held.values()))
         ledger.budget_bytes = snapshot.budget_bytes
         views = {name: view for name, view in snapshot.engines.items() if name not in self._sharing.silent}
-        # Memory is reserved for engines that restart, and for those that hold it without answering.
+        # Memory is reserved for engines that restart or wake, and for those that hold it without answering.
         reserved_bytes = sum(held for name, held in ledger.held.items() if name not in views)
+        reserved_bytes += self._sharing.reserved_bytes
         self.snapshot = replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - reserved_bytes)
         return self.snapshot
 

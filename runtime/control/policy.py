@@ -62,14 +62,18 @@ class Decision:
     reasons: Worded = field(default_factory=dict)
 
 
-class Policy(ABC):
-    """An allocation rule. `Options` are its keys in the configuration."""
+class Configurable:
+    """A rule that a configuration chooses. `Options` are its keys in the configuration."""
 
     class Options(Value):
-        """The options of a policy that has none."""
+        """The options of a rule that has none."""
 
     def __init__(self, options: Value) -> None:
         self.options = options
+
+
+class Policy(Configurable, ABC):
+    """An allocation rule."""
 
     @abstractmethod
     def decide(self, snapshot: Snapshot) -> Decision:

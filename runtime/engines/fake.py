@@ -34,12 +34,16 @@ class ServiceTime:
 
     A step takes `step_s`, plus `token_s` for each request that it decodes, plus `prefill_s` for each prompt token that
     it computes. A call from outside (a request or a resize) takes `call_s` of the time of the process that makes it.
+    Starting, going to sleep and waking take `start_s`, `sleep_s` and `wake_s`.
     """
 
     step_s: float = 0.002
     token_s: float = 0.0001
     prefill_s: float = 0.00005
     call_s: float = 0.0
+    start_s: float = 0.0
+    sleep_s: float = 0.0
+    wake_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class FakeEngine(EngineHandle):
     - `grant`: the grant that it starts with. None takes the whole device.
     - `processor`: what it computes on, shared with other engines.
     - `front`: the process that its calls come from, shared with other engines.
+    - `naps`: it keeps its process while it sleeps, as on a GPU, unless the sleep is deep.
     - `lengths`: the lengths to model. Tokens without text precede a shorter reply; a longer one keeps its own length.
       None counts words.
 
@@ -120,6 +125,7 @@ class FakeEngine(EngineHandle):
         processor: Processor | None = None,
         front: Processor | None = None,
         lengths: Lengths | None = None,
+        naps: bool = False,
     ) -> None:
         self.name = name
         self.usage = UsageMeter()
@@ -142,6 +148,7 @@ class FakeEngine(EngineHandle):
         self._processor = processor or Processor(lanes=1e9)
         self._front = front or Processor(lanes=1e9)
         self._lengths = lengths
+        self._naps = naps
         self._state = EngineState.STARTING
         self._started = False
         self._death = Death.CRASHED
@@ -154,6 +161,7 @@ class FakeEngine(EngineHandle):
         self._requests = self._prompt_tokens = self._completion_tokens = self._preemptions = 0
 
     async def start(self) -> None:
+        await self._pass(self._times.start_s)
         self._state, self._started = EngineState.READY, True
         self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
 
@@ -171,6 +179,29 @@ class FakeEngine(EngineHandle):
 
     async def pulse(self) -> None:
         self._check()
+
+    async def sleep(self, deep: bool = False) -> None:
+        self._check()
+        if self._running or self._waiting:
+            raise EngineError(f"engine {self.name} has requests in flight and cannot go to sleep")
+        self._state = EngineState.DRAINING
+        await self._pass(self._times.sleep_s)
+        self._settle_shrink(None)
+        self._state = EngineState.ASLEEP if self._naps and not deep else EngineState.COLD
+        self.usage.hold(0)
+
+    async def wake(self) -> None:
+        if self._state is not EngineState.ASLEEP:
+            raise EngineError(f"engine {self.name} is {self._state} and cannot wake")
+        self._state = EngineState.WAKING
+        self.grant = self._limits.smallest_grant
+        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
+        await self._pass(self._times.wake_s)
+        self._state = EngineState.READY
+
+    async def _pass(self, seconds: float) -> None:
+        if seconds and self._time_scale:
+            await asyncio.sleep(seconds * self._time_scale)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self._check()

@@ -34,8 +34,9 @@ class Fleet:
 
     `device_bytes` is what counts as the whole device; None takes all of its memory. `kv_cache_bytes` limits the KV
     caches of all engines together. Engines in `step_times` take turns on an emulated device, for their step time.
-    Entering raises EngineError if an engine does not start or if the engines together exceed the device; all engines
-    are closed then.
+    With `one_at_a_time`, each engine starts alone, is measured and goes to sleep, so that they need not fit together.
+    Entering raises EngineError if an engine does not start or if the engines exceed the device: each of them if they
+    start one at a time, all together otherwise. All engines are closed then.
     """
 
     sharing: Sharing
@@ -49,12 +50,15 @@ class Fleet:
         patience: Patience | None = None,
         kv_cache_bytes: int | None = None,
         step_times: Mapping[str, StepTime] | None = None,
+        one_at_a_time: bool = False,
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
         self._device_bytes = device_bytes
         self._kv_cache_bytes = kv_cache_bytes
         self._step_times = step_times or {}
+        self._one_at_a_time = one_at_a_time
+        self._moving = asyncio.Lock()
         self._patience = patience
         self._run_folder = run_folder
         self._on_state = on_state
@@ -75,7 +79,7 @@ class Fleet:
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
                 self.engines[name] = self._supervised(name, spec, module, folder)
-            await self._start()
+            await (self._start_one_at_a_time() if self._one_at_a_time else self._start())
             self.sharing = Sharing(self.engines, self._ledger())
             owned.push_async_callback(self.sharing.close)
             self._owned = owned.pop_all()
@@ -95,7 +99,7 @@ class Fleet:
             )
             return engine
 
-        return SupervisedEngine(name, make, partial(self._report, name), self._patience)
+        return SupervisedEngine(name, make, partial(self._report, name), self._patience, self._moving)
 
     async def _start(self) -> None:
         """Start all engines at the same time.
@@ -110,6 +114,12 @@ class Fleet:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
+    async def _start_one_at_a_time(self) -> None:
+        """Start each engine, which measures its memory, and put it to sleep before the next one starts."""
+        for engine in self.engines.values():
+            await engine.start()
+            await engine.sleep()
+
     def _ledger(self) -> Ledger:
         """Return a ledger with the engines' claims. Raise EngineError if they exceed the budget together."""
         limits = [engine.limits for engine in self.engines.values()]
@@ -119,10 +129,9 @@ class Fleet:
             budget_bytes = min(budget_bytes, fixed_bytes + self._kv_cache_bytes)
         ledger = Ledger(budget_bytes)
         for name, engine in self.engines.items():
-            grant = engine.stats().grant
-            assert grant is not None, f"engine {name} has not started"
+            grant = engine.stats().grant  # None if it sleeps
             try:
-                ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization))
+                ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization) if grant else 0)
             except OverBudget as error:
                 raise EngineError(
                     f"the engines together do not fit the device: {error}; lower gpu_memory_utilization (or"

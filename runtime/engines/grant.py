@@ -67,6 +67,11 @@ class EngineLimits:
         """Return the share of the device that the engine needs for a KV cache of this size."""
         return (self.fixed_bytes + kv_cache_bytes) / self.device_bytes
 
+    @property
+    def smallest_grant(self) -> Grant:
+        """The grant with the smallest KV cache, and with full concurrency."""
+        return Grant(self.share(self.kv_floor_bytes), self.seqs_ceiling, self.step_tokens_ceiling)
+
     def violation(self, grant: Grant) -> str | None:
         """Return why a grant is impossible, naming the field and its bound, or None if it is possible."""
         share = grant.gpu_memory_utilization

@@ -17,14 +17,21 @@ from runtime.engines.usage import UsageMeter
 class EngineState(StrEnum):
     """The states of an engine, in the order of its life.
 
-    LOADING and LOADED refer to the weights. Only a READY engine serves requests. A DEAD engine is restarted, unless it
+    LOADING and LOADED refer to the weights. Only a READY engine admits requests. A DEAD engine is restarted, unless it
     has died too often: then it is FAILED.
+
+    An engine that goes to sleep is DRAINING until its running requests have finished. ASLEEP, its process lives without
+    weights and KV cache; COLD, it has no process. WAKING, it takes its memory back.
     """
 
     STARTING = "starting"
     LOADING = "loading"
     LOADED = "loaded"
     READY = "ready"
+    DRAINING = "draining"
+    ASLEEP = "asleep"
+    COLD = "cold"
+    WAKING = "waking"
     CLOSED = "closed"
     DEAD = "dead"
     FAILED = "failed"
@@ -61,6 +68,9 @@ class EngineStats:
     - `running`, `waiting`: requests at this moment.
     - `preemptions`, `requests`, `prompt_tokens`, `completion_tokens`, `work`: counts since the engine started.
     - `pid`: the process that uses the device; None if there is none.
+    - `held`: the requests that arrived while it did not serve because it slept, since it was made.
+    - `sleep_s`, `wake_s`: how long it takes to go to sleep and to wake, averaged over the latest times. Until the first
+      time, `wake_s` is the duration of the start.
     """
 
     state: EngineState
@@ -75,6 +85,9 @@ class EngineStats:
     completion_tokens: int
     work: Work = Work()
     pid: int | None = None
+    held: int = 0
+    sleep_s: float = 0.0
+    wake_s: float = 0.0
 
 
 class EngineHandle(ABC):
@@ -112,6 +125,21 @@ class EngineHandle(ABC):
         supersedes a deferred one. A grant with `preempt` preempts all running requests at once.
 
         Returns Rejected, and raises nothing, if the grant is impossible or the engine is gone.
+        """
+
+    @abstractmethod
+    async def sleep(self, deep: bool = False) -> None:
+        """Give all memory back, weights included. Requests in flight finish first.
+
+        `deep` also ends the process. On a CPU the process always ends, because vLLM frees no memory there otherwise.
+        Raises EngineError if the engine is not ready.
+        """
+
+    @abstractmethod
+    async def wake(self) -> None:
+        """Take back what `sleep` gave up, and serve requests with the smallest KV cache.
+
+        The caller must have claimed this memory. Raises EngineError if the engine does not sleep or does not wake.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import cast
 from runtime.engines import memory_plan
 from runtime.engines.grant import Applied, Deferred, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.handle import EngineHandle, EngineState
-from runtime.engines.ledger import Ledger
+from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.memory_plan import Growth, Position
 
 DRAIN_S = 60.0
@@ -24,6 +24,8 @@ ANSWER_S = 1.0
 """How long a decision waits for an engine's answer. It then leaves this engine alone and continues with the others."""
 
 Settled = Applied | Rejected | Superseded
+RESTING = (EngineState.DRAINING, EngineState.ASLEEP, EngineState.COLD, EngineState.WAKING)
+"""States in which an engine's claim, and not its last grant, says what it holds."""
 
 
 @dataclass
@@ -45,6 +47,14 @@ class _Waiting:
     settled: "asyncio.Future[Settled]"
 
 
+@dataclass
+class _Admission:
+    """An engine that waits for memory to wake, and the claim that it waits for."""
+
+    nbytes: int
+    claimed: "asyncio.Future[None]"
+
+
 class Sharing:
     """The engines of one device and the ledger of their memory.
 
@@ -55,6 +65,7 @@ class Sharing:
         self._engines = engines
         self.ledger = ledger
         self._waiting: dict[str, _Waiting] = {}
+        self._admissions: dict[str, _Admission] = {}
         self._one_at_a_time = asyncio.Lock()
         self._deferred: set[asyncio.Task[None]] = set()
         self._late: dict[str, asyncio.Task[None]] = {}
@@ -63,6 +74,34 @@ class Sharing:
     def silent(self) -> Collection[str]:
         """The engines that have not answered their latest grant. Their claims cover the most that they may hold."""
         return self._late.keys()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What engines that wait in `admit` still need. Decisions must leave it free."""
+        return sum(admission.nbytes - self._claimed(name) for name, admission in self._admissions.items())
+
+    async def admit(self, name: str, nbytes: int) -> None:
+        """Claim `nbytes` for an engine that will wake. Wait until the other engines have released enough.
+
+        A cancelled call claims nothing.
+        """
+        async with self._one_at_a_time:
+            before = self._claimed(name)
+            admission = self._admissions[name] = _Admission(nbytes, asyncio.get_running_loop().create_future())
+            self._serve_admissions()
+        try:
+            await admission.claimed
+        except asyncio.CancelledError:
+            if self._admissions.pop(name, None) is None:  # the claim was made just before
+                self.ledger.record(name, before)
+            raise
+
+    async def release(self, name: str, nbytes: int) -> None:
+        """Lower the claim of an engine that sleeps to the `nbytes` that it still holds."""
+        async with self._one_at_a_time:
+            self._supersede(name)
+            self.ledger.record(name, nbytes)
+            await self._serve_waiting()
 
     async def resize(self, grants: Mapping[str, Grant], grace_s: float = GRACE_S) -> dict[str, ResizeOutcome]:
         """Carry out one decision and return an outcome for each of its grants.
@@ -99,6 +138,7 @@ class Sharing:
         )
         outcomes |= zip(plan.grow, grown, strict=True)
         await self._roll_back(decision)
+        self._serve_admissions()
         for name in decision.rolled_back:
             outcomes[name] = Rejected(grants[name], f"engine {name}: rolled back, because a recipient could not grow")
         return outcomes
@@ -122,7 +162,7 @@ class Sharing:
     def _position(self, name: str) -> Position:
         state, claimed_bytes = self._engines[name].stats().state, self._claimed(name)
         unavailable = None if state is EngineState.READY else f"engine {name} is {state}"
-        if name in self._late:  # it holds its claim at most
+        if name in self._late or state in RESTING:  # it holds its claim at most
             unavailable = unavailable or f"engine {name} has not answered its last grant yet"
             settled_bytes = claimed_bytes
         else:
@@ -164,7 +204,7 @@ class Sharing:
             del self._late[name]
             if isinstance(outcome, Deferred):
                 self._defer(name, grant, outcome)
-            else:
+            elif self._engines[name].stats().state not in RESTING:
                 self.ledger.claim(name, min(self._claimed(name), self._bytes(name, self._current(name))))
             await self._serve_waiting()
 
@@ -192,8 +232,9 @@ class Sharing:
         async with self._one_at_a_time:
             self._deferred.discard(cast("asyncio.Task[None]", asyncio.current_task()))
             # If the engine was granted something else meanwhile, the newer grant accounts for its memory.
-            if not isinstance(outcome, Superseded) and self._current(name) == deferred.grant:
-                self.ledger.claim(name, self._bytes(name, deferred.grant))
+            # If it went to sleep, `release` does.
+            if not isinstance(outcome, Superseded) and self._engines[name].stats().grant == deferred.grant:
+                self.ledger.claim(name, min(self._claimed(name), self._bytes(name, deferred.grant)))
             await self._serve_waiting()
 
     async def _grow(
@@ -241,13 +282,28 @@ class Sharing:
         decision.recipient_failed = False
 
     async def _serve_waiting(self) -> None:
-        """Let waiting recipients grow by the memory that was released, in the order in which they began to wait."""
+        """Let waiting recipients grow by the memory that was released, in the order in which they began to wait.
+
+        Engines that wait for memory to wake come first.
+        """
+        self._serve_admissions()
         for name in tuple(self._waiting):
             waiting = self._waiting[name]
             outcome = await self._serve(name, waiting)
             if outcome is not None:
                 del self._waiting[name]
                 waiting.settled.set_result(outcome)
+
+    def _serve_admissions(self) -> None:
+        """Make the claims of engines that wait to wake, in the order in which they began to wait, while they fit."""
+        for name in tuple(self._admissions):
+            admission = self._admissions[name]
+            try:
+                self.ledger.claim(name, admission.nbytes)
+            except OverBudget:
+                return
+            del self._admissions[name]
+            admission.claimed.set_result(None)
 
     async def _serve(self, name: str, waiting: _Waiting) -> Settled | None:
         """Grow one waiting recipient. Return its final outcome, or None if it still waits."""

@@ -53,6 +53,11 @@ class EngineSpec(BaseModel):
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
         default="auto", description="How vLLM loads the weights. dummy gives random weights, for measurements."
     )
+    sleep: Literal["auto", "never"] = Field(
+        default="auto",
+        description="Whether the residency policy may put the engine to sleep. An engine with a minimum_share above 0 "
+        "never sleeps.",
+    )
     vllm: Mapping[str, Any] = Field(
         default_factory=dict, description="Further vLLM engine arguments, passed on unchanged."
     )

@@ -1,16 +1,16 @@
-"""An engine that is watched and restarted when it dies or hangs.
+"""An engine that is watched, restarted when it dies or hangs, and put to sleep and woken when it is told to.
 
-To callers it is one engine that is slow for a while: their requests wait during a restart and are then served by the
-new engine. A reply continues after the tokens that were already streamed. A request that crashes its engines is
-refused (`quarantine`).
+To callers it is one engine that is slow for a while: their requests wait during a restart or a sleep and are then
+served by the new engine. A reply continues after the tokens that were already streamed. A request that crashes its
+engines is refused (`quarantine`).
 """
 
 import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
@@ -24,6 +24,9 @@ from runtime.errors import Death, EngineDead, EngineError, RequestQuarantined
 MakeEngine = Callable[[Grant | None], EngineHandle]
 """Makes a new engine that starts with a grant. None stands for the grant in the engine's specification."""
 OnState = Callable[[EngineState], None]
+
+NEWEST_WEIGHT = 0.3
+"""Weight of the newest duration of a sleep or a wake in the average."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class SupervisedEngine(EngineHandle):
     """One engine after another from `make`, under one name.
 
     `start` raises the error of the first engine if it does not start. Later engines are restarted instead. `on_state`
-    is called with READY, DEAD, STARTING and FAILED.
+    is called with every state that the engine enters, but not while it starts. Engines that share a `moving` lock go to
+    sleep and wake one after the other: vLLM can hang if two of them do so at once on one GPU.
     """
 
     def __init__(
@@ -56,12 +60,14 @@ class SupervisedEngine(EngineHandle):
         make: MakeEngine,
         on_state: OnState = lambda state: None,
         patience: Patience | None = None,
+        moving: asyncio.Lock | None = None,
     ) -> None:
         self.name = name
         self.usage = UsageMeter()
         self._make = make
         self._on_state = on_state
         self._patience = patience or Patience()
+        self._moving = moving or asyncio.Lock()
         self._engine = make(None)
         self._ready = asyncio.Event()
         self._check_now = asyncio.Event()
@@ -71,10 +77,21 @@ class SupervisedEngine(EngineHandle):
         self._failure: str | None = None
         self._restart_times_s: deque[float] = deque()
         self._waiting_for_engine = 0
+        self._held = 0
+        self._being_served = 0
+        self._none_served = asyncio.Event()
+        self._none_served.set()
+        self._rest: EngineState | None = None  # DRAINING, ASLEEP, COLD or WAKING; None for an engine that is awake
+        self._sleep_s: float | None = None
+        self._wake_s: float | None = None
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        began_s = asyncio.get_running_loop().time()
         await self._engine.start()
+        self._wake_s = asyncio.get_running_loop().time() - began_s
         self._enter_ready()
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
@@ -96,10 +113,11 @@ class SupervisedEngine(EngineHandle):
                     continue
                 self._quarantine.sent(call)
                 try:
-                    async with aclosing(self._rest_of_reply(engine, request, call, restarts)) as chunks:
-                        async for chunk in chunks:
-                            self._quarantine.streamed(call, chunk)
-                            yield chunk
+                    with self._serving():
+                        async with aclosing(self._rest_of_reply(engine, request, call, restarts)) as chunks:
+                            async for chunk in chunks:
+                                self._quarantine.streamed(call, chunk)
+                                yield chunk
                     return
                 except EngineDead as error:
                     restarts += 1
@@ -109,6 +127,18 @@ class SupervisedEngine(EngineHandle):
                             f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not sent "
                             "again"
                         ) from error
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Count a request that the engine serves. It cannot sleep before all of them have ended."""
+        self._being_served += 1
+        self._none_served.clear()
+        try:
+            yield
+        finally:
+            self._being_served -= 1
+            if not self._being_served:
+                self._none_served.set()
 
     def _rest_of_reply(
         self, engine: EngineHandle, request: GenerateRequest, call: Call, restarts: int
@@ -145,6 +175,7 @@ class SupervisedEngine(EngineHandle):
 
     async def _ready_engine(self) -> EngineHandle:
         """Return the engine, once it is ready. Raise EngineDead if it failed or was closed."""
+        self._held += self._rest is not None
         self._waiting_for_engine += 1
         try:
             while True:
@@ -158,9 +189,13 @@ class SupervisedEngine(EngineHandle):
             self._waiting_for_engine -= 1
 
     async def _watch(self) -> None:
-        """Check the engine regularly and restart it if it is dead, until it has failed or is closed."""
+        """Check the engine regularly and restart it if it is dead, until it has failed or is closed.
+
+        An engine that dies while it drains is not restarted: what it still had to serve is held until it wakes.
+        """
         while self._failure is None:
-            if not await self._is_alive():
+            await self._awake.wait()
+            if not await self._is_alive() and self._rest is None:
                 self._ready.clear()
                 self._on_state(EngineState.DEAD)
                 await self._restart()
@@ -180,9 +215,11 @@ class SupervisedEngine(EngineHandle):
             self._engine.kill()  # so that its requests raise EngineDead
             return False
         except EngineDead as error:
-            self._report_death(self._engine, error.death)
+            if self._awake.is_set():  # otherwise it was put to sleep
+                self._report_death(self._engine, error.death)
             return False
-        self._ready.set()
+        if self._rest is None:
+            self._ready.set()
         return True
 
     async def _restart(self) -> None:
@@ -219,18 +256,94 @@ class SupervisedEngine(EngineHandle):
         self._ready.set()  # requests that wait for the engine now raise the failure
 
     def _enter_ready(self) -> None:
+        self._rest = None
+        self._awake.set()
         self._note_grant()
         self._ready.set()
         self._on_state(EngineState.READY)
 
+    async def sleep(self, deep: bool = False) -> None:
+        """Hold new requests, let the engine finish its running ones, then give its memory back.
+
+        Requests are held until the engine wakes. If the call is cancelled while the engine drains, it goes on serving.
+        An engine that does not give its memory back is ended, which frees it too.
+        """
+        state = self.stats().state
+        if state is not EngineState.READY:
+            raise EngineError(f"engine {self.name} is {state} and cannot go to sleep")
+        self._ready.clear()
+        self._enter_rest(EngineState.DRAINING)
+        try:
+            await self._drain()
+        except asyncio.CancelledError:
+            self._rest = None
+            self._on_state(self.stats().state)
+            self._check_now.set()  # the check lets requests pass again, or finds that the engine has died
+            raise
+        self._awake.clear()
+        async with self._moving:
+            began_s = asyncio.get_running_loop().time()
+            try:
+                await self._engine.sleep(deep)
+            except EngineError:
+                await self._engine.close()
+            self._sleep_s = _averaged(self._sleep_s, asyncio.get_running_loop().time() - began_s)
+        self.usage.hold(0)
+        asleep = self._engine.stats().state is EngineState.ASLEEP
+        self._enter_rest(EngineState.ASLEEP if asleep else EngineState.COLD)
+
+    async def wake(self) -> None:
+        """Wake the engine with the smallest KV cache. Attempts that fail are repeated after pauses, as restarts are.
+
+        They do not count as restarts. After as many failures, the engine has failed.
+        """
+        if self._rest not in (EngineState.ASLEEP, EngineState.COLD) or self._failure is not None:
+            raise EngineError(f"engine {self.name} is {self.stats().state} and cannot wake")
+        self._enter_rest(EngineState.WAKING)
+        smallest = self.limits.smallest_grant
+        self.usage.hold(self.limits.held_bytes(smallest.gpu_memory_utilization))
+        for pause_s in (*self._patience.backoff_s[1:], None):
+            try:
+                await self._wake_once(smallest)
+            except EngineError as error:
+                await self._engine.close()
+                if pause_s is None:
+                    self._fail(f"it does not wake: {error}")
+                    raise
+                await asyncio.sleep(pause_s)
+            else:
+                self._enter_ready()
+                return
+
+    async def _wake_once(self, grant: Grant) -> None:
+        async with self._moving:
+            began_s = asyncio.get_running_loop().time()
+            if self._engine.stats().state is EngineState.ASLEEP:
+                await self._engine.wake()
+            else:
+                self._engine = self._make(grant)
+                await self._engine.start()
+            self._wake_s = _averaged(self._wake_s, asyncio.get_running_loop().time() - began_s)
+
+    async def _drain(self) -> None:
+        """Wait until no request is served. An engine whose admission is paused admits its waiting requests again."""
+        grant = self._engine.stats().grant
+        if grant is not None and not grant.max_active_seqs:
+            await self._engine.resize(replace(grant, max_active_seqs=self.limits.seqs_ceiling, preempt=False))
+        await self._none_served.wait()
+
+    def _enter_rest(self, state: EngineState) -> None:
+        self._rest = state
+        self._on_state(state)
+
     @property
     def limits(self) -> EngineLimits:
-        """The limits of the running engine. During a restart, those of the previous engine."""
+        """The limits of the running engine. During a restart or a sleep, those of the previous engine."""
         return self._limits or self._engine.limits
 
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
-        if self._failure is not None:
-            return Rejected(grant, self._failure)
+        if self._failure is not None or self._rest is not None:
+            return Rejected(grant, self._failure or f"engine {self.name} is {self._rest}")
         outcome = await self._engine.resize(grant, grace_s)
         self._note_grant()
         return outcome
@@ -244,9 +357,18 @@ class SupervisedEngine(EngineHandle):
 
     def stats(self) -> EngineStats:
         stats = self._engine.stats()
-        state = EngineState.FAILED if self._failure is not None else stats.state
+        state = EngineState.FAILED if self._failure is not None else self._rest or stats.state
         waiting = stats.waiting + self._waiting_for_engine + self._quarantine.waiting
-        return replace(stats, state=state, waiting=waiting)
+        if self._rest in (EngineState.ASLEEP, EngineState.COLD):
+            stats = replace(stats, grant=None, kv_cache_bytes=0, kv_cache_usage=0.0, running=0, pid=None)
+        return replace(
+            stats,
+            state=state,
+            waiting=waiting,
+            held=self._held,
+            sleep_s=self._sleep_s or 0.0,
+            wake_s=self._wake_s or 0.0,
+        )
 
     async def pulse(self) -> None:
         await self._engine.pulse()
@@ -261,3 +383,7 @@ class SupervisedEngine(EngineHandle):
             await asyncio.wait([self._watching])
         self._ready.set()
         await self._engine.close()
+
+
+def _averaged(mean_s: float | None, newest_s: float) -> float:
+    return newest_s if mean_s is None else mean_s + NEWEST_WEIGHT * (newest_s - mean_s)

@@ -47,8 +47,6 @@ from runtime.engines.usage import UsageMeter
 from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
-CLOSE_S = 0.5
-"""How long an engine may take to end by itself before it is killed. It holds nothing that a kill would lose."""
 STOP_TOKENS = 128
 """The most stop tokens, those of the model included, that a request with `min_tokens` may have. One more kills the
 worker on a GPU: MAX_NUM_STOP_TOKEN_IDS in vllm/v1/worker/gpu/sample/logit_bias.py."""
@@ -124,7 +122,14 @@ class VllmEngine(EngineHandle):
         outcome = await self.resize(self._grant)
         if isinstance(outcome, Rejected):
             await self.close()
-            raise EngineError(f"engine {self.name} did not start: {outcome.reason} (log: {self.log})")
+            reason = outcome.reason
+            needed_bytes = limits.fixed_bytes + limits.kv_floor_bytes
+            if needed_bytes > limits.device_bytes:
+                reason = (
+                    f"it does not fit the device even alone: it needs {needed_bytes} of {limits.device_bytes} bytes; "
+                    f"use a smaller model, lower engines.{self.name}.max_model_len, or raise device.memory_bytes"
+                )
+            raise EngineError(f"engine {self.name} did not start: {reason} (log: {self.log})")
 
     def _first_grant(self, limits: EngineLimits) -> Grant:
         if self._grant is not None:  # a restart, in which `fixed_bytes` and so the floor differ a little
@@ -336,15 +341,26 @@ class VllmEngine(EngineHandle):
             if not answer.done():
                 answer.set_exception(EngineDeadError())
 
+    async def sleep(self, deep: bool = False) -> None:
+        self._ready()
+        await self.close()
+        self._state = EngineState.COLD
+
+    async def wake(self) -> None:
+        raise EngineError(f"engine {self.name} is {self._state}: it has no process to wake")
+
     async def close(self) -> None:
         self._state = EngineState.CLOSED
         if self._llm is None:
             return
         self._fail_waiters()
+        processes = self._processes()
         llm, self._llm = self._llm, None
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # it would report the engine's end as a failure
-        await asyncio.to_thread(llm.shutdown, CLOSE_S)
+        await asyncio.to_thread(llm.shutdown, 0)  # kills the process, which holds nothing that would be lost
+        for process in processes:
+            await asyncio.to_thread(process.join)  # its memory is free then
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml

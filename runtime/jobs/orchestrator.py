@@ -157,7 +157,7 @@ class Orchestrator:
 
     def _advanced(self, job: Job, workflow: Workflow, replied: str, due: list[RoleCall]) -> None:
         ahead = _call_plugin("the workflow's ahead()", workflow.ahead)
-        self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead))
+        self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead, frozenset(self.team.seats)))
 
     async def _ask(self, run: Run, call: RoleCall) -> ReplyRecord:
         """Make one call: send the role's messages to its engine, and let the role parse the text."""

@@ -10,7 +10,7 @@ import heapq
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -59,6 +59,7 @@ class JobService:
         self._team = team
         self._settings = settings or Service()
         self._orchestrator: Orchestrator | None = None
+        self._wake_s: Callable[[], float] = lambda: 0.0
         self._queue: list[tuple[int, int, str]] = []
         self._waiting: set[str] = set()
         self._accepting = 0
@@ -93,9 +94,13 @@ class JobService:
         await asyncio.wait(tasks)
         await self.journal.__aexit__(*exc)
 
-    def use(self, orchestrator: Orchestrator) -> None:
-        """Start to work the queued jobs; the orchestrator's engines are ready."""
+    def use(self, orchestrator: Orchestrator, wake_s: Callable[[], float] = lambda: 0.0) -> None:
+        """Start to work the queued jobs; the orchestrator's engines have started.
+
+        `wake_s` returns how long a job would wait for its first engine to wake.
+        """
         self._orchestrator = orchestrator
+        self._wake_s = wake_s
         self._start_queued()
 
     async def drain(self, seconds: float) -> int:
@@ -117,11 +122,13 @@ class JobService:
         """Accept a job, or find the one with the same idempotency key. Return it, and True if it is new.
 
         Raises InputError if the team cannot work the problem, or if the key belongs to another submission; Busy if the
-        queue is full or the service is stopping; JournalError if the job could not be written, and so is not accepted.
-        If the caller is cancelled, the job is either written and worked, or it does not exist.
+        queue is full, the service is stopping, or no engine can wake before the job's deadline; JournalError if the
+        job could not be written, and so is not accepted. If the caller is cancelled, the job is either written and
+        worked, or it does not exist.
         """
         try:
             self._check_room()
+            self._check_deadline(submission)
         except Busy:
             if submission.idempotency_key is None:
                 raise
@@ -166,6 +173,15 @@ class JobService:
         waiting = len(self._waiting) + self._accepting
         if waiting >= self._settings.queue_max:
             raise Busy(f"the queue is full: {waiting} jobs wait (service.queue_max); try again later")
+
+    def _check_deadline(self, submission: Submission) -> None:
+        wake_s = self._wake_s() if submission.deadline_s is not None else 0.0
+        if submission.deadline_s is not None and submission.deadline_s < wake_s:
+            raise Busy(
+                f"deadline_s: the first engine wakes in {wake_s:.1f} s, which is after the deadline of "
+                f"{submission.deadline_s:g} s; submit the job again then, or give it more time",
+                retry_s=wake_s,
+            )
 
     def _on_accepted(self, accepting: "asyncio.Future[tuple[JobRecord, bool]]") -> None:
         """Queue a job once it is in the journal, even if its caller no longer waits."""

@@ -38,7 +38,7 @@ async def start_modelled_team(
             running = RunningTeam(team, engines, sharing, config.control, policies, listener=listener, publish=publish)
             for name in engines:
                 listener(EngineChanged(name, EngineState.READY, 0.0))
-            async with running.controller:
+            async with running:
                 yield running
 
 

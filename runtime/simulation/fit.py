@@ -65,6 +65,12 @@ class Recording(EngineHandle):
     async def pulse(self) -> None:
         await self._engine.pulse()
 
+    async def sleep(self, deep: bool = False) -> None:
+        await self._engine.sleep(deep)
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
     def kill(self) -> None:
         self._engine.kill()
 

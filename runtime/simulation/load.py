@@ -5,8 +5,10 @@ that slow each other down on one processor, and the one process that all calls p
 prefix caching are not modelled.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineHandle
 from runtime.engines.ledger import Ledger
 from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import SupervisedEngine
 from runtime.errors import ConfigError
 
 FOLDER = SHIPPED / "simulation"
@@ -41,6 +44,15 @@ class EngineModel(Section):
         default=1, gt=0, description="KV blocks that the engine always keeps. vLLM keeps those of its longest sequence."
     )
     max_num_seqs: int = Field(gt=0, description="Maximum number of running sequences.")
+    fixed_bytes: int = Field(default=0, ge=0, description="Memory besides the KV cache, weights included, in bytes.")
+    start_s: float = Field(default=0, ge=0, lt=3600, description="Time to start its process, in seconds.")
+    sleep_s: float = Field(default=0, ge=0, lt=3600, description="Time to give its memory back, in seconds.")
+    wake_s: float | None = Field(
+        default=None,
+        ge=0,
+        lt=3600,
+        description="Time to take its memory back, in seconds. By default its process ends when it sleeps.",
+    )
 
     def decode_step_s(self, sequences: int) -> float:
         """Return the time of a step that decodes one token of each sequence, in seconds."""
@@ -56,6 +68,11 @@ class Model(Section):
         default=None,
         gt=0,
         description="The KV cache of all engines together, in bytes. By default that of the configuration.",
+    )
+    device_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="The memory of the device for engines that sleep, in bytes. By default no engine sleeps.",
     )
     rate_factors: Mapping[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         default_factory=dict,
@@ -85,49 +102,69 @@ def read(name: str) -> Model:
 async def engines(
     model: Model,
     scripts: Mapping[str, Script],
-    kv_cache_bytes: int,
+    budget_bytes: int,
     time_scale: float = 1,
     lengths: Mapping[str, Lengths] | None = None,
 ) -> AsyncIterator[tuple[Mapping[str, EngineHandle], Sharing]]:
-    """Yield running engines that start with equal shares of `kv_cache_bytes`, and the sharing that moves it.
+    """Yield running engines, and the sharing that moves `budget_bytes` of memory between them.
 
-    `lengths` gives the lengths of the calls of some engines, by name. The others count words.
+    If the model has `device_bytes`, all engines sleep at first. Otherwise they start with equal shares. `lengths` gives
+    the lengths of the calls of some engines, by name. The others count words.
     """
-    processor, front = Processor(model.lanes), Processor(1)
-    device = max(kv_cache_bytes, sum(map(_most_bytes, model.engines.values())))
+    processor, front, moving = Processor(model.lanes), Processor(1), asyncio.Lock()
+    device = max(budget_bytes, sum(map(_most_bytes, model.engines.values())))
     running: dict[str, EngineHandle] = {}
-    ledger = Ledger(kv_cache_bytes)
+    ledger = Ledger(budget_bytes)
+
+    def make(name: str, constants: EngineModel, grant: Grant | None) -> EngineHandle:
+        fixed_bytes = constants.fixed_bytes + constants.null_blocks * constants.block_bytes
+        floor_bytes = constants.floor_blocks * constants.block_bytes
+        share = 0.0 if model.device_bytes else budget_bytes / len(model.engines) / device
+        share = max(share, (fixed_bytes + floor_bytes) / device)
+        times = ServiceTime(
+            constants.step_s,
+            constants.token_s,
+            constants.prefill_s,
+            constants.call_s,
+            constants.start_s,
+            constants.sleep_s,
+            constants.wake_s or 0.0,
+        )
+        return FakeEngine(
+            name,
+            scripts[name],
+            max_num_seqs=constants.max_num_seqs,
+            times=times,
+            time_scale=time_scale,
+            memory=FakeMemory(
+                device=device,
+                fixed=fixed_bytes,
+                floor=floor_bytes,
+                token=constants.block_bytes // constants.block_tokens,
+                block_tokens=constants.block_tokens,
+            ),
+            grant=grant or Grant(share, constants.max_num_seqs, 2048),
+            processor=processor,
+            front=front,
+            lengths=(lengths or {}).get(name),
+            naps=constants.wake_s is not None,
+        )
+
     async with AsyncExitStack() as owned:
-        for name, engine in model.engines.items():
-            null_bytes = engine.null_blocks * engine.block_bytes
-            floor_bytes = engine.floor_blocks * engine.block_bytes
-            share = max(kv_cache_bytes / len(model.engines), null_bytes + floor_bytes) / device
-            running[name] = await owned.enter_async_context(
-                FakeEngine(
-                    name,
-                    scripts[name],
-                    max_num_seqs=engine.max_num_seqs,
-                    times=ServiceTime(engine.step_s, engine.token_s, engine.prefill_s, engine.call_s),
-                    time_scale=time_scale,
-                    memory=FakeMemory(
-                        device=device,
-                        fixed=null_bytes,
-                        floor=floor_bytes,
-                        token=engine.block_bytes // engine.block_tokens,
-                        block_tokens=engine.block_tokens,
-                    ),
-                    grant=Grant(share, engine.max_num_seqs, 2048),
-                    processor=processor,
-                    front=front,
-                    lengths=(lengths or {}).get(name),
-                )
-            )
-            ledger.claim(name, running[name].limits.held_bytes(share))
+        for name, constants in model.engines.items():
+            engine = make(name, constants, None)
+            if model.device_bytes:
+                engine = SupervisedEngine(name, partial(make, name, constants), moving=moving)
+            running[name] = await owned.enter_async_context(engine)
+            if model.device_bytes:
+                await engine.sleep()
+            grant = engine.stats().grant  # None if it sleeps
+            ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization) if grant else 0)
         sharing = Sharing(running, ledger)
         owned.push_async_callback(sharing.close)
         yield running, sharing
 
 
 def _most_bytes(engine: EngineModel) -> int:
-    """Return the KV cache that an engine could use: the largest number of its longest sequences, and two blocks."""
-    return engine.block_bytes * (engine.max_num_seqs * engine.floor_blocks + 2)
+    """Return the memory that an engine could use: the largest number of its longest sequences, and two blocks."""
+    return engine.fixed_bytes + engine.block_bytes * (engine.max_num_seqs * engine.floor_blocks + 2)

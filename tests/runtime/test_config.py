@@ -27,8 +27,9 @@ def write(folder: Path, text: str) -> str:
 def test_shipped_configurations_load(name: str) -> None:
     loaded = config.load(name)
     team = assemble(loaded)
-    assert set(team.seats) == {"planner", "solver", "critic"} - ({"critic"} if "unchecked" in name else set())
-    assert sum(spec.gpu_memory_utilization for spec in loaded.engines.values()) <= 1
+    critics = {"embedded-unchecked": set(), "embedded-serverless": {"checker", "reviewer", "examiner", "judge"}}
+    assert set(team.seats) == {"planner", "solver"} | critics.get(name, {"critic"})
+    assert loaded.oversubscribed == (name == "embedded-serverless")
 
 
 def test_extends_merges_key_by_key(tmp_path: Path) -> None:
@@ -136,3 +137,31 @@ def test_role_defined_in_yaml_takes_a_seat(tmp_path: Path) -> None:
         )
     )
     assert "units" in assemble(loaded).seats
+
+
+SLEEPY = "extends: embedded\nresidency: {policy: {name: lru}}\n"
+
+
+def test_engines_that_sleep_need_not_fit_together(tmp_path: Path) -> None:
+    large = "engines: {planner: {gpu_memory_utilization: 0.9}}\n"
+    with pytest.raises(
+        ConfigError, match=r"stay awake adds up to 1\.5 .*unless a residency\.policy lets engines sleep"
+    ):
+        config.load(write(tmp_path, "extends: embedded\n" + large))
+    loaded = config.load(write(tmp_path, SLEEPY + large))
+    assert loaded.oversubscribed
+    assert all(loaded.may_sleep(name) for name in loaded.engines)
+
+
+def test_engines_that_never_sleep_must_fit_together(tmp_path: Path) -> None:
+    never = "engines: {planner: {gpu_memory_utilization: 0.9, sleep: never}, solver: {sleep: never}}\n"
+    with pytest.raises(ConfigError, match=r"stay awake adds up to 1\.2 \(planner 0\.9 \+ solver 0\.3\)"):
+        config.load(write(tmp_path, SLEEPY + never))
+
+
+def test_an_engine_with_a_minimum_share_never_sleeps(tmp_path: Path) -> None:
+    keeps = "team: {planner: {minimum_share: 0.1}, solver: {minimum_share: 0}}\n"
+    loaded = config.load(write(tmp_path, SLEEPY + keeps))
+    assert [name for name in loaded.engines if loaded.may_sleep(name)] == ["solver", "critic"]
+    with pytest.raises(ConfigError, match=r"engines\.planner\.sleep: .*minimum_share \(team\.planner\) never sleeps"):
+        config.load(write(tmp_path, SLEEPY + keeps + "engines: {planner: {sleep: auto}}\n"))

@@ -55,6 +55,9 @@ class EngineInfo(BaseModel):
     kv_cache_usage: float = Field(description="The fraction of the KV cache in use, from 0 to 1.")
     running: int = Field(description="Requests that the engine is running.")
     waiting: int = Field(description="Requests that wait for the engine.")
+    held: int = Field(description="Requests that arrived while it slept, since the service started.")
+    sleep_s: float = Field(description="How long it takes to go to sleep, in seconds; 0 until it has slept.")
+    wake_s: float = Field(description="How long it takes to wake, in seconds; until it has slept, how long to start.")
     paused_s: float = Field(description="For how long its admission has been paused, in seconds; 0 if it is not.")
     cost: StepCost | None = Field(description="What its steps cost; null until the controller has seen it ready.")
     utilization: float | None = Field(
@@ -64,6 +67,17 @@ class EngineInfo(BaseModel):
     requests: int = Field(description="Requests since the engine started.")
     prompt_tokens: int = Field(description="Prompt tokens since the engine started.")
     completion_tokens: int = Field(description="Generated tokens since the engine started.")
+
+
+class ResidencyView(BaseModel):
+    """Which policy puts engines to sleep and wakes them, and counts since the service started."""
+
+    policy: str = Field(description="The residency policy that decides.")
+    wakes: int = Field(description="Engines that woke.")
+    sleeps: int = Field(description="Engines that went to sleep.")
+    ahead: int = Field(description="Wakes that began before a request needed them.")
+    wasted: int = Field(description="Wakes of engines that slept again without a request.")
+    refused: int = Field(description="Decisions that could not be carried out.")
 
 
 class ControlView(BaseModel):
@@ -78,6 +92,7 @@ class ControlView(BaseModel):
     resizes: int = Field(description="Grants that engines applied.")
     rejected: int = Field(description="Grants that engines rejected.")
     moved_bytes: int = Field(description="Bytes of memory moved.")
+    residency: ResidencyView = Field(description="Which engines are on the device.")
 
 
 @router.get("/engines", dependencies=_READ)
@@ -98,8 +113,8 @@ async def retrieve_device(backend: BackendDep) -> DeviceMoment | None:
 @router.get("/control", dependencies=_READ)
 async def retrieve_controller(backend: BackendDep) -> ControlView:
     """Retrieve the controller's policy, pins and counts."""
-    controller = backend.ready_team().controller
-    counts = controller.counts
+    team = backend.ready_team()
+    controller, counts = team.controller, team.controller.counts
     return ControlView(
         policy=controller.policy,
         paused=controller.paused,
@@ -110,6 +125,7 @@ async def retrieve_controller(backend: BackendDep) -> ControlView:
         resizes=counts.resizes,
         rejected=counts.rejected,
         moved_bytes=counts.moved_bytes,
+        residency=ResidencyView(policy=team.keeper.policy, **asdict(team.keeper.counts)),
     )
 
 
@@ -161,6 +177,9 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
         kv_cache_usage=stats.kv_cache_usage if stats else 0.0,
         running=stats.running if stats else 0,
         waiting=stats.waiting if stats else 0,
+        held=stats.held if stats else 0,
+        sleep_s=stats.sleep_s if stats else 0.0,
+        wake_s=stats.wake_s if stats else 0.0,
         paused_s=moment.paused_s if moment else 0.0,
         cost=moment.cost if moment else None,
         utilization=moment.utilization if moment else None,

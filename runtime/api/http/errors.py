@@ -1,5 +1,6 @@
 """Error responses: the HTTP status of each error, and a body in OpenAI's format for every route."""
 
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -109,7 +110,8 @@ def register(app: FastAPI) -> None:
 async def _troupe_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, TroupeError)
     status = status_of(error)
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    retry_s = error.retry_s if isinstance(error, Busy) else 1.0
+    headers = {"Retry-After": str(math.ceil(retry_s))} if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status, headers)

@@ -97,6 +97,7 @@ class Metrics(Collector):
             "vllm:num_requests_waiting": "Requests that wait for the engine.",
             "vllm:kv_cache_usage_perc": "KV-cache usage; 1 means 100 percent.",
             "troupe:engine_up": "1 if the engine is ready, else 0.",
+            "troupe:engine_wake_seconds": "How long the engine takes to wake.",
             "troupe:gpu_memory_utilization": "The engine's share of the device.",
             "troupe:kv_cache_bytes": "Size of the engine's KV cache in bytes.",
         }
@@ -104,6 +105,7 @@ class Metrics(Collector):
             "vllm:num_preemptions": "Preempted requests.",
             "vllm:prompt_tokens": "Prompt tokens.",
             "vllm:generation_tokens": "Generated tokens.",
+            "troupe:engine_held_requests": "Requests that arrived while the engine slept.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             **{name: GaugeMetricFamily(name, text, labels=["model_name"]) for name, text in gauges.items()},
@@ -116,11 +118,13 @@ class Metrics(Collector):
                 "vllm:num_requests_waiting": stats.waiting,
                 "vllm:kv_cache_usage_perc": stats.kv_cache_usage,
                 "troupe:engine_up": int(stats.state is EngineState.READY),
+                "troupe:engine_wake_seconds": stats.wake_s,
                 "troupe:gpu_memory_utilization": stats.grant.gpu_memory_utilization if stats.grant else 0,
                 "troupe:kv_cache_bytes": stats.kv_cache_bytes,
                 "vllm:num_preemptions": stats.preemptions,
                 "vllm:prompt_tokens": stats.prompt_tokens,
                 "vllm:generation_tokens": stats.completion_tokens,
+                "troupe:engine_held_requests": stats.held,
             }
             for family, value in values.items():
                 families[family].add_metric([name], value)

@@ -10,7 +10,7 @@ import pytest
 from agents.role import Message
 from runtime.engines import quarantine
 from runtime.engines.fake import FakeEngine, ServiceTime
-from runtime.engines.grant import Grant
+from runtime.engines.grant import Grant, Rejected
 from runtime.engines.handle import EngineState
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.supervised import Patience, SupervisedEngine
@@ -361,3 +361,126 @@ async def test_closing_fails_waiting_requests(made: Made) -> None:
     await supervised.close()
     with pytest.raises(EngineError, match="e is closed"):
         await waiting
+
+
+async def test_an_engine_sleeps_after_its_requests_and_wakes_for_those_that_it_held(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    running = asyncio.create_task(reply(engine))
+    await asyncio.sleep(0.02)
+    asleep = asyncio.create_task(engine.sleep())
+    await asyncio.sleep(0)
+    assert engine.stats().state is EngineState.DRAINING
+    held = asyncio.create_task(reply(engine))
+    await asleep
+    assert text(running.result()) == WORDS
+    assert (engine.stats().state, engine.stats().waiting) == (EngineState.COLD, 1)
+    assert made.engines[0].stats().state is EngineState.COLD
+    await asyncio.sleep(10)  # no pulse restarts it, and no request times out
+    assert len(made.engines) == 1
+    await engine.wake()
+    assert text(await held) == WORDS
+    assert engine.stats().state is EngineState.READY
+    assert made.grants[1] == engine.limits.smallest_grant
+    assert made.states == [
+        EngineState.READY,
+        EngineState.DRAINING,
+        EngineState.COLD,
+        EngineState.WAKING,
+        EngineState.READY,
+    ]
+
+
+async def test_a_sleeping_engine_holds_no_memory_and_takes_no_grant(engine: SupervisedEngine) -> None:
+    await engine.sleep()
+    before = engine.usage.idle
+    await asyncio.sleep(5)
+    assert isinstance(await engine.resize(Grant(0.5, 64, 2048)), Rejected)
+    with engine.usage.request(0):
+        pass
+    assert engine.usage.idle.byte_seconds == before.byte_seconds
+    with pytest.raises(EngineError, match="cold and cannot go to sleep"):
+        await engine.sleep()
+
+
+async def test_a_cancelled_sleep_leaves_the_engine_serving(engine: SupervisedEngine) -> None:
+    running = asyncio.create_task(reply(engine))
+    await asyncio.sleep(0.02)
+    asleep = asyncio.create_task(engine.sleep())
+    await asyncio.sleep(0.01)
+    asleep.cancel()
+    held = asyncio.create_task(reply(engine))
+    assert text(await held) == text(await running) == WORDS
+    with pytest.raises(EngineError, match="ready and cannot wake"):
+        await engine.wake()
+
+
+async def test_an_engine_whose_admission_is_paused_finishes_its_requests_before_it_sleeps(
+    engine: SupervisedEngine,
+) -> None:
+    await engine.resize(Grant(1.0, 0, 2048))
+    waiting = asyncio.create_task(reply(engine))
+    await asyncio.sleep(1)
+    await engine.sleep()
+    assert text(await waiting) == WORDS
+
+
+async def test_an_engine_that_dies_while_it_drains_is_not_restarted_until_it_wakes(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    running = asyncio.create_task(reply(engine))
+    await asyncio.sleep(0.02)
+    asleep = asyncio.create_task(engine.sleep())
+    await asyncio.sleep(0.01)
+    made.engines[0].kill()
+    await asleep
+    await asyncio.sleep(5)
+    assert (len(made.engines), engine.stats().state) == (1, EngineState.COLD)
+    await engine.wake()
+    assert text(await running) == WORDS
+
+
+async def test_wakes_are_repeated_and_do_not_count_as_restarts(engine: SupervisedEngine, made: Made) -> None:
+    await engine.sleep()
+    made.fail_to_start = 1
+    held = asyncio.create_task(reply(engine))
+    await engine.wake()
+    assert text(await held) == WORDS
+    assert EngineState.DEAD not in made.states
+    for _ in range(2 * QUICK.restarts):
+        await engine.sleep()
+        await engine.wake()
+    assert text(await reply(engine)) == WORDS
+
+
+async def test_an_engine_that_does_not_wake_fails(engine: SupervisedEngine, made: Made) -> None:
+    await engine.sleep()
+    made.fail_to_start = 100
+    held = asyncio.create_task(reply(engine))
+    with pytest.raises(EngineError, match="no memory left"):
+        await engine.wake()
+    assert engine.stats().state is EngineState.FAILED
+    with pytest.raises(EngineDead, match="does not wake: no memory left"):
+        await held
+
+
+async def test_an_engine_on_a_gpu_keeps_its_process_unless_its_sleep_is_deep() -> None:
+    made: list[FakeEngine] = []
+
+    def make(grant: Grant | None) -> FakeEngine:
+        times = ServiceTime(step_s=0.01, start_s=30, sleep_s=0.5, wake_s=0.3)
+        made.append(FakeEngine("e", lambda request: WORDS, times=times, time_scale=1, grant=grant, naps=True))
+        return made[-1]
+
+    async with SupervisedEngine("e", make) as engine:
+        await engine.sleep()
+        assert engine.stats().state is EngineState.ASLEEP
+        await engine.wake()
+        assert text(await reply(engine)) == WORDS
+        assert len(made) == 1
+        assert engine.stats().sleep_s == pytest.approx(0.5)
+        assert 0.3 < engine.stats().wake_s < 30
+        await engine.sleep(deep=True)
+        assert engine.stats().state is EngineState.COLD
+        await engine.wake()
+        assert len(made) == 2

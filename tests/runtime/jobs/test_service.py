@@ -305,6 +305,23 @@ async def test_job_restarts_if_its_replies_do_not_fit_the_workflow(tmp_path: Pat
     assert kinds[-1] in ("done", "failed")
 
 
+async def test_a_job_whose_deadline_comes_before_an_engine_wakes_is_refused_at_once(tmp_path: Path) -> None:
+    team = embedded_team()
+    async with JobService(tmp_path / "jobs.db", team) as jobs:
+        wakes_in_s = 2.5
+        jobs.use(Orchestrator(team, await engines(), jobs.on_event), lambda: wakes_in_s)
+        with pytest.raises(Busy, match=r"deadline_s: the first engine wakes in 2\.5 s, .* deadline of 2 s") as refused:
+            await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 2}))
+        assert refused.value.retry_s == wakes_in_s
+        assert await jobs.journal.read(queries.jobs) == []
+        for submission in (PROBLEM, PROBLEM.model_copy(update={"deadline_s": 3})):
+            record, _ = await jobs.submit(submission)
+            assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
+        wakes_in_s = 0.0
+        record, _ = await jobs.submit(PROBLEM.model_copy(update={"deadline_s": 2}))
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
+
+
 async def test_drain_ends_running_jobs_and_keeps_queued_ones(tmp_path: Path) -> None:
     handles = await engines()
     counting = Counting(handles)

@@ -1,0 +1,311 @@
+"""The keeper carries a residency policy's decisions out: nothing is lost, and the device never holds too much."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from agents.role import Message, Value
+from runtime.control import catalogue as share_policies
+from runtime.control.contained_policy import ContainedPolicy
+from runtime.control.controller import Controller
+from runtime.control.forecast import Forecast
+from runtime.control.snapshotter import Snapshotter
+from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
+from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineState
+from runtime.engines.ledger import Ledger
+from runtime.engines.request import GenerateRequest
+from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.events import Event, JobAdvanced, JobEnded
+from runtime.residency import catalogue
+from runtime.residency.call_times import CallTimes
+from runtime.residency.keeper import STARVED_S, Keeper, Rules
+from runtime.residency.policy import ResidencyDecision, ResidencyPolicy
+from runtime.residency.snapshot import ResidencySnapshot
+
+pytestmark = pytest.mark.virtual_time
+
+MIB = 1 << 20
+WORDS = "one two three four five six seven eight"
+REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
+NAMES = ("planner", "solver", "critic", "judge")
+SEATS = frozenset({"planner", "solver"})
+START_S = 0.5
+
+
+class Device:
+    """The physical memory. `most` is the largest sum that its engines ever held."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.most = 0
+
+    def hold(self, engine: str, nbytes: int) -> None:
+        self.held[engine] = nbytes
+        self.most = max(self.most, sum(self.held.values()))
+
+
+class Physical(FakeEngine):
+    """A fake engine that takes its memory from a device, when it begins to start, and returns it at its end."""
+
+    def __init__(self, name: str, device: Device, grant: Grant | None) -> None:
+        super().__init__(
+            name,
+            lambda request: WORDS,
+            times=ServiceTime(step_s=0.01, token_s=0, start_s=START_S, sleep_s=0.1),
+            time_scale=1,
+            memory=FakeMemory(device=1000 * MIB, fixed=300 * MIB, floor=50 * MIB, token=MIB, block_tokens=1),
+            grant=grant or Grant(0.35, 64, 2048),
+        )
+        self.device = device
+
+    def hold(self) -> None:
+        self.device.hold(self.name, self._limits.held_bytes(self.grant.gpu_memory_utilization))
+
+    async def start(self) -> None:
+        self.hold()
+        await super().start()
+
+    async def resize(self, grant: Grant, grace_s: float = 0):  # type: ignore[no-untyped-def]
+        outcome = await super().resize(grant, grace_s)
+        self.hold()
+        return outcome
+
+    async def sleep(self, deep: bool = False) -> None:
+        await super().sleep(deep)
+        self.device.hold(self.name, 0)
+
+    def _die(self, death) -> None:  # type: ignore[no-untyped-def]
+        super()._die(death)
+        self.device.hold(self.name, 0)
+
+    async def close(self) -> None:
+        await super().close()
+        self.device.hold(self.name, 0)
+
+
+@dataclass
+class Rig:
+    """Four engines, of which two fit the device together, with everything that moves them."""
+
+    engines: dict[str, SupervisedEngine]
+    device: Device
+    keeper: Keeper
+    controller: Controller
+    sharing: Sharing
+    listeners: tuple[Callable[[Event], None], ...]
+
+    def tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    async def ask(self, name: str) -> str:
+        request = self.engines[name].generate(REQUEST)
+        self.keeper.look()
+        return "".join([chunk.text async for chunk in request])
+
+    def states(self) -> dict[str, EngineState]:
+        return {name: engine.stats().state for name, engine in self.engines.items()}
+
+    def awake(self) -> set[str]:
+        return {name for name, state in self.states().items() if state is EngineState.READY}
+
+
+@asynccontextmanager
+async def rig(policy: str | ResidencyPolicy = "lru", rules: dict[str, Rules] | None = None) -> AsyncIterator[Rig]:
+    device = Device()
+    engines = {
+        name: SupervisedEngine(
+            name,
+            lambda grant, name=name: Physical(name, device, grant),  # type: ignore[misc]
+            patience=Patience(hang_s=5, pulse_every_s=0.5, backoff_s=(0, 0.1)),
+        )
+        for name in NAMES
+    }
+    ledger = Ledger(1000 * MIB)
+    for name, engine in engines.items():
+        await engine.start()
+        await engine.sleep()
+        ledger.claim(name, 0)
+    sharing, forecast, call_times = Sharing(engines, ledger), Forecast(), CallTimes()
+    for predictor in (forecast, call_times):
+        predictor.seat({name: name for name in NAMES})
+    snapshotter = Snapshotter(engines, forecast)
+    shares = ContainedPolicy("waterfill", share_policies.make("waterfill"))
+    controller = Controller(engines, sharing, snapshotter, shares)
+    chosen = catalogue.make(policy) if isinstance(policy, str) else policy
+    keeper = Keeper(engines, sharing, forecast, call_times, chosen, rules, controller.wake)
+    async with controller, keeper:
+        yield Rig(engines, device, keeper, controller, sharing, (forecast.on_event, call_times.on_event))
+    await sharing.close()
+    for engine in engines.values():
+        await engine.close()
+
+
+async def settle() -> None:
+    await asyncio.sleep(3)
+
+
+async def test_engines_wake_for_requests_and_make_room_for_each_other() -> None:
+    async with rig() as made:
+        assert made.awake() == set()
+        assert await made.ask("planner") == await made.ask("solver") == WORDS
+        assert made.awake() == {"planner", "solver"}
+        await settle()
+        assert await made.ask("critic") == WORDS
+        assert made.awake() == {"solver", "critic"}
+        assert made.device.most <= 1000 * MIB
+        assert made.sharing.ledger.held["planner"] == 0
+        assert (made.keeper.counts.wakes, made.keeper.counts.sleeps) == (3, 1)
+
+
+async def test_awake_engines_shrink_for_one_that_wakes() -> None:
+    async with rig() as made:
+        await made.ask("planner")
+        await settle()  # the planner grows to the whole device
+        assert made.sharing.ledger.held["planner"] > 900 * MIB
+        assert await made.ask("solver") == WORDS
+        assert made.awake() == {"planner", "solver"}
+        assert made.device.most <= 1000 * MIB
+
+
+async def test_more_requests_than_fit_are_all_answered_in_bounded_time() -> None:
+    async with rig() as made:
+        asked = [made.ask(name) for name in NAMES for _ in range(5)]
+        began_s = asyncio.get_running_loop().time()
+        assert await asyncio.gather(*asked) == [WORDS] * 20
+        assert asyncio.get_running_loop().time() - began_s < 15
+        assert made.device.most <= 1000 * MIB
+
+
+async def test_engines_that_are_always_busy_give_way_after_a_while() -> None:
+    async with rig() as made:
+        until_s = asyncio.get_running_loop().time() + 60
+
+        async def keep_busy(name: str) -> None:
+            while asyncio.get_running_loop().time() < until_s:
+                await made.ask(name)
+
+        busy = [asyncio.create_task(keep_busy(name)) for name in ("planner", "solver") for _ in range(3)]
+        await asyncio.sleep(5)
+        began_s = asyncio.get_running_loop().time()
+        assert await made.ask("critic") == WORDS
+        assert 9 < asyncio.get_running_loop().time() - began_s < 15
+        await asyncio.gather(*busy)
+
+
+async def test_an_engine_wakes_before_its_first_request_while_another_role_works() -> None:
+    async with rig("job_graph") as made:
+
+        async def job(name: str) -> None:
+            """Play a job in which a call to the planner, of 2 s, precedes one to the solver."""
+            made.tell(JobAdvanced(name, "", {"planner": 1}, {"solver": 1}, SEATS))
+            await made.ask("planner")
+            await asyncio.sleep(2)
+            made.tell(JobAdvanced(name, "planner", {"solver": 1}, {}, SEATS))
+            await made.ask("solver")
+            made.tell(JobAdvanced(name, "solver", {}, {}, SEATS))
+            made.tell(JobEnded(name, "42", None, 3.0))
+
+        await job("first")
+        await asyncio.sleep(60)
+        assert made.awake() == set()  # no job is left
+        held = made.engines["solver"].stats().held
+        await job("second")
+        assert made.engines["solver"].stats().held == held
+        assert made.keeper.counts.ahead >= 1
+        await asyncio.sleep(60)
+        assert made.awake() == set()
+        assert made.keeper.counts.wasted == 0
+        assert sum(made.sharing.ledger.held.values()) == 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "job_graph"])
+async def test_a_job_that_was_refused_for_its_deadline_is_expected(policy: str) -> None:
+    async with rig(policy) as made:
+        assert made.keeper.expect_job() == pytest.approx(START_S)
+        await asyncio.sleep(1.1 * START_S)
+        assert len(made.awake()) == 1
+        assert made.keeper.expect_job() == 0
+
+
+async def test_an_engine_that_may_not_sleep_stays() -> None:
+    async with rig("lru", {"planner": Rules(may_sleep=False)}) as made:
+        await made.ask("planner")
+        await settle()
+        await made.ask("solver")
+        await settle()
+        await made.ask("critic")
+        assert made.awake() == {"planner", "critic"}
+
+
+class Bad(ResidencyPolicy):
+    """A policy that does what a test says."""
+
+    def __init__(self, does: object) -> None:
+        super().__init__(Value())
+        self.does = does
+
+    def decide(self, snapshot: ResidencySnapshot) -> ResidencyDecision:
+        if isinstance(self.does, Exception):
+            raise self.does
+        assert isinstance(self.does, ResidencyDecision)
+        return self.does
+
+
+@pytest.mark.parametrize(
+    ("does", "fault"),
+    [
+        (ValueError("no idea"), "raised ValueError"),
+        (ResidencyDecision(wake=("nobody",)), "there is no engine 'nobody'"),
+        (ResidencyDecision(wake=NAMES), "bytes more than the budget"),
+        (ResidencyDecision(sleep=("judge",)), "judge cannot go to sleep: it is cold"),
+    ],
+)
+async def test_a_bad_policy_is_overruled(does: object, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with rig(Bad(does)) as made:
+        assert await made.ask("planner") == WORDS
+        assert fault in caplog.text
+        assert sum(fault in record.message for record in caplog.records) == 1
+        assert made.keeper.counts.refused
+
+
+async def test_a_policy_that_wakes_nobody_or_thrashes_is_overruled(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Bad(ResidencyDecision())
+    async with rig(policy) as made:
+        began_s = asyncio.get_running_loop().time()
+        assert await made.ask("planner") == WORDS
+        assert STARVED_S < asyncio.get_running_loop().time() - began_s < STARVED_S + 2
+        policy.does = ResidencyDecision(sleep=("planner",))
+        await asyncio.sleep(0.3)
+        assert made.awake() == {"planner"}
+        assert "planner woke" in caplog.text
+        await asyncio.sleep(2)
+        assert made.awake() == set()
+
+
+async def test_random_sleeps_wakes_and_deaths_lose_nothing() -> None:
+    rng = random.Random(17)
+    async with rig("lru") as made:
+
+        async def client(name: str) -> None:
+            for _ in range(25):
+                await asyncio.sleep(rng.expovariate(1))
+                assert await made.ask(name) == WORDS
+
+        async def killer() -> None:
+            while True:
+                await asyncio.sleep(rng.expovariate(1))
+                made.engines[rng.choice(NAMES)].kill()
+
+        killing = asyncio.create_task(killer())
+        await asyncio.gather(*(client(name) for name in NAMES for _ in range(3)))
+        killing.cancel()
+        assert made.device.most <= 1000 * MIB
+        assert made.keeper.counts.sleeps > 20
+        assert EngineState.FAILED not in made.states().values()
