@@ -195,8 +195,9 @@ class FakeEngine(EngineHandle):
             raise EngineError(f"engine {self.name} is {self._state} and cannot wake")
         self._state = EngineState.WAKING
         self.grant = self._limits.smallest_grant
-        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
+        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization), waking=True)
         await self._pass(self._times.wake_s)
+        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
         self._state = EngineState.READY
 
     async def _pass(self, seconds: float) -> None:

@@ -301,7 +301,7 @@ class SupervisedEngine(EngineHandle):
             raise EngineError(f"engine {self.name} is {self.stats().state} and cannot wake")
         self._enter_rest(EngineState.WAKING)
         smallest = self.limits.smallest_grant
-        self.usage.hold(self.limits.held_bytes(smallest.gpu_memory_utilization))
+        self.usage.hold(self.limits.held_bytes(smallest.gpu_memory_utilization), waking=True)
         for pause_s in (*self._patience.backoff_s[1:], None):
             try:
                 await self._wake_once(smallest)

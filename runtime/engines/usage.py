@@ -13,16 +13,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Charge:
-    """Memory held times seconds, and seconds of the whole engine."""
+    """Memory held times seconds, and seconds of the whole engine.
+
+    `waking_byte_seconds` is the part of `byte_seconds` for which the engine was waking and could not serve.
+    """
 
     byte_seconds: float = 0.0
     engine_seconds: float = 0.0
+    waking_byte_seconds: float = 0.0
 
     def __add__(self, other: "Charge") -> "Charge":
-        return Charge(self.byte_seconds + other.byte_seconds, self.engine_seconds + other.engine_seconds)
+        return Charge(
+            self.byte_seconds + other.byte_seconds,
+            self.engine_seconds + other.engine_seconds,
+            self.waking_byte_seconds + other.waking_byte_seconds,
+        )
 
     def __sub__(self, other: "Charge") -> "Charge":
-        return Charge(self.byte_seconds - other.byte_seconds, self.engine_seconds - other.engine_seconds)
+        return Charge(
+            self.byte_seconds - other.byte_seconds,
+            self.engine_seconds - other.engine_seconds,
+            self.waking_byte_seconds - other.waking_byte_seconds,
+        )
 
 
 @dataclass
@@ -33,6 +45,7 @@ class Usage:
     - `seconds`: from asking to the last token.
     - `byte_seconds`, `engine_seconds`: its charge for the engine's memory and time.
     - `cost`: in the currency of the configured price. None without a price.
+    - `waking_byte_seconds`: the part of `byte_seconds` for which the engine was waking.
     """
 
     prompt_tokens: int = 0
@@ -41,6 +54,7 @@ class Usage:
     byte_seconds: float = 0.0
     engine_seconds: float = 0.0
     cost: float | None = None
+    waking_byte_seconds: float = 0.0
 
     def add(self, other: "Usage") -> None:
         """Add another usage to this one."""
@@ -49,6 +63,7 @@ class Usage:
         self.seconds += other.seconds
         self.byte_seconds += other.byte_seconds
         self.engine_seconds += other.engine_seconds
+        self.waking_byte_seconds += other.waking_byte_seconds
         if other.cost is not None:
             self.cost = (self.cost or 0.0) + other.cost
 
@@ -64,15 +79,18 @@ class UsageMeter:
 
     - `arrived`, `finished`: counts of requests.
     - `idle`: the charge for the time without requests in flight.
+    - `asleep_s`: the seconds in which the engine held no memory, because it slept.
     """
 
     def __init__(self) -> None:
         self.arrived = 0
         self.finished = 0
         self.idle = Charge()
+        self.asleep_s = 0.0
         self._in_flight: dict[int, _InFlight] = {}
         self._charged = Charge()
         self._held_bytes = 0
+        self._waking = False
         self._settled_s: float | None = None
 
     @property
@@ -80,10 +98,13 @@ class UsageMeter:
         """The number of requests that run or wait."""
         return self.arrived - self.finished
 
-    def hold(self, nbytes: int) -> None:
-        """Set the bytes that the engine holds from now on, weights and buffers included."""
+    def hold(self, nbytes: int, waking: bool = False) -> None:
+        """Set the bytes that the engine holds from now on, weights and buffers included; 0 if it sleeps.
+
+        `waking` says that it holds them while it wakes.
+        """
         self._settle()
-        self._held_bytes = nbytes
+        self._held_bytes, self._waking = nbytes, waking
 
     @contextmanager
     def request(self, rank: int) -> Iterator[None]:
@@ -122,8 +143,12 @@ class UsageMeter:
         now_s = asyncio.get_running_loop().time()
         seconds = 0.0 if self._settled_s is None else now_s - self._settled_s
         self._settled_s = now_s
-        whole = Charge(self._held_bytes * seconds, seconds)
+        byte_seconds = self._held_bytes * seconds
+        whole = Charge(byte_seconds, seconds, byte_seconds if self._waking else 0.0)
+        self.asleep_s += 0.0 if self._held_bytes else seconds
         if count := self.in_flight:
-            self._charged += Charge(whole.byte_seconds / count, whole.engine_seconds / count)
+            self._charged += Charge(
+                whole.byte_seconds / count, whole.engine_seconds / count, whole.waking_byte_seconds / count
+            )
         else:
             self.idle += whole

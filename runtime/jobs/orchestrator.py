@@ -202,7 +202,8 @@ class Orchestrator:
             charge = engine.usage.charged() - charged_before
             cost = self._cost(charge, engine)
             seconds = clock() - asked_s
-            usage.add(Usage(prompt_tokens, sum(tokens), seconds, charge.byte_seconds, charge.engine_seconds, cost))
+            charged = charge.byte_seconds, charge.engine_seconds, cost, charge.waking_byte_seconds
+            usage.add(Usage(prompt_tokens, sum(tokens), seconds, *charged))
         self._tell(CallEnded(job.id, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
         return "".join(pieces), finish
 

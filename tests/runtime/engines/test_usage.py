@@ -24,6 +24,26 @@ async def call(meter: UsageMeter, begins_s: float, seconds: float, since_s: floa
     return spent.byte_seconds, spent.engine_seconds
 
 
+def test_a_request_that_is_held_pays_for_the_wake_and_not_for_the_sleep() -> None:
+    async def work() -> None:
+        meter = UsageMeter()
+        meter.hold(100)
+        await asyncio.sleep(1)
+        meter.hold(0)
+        held = asyncio.create_task(call(meter, 2, 10))
+        await asyncio.sleep(4)
+        before = meter.charged()
+        meter.hold(60, waking=True)
+        await asyncio.sleep(5)
+        meter.hold(80)
+        assert await held == pytest.approx((5 * 60 + 3 * 80, 10))
+        assert (meter.charged() - before).waking_byte_seconds == pytest.approx(300)
+        assert meter.asleep_s == pytest.approx(4)
+        assert meter.idle.byte_seconds == pytest.approx(100)
+
+    virtual_time.run(work())
+
+
 def test_concurrent_requests_share_memory_and_time_equally() -> None:
     async def work() -> list[tuple[float, float]]:
         meter = UsageMeter()

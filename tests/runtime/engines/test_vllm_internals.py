@@ -95,6 +95,7 @@ CALLED = {
     "vllm.utils.mem_utils:memory_profiling": call(X),
     "vllm.utils.torch_utils:current_stream": call(),
     f"{CPU_WORKER}._should_warm_up_model": call(X),
+    "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides": call(X),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": call(X),
 }
 """The functions that our code calls and the arguments that it passes, `self` included."""
@@ -196,6 +197,7 @@ LOOKED_UP = {
     "vllm.v1.engine.utils:CoreEngineProcManager.__init__": "get_mp_context Process",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__": "BlockPool",
     "vllm.v1.worker.utils:allocate_kv_cache": "torch zeros",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker": "register_triton_kernel_overrides",
     # Functions that must call our methods or read our limits.
     "vllm.v1.engine.core:EngineCoreProc._handle_client_request": "getattr _invoke_utility_method",
     "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method": "Future add_done_callback",
