@@ -16,8 +16,9 @@ from runtime.engines.fleet import Fleet
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sharing import Sharing
-from runtime.engines.spec import EngineSpec
+from runtime.engines.spec import EngineSpec, oversubscribe
 from runtime.engines.step_time import StepTime
+from runtime.errors import EngineError
 from runtime.events import EngineChanged, Event, JobAdvanced, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
@@ -153,17 +154,20 @@ async def start_team(
     async with AsyncExitStack() as owned:
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         residency = catalogue.make(config.residency.policy.name, config.residency.policy.options)
+        specs = needed_engines(config, team)
+        may_sleep = [name for name in specs if config.may_sleep(name)]
         fleet = await owned.enter_async_context(
             Fleet(
-                needed_engines(config, team),
+                specs,
                 folder,
                 on_state,
                 config.device.memory_bytes,
                 kv_cache_bytes=config.device.kv_cache_memory_bytes,
                 step_times=step_times,
-                one_at_a_time=config.oversubscribed,
+                one_at_a_time=oversubscribe(specs.values()),
             )
         )
+        _check_that_each_can_wake(fleet, may_sleep)
         on_gpu = any(engine.limits.device_uuid for engine in fleet.engines.values())
         sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
         log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
@@ -178,10 +182,23 @@ async def start_team(
             reading=lambda: sampler.latest,
             log=log,
             residency=residency,
-            may_sleep=[name for name in fleet.engines if config.may_sleep(name)],
+            may_sleep=may_sleep,
         )
         await owned.enter_async_context(running)
         yield running
+
+
+def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
+    """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
+    needed = {name: each.limits.fixed_bytes + each.limits.kv_floor_bytes for name, each in fleet.engines.items()}
+    always_bytes = sum(nbytes for name, nbytes in needed.items() if name not in may_sleep)
+    budget_bytes = fleet.sharing.ledger.budget_bytes
+    for name in may_sleep:
+        if always_bytes + needed[name] > budget_bytes:
+            raise EngineError(
+                f"engine {name} can never wake: it needs {needed[name]} bytes, and the engines that never sleep need "
+                f"{always_bytes} of the {budget_bytes} bytes; let more engines sleep, or use smaller models"
+            )
 
 
 def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:

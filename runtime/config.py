@@ -352,11 +352,6 @@ class Config(Section):
         shares = (member.minimum_share for member in self.team.values() if member.engine == engine)
         return self.residency.policy.name != "keep" and self.engines[engine].sleep == "auto" and not any(shares)
 
-    @property
-    def oversubscribed(self) -> bool:
-        """True if the engines do not fit the device together, by their gpu_memory_utilization."""
-        return sum(spec.gpu_memory_utilization for spec in self.engines.values()) > 1 + 1e-9
-
     def with_workflow(self, name: str) -> "Config":
         """Return a copy that follows another workflow with its default options.
 

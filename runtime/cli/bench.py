@@ -196,6 +196,8 @@ def residency_rivals(policies: str, config: Config) -> list[Rival]:
 
     An option of a policy follows its name, as in `ttl:idle_s=5`. Raises ConfigError for an unknown or repeated one.
     """
+    if not any(config.may_sleep(name) for name in config.engines):
+        raise ConfigError(f"{config.source}: residency.policy: no engine may sleep; choose another policy than keep")
     chosen = []
     for name in _names("--residency", policies):
         policy, *options = name.split(":")

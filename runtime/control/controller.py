@@ -17,7 +17,7 @@ from typing import Self
 from runtime.control import burst, pauses, pins
 from runtime.control.contained_policy import Answer, ContainedPolicy
 from runtime.control.decision_log import DecisionLog, Outcome, Record
-from runtime.control.policy import Decision
+from runtime.control.policy import Decision, unchanged
 from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import Snapshotter
 from runtime.engines.grant import Applied, Deferred, Grant, ResizeOutcome
@@ -228,7 +228,8 @@ class Controller:
         policy = self._policy.name
         answer, shadow = await self._decide(pinned.rest(snapshot))
         self._note_decision(snapshot, answer.grants)
-        grants = {**pauses.end_overdue(snapshot, answer.grants), **pinned.in_force}
+        decided = answer.grants if answer.decision else self._room_for_wakes(pinned.rest(snapshot))
+        grants = {**pauses.end_overdue(snapshot, decided), **pinned.in_force}
         outcomes = await self._apply(snapshot, grants)
         if cause == BURST and outcomes:
             self._start_timing(since_s, outcomes)
@@ -249,9 +250,16 @@ class Controller:
         self._write(record)
 
     async def _end_pauses(self) -> None:
-        """Let every engine admit requests that a policy paused."""
+        """Let every engine admit requests that a policy paused. Only an engine that wakes makes others shrink."""
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
-        await self._apply(snapshot, pauses.end_all(snapshot))
+        room = self._room_for_wakes(pins.fit(snapshot, self._pinned).rest(snapshot))
+        await self._apply(snapshot, {**pauses.end_all(snapshot), **room})
+
+    def _room_for_wakes(self, snapshot: Snapshot) -> Mapping[str, Grant]:
+        """Return grants that leave the memory that engines wait for to wake; none if no engine waits."""
+        if self._sharing.reserved_bytes <= max(self._sharing.ledger.free, 0):
+            return {}
+        return unchanged(snapshot, "an engine wakes").grants
 
     def _next_cause(self, now_s: float) -> tuple[str, float]:
         """Return why and since when a decision is due, and reset both."""

@@ -24,7 +24,7 @@ ANSWER_S = 1.0
 """How long a decision waits for an engine's answer. It then leaves this engine alone and continues with the others."""
 
 Settled = Applied | Rejected | Superseded
-RESTING = (EngineState.DRAINING, EngineState.ASLEEP, EngineState.COLD, EngineState.WAKING)
+RESTING = (EngineState.DRAINING, EngineState.ASLEEP, EngineState.COLD, EngineState.WAKING, EngineState.FAILED)
 """States in which an engine's claim, and not its last grant, says what it holds."""
 
 
@@ -253,6 +253,8 @@ class Sharing:
 
     async def _take(self, name: str, grant: Grant, decision: _Decision) -> Applied | Rejected:
         """Claim the memory of a grant, then ask the engine to take it. Restore the claim if the engine refuses."""
+        if (state := self._engines[name].stats().state) in RESTING:  # it has gone to sleep since the plan was made
+            return Rejected(grant, f"engine {name} is {state}")
         claimed_before, grant_before = self._claimed(name), self._current(name)
         self.ledger.claim(name, self._bytes(name, grant))
         outcome = await self._ask(name, grant)
@@ -276,7 +278,7 @@ class Sharing:
             outcome = await self._ask(name, back)
             if isinstance(outcome, Applied):
                 decision.rolled_back.add(name)
-            elif outcome is not None:
+            elif outcome is not None and self._engines[name].stats().state not in RESTING:
                 self.ledger.claim(name, self._bytes(name, self._current(name)))
         decision.donors_before.clear()
         decision.recipient_failed = False

@@ -1,6 +1,6 @@
 """The configuration of one engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
@@ -72,3 +72,8 @@ class EngineSpec(BaseModel):
             if name in set_by_troupe:
                 raise ValueError(f"{name} is set by Troupe: remove it from vllm")
         return arguments
+
+
+def oversubscribe(specs: Iterable[EngineSpec]) -> bool:
+    """Return True if engines do not fit the device together, by their gpu_memory_utilization."""
+    return sum(spec.gpu_memory_utilization for spec in specs) > 1 + 1e-9

@@ -25,6 +25,8 @@ MakeEngine = Callable[[Grant | None], EngineHandle]
 """Makes a new engine that starts with a grant. None stands for the grant in the engine's specification."""
 OnState = Callable[[EngineState], None]
 
+DRAIN_S = 60.0
+"""How long an engine may drain before it goes on serving."""
 NEWEST_WEIGHT = 0.3
 """Weight of the newest duration of a sleep or a wake in the average."""
 
@@ -182,6 +184,9 @@ class SupervisedEngine(EngineHandle):
                 await self._ready.wait()
                 if self._failure is not None:
                     raise EngineDead(self._failure)
+                if self._rest is not None:  # it has begun to drain since
+                    self._ready.clear()
+                    continue
                 if self._engine.stats().state is EngineState.READY:
                     return self._engine
                 self._suspect()
@@ -265,7 +270,8 @@ class SupervisedEngine(EngineHandle):
     async def sleep(self, deep: bool = False) -> None:
         """Hold new requests, let the engine finish its running ones, then give its memory back.
 
-        Requests are held until the engine wakes. If the call is cancelled while the engine drains, it goes on serving.
+        Requests are held until the engine wakes. If the call is cancelled while the engine drains, or if it drains for
+        longer than DRAIN_S, it goes on serving; the latter raises EngineError.
         An engine that does not give its memory back is ended, which frees it too.
         """
         state = self.stats().state
@@ -275,7 +281,7 @@ class SupervisedEngine(EngineHandle):
         self._enter_rest(EngineState.DRAINING)
         try:
             await self._drain()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, EngineError):
             self._rest = None
             self._on_state(self.stats().state)
             self._check_now.set()  # the check lets requests pass again, or finds that the engine has died
@@ -308,6 +314,7 @@ class SupervisedEngine(EngineHandle):
             except EngineError as error:
                 await self._engine.close()
                 if pause_s is None:
+                    self.usage.hold(0)
                     self._fail(f"it does not wake: {error}")
                     raise
                 await asyncio.sleep(pause_s)
@@ -326,11 +333,19 @@ class SupervisedEngine(EngineHandle):
             self._wake_s = _averaged(self._wake_s, asyncio.get_running_loop().time() - began_s)
 
     async def _drain(self) -> None:
-        """Wait until no request is served. An engine whose admission is paused admits its waiting requests again."""
+        """Wait until no request is served. Raise EngineError after DRAIN_S: a caller may have stopped reading."""
+        await self._admit_again()
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await self._none_served.wait()
+        except TimeoutError:
+            raise EngineError(f"engine {self.name} still serves requests after {DRAIN_S:g} s") from None
+
+    async def _admit_again(self) -> None:
+        """Let an engine whose admission is paused admit its waiting requests."""
         grant = self._engine.stats().grant
         if grant is not None and not grant.max_active_seqs:
             await self._engine.resize(replace(grant, max_active_seqs=self.limits.seqs_ceiling, preempt=False))
-        await self._none_served.wait()
 
     def _enter_rest(self, state: EngineState) -> None:
         self._rest = state
@@ -345,6 +360,8 @@ class SupervisedEngine(EngineHandle):
         if self._failure is not None or self._rest is not None:
             return Rejected(grant, self._failure or f"engine {self.name} is {self._rest}")
         outcome = await self._engine.resize(grant, grace_s)
+        if self._rest is EngineState.DRAINING:  # it has begun to drain since, and a pause would never end
+            await self._admit_again()
         self._note_grant()
         return outcome
 

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from runtime.control.forecast import Forecast
@@ -23,6 +23,8 @@ STARVED_S = 3 * HELD_S
 """A policy that lets a request be held for longer than this is overruled."""
 MIN_PAUSE_S = 0.01
 """Shortest pause between two decisions."""
+SHORT_S = 1.0
+"""How long the budget must be too small for the awake engines before one of them sleeps for it."""
 EXPECTED_S = 5.0
 """How long a job is expected that was refused because no engine could wake in time for it."""
 _SLEEPING = (EngineState.ASLEEP, EngineState.COLD)
@@ -97,6 +99,7 @@ class Keeper:
         self._history: dict[str, _History] = {}
         self._moving: dict[str, asyncio.Task[None]] = {}
         self._resting = False
+        self._short_since_s: float | None = None
         self._look_now = asyncio.Event()
         self._logged: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -131,8 +134,7 @@ class Keeper:
         wait_s = {name: self._wait_s(self._engines[name].stats()) for name in first}
         soonest = min(wait_s, key=lambda name: wait_s[name])
         if wait_s[soonest]:
-            history = self._history.setdefault(soonest, _History(now_s, now_s))
-            history.expected_until_s = now_s + wait_s[soonest] + EXPECTED_S
+            self._history_of(soonest).expected_until_s = now_s + wait_s[soonest] + EXPECTED_S
             self.look()
         return wait_s[soonest]
 
@@ -169,7 +171,11 @@ class Keeper:
         while True:
             self._look_now.clear()
             if not self._resting:
-                self.tick()
+                try:
+                    self.tick()
+                except Exception:
+                    logging.getLogger(__name__).exception("the keeper cannot look at the engines")
+                    await asyncio.sleep(EVERY_S)
             await asyncio.sleep(MIN_PAUSE_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(EVERY_S):
@@ -186,8 +192,10 @@ class Keeper:
         for name in decision.sleep:
             self._move(name, self._sleep(name))
         for name in decision.wake:
-            self.counts.ahead += not snapshot.engines[name].calls
-            self._move(name, self._wake(name))
+            self._move(name, self._wake(name, ahead=not snapshot.engines[name].calls))
+        for engine in snapshot.residences:
+            if engine.state is EngineState.FAILED and self._sharing.ledger.held[engine.name]:
+                self._move(engine.name, self._sharing.release(engine.name, 0))
 
     def _decide(self, snapshot: ResidencySnapshot) -> ResidencyDecision:
         """Return the policy's decision, or that of `lru` if it has a fault or lets requests wait for too long."""
@@ -236,14 +244,22 @@ class Keeper:
                 priority=rules.priority,
                 idle_times=history.idle_times,
             )
-        return ResidencySnapshot(now_s, self._sharing.ledger.budget_bytes, residences)
+        snapshot = ResidencySnapshot(now_s, self._sharing.ledger.budget_bytes, residences)
+        if snapshot.free_bytes >= 0:
+            self._short_since_s = None
+        elif self._short_since_s is None:
+            self._short_since_s = now_s
+        # A reading of the device may still count an engine that has just gone to sleep.
+        if self._short_since_s is not None and now_s - self._short_since_s < SHORT_S:
+            return replace(snapshot, budget_bytes=snapshot.budget_bytes - snapshot.free_bytes)
+        return snapshot
 
     def _is_leaving(self, name: str, state: EngineState) -> bool:
         return state is EngineState.READY and name in self._moving
 
     def _note(self, name: str, calls: int, now_s: float) -> _History:
         """Update what is remembered of an engine."""
-        history = self._history.setdefault(name, _History(now_s, now_s))
+        history = self._history_of(name)
         arrived = self._engines[name].usage.arrived
         if calls or arrived != history.arrived:
             if not history.had_calls and history.arrived:
@@ -266,18 +282,19 @@ class Keeper:
         self._on_change(f"engine {name} has moved")
 
     async def _sleep(self, name: str) -> None:
-        engine, history = self._engines[name], self._history[name]
+        engine, history = self._engines[name], self._history_of(name)
         try:
             await engine.sleep()
         except EngineError as error:
             logging.getLogger(__name__).warning("engine %s does not go to sleep: %s", name, error)
+            history.awake_since_s = asyncio.get_running_loop().time()  # it stays for a while
             return
         await self._sharing.release(name, 0)
         self.counts.sleeps += 1
         self.counts.wasted += engine.usage.finished == history.served_before
 
-    async def _wake(self, name: str) -> None:
-        engine, history = self._engines[name], self._history[name]
+    async def _wake(self, name: str, ahead: bool) -> None:
+        engine, history = self._engines[name], self._history_of(name)
         limits = engine.limits
         history.served_before = engine.usage.finished
         if self._sharing.ledger.free < limits.fixed_bytes + limits.kv_floor_bytes:
@@ -289,14 +306,26 @@ class Keeper:
             logging.getLogger(__name__).error("engine %s does not wake: %s", name, error)
             await self._sharing.release(name, 0)
             return
+        grant = engine.stats().grant
+        if grant is not None:  # it may have measured itself a little larger
+            held_bytes = engine.limits.held_bytes(grant.gpu_memory_utilization)
+            self._sharing.ledger.record(name, max(self._sharing.ledger.held[name], held_bytes))
         history.awake_since_s = asyncio.get_running_loop().time()
         self.counts.wakes += 1
+        self.counts.ahead += ahead
+
+    def _history_of(self, name: str) -> _History:
+        now_s = asyncio.get_running_loop().time()
+        return self._history.setdefault(name, _History(now_s, now_s))
 
 
 def _fault(snapshot: ResidencySnapshot, decision: ResidencyDecision) -> str | None:
     """Return why a decision cannot be carried out, or None."""
     free_bytes = snapshot.free_bytes
-    for name in (*decision.sleep, *decision.wake):
+    moved = (*decision.sleep, *decision.wake)
+    if len(set(moved)) < len(moved):
+        return "it names an engine twice"
+    for name in moved:
         if name not in snapshot.engines:
             return f"there is no engine {name!r}; the engines are {', '.join(snapshot.engines)}"
     for name in decision.sleep:

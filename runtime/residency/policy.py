@@ -93,6 +93,9 @@ class Moves:
         budget was cut below what the awake engines need.
         """
         residences = self._snapshot.residences
+        for engine in residences:
+            if engine.sleeps and not engine.may_sleep:
+                self.wake(engine, "it never sleeps")
         for engine in sorted((each for each in residences if each.awake and each.may_sleep), key=self._order):
             if self._free_bytes < 0:
                 self.sleep(engine, "the budget has become too small for it")

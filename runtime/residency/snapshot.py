@@ -55,6 +55,13 @@ class Residence:
         return self.state in (EngineState.ASLEEP, EngineState.COLD)
 
     @property
+    def held_bytes(self) -> int:
+        """What it needs on the device, once it sleeps if it drains."""
+        if self.state in (EngineState.FAILED, EngineState.CLOSED):
+            return 0
+        return self.asleep_bytes if self.sleeps or self.state is EngineState.DRAINING else self.awake_bytes
+
+    @property
     def has_stayed(self) -> bool:
         """True if it has been awake for long enough to pay for its wake."""
         return self.awake_s >= STAYS * self.wake_s
@@ -81,8 +88,4 @@ class ResidencySnapshot:
     @cached_property
     def free_bytes(self) -> int:
         """What is free for engines to wake, once those that drain sleep and those that are awake shrink."""
-        held = sum(
-            engine.asleep_bytes if engine.sleeps or engine.state is EngineState.DRAINING else engine.awake_bytes
-            for engine in self.residences
-        )
-        return self.budget_bytes - held
+        return self.budget_bytes - sum(engine.held_bytes for engine in self.residences)

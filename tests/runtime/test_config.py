@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from runtime import config
+from runtime.engines.spec import oversubscribe
 from runtime.errors import ConfigError, TroupeError
 from runtime.jobs.team import assemble
 
@@ -29,7 +30,7 @@ def test_shipped_configurations_load(name: str) -> None:
     team = assemble(loaded)
     critics = {"embedded-unchecked": set(), "embedded-serverless": {"checker", "reviewer", "examiner", "judge"}}
     assert set(team.seats) == {"planner", "solver"} | critics.get(name, {"critic"})
-    assert loaded.oversubscribed == (name == "embedded-serverless")
+    assert oversubscribe(loaded.engines.values()) == (name == "embedded-serverless")
 
 
 def test_extends_merges_key_by_key(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_engines_that_sleep_need_not_fit_together(tmp_path: Path) -> None:
     ):
         config.load(write(tmp_path, "extends: embedded\n" + large))
     loaded = config.load(write(tmp_path, SLEEPY + large))
-    assert loaded.oversubscribed
+    assert oversubscribe(loaded.engines.values())
     assert all(loaded.may_sleep(name) for name in loaded.engines)
 
 

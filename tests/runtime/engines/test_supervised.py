@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agents.role import Message
-from runtime.engines import quarantine
+from runtime.engines import quarantine, supervised
 from runtime.engines.fake import FakeEngine, ServiceTime
 from runtime.engines.grant import Grant, Rejected
 from runtime.engines.handle import EngineState
@@ -484,3 +484,35 @@ async def test_an_engine_on_a_gpu_keeps_its_process_unless_its_sleep_is_deep() -
         assert engine.stats().state is EngineState.COLD
         await engine.wake()
         assert len(made) == 2
+
+
+async def test_a_pause_that_arrives_while_the_engine_begins_to_drain_does_not_stop_it(
+    engine: SupervisedEngine, made: Made
+) -> None:
+    answer = made.engines[0].resize
+
+    async def slow(grant: Grant, grace_s: float = 0) -> Any:
+        await asyncio.sleep(0.05)
+        return await answer(grant, grace_s)
+
+    made.engines[0].resize = slow  # type: ignore[method-assign]
+    pausing = asyncio.create_task(engine.resize(Grant(1.0, 0, 2048)))
+    await asyncio.sleep(0.01)
+    replies = [asyncio.create_task(reply(engine)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    await engine.sleep()
+    await pausing
+    assert [text(each) for each in await asyncio.gather(*replies)] == [WORDS] * 3
+
+
+async def test_an_engine_that_drains_for_too_long_goes_on_serving(
+    engine: SupervisedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "DRAIN_S", 1.0)
+    stalled = engine.generate(REQUEST)
+    await anext(stalled)
+    with pytest.raises(EngineError, match="still serves requests after 1 s"):
+        await engine.sleep()
+    assert text(await reply(engine)) == WORDS
+    await stalled.aclose()
+    await engine.sleep()

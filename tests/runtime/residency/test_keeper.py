@@ -13,7 +13,10 @@ from runtime.control import catalogue as share_policies
 from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import Controller
 from runtime.control.forecast import Forecast
+from runtime.control.policy import Decision, Policy
+from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import Snapshotter
+from runtime.engines import supervised
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
@@ -21,6 +24,7 @@ from runtime.engines.ledger import Ledger
 from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.errors import EngineDead, EngineError
 from runtime.events import Event, JobAdvanced, JobEnded
 from runtime.residency import catalogue
 from runtime.residency.call_times import CallTimes
@@ -244,6 +248,74 @@ async def test_an_engine_that_may_not_sleep_stays() -> None:
         assert made.awake() == {"planner", "critic"}
 
 
+async def test_an_engine_that_never_sleeps_wakes_without_a_call() -> None:
+    async with rig("lru", {"judge": Rules(may_sleep=False)}) as made:
+        await settle()
+        assert made.awake() == {"judge"}
+
+
+async def test_an_engine_that_fails_gives_its_place_to_others() -> None:
+    async with rig() as made:
+
+        async def fail() -> None:
+            raise EngineError("no memory left")
+
+        failing = made.engines["planner"]
+        failing._wake_once = lambda grant: fail()  # type: ignore[method-assign]  # every wake fails
+        with pytest.raises(EngineDead, match="does not wake"):
+            await made.ask("planner")
+        assert made.states()["planner"] is EngineState.FAILED
+        assert await made.ask("solver") == await made.ask("critic") == WORDS
+        await asyncio.sleep(5)
+        assert made.awake() == {"solver", "critic"}
+        assert made.sharing.ledger.held["planner"] == 0
+        assert failing.usage.idle.byte_seconds < 10 * 350 * MIB
+
+
+@pytest.mark.parametrize("how", ["paused", "faulty"])
+async def test_engines_wake_although_no_policy_divides_memory(how: str) -> None:
+    async with rig() as made:
+        await made.ask("planner")
+        await settle()  # the planner grows to the whole device
+        if how == "paused":
+            made.controller.pause()
+        else:
+            made.controller.use(ContainedPolicy("broken", Broken(Value())))
+        assert await made.ask("solver") == WORDS
+        assert made.device.most <= 1000 * MIB
+
+
+async def test_a_caller_that_stops_reading_does_not_block_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervised, "DRAIN_S", 5.0)
+    async with rig() as made:
+        stalled = made.engines["planner"].generate(REQUEST)
+        made.keeper.look()
+        assert (await anext(stalled)).text
+        await made.ask("solver")
+        assert await asyncio.wait_for(made.ask("critic"), 60) == WORDS
+        rest = [chunk.text async for chunk in stalled]
+        assert "".join(rest) == WORDS.removeprefix("one")
+
+
+async def test_a_budget_that_is_too_small_for_a_moment_puts_no_engine_to_sleep() -> None:
+    async with rig() as made:
+        await made.ask("planner")
+        await made.ask("solver")
+        await settle()
+        ledger = made.sharing.ledger
+        for budget, awake in ((400 * MIB, 2), (1000 * MIB, 2)):
+            ledger.budget_bytes = budget
+            made.keeper.tick()
+            assert len(made.awake()) == awake
+
+
+class Broken(Policy):
+    """A policy that divides nothing."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        raise ValueError("no idea")
+
+
 class Bad(ResidencyPolicy):
     """A policy that does what a test says."""
 
@@ -265,6 +337,7 @@ class Bad(ResidencyPolicy):
         (ResidencyDecision(wake=("nobody",)), "there is no engine 'nobody'"),
         (ResidencyDecision(wake=NAMES), "bytes more than the budget"),
         (ResidencyDecision(sleep=("judge",)), "judge cannot go to sleep: it is cold"),
+        (ResidencyDecision(wake=("judge", "judge")), "names an engine twice"),
     ],
 )
 async def test_a_bad_policy_is_overruled(does: object, fault: str, caplog: pytest.LogCaptureFixture) -> None:
