@@ -49,7 +49,7 @@ class JobGraph(ResidencyPolicy):
             description="How early an engine wakes, as a multiple of the time that it takes to wake.",
         )
         keep: float = Field(
-            default=90,
+            default=130,
             ge=1,
             allow_inf_nan=False,
             description="Seconds of idle memory that a second is worth in which a job waits for an engine to wake.",

@@ -217,13 +217,13 @@ async def test_an_engine_wakes_before_its_first_request_while_another_role_works
             made.tell(JobEnded(name, "42", None, 3.0))
 
         await job("first")
-        await asyncio.sleep(60)
+        await asyncio.sleep(90)
         assert made.awake() == set()  # no job is left
         held = made.engines["solver"].stats().held
         await job("second")
         assert made.engines["solver"].stats().held == held
         assert made.keeper.counts.ahead >= 1
-        await asyncio.sleep(60)
+        await asyncio.sleep(90)
         assert made.awake() == set()
         assert made.keeper.counts.wasted == 0
         assert sum(made.sharing.ledger.held.values()) == 0

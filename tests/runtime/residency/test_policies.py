@@ -138,17 +138,17 @@ def test_job_graph_lets_the_engine_leave_whose_place_is_worth_least() -> None:
 
 
 def test_job_graph_lets_engines_sleep_that_no_job_will_call() -> None:
-    assert decide("job_graph", awake("a", idle_s=89), awake("b", idle_s=90, awake_s=90)).sleep == ("b",)
+    assert decide("job_graph", awake("a", idle_s=129, awake_s=200), awake("b", idle_s=130, awake_s=130)).sleep == ("b",)
     assert decide("job_graph", awake("a", idle_s=500, awake_s=500, next_call_s=20.0)).sleep == ()
-    assert decide("job_graph", awake("a", idle_s=500, awake_s=89)).sleep == ()  # it woke ahead of a call
+    assert decide("job_graph", awake("a", idle_s=500, awake_s=129)).sleep == ()  # it woke ahead of a call
 
 
 def test_job_graph_keeps_the_engines_longest_that_a_job_would_wait_for() -> None:
-    meanwhile = awake("a", idle_s=45, awake_s=100, lead_s=0.5)  # half of its wake passes while a job works elsewhere
+    meanwhile = awake("a", idle_s=65, awake_s=100, lead_s=0.5)  # half of its wake passes while a job works elsewhere
     assert decide("job_graph", meanwhile).sleep == ("a",)
-    assert decide("job_graph", replace(meanwhile, idle_s=44)).sleep == ()
-    assert decide("job_graph", replace(meanwhile, idle_s=18, lead_s=10)).sleep == ("a",)
-    assert decide("job_graph", replace(meanwhile, idle_s=17, lead_s=10)).sleep == ()
+    assert decide("job_graph", replace(meanwhile, idle_s=64)).sleep == ()
+    assert decide("job_graph", replace(meanwhile, idle_s=26, lead_s=10)).sleep == ("a",)
+    assert decide("job_graph", replace(meanwhile, idle_s=25, lead_s=10)).sleep == ()
 
 
 def test_job_graph_learns_how_long_to_stay() -> None:
