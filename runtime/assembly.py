@@ -190,7 +190,7 @@ async def start_team(
 
 def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
     """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
-    needed = {name: each.limits.fixed_bytes + each.limits.kv_floor_bytes for name, each in fleet.engines.items()}
+    needed = {name: each.limits.smallest_bytes for name, each in fleet.engines.items()}
     always_bytes = sum(nbytes for name, nbytes in needed.items() if name not in may_sleep)
     budget_bytes = fleet.sharing.ledger.budget_bytes
     for name in may_sleep:

@@ -72,9 +72,8 @@ async def _wake(engine: EngineHandle, sharing: Sharing, spec: EngineSpec, drop: 
     """Return the seconds from the decision to wake to the first token, and those to sleep again."""
     if drop:
         _drop_from_page_cache(spec)
-    limits = engine.limits
     began_s = time.perf_counter()
-    await sharing.admit(engine.name, limits.fixed_bytes + limits.kv_floor_bytes)
+    await sharing.admit(engine.name, engine.limits.smallest_bytes)
     await engine.wake()
     request = GenerateRequest(f"{began_s}", (Message("user", "12+7"),), 0.0, 1.0, 8)
     async for _ in engine.generate(request):

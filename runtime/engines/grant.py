@@ -68,6 +68,11 @@ class EngineLimits:
         return (self.fixed_bytes + kv_cache_bytes) / self.device_bytes
 
     @property
+    def smallest_bytes(self) -> int:
+        """The bytes that the engine holds with the smallest KV cache, weights and buffers included."""
+        return self.fixed_bytes + self.kv_floor_bytes
+
+    @property
     def smallest_grant(self) -> Grant:
         """The grant with the smallest KV cache, and with full concurrency."""
         return Grant(self.share(self.kv_floor_bytes), self.seqs_ceiling, self.step_tokens_ceiling)

@@ -123,11 +123,11 @@ class VllmEngine(EngineHandle):
         if isinstance(outcome, Rejected):
             await self.close()
             reason = outcome.reason
-            needed_bytes = limits.fixed_bytes + limits.kv_floor_bytes
-            if needed_bytes > limits.device_bytes:
+            if limits.smallest_bytes > limits.device_bytes:
                 reason = (
-                    f"it does not fit the device even alone: it needs {needed_bytes} of {limits.device_bytes} bytes; "
-                    f"use a smaller model, lower engines.{self.name}.max_model_len, or raise device.memory_bytes"
+                    f"it does not fit the device even alone: it needs {limits.smallest_bytes} of "
+                    f"{limits.device_bytes} bytes; use a smaller model, lower engines.{self.name}.max_model_len, or "
+                    "raise device.memory_bytes"
                 )
             raise EngineError(f"engine {self.name} did not start: {reason} (log: {self.log})")
 

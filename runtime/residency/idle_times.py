@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 
 LATEST = 200
-"""How many idle times are remembered."""
+"""An engine remembers this many idle times."""
 ENOUGH = 5
-"""How many idle times it takes to conclude anything."""
+"""Policies conclude nothing from fewer idle times."""
 
 
 class IdleTimes:

@@ -24,7 +24,7 @@ STARVED_S = 3 * HELD_S
 MIN_PAUSE_S = 0.01
 """Shortest pause between two decisions."""
 SHORT_S = 1.0
-"""How long the budget must be too small for the awake engines before one of them sleeps for it."""
+"""An engine sleeps for a budget that is too small only after this many seconds."""
 EXPECTED_S = 5.0
 """How long a job is expected that was refused because no engine could wake in time for it."""
 _SLEEPING = (EngineState.ASLEEP, EngineState.COLD)
@@ -231,7 +231,7 @@ class Keeper:
             residences[name] = Residence(
                 name=name,
                 state=state,
-                awake_bytes=limits.fixed_bytes + limits.kv_floor_bytes,
+                awake_bytes=limits.smallest_bytes,
                 calls=calls,
                 held_s=now_s - history.calls_since_s if held and history.calls_since_s is not None else 0.0,
                 idle_s=0.0 if calls else now_s - history.called_s,
@@ -297,9 +297,9 @@ class Keeper:
         engine, history = self._engines[name], self._history_of(name)
         limits = engine.limits
         history.served_before = engine.usage.finished
-        if self._sharing.ledger.free < limits.fixed_bytes + limits.kv_floor_bytes:
+        if self._sharing.ledger.free < limits.smallest_bytes:
             self._on_change(f"engine {name} wakes")  # the others shrink
-        await self._sharing.admit(name, limits.fixed_bytes + limits.kv_floor_bytes)
+        await self._sharing.admit(name, limits.smallest_bytes)
         try:
             await engine.wake()
         except EngineError as error:

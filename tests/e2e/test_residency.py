@@ -55,7 +55,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet
 
 
 def awake_bytes(engine: EngineHandle) -> int:
-    return engine.limits.fixed_bytes + engine.limits.kv_floor_bytes
+    return engine.limits.smallest_bytes
 
 
 def processes() -> int:
