@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.config",
         "runtime.control",
         "runtime.engines",
+        "runtime.errors",
         "runtime.events",
         "runtime.jobs",
         "runtime.residency",
