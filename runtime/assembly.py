@@ -165,6 +165,8 @@ async def start_team(
                 kv_cache_bytes=config.device.kv_cache_memory_bytes,
                 step_times=step_times,
                 one_at_a_time=oversubscribe(specs.values()),
+                may_sleep=may_sleep,
+                host_memory_bytes=config.residency.host_memory_bytes,
             )
         )
         _check_that_each_can_wake(fleet, may_sleep)
@@ -191,13 +193,15 @@ async def start_team(
 def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
     """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
     needed = {name: each.limits.smallest_bytes for name, each in fleet.engines.items()}
-    always_bytes = sum(nbytes for name, nbytes in needed.items() if name not in may_sleep)
+    asleep = {name: fleet.engines[name].limits.asleep_bytes for name in may_sleep}
+    least_bytes = sum((needed | asleep).values())
     budget_bytes = fleet.sharing.ledger.budget_bytes
     for name in may_sleep:
-        if always_bytes + needed[name] > budget_bytes:
+        if least_bytes + needed[name] - asleep[name] > budget_bytes:
             raise EngineError(
-                f"engine {name} can never wake: it needs {needed[name]} bytes, and the engines that never sleep need "
-                f"{always_bytes} of the {budget_bytes} bytes; let more engines sleep, or use smaller models"
+                f"engine {name} can never wake: it needs {needed[name]} bytes, and the other engines need "
+                f"{least_bytes - asleep[name]} of the {budget_bytes} bytes even while all that may sleep do; let more "
+                "engines sleep, or use smaller models"
             )
 
 

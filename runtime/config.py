@@ -203,6 +203,12 @@ class Residency(Section):
     policy: ResidencyChoice = Field(
         default=ResidencyChoice(), description="The policy that puts engines to sleep and wakes them."
     )
+    host_memory_bytes: ByteSize | None = Field(
+        default=None,
+        ge=0,
+        description="The most host memory for copies of the weights of engines that sleep on a GPU. An engine whose "
+        "copy does not fit ends its process when it sleeps. The default is half of the machine's memory.",
+    )
 
 
 class Service(Section):

@@ -74,7 +74,7 @@ class Bench:
 
 def gpu() -> DeviceReading:
     """Return NVML's reading of CUDA's first device, which the engines run on."""
-    from runtime.engines.elastic.cuda_pages import device_uuid
+    from runtime.engines.elastic.cuda_driver import device_uuid
 
     with NvmlSource() as source:
         return next(device for device in source.read().devices if device.uuid == device_uuid(0))

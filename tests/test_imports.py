@@ -91,7 +91,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch": ("runtime/engines/", ON_THE_GPU, *MODEL_MAKERS),
     "transformers": MODEL_MAKERS,
     "tokenizers": MODEL_MAKERS,
-    "cuda": ("runtime/engines/elastic/cuda_pages.py",),
+    "cuda": (
+        "runtime/engines/elastic/cuda_driver.py",
+        "runtime/engines/elastic/cuda_pages.py",
+        "runtime/engines/elastic/cuda_weights.py",
+    ),
     "pynvml": ("runtime/telemetry/nvml.py",),
     "yaml": ("runtime/config.py",),
     "matplotlib": ("runtime/bench/plots.py",),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.engines.usage import UsageMeter
+from runtime.engines.usage import Held, UsageMeter
 from runtime.errors import Death, EngineDead, EngineError
 
 Script = Callable[[GenerateRequest], str]
@@ -52,6 +52,7 @@ class FakeMemory:
 
     - `device`: the whole device; `fixed`: what the engine holds besides its KV cache; `floor`: its smallest KV cache.
     - `token`: what a token takes in the KV cache. Memory is allocated in blocks of `block_tokens` tokens.
+    - `asleep`: what the engine keeps while it sleeps with its process alive.
     """
 
     device: int = 1000
@@ -59,6 +60,7 @@ class FakeMemory:
     floor: int = 50
     token: int = 0
     block_tokens: int = 1
+    asleep: int = 0
 
 
 class Processor:
@@ -143,6 +145,8 @@ class FakeEngine(EngineHandle):
             step_tokens_ceiling=2048,
             block_bytes=memory.token * memory.block_tokens,
             block_tokens=memory.block_tokens,
+            asleep_bytes=memory.asleep if naps else 0,
+            copy_bytes=memory.fixed - memory.asleep if naps else 0,
         )
         self.grant = grant or Grant(1.0, max_num_seqs, 2048)
         self._processor = processor or Processor(lanes=1e9)
@@ -187,22 +191,26 @@ class FakeEngine(EngineHandle):
         self._state = EngineState.DRAINING
         await self._pass(self._times.sleep_s)
         self._settle_shrink(None)
-        self._state = EngineState.ASLEEP if self._naps and not deep else EngineState.COLD
-        self.usage.hold(0)
+        asleep = self._naps and not deep
+        self._state = EngineState.ASLEEP if asleep else EngineState.COLD
+        self.usage.hold(self._limits.asleep_bytes if asleep else 0, Held.ASLEEP)
 
     async def wake(self) -> None:
         if self._state is not EngineState.ASLEEP:
             raise EngineError(f"engine {self.name} is {self._state} and cannot wake")
         self._state = EngineState.WAKING
         self.grant = self._limits.smallest_grant
-        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization), waking=True)
+        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization), Held.WAKING)
         await self._pass(self._times.wake_s)
         self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
         self._state = EngineState.READY
 
     async def _pass(self, seconds: float) -> None:
+        """Spend modelled time. Raise EngineDead if the engine was killed meanwhile."""
         if seconds and self._time_scale:
             await asyncio.sleep(seconds * self._time_scale)
+        if self._state is EngineState.DEAD:
+            raise self._dead()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self._check()

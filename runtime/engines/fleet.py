@@ -5,12 +5,14 @@ import gc
 import importlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Self
+
+import psutil
 
 from runtime.engines import forkserver, startup_reports, temp_folder
 from runtime.engines.grant import Grant
@@ -34,6 +36,8 @@ class Fleet:
 
     `device_bytes` is what counts as the whole device; None takes all of its memory. `kv_cache_bytes` limits the KV
     caches of all engines together. Engines in `step_times` take turns on an emulated device, for their step time.
+    Engines in `may_sleep` can give their weights back without ending: `host_memory_bytes` limits the copies that they
+    leave in host memory; None takes half of the machine's memory.
     With `one_at_a_time`, each engine starts alone, is measured and goes to sleep, so that they need not fit together.
     Entering raises EngineError if an engine does not start or if the engines exceed the device: each of them if they
     start one at a time, all together otherwise. All engines are closed then.
@@ -51,6 +55,8 @@ class Fleet:
         kv_cache_bytes: int | None = None,
         step_times: Mapping[str, StepTime] | None = None,
         one_at_a_time: bool = False,
+        may_sleep: Collection[str] = (),
+        host_memory_bytes: int | None = None,
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
@@ -59,6 +65,8 @@ class Fleet:
         self._step_times = step_times or {}
         self._one_at_a_time = one_at_a_time
         self._moving = asyncio.Lock()
+        self._may_sleep = may_sleep
+        self._host = Ledger(psutil.virtual_memory().total // 2 if host_memory_bytes is None else host_memory_bytes)
         self._patience = patience
         self._run_folder = run_folder
         self._on_state = on_state
@@ -95,11 +103,18 @@ class Fleet:
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:
             engine: EngineHandle = module.VllmEngine(
-                name, spec, self.log(name), folder, self._device_bytes, grant, self._step_times.get(name)
+                name,
+                spec,
+                self.log(name),
+                folder,
+                self._device_bytes,
+                grant,
+                self._step_times.get(name),
+                name in self._may_sleep,
             )
             return engine
 
-        return SupervisedEngine(name, make, partial(self._report, name), self._patience, self._moving)
+        return SupervisedEngine(name, make, partial(self._report, name), self._patience, self._moving, self._host)
 
     async def _start(self) -> None:
         """Start all engines at the same time.
@@ -129,9 +144,8 @@ class Fleet:
             budget_bytes = min(budget_bytes, fixed_bytes + self._kv_cache_bytes)
         ledger = Ledger(budget_bytes)
         for name, engine in self.engines.items():
-            grant = engine.stats().grant  # None if it sleeps
             try:
-                ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization) if grant else 0)
+                ledger.claim(name, engine.held_bytes)
             except OverBudget as error:
                 raise EngineError(
                     f"the engines together do not fit the device: {error}; lower gpu_memory_utilization (or"

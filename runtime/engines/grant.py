@@ -39,6 +39,9 @@ class EngineLimits:
     - `block_bytes`, `block_tokens`: the size of a KV block in bytes and in tokens.
     - `device_uuid`: the UUID of the GPU or MIG instance of the engine's process, as CUDA reports it there, in lower
       case and without a prefix. It is empty on the host.
+    - `asleep_bytes`: what the engine keeps on the device while it sleeps with its process alive.
+    - `copy_bytes`: the host memory that a copy of its weights takes while it sleeps in this way; 0 if its process must
+      end to free its memory, as on a CPU.
     """
 
     device_bytes: int
@@ -51,6 +54,8 @@ class EngineLimits:
     block_bytes: int = 0
     block_tokens: int = 0
     device_uuid: str = ""
+    asleep_bytes: int = 0
+    copy_bytes: int = 0
 
     def held_bytes(self, share: float) -> int:
         """Return the bytes that a share of the device allows in total, including weights and buffers.

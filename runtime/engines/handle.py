@@ -116,6 +116,16 @@ class EngineHandle(ABC):
     def limits(self) -> EngineLimits:
         """The bounds of the engine's grants. Raises EngineError until the engine has started for the first time."""
 
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that the engine holds on the device at most. Raises EngineError as `limits` does."""
+        stats = self.stats()
+        if stats.state is EngineState.ASLEEP:
+            return self.limits.asleep_bytes
+        if stats.state is EngineState.COLD or stats.grant is None:
+            return 0
+        return self.limits.held_bytes(stats.grant.gpu_memory_utilization)
+
     @abstractmethod
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         """Change the engine's memory and concurrency while its requests run.
@@ -132,7 +142,8 @@ class EngineHandle(ABC):
         """Give all memory back, weights included. Requests in flight finish first.
 
         `deep` also ends the process. On a CPU the process always ends, because vLLM frees no memory there otherwise.
-        Raises EngineError if the engine is not ready.
+        On a GPU the process stays, and its context and CUDA graphs with it: `limits.asleep_bytes`.
+        Raises EngineError if the engine is not ready, or if it cannot give its memory back.
         """
 
     @abstractmethod

@@ -58,6 +58,11 @@ class EngineSpec(BaseModel):
         description="Whether the residency policy may put the engine to sleep. An engine with a minimum_share above 0 "
         "never sleeps.",
     )
+    sleep_keeps_kv: bool = Field(
+        default=False,
+        description="Keep the smallest KV cache on the GPU while the engine sleeps, so that prefixes in it need not be "
+        "computed again. On a CPU nothing is kept.",
+    )
     vllm: Mapping[str, Any] = Field(
         default_factory=dict, description="Further vLLM engine arguments, passed on unchanged."
     )

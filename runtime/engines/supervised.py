@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.quarantine import Call, Quarantine
 from runtime.engines.reply_replay import ReplyReplay
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.engines.usage import UsageMeter
+from runtime.engines.usage import Held, UsageMeter
 from runtime.errors import Death, EngineDead, EngineError, RequestQuarantined
 
 MakeEngine = Callable[[Grant | None], EngineHandle]
@@ -27,6 +28,7 @@ OnState = Callable[[EngineState], None]
 
 DRAIN_S = 60.0
 """An engine that has not drained after this many seconds serves on."""
+NO_LIMIT = 1 << 62
 NEWEST_WEIGHT = 0.3
 """Weight of the newest duration of a sleep or a wake in the average."""
 
@@ -53,7 +55,8 @@ class SupervisedEngine(EngineHandle):
 
     `start` raises the error of the first engine if it does not start. Later engines are restarted instead. `on_state`
     is called with every state that the engine enters, but not while it starts. Engines that share a `moving` lock go to
-    sleep and wake one after the other: vLLM can hang if two of them do so at once on one GPU.
+    sleep and wake one after the other: vLLM can hang if two of them do so at once on one GPU. `host` is the ledger of
+    the host memory that holds copies of sleeping engines' weights. An engine whose copy does not fit sleeps deeply.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class SupervisedEngine(EngineHandle):
         on_state: OnState = lambda state: None,
         patience: Patience | None = None,
         moving: asyncio.Lock | None = None,
+        host: Ledger | None = None,
     ) -> None:
         self.name = name
         self.usage = UsageMeter()
@@ -70,6 +74,7 @@ class SupervisedEngine(EngineHandle):
         self._on_state = on_state
         self._patience = patience or Patience()
         self._moving = moving or asyncio.Lock()
+        self._host = host or Ledger(NO_LIMIT)
         self._engine = make(None)
         self._ready = asyncio.Event()
         self._check_now = asyncio.Event()
@@ -232,7 +237,7 @@ class SupervisedEngine(EngineHandle):
         grant = self._engine.stats().grant
         reason = "it died"
         while True:
-            await self._engine.close()
+            await self._end_process()
             restarts = self._count_recent_restarts()
             if restarts >= self._patience.restarts:
                 self._fail(f"{restarts} restarts within {self._patience.within_s:g} s; {reason}")
@@ -289,14 +294,25 @@ class SupervisedEngine(EngineHandle):
         self._awake.clear()
         async with self._moving:
             began_s = asyncio.get_running_loop().time()
-            try:
-                await self._engine.sleep(deep)
-            except EngineError:
-                await self._engine.close()
+            await self._sleep_or_end(deep)
             self._sleep_s = _averaged(self._sleep_s, asyncio.get_running_loop().time() - began_s)
-        self.usage.hold(0)
         asleep = self._engine.stats().state is EngineState.ASLEEP
+        self.usage.hold(self.limits.asleep_bytes if asleep else 0, Held.ASLEEP)
         self._enter_rest(EngineState.ASLEEP if asleep else EngineState.COLD)
+
+    async def _sleep_or_end(self, deep: bool) -> None:
+        """Put the engine to sleep. End its process if that fails or hangs, or if its weights do not fit the host."""
+        with suppress(EngineError, TimeoutError, OverBudget):
+            self._host.claim(self.name, 0 if deep else self.limits.copy_bytes)
+            async with asyncio.timeout(self._patience.hang_s):
+                await self._engine.sleep(deep)
+        if self._engine.stats().state is not EngineState.ASLEEP:
+            await self._end_process()
+
+    async def _end_process(self) -> None:
+        """Close the engine. This frees everything that it holds, on the device and on the host."""
+        await self._engine.close()
+        self._host.record(self.name, 0)
 
     async def wake(self) -> None:
         """Wake the engine with the smallest KV cache. Attempts that fail are repeated after pauses, as restarts are.
@@ -307,14 +323,14 @@ class SupervisedEngine(EngineHandle):
             raise EngineError(f"engine {self.name} is {self.stats().state} and cannot wake")
         self._enter_rest(EngineState.WAKING)
         smallest = self.limits.smallest_grant
-        self.usage.hold(self.limits.held_bytes(smallest.gpu_memory_utilization), waking=True)
+        self.usage.hold(self.limits.held_bytes(smallest.gpu_memory_utilization), Held.WAKING)
         for pause_s in (*self._patience.backoff_s[1:], None):
             try:
                 await self._wake_once(smallest)
             except EngineError as error:
-                await self._engine.close()
+                await self._end_process()
                 if pause_s is None:
-                    self.usage.hold(0)
+                    self.usage.hold(0, Held.ASLEEP)
                     self._fail(f"it does not wake: {error}")
                     raise
                 await asyncio.sleep(pause_s)
@@ -326,11 +342,19 @@ class SupervisedEngine(EngineHandle):
         async with self._moving:
             began_s = asyncio.get_running_loop().time()
             if self._engine.stats().state is EngineState.ASLEEP:
-                await self._engine.wake()
+                await self._wake_process()
             else:
+                await self._end_process()
                 self._engine = self._make(grant)
                 await self._engine.start()
             self._wake_s = _averaged(self._wake_s, asyncio.get_running_loop().time() - began_s)
+
+    async def _wake_process(self) -> None:
+        try:
+            async with asyncio.timeout(self._patience.hang_s):
+                await self._engine.wake()
+        except TimeoutError:
+            raise EngineError(f"engine {self.name} hung for {self._patience.hang_s:g} s while it woke") from None
 
     async def _drain(self) -> None:
         """Wait until no request is served. Raise EngineError after DRAIN_S: a caller may have stopped reading."""
@@ -376,8 +400,10 @@ class SupervisedEngine(EngineHandle):
         stats = self._engine.stats()
         state = EngineState.FAILED if self._failure is not None else self._rest or stats.state
         waiting = stats.waiting + self._waiting_for_engine + self._quarantine.waiting
-        if self._rest in (EngineState.ASLEEP, EngineState.COLD):
-            stats = replace(stats, grant=None, kv_cache_bytes=0, kv_cache_usage=0.0, running=0, pid=None)
+        if state is EngineState.ASLEEP and stats.state is not EngineState.ASLEEP:
+            state = EngineState.COLD  # its process died while it slept
+        if state in (EngineState.ASLEEP, EngineState.COLD):
+            stats = replace(stats, grant=None, kv_cache_bytes=0, kv_cache_usage=0.0, running=0)
         return replace(
             stats,
             state=state,
@@ -399,7 +425,7 @@ class SupervisedEngine(EngineHandle):
             self._watching.cancel()
             await asyncio.wait([self._watching])
         self._ready.set()
-        await self._engine.close()
+        await self._end_process()
 
 
 def _averaged(mean_s: float | None, newest_s: float) -> float:

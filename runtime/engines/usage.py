@@ -6,9 +6,26 @@ request is the integral's value at its end minus the value at its start.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Held(StrEnum):
+    """What an engine's memory is held for: serving, a wake, or nothing because the engine sleeps."""
+
+    RESIDENT = "resident"
+    WAKING = "waking"
+    ASLEEP = "asleep"
+
+
+@dataclass
+class Spent:
+    """Seconds, and memory held times seconds."""
+
+    seconds: float = 0.0
+    byte_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,18 +96,17 @@ class UsageMeter:
 
     - `arrived`, `finished`: counts of requests.
     - `idle`: the charge for the time without requests in flight.
-    - `asleep_s`: the seconds in which the engine held no memory, because it slept.
     """
 
     def __init__(self) -> None:
         self.arrived = 0
         self.finished = 0
         self.idle = Charge()
-        self.asleep_s = 0.0
+        self._spent = {held: Spent() for held in Held}
         self._in_flight: dict[int, _InFlight] = {}
         self._charged = Charge()
         self._held_bytes = 0
-        self._waking = False
+        self._held = Held.RESIDENT
         self._settled_s: float | None = None
 
     @property
@@ -98,13 +114,10 @@ class UsageMeter:
         """The number of requests that run or wait."""
         return self.arrived - self.finished
 
-    def hold(self, nbytes: int, waking: bool = False) -> None:
-        """Set the bytes that the engine holds from now on, weights and buffers included; 0 if it sleeps.
-
-        `waking` says that it holds them while it wakes.
-        """
+    def hold(self, nbytes: int, held: Held = Held.RESIDENT) -> None:
+        """Set the bytes that the engine holds from now on, weights and buffers included, and what for."""
         self._settle()
-        self._held_bytes, self._waking = nbytes, waking
+        self._held_bytes, self._held = nbytes, held
 
     @contextmanager
     def request(self, rank: int) -> Iterator[None]:
@@ -130,6 +143,11 @@ class UsageMeter:
         waiting = sorted(self._in_flight.values(), key=lambda request: request.rank)[running:]
         return min(request.arrived_s for request in waiting)
 
+    def spent(self) -> Mapping[Held, Spent]:
+        """Return the engine's time and memory since the beginning, by what the memory was held for."""
+        self._settle()
+        return self._spent
+
     def charged(self) -> Charge:
         """Return the charge of a request that has been in flight since the beginning.
 
@@ -144,8 +162,9 @@ class UsageMeter:
         seconds = 0.0 if self._settled_s is None else now_s - self._settled_s
         self._settled_s = now_s
         byte_seconds = self._held_bytes * seconds
-        whole = Charge(byte_seconds, seconds, byte_seconds if self._waking else 0.0)
-        self.asleep_s += 0.0 if self._held_bytes else seconds
+        self._spent[self._held].seconds += seconds
+        self._spent[self._held].byte_seconds += byte_seconds
+        whole = Charge(byte_seconds, seconds, byte_seconds if self._held is Held.WAKING else 0.0)
         if count := self.in_flight:
             self._charged += Charge(
                 whole.byte_seconds / count, whole.engine_seconds / count, whole.waking_byte_seconds / count

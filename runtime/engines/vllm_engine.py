@@ -66,6 +66,7 @@ class VllmEngine(EngineHandle):
     - `device_bytes`: what counts as the whole device. None takes all of the device's memory.
     - `grant`: the grant that it starts with. None takes the one in its specification.
     - `step_time`: emulate a device on which a step takes this long. None runs steps as fast as they are.
+    - `may_sleep`: on a GPU, hold the weights where they can leave the GPU while the process lives.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class VllmEngine(EngineHandle):
         device_bytes: int | None = None,
         grant: Grant | None = None,
         step_time: StepTime | None = None,
+        may_sleep: bool = False,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -85,6 +87,7 @@ class VllmEngine(EngineHandle):
         self._temporary = temporary
         self._device_bytes = device_bytes
         self._step_time = step_time
+        self._may_sleep = may_sleep
         self._limits: EngineLimits | None = None
         self._grant = grant
         self._kv_cache_bytes = 0
@@ -187,11 +190,13 @@ class VllmEngine(EngineHandle):
                     "ceiling_share": spec.max_gpu_memory_utilization,
                     "device_bytes": self._device_bytes,
                     "granule_bytes": int(spec.kv_granule_bytes),
+                    "sleep_keeps_kv": spec.sleep_keeps_kv,
                     "step_time": asdict(self._step_time) if self._step_time else None,
                 }
             },
             "disable_log_stats": True,
             "scheduling_policy": "priority",
+            **({"enable_cumem_allocator": True} if self._may_sleep and current_platform.is_cuda() else {}),
             **spec.vllm,
         }
         with _configuring:  # create_engine_config reads and writes environment variables
@@ -343,11 +348,27 @@ class VllmEngine(EngineHandle):
 
     async def sleep(self, deep: bool = False) -> None:
         self._ready()
-        await self.close()
-        self._state = EngineState.COLD
+        if deep or not self.limits.copy_bytes:
+            await self.close()
+            self._state = EngineState.COLD
+            return
+        applied = self._moved(parse_report(await self._call("troupe_sleep")))
+        self._kv_cache_bytes = applied.kv_cache_bytes
+        self._state = EngineState.ASLEEP
 
     async def wake(self) -> None:
-        raise EngineError(f"engine {self.name} is {self._state}: it has no process to wake")
+        if self._state is not EngineState.ASLEEP:
+            raise EngineError(f"engine {self.name} is {self._state} and cannot wake")
+        applied = self._moved(parse_report(await self._call("troupe_wake")))
+        self._grant, self._kv_cache_bytes = self.limits.smallest_grant, applied.kv_cache_bytes
+        self._state = EngineState.READY
+
+    def _moved(self, report: ResizeReport) -> ResizeApplied:
+        """Return the report of a sleep or a wake. Raise EngineError if the engine refused it."""
+        if isinstance(report, ResizeApplied):
+            return report
+        reason = report.reason if isinstance(report, ResizeRefused) else report.state
+        raise EngineError(f"engine {self.name} cannot go to sleep or wake: {reason} (log: {self.log})")
 
     async def close(self) -> None:
         self._state = EngineState.CLOSED

@@ -194,7 +194,10 @@ class Keeper:
         for name in decision.wake:
             self._move(name, self._wake(name, ahead=not snapshot.engines[name].calls))
         for engine in snapshot.residences:
-            if engine.state is EngineState.FAILED and self._sharing.ledger.held[engine.name]:
+            gone = engine.state is EngineState.FAILED or (
+                engine.state is EngineState.COLD and engine.name not in decision.wake
+            )
+            if gone and self._sharing.ledger.held[engine.name]:
                 self._move(engine.name, self._sharing.release(engine.name, 0))
 
     def _decide(self, snapshot: ResidencySnapshot) -> ResidencyDecision:
@@ -232,6 +235,7 @@ class Keeper:
                 name=name,
                 state=state,
                 awake_bytes=limits.smallest_bytes,
+                asleep_bytes=0 if state is EngineState.COLD else limits.asleep_bytes,
                 calls=calls,
                 held_s=now_s - history.calls_since_s if held and history.calls_since_s is not None else 0.0,
                 idle_s=0.0 if calls else now_s - history.called_s,
@@ -289,7 +293,7 @@ class Keeper:
             logging.getLogger(__name__).warning("engine %s does not go to sleep: %s", name, error)
             history.awake_since_s = asyncio.get_running_loop().time()  # it stays for a while
             return
-        await self._sharing.release(name, 0)
+        await self._sharing.release(name, engine.held_bytes)
         self.counts.sleeps += 1
         self.counts.wasted += engine.usage.finished == history.served_before
 
@@ -297,7 +301,7 @@ class Keeper:
         engine, history = self._engines[name], self._history_of(name)
         limits = engine.limits
         history.served_before = engine.usage.finished
-        if self._sharing.ledger.free < limits.smallest_bytes:
+        if self._sharing.ledger.free < limits.smallest_bytes - self._sharing.ledger.held[name]:
             self._on_change(f"engine {name} wakes")  # the others shrink
         await self._sharing.admit(name, limits.smallest_bytes)
         try:
@@ -306,10 +310,8 @@ class Keeper:
             logging.getLogger(__name__).error("engine %s does not wake: %s", name, error)
             await self._sharing.release(name, 0)
             return
-        grant = engine.stats().grant
-        if grant is not None:  # it may have measured itself a little larger
-            held_bytes = engine.limits.held_bytes(grant.gpu_memory_utilization)
-            self._sharing.ledger.record(name, max(self._sharing.ledger.held[name], held_bytes))
+        # It may have measured itself a little larger.
+        self._sharing.ledger.record(name, max(self._sharing.ledger.held[name], engine.held_bytes))
         history.awake_since_s = asyncio.get_running_loop().time()
         self.counts.wakes += 1
         self.counts.ahead += ahead

@@ -158,8 +158,7 @@ async def engines(
             running[name] = await owned.enter_async_context(engine)
             if model.device_bytes:
                 await engine.sleep()
-            grant = engine.stats().grant  # None if it sleeps
-            ledger.claim(name, engine.limits.held_bytes(grant.gpu_memory_utilization) if grant else 0)
+            ledger.claim(name, engine.held_bytes)
         sharing = Sharing(running, ledger)
         owned.push_async_callback(sharing.close)
         yield running, sharing

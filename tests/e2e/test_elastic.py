@@ -18,7 +18,7 @@ from runtime.engines.grant import Applied, Deferred, Grant, Rejected, Superseded
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import GenerateRequest
 from runtime.engines.spec import EngineSpec
-from runtime.engines.supervised import Patience
+from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import EngineError, RequestQuarantined
 from runtime.events import EngineChanged, Event
 from scripts.measure_elastic import engine_process
@@ -316,6 +316,30 @@ async def test_a_hanging_engine_is_restarted_and_its_requests_are_served(fleet: 
     await until_running(engine)
     engine_process(fleet, "plain").suspend()
     assert await work == undisturbed
+
+
+@pytest.mark.parametrize("name", ["cached", "plain"])
+async def test_an_engine_that_sleeps_with_its_process_gives_its_cache_back_and_replies_as_before(
+    name: str, fleet: Fleet
+) -> None:
+    """A CPU engine releases its KV cache only, and sleeps without its process. Here it is told to keep it."""
+    engine = fleet.engines[name]
+    assert isinstance(engine, SupervisedEngine)
+    process: Any = engine._engine
+    process._limits = replace(process.limits, copy_bytes=1)
+    before, expected = engine.stats(), await all_tokens(engine, 12)
+    assert before.grant is not None
+    await engine.sleep()
+    asleep = engine.stats()
+    assert (asleep.state, asleep.kv_cache_bytes, asleep.pid) == (EngineState.ASLEEP, 0, before.pid)
+    assert process.stats().kv_cache_bytes == 0
+    held = asyncio.create_task(all_tokens(engine, 12))
+    await engine.wake()
+    assert await held == expected
+    assert engine.stats().kv_cache_bytes == engine.limits.kv_floor_bytes
+    assert isinstance(await engine.resize(before.grant), Applied)
+    assert await all_tokens(engine, 12) == expected
+    assert engine.stats().pid == before.pid
 
 
 async def test_calls_to_an_engine_that_has_just_died_return(fleet: Fleet, events: list[Event]) -> None:

@@ -7,6 +7,7 @@
  *   - nothing is unmapped or released twice
  *   - an address range is freed only if nothing is mapped in it
  *   - nothing is unmapped that queued work will still touch
+ *   - copies go between accessible device memory and pinned host memory
  *   - calls that need a context find one in the calling thread
  *
  * Streams run their work at once. After stub_hold(1), they run it only when the caller waits for an event behind it.
@@ -31,7 +32,9 @@ typedef struct { Pointer start; size_t size; } Range;
 typedef struct { int fd; size_t size; int mappings, released; } Allocation;
 typedef struct { Range range; int allocation, accessible; } Mapping;
 
-typedef struct { Range range; void *stream; int value, done; } Work; /* value -1: a kernel that only touches the range */
+/* value COPY: copies from `from`; TOUCH: a kernel that only touches the range. `range` is what must stay mapped. */
+enum { TOUCH = -1, COPY = -2 };
+typedef struct { Range range; void *stream; int value, done; void *to; const void *from; } Work;
 typedef struct { int exists; void *stream; int behind; } Event;      /* behind: the items of work queued before it */
 
 static Range reservations[FEW];
@@ -39,7 +42,8 @@ static Allocation allocations[MANY];
 static Mapping mappings[MANY];
 static Work work[MANY];
 static Event events[FEW];
-static size_t limit = SIZE_MAX, in_use, calls;
+static Range pinned[MANY];
+static size_t limit = SIZE_MAX, in_use, calls, pinned_limit = SIZE_MAX, pinned_in_use, copied;
 static int queued, held;
 static __thread void *context;
 
@@ -55,22 +59,31 @@ static void run(void *stream, int behind) {
     for (int i = 0; i < behind; i++)
         if (!work[i].done && work[i].stream == stream) {
             if (work[i].value >= 0) memset((void *)work[i].range.start, work[i].value, work[i].range.size);
+            if (work[i].value == COPY) memcpy(work[i].to, work[i].from, work[i].range.size);
             work[i].done = 1;
         }
 }
 static void queue(Pointer start, size_t size, void *stream, int value) {
     if (queued == MANY) abort();
-    work[queued++] = (Work){{start, size}, stream, value, 0};
+    work[queued++] = (Work){{start, size}, stream, value, 0, 0, 0};
+    if (!held) run(stream, queued);
+}
+static void queue_copy(Pointer device, void *to, const void *from, size_t size, void *stream) {
+    if (queued == MANY) abort();
+    work[queued++] = (Work){{device, size}, stream, COPY, 0, to, from};
     if (!held) run(stream, queued);
 }
 
 /* --- called by tests --- */
 void stub_hold(int hold) { held = hold; }
-void stub_launch(Pointer start, size_t size, void *stream) { queue(start, size, stream, -1); }
+void stub_launch(Pointer start, size_t size, void *stream) { queue(start, size, stream, TOUCH); }
 int stub_queued(void) { int n = 0; for (int i = 0; i < queued; i++) n += !work[i].done; return n; }
 int stub_events(void) { int n = 0; for (int i = 0; i < FEW; i++) n += events[i].exists; return n; }
 void stub_set_limit(size_t bytes) { limit = bytes; }
 size_t stub_in_use(void) { return in_use; }
+void stub_set_pinned_limit(size_t bytes) { pinned_limit = bytes; }
+size_t stub_pinned(void) { return pinned_in_use; }
+size_t stub_copied(void) { return copied; }
 size_t stub_calls(void) { return calls; }
 int stub_mappings(void) { int n = 0; for (int i = 0; i < MANY; i++) n += mappings[i].range.size > 0; return n; }
 int stub_reservations(void) { int n = 0; for (int i = 0; i < FEW; i++) n += reservations[i].size > 0; return n; }
@@ -204,6 +217,54 @@ Result cuMemsetD8Async(Pointer start, unsigned char value, size_t size, void *st
     if (!context) return INVALID_CONTEXT;
     if (each(start, size, 0)) return ILLEGAL_ADDRESS;
     queue(start, size, stream, value);
+    return SUCCESS;
+}
+
+Result cuMemHostAlloc(void **out, size_t size, unsigned flags) {
+    if (!context) return INVALID_CONTEXT;
+    if (size > pinned_limit - pinned_in_use) return OUT_OF_MEMORY;
+    for (int i = 0; i < MANY; i++)
+        if (!pinned[i].size) {
+            *out = malloc(size);
+            memset(*out, 0xBB, size);
+            pinned[i] = (Range){(Pointer)*out, size};
+            pinned_in_use += size;
+            return SUCCESS;
+        }
+    return OUT_OF_MEMORY;
+}
+Result cuMemFreeHost(void *start) {
+    for (int i = 0; i < MANY; i++)
+        if (pinned[i].size && pinned[i].start == (Pointer)start) {
+            pinned_in_use -= pinned[i].size;
+            pinned[i].size = 0;
+            free(start);
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
+static int is_pinned(const void *start, size_t size) {
+    for (int i = 0; i < MANY; i++) if (inside((Pointer)start, size, pinned[i])) return 1;
+    return 0;
+}
+Result cuMemcpyDtoHAsync_v2(void *to, Pointer from, size_t size, void *stream) {
+    if (!context) return INVALID_CONTEXT;
+    if (!is_pinned(to, size) || each(from, size, 0)) return INVALID_VALUE;
+    copied += size;
+    queue_copy(from, to, (const void *)from, size, stream);
+    return SUCCESS;
+}
+Result cuMemcpyHtoDAsync_v2(Pointer to, const void *from, size_t size, void *stream) {
+    if (!context) return INVALID_CONTEXT;
+    if (!is_pinned(from, size) || each(to, size, 0)) return INVALID_VALUE;
+    queue_copy(to, (void *)to, from, size, stream);
+    return SUCCESS;
+}
+Result cuMemcpyDtoHAsync(void *to, Pointer from, size_t size, void *stream) { return cuMemcpyDtoHAsync_v2(to, from, size, stream); }
+Result cuMemcpyHtoDAsync(Pointer to, const void *from, size_t size, void *stream) { return cuMemcpyHtoDAsync_v2(to, from, size, stream); }
+Result cuStreamSynchronize(void *stream) {
+    if (!context) return INVALID_CONTEXT;
+    run(stream, queued);
     return SUCCESS;
 }
 

@@ -17,6 +17,7 @@ from runtime.control.costs import StepCost
 from runtime.control.snapshot import DeviceMoment
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
+from runtime.engines.usage import Held, Spent
 
 router = APIRouter(tags=["control"], responses=ERRORS)
 _READ = [Depends(require(Scope.READ))]
@@ -62,6 +63,10 @@ class EngineInfo(BaseModel):
     cost: StepCost | None = Field(description="What its steps cost; null until the controller has seen it ready.")
     utilization: float | None = Field(
         description="The part of the time in which it used the GPU, from 0 to 1; null if NVML does not report it."
+    )
+    memory: dict[Held, Spent] = Field(
+        description="The seconds for which it was resident, waking and asleep, and the bytes of the device that it "
+        "held meanwhile, times seconds."
     )
     preemptions: int = Field(description="Preempted requests since the engine started.")
     requests: int = Field(description="Requests since the engine started.")
@@ -183,6 +188,7 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
         paused_s=moment.paused_s if moment else 0.0,
         cost=moment.cost if moment else None,
         utilization=moment.utilization if moment else None,
+        memory=dict(backend.engines[name].usage.spent()) if stats else {},
         preemptions=stats.preemptions if stats else 0,
         requests=stats.requests if stats else 0,
         prompt_tokens=stats.prompt_tokens if stats else 0,

@@ -129,6 +129,21 @@ class Metrics(Collector):
             for family, value in values.items():
                 families[family].add_metric([name], value)
         yield from families.values()
+        yield from self._of_memory()
+
+    def _of_memory(self) -> Iterator[Metric]:
+        """Yield how long each engine was resident, waking and asleep, and what it held meanwhile."""
+        labels = ["model_name", "held"]
+        seconds = CounterMetricFamily("troupe:engine_seconds", "Seconds in each state of its memory.", labels=labels)
+        byte_seconds = CounterMetricFamily(
+            "troupe:engine_byte_seconds", "Bytes of the device held, times seconds.", labels=labels
+        )
+        for name, engine in self.engines.items():
+            for held, spent in engine.usage.spent().items():
+                seconds.add_metric([name, held], spent.seconds)
+                byte_seconds.add_metric([name, held], spent.byte_seconds)
+        yield seconds
+        yield byte_seconds
 
 
 def _of_snapshot(snapshot: Snapshot) -> Iterator[Metric]:

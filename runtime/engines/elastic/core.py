@@ -1,4 +1,4 @@
-"""Resizes an engine between two of its steps, in the process of the engine core.
+"""Resizes an engine, puts it to sleep and wakes it, between two of its steps and in the engine core's process.
 
 vLLM's client calls the methods that `install` adds to EngineCore with `call_utility_async`. The engine core runs them
 between two steps. It sends their results as plain data: see `reports`.
@@ -61,6 +61,7 @@ class Resizer:
         self._last_deferred: Future[ResizeReport] = Future()
         self._release_thread = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._last_release: Future[Any] | None = None
+        self._asleep = False
 
     def limits(self) -> EngineLimits:
         """Return what the engine holds besides its KV cache, and the bounds of its grants."""
@@ -76,6 +77,8 @@ class Resizer:
             step_tokens_ceiling=config.max_num_batched_tokens,
             block_bytes=sum(run.stride for run in worker.layout.runs),
             block_tokens=self._scheduler.vllm_config.cache_config.block_size,
+            asleep_bytes=worker.asleep_bytes(),
+            copy_bytes=worker.copy_bytes(),
         )
 
     def resize(
@@ -92,8 +95,9 @@ class Resizer:
         Waits for the previous release, and raises its error if it failed.
         """
         started_s = time.perf_counter()
-        if self._last_release is not None:
-            self._last_release.result()
+        if self._asleep:
+            return _completed(ResizeRefused("the engine sleeps"))
+        self._wait_for_release()
         capacity = self._worker.layout.capacity(kv_cache_bytes)
         if capacity < self._worker.floor_blocks:
             floor_bytes = self._worker.layout.backed_bytes(self._worker.floor_blocks)
@@ -110,6 +114,61 @@ class Resizer:
         held_bytes = self._worker.layout.backed_bytes(capacity)
         seconds = time.perf_counter() - started_s
         return _completed(ResizeApplied(held_bytes, moved_bytes, seconds, stall_seconds=seconds, preempted=preempted))
+
+    def sleep(self) -> ResizeReport:
+        """Release the weights and the KV cache. They stay released until `wake`; admission is paused meanwhile.
+
+        A KV cache that is kept has the size of the floor and keeps the prefixes in it. Refuses if requests are
+        unfinished or if the host has too little memory for the weights. Close an engine that refuses.
+        """
+        started_s = time.perf_counter()
+        if self._asleep:
+            return ResizeRefused("the engine sleeps already")
+        worker, pool = self._worker, self._scheduler.pool
+        if any(self._scheduler.get_request_counts()) or pool.in_use:
+            return ResizeRefused("requests are unfinished")
+        self._wait_for_release()
+        try:
+            moved_bytes = worker.release_weights()
+        except (OutOfMemory, RuntimeError) as error:
+            return ResizeRefused(str(error))
+        self._supersede_shrink()
+        if not worker.blocks_asleep:
+            pool.reset_prefix_cache()
+        self._scheduler.set_limits(worker.floor_blocks, 0, self._scheduler.max_num_scheduled_tokens)
+        worker.pages.fence()
+        moved_bytes += worker.back(worker.blocks_asleep)
+        self._asleep = True
+        return self._moved(moved_bytes, started_s)
+
+    def wake(self) -> ResizeReport:
+        """Take the weights and the smallest KV cache back, and admit requests again with full concurrency.
+
+        Refuses if the device has too little free memory. Close an engine that refuses.
+        """
+        started_s = time.perf_counter()
+        if not self._asleep:
+            return ResizeRefused("the engine does not sleep")
+        worker, config = self._worker, self._scheduler.scheduler_config
+        try:
+            moved_bytes = worker.restore_weights() + worker.back(worker.floor_blocks)
+        except (OutOfMemory, RuntimeError) as error:
+            return ResizeRefused(str(error))
+        self._scheduler.set_limits(
+            worker.floor_blocks, self._scheduler.max_num_running_reqs, config.max_num_batched_tokens
+        )
+        self._asleep = False
+        return self._moved(moved_bytes, started_s)
+
+    def _moved(self, moved_bytes: int, started_s: float) -> ResizeApplied:
+        kv_cache_bytes = self._worker.layout.backed_bytes(self._worker.backed_blocks)
+        seconds = time.perf_counter() - started_s
+        return ResizeApplied(kv_cache_bytes, moved_bytes, seconds, stall_seconds=seconds, preempted=0)
+
+    def _wait_for_release(self) -> None:
+        """Wait for the previous release, and raise its error if it failed."""
+        if self._last_release is not None:
+            self._last_release.result()
 
     def settled(self) -> Future[ResizeReport]:
         """Return a future of how the last deferred shrink ends: ResizeApplied or ResizeSuperseded."""
@@ -211,10 +270,19 @@ def _settled(core: EngineCore) -> Future[ResizeReport]:
     return _resizer(core).settled()
 
 
+def _sleep(core: EngineCore) -> ResizeReport:
+    return _resizer(core).sleep()
+
+
+def _wake(core: EngineCore) -> ResizeReport:
+    return _resizer(core).wake()
+
+
 def install() -> None:
-    """Add the methods `troupe_limits`, `troupe_resize` and `troupe_settled` to this process's EngineCore.
+    """Add Troupe's methods, whose names begin with `troupe_`, to this process's EngineCore.
 
     The executor of an elastic engine calls this. A vLLM plug-in would change every vLLM process of the environment,
     including those that have nothing to do with Troupe.
     """
     EngineCore.troupe_limits, EngineCore.troupe_resize, EngineCore.troupe_settled = _limits, _resize, _settled
+    EngineCore.troupe_sleep, EngineCore.troupe_wake = _sleep, _wake

@@ -9,17 +9,12 @@ to grow, it would have to unmap that page first, and so wait for the steps in fl
 would silently corrupt tokens. A fault crashes the engine, and the supervisor sends its requests again.
 """
 
-from collections.abc import Callable
 from typing import Any
-from uuid import UUID
 
 from cuda.bindings import driver
 
-from runtime.engines.elastic.pages import OutOfMemory, Pages
-
-
-class CudaError(RuntimeError):
-    """A call to the CUDA driver failed. The message names the call and the driver's status."""
+from runtime.engines.elastic.cuda_driver import call
+from runtime.engines.elastic.pages import Pages
 
 
 class CudaPages(Pages):
@@ -42,15 +37,15 @@ class CudaPages(Pages):
         self._access.location = self._properties.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        minimum_bytes = int(_call(driver.cuMemGetAllocationGranularity, self._properties, minimum))
+        minimum_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, minimum))
         self.granule_bytes = -(-granule_bytes // minimum_bytes) * minimum_bytes
         self.size_bytes = -(-size_bytes // self.granule_bytes) * self.granule_bytes
-        self.address = int(_call(driver.cuMemAddressReserve, self.size_bytes, self.granule_bytes, 0, 0))
+        self.address = int(call(driver.cuMemAddressReserve, self.size_bytes, self.granule_bytes, 0, 0))
         self._stream = stream
-        self._context = _call(driver.cuCtxGetCurrent)
+        self._context = call(driver.cuCtxGetCurrent)
         flags = driver.CUevent_flags
         event_flags = flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
-        self._fence = _call(driver.cuEventCreate, event_flags)
+        self._fence = call(driver.cuEventCreate, event_flags)
         self._handles: dict[int, Any] = {}
 
     def back(self, start: int, stop: int) -> None:
@@ -61,8 +56,8 @@ class CudaPages(Pages):
         try:
             for at in range(start, stop, self.granule_bytes):
                 self._back_one(at)
-            _call(driver.cuMemSetAccess, self.address + start, stop - start, [self._access], 1)
-            _call(driver.cuMemsetD8Async, self.address + start, 0, stop - start, self._stream)
+            call(driver.cuMemSetAccess, self.address + start, stop - start, [self._access], 1)
+            call(driver.cuMemsetD8Async, self.address + start, 0, stop - start, self._stream)
             self.fence()
         except BaseException:
             for at in range(start, stop, self.granule_bytes):
@@ -71,11 +66,11 @@ class CudaPages(Pages):
             raise
 
     def _back_one(self, at: int) -> None:
-        handle = _call(driver.cuMemCreate, self.granule_bytes, self._properties, 0)
+        handle = call(driver.cuMemCreate, self.granule_bytes, self._properties, 0)
         try:
-            _call(driver.cuMemMap, self.address + at, self.granule_bytes, 0, handle, 0)
+            call(driver.cuMemMap, self.address + at, self.granule_bytes, 0, handle, 0)
         except BaseException:
-            _call(driver.cuMemRelease, handle)
+            call(driver.cuMemRelease, handle)
             raise
         self._handles[at] = handle
 
@@ -89,16 +84,16 @@ class CudaPages(Pages):
             self._release_one(at)
 
     def fence(self) -> None:
-        _call(driver.cuEventRecord, self._fence, self._stream)
+        call(driver.cuEventRecord, self._fence, self._stream)
 
     def _wait_for_fence(self) -> None:
         """Wait for the last fence, in any thread. cuMemUnmap alone may not wait for queued kernels."""
-        _call(driver.cuCtxSetCurrent, self._context)
-        _call(driver.cuEventSynchronize, self._fence)
+        call(driver.cuCtxSetCurrent, self._context)
+        call(driver.cuEventSynchronize, self._fence)
 
     def _release_one(self, at: int) -> None:
-        _call(driver.cuMemUnmap, self.address + at, self.granule_bytes)
-        _call(driver.cuMemRelease, self._handles.pop(at))
+        call(driver.cuMemUnmap, self.address + at, self.granule_bytes)
+        call(driver.cuMemRelease, self._handles.pop(at))
 
     def close(self) -> None:
         if not self.size_bytes:
@@ -107,26 +102,6 @@ class CudaPages(Pages):
         self._wait_for_fence()
         for at in list(self._handles):
             self._release_one(at)
-        _call(driver.cuMemAddressFree, self.address, self.size_bytes)
-        _call(driver.cuEventDestroy, self._fence)
+        call(driver.cuMemAddressFree, self.address, self.size_bytes)
+        call(driver.cuEventDestroy, self._fence)
         self.size_bytes = 0
-
-
-def device_uuid(device: int) -> str:
-    """Return the UUID of a device (CUDA's ordinal) or, if the GPU is in MIG mode, of the MIG instance.
-
-    NVML's "GPU-..." and "MIG-..." names contain the same octets. Needs no CUDA context. Raises CudaError if the driver
-    does not know the device. Source: cuDeviceGetUuid_v2 in the CUDA Driver API.
-    """
-    _call(driver.cuInit, 0)
-    return str(UUID(bytes=bytes(_call(driver.cuDeviceGetUuid, device).bytes)))
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the driver and return its result, or None if it has none. Raises OutOfMemory or CudaError."""
-    status, *results = function(*arguments)
-    if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-        raise OutOfMemory(f"{function.__name__}: the GPU is out of memory")
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise CudaError(f"{function.__name__}: {status.name}")
-    return results[0] if results else None

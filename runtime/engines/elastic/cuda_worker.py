@@ -1,13 +1,17 @@
 """The elastic worker on an NVIDIA GPU."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
+from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.utils.mem_utils import memory_profiling
 from vllm.utils.torch_utils import current_stream
 from vllm.v1.worker.gpu_worker import Worker
 
-from runtime.engines.elastic.cuda_pages import CudaPages, device_uuid
+from runtime.engines.elastic.cuda_driver import device_uuid
+from runtime.engines.elastic.cuda_pages import CudaPages
+from runtime.engines.elastic.cuda_weights import CudaWeights
 from runtime.engines.elastic.worker import ElasticWorker
 
 CONTEXT_BYTES = 768 << 20
@@ -15,9 +19,18 @@ CONTEXT_BYTES = 768 << 20
 
 
 class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """vLLM's CUDA worker with its KV cache in CUDA pages."""
+    """vLLM's CUDA worker with its KV cache in CUDA pages. It can release weights that are in vLLM's CuMem pool."""
 
     _peak_activation_bytes = 0
+
+    @cached_property
+    def _weights(self) -> CudaWeights | None:
+        """The weights of the model, which must be loaded; None if the CuMem pool does not hold them."""
+        if not self.vllm_config.model_config.enable_cumem_allocator:
+            return None
+        storages = [parameter.untyped_storage() for parameter in self.model_runner.get_model().parameters()]
+        parameters = {(storage.data_ptr(), storage.nbytes()) for storage in storages}
+        return CudaWeights(CuMemAllocator.get_instance().pointer_to_data, parameters, current_stream().cuda_stream)
 
     def determine_available_memory(self) -> int:
         """Return the ceiling in bytes, and measure the peak memory of a full step.
@@ -52,6 +65,18 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
         The allocator holds weights, CUDA graphs and what warm-up left. Memory of other processes does not count.
         """
         return int(torch.cuda.memory_reserved(self.device)) + self._peak_activation_bytes + CONTEXT_BYTES
+
+    def copy_bytes(self) -> int:
+        return self._weights.nbytes if self._weights else 0
+
+    def asleep_bytes(self) -> int:
+        return self.fixed_bytes() - self.copy_bytes() + self.layout.backed_bytes(self.blocks_asleep)
+
+    def release_weights(self) -> int:
+        return self._weights.release() if self._weights else 0
+
+    def restore_weights(self) -> int:
+        return self._weights.restore() if self._weights else 0
 
 
 class _CudaArray:

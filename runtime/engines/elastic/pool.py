@@ -109,13 +109,17 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]  # vLLM is not analysed
         if block.block_id < self.num_gpu_blocks:
             super()._insert_block_hash(block_hash, block, num_tokens)
 
+    @property
+    def in_use(self) -> int:
+        """The number of blocks that requests use, draining ones included."""
+        return int(self.num_gpu_blocks - 1 - self.get_num_free_blocks() + len(self.draining))
+
     def get_usage(self) -> float:
         """Return the blocks in use, draining ones included, as a fraction of the capacity without the null block.
 
         The result exceeds 1 while more blocks drain than are free.
         """
-        usable = self.num_gpu_blocks - 1
-        return float((usable - self.get_num_free_blocks() + len(self.draining)) / usable)
+        return self.in_use / (self.num_gpu_blocks - 1)
 
     def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache and return True; change nothing and return False while requests use blocks."""

@@ -20,8 +20,8 @@ class ElasticWorker:
     A worker starts with its floor backed: the blocks of one sequence of the model's full length, and vLLM's null
     block. Address space, and with it the cache's tensors, never move, so CUDA graphs stay valid.
 
-    The methods from `reserve` to `tensor` are the device's part, which each worker class provides. The others override
-    those of vLLM's worker, or belong to a resize (`back`).
+    The methods from `reserve` to `restore_weights` are the device's part, which each worker class provides. The others
+    override those of vLLM's worker, or belong to a resize (`back`).
     """
 
     vllm_config: Any
@@ -75,6 +75,34 @@ class ElasticWorker:
     def tensor(self, nbytes: int) -> torch.Tensor:
         """Return a tensor over the first `nbytes` of the pages: int8 [nbytes]. It shares their memory."""
         raise NotImplementedError
+
+    def copy_bytes(self) -> int:
+        """Return the host memory that `release_weights` takes for its copy; 0 if it cannot release weights."""
+        return 0
+
+    def asleep_bytes(self) -> int:
+        """Return what this engine keeps on the device after `release_weights` and with `blocks_asleep` backed."""
+        return 0
+
+    def release_weights(self) -> int:
+        """Copy the weights to host memory, release their device memory, and return the bytes released.
+
+        Addresses stay valid, so CUDA graphs do too. No step may run until `restore_weights`. Raises OutOfMemory if the
+        host cannot hold the copy; nothing is released then.
+        """
+        return 0
+
+    def restore_weights(self) -> int:
+        """Back the weights again, fill them from the copy, and return the bytes backed.
+
+        Raises OutOfMemory, and then leaves them released.
+        """
+        return 0
+
+    @property
+    def blocks_asleep(self) -> int:
+        """The blocks that stay backed while the engine sleeps: none, or those of the smallest KV cache."""
+        return self.floor_blocks if self.vllm_config.additional_config["troupe"]["sleep_keeps_kv"] else 0
 
     def back(self, blocks: int) -> int:
         """Back exactly the first `blocks` blocks, more or fewer than now, and return the bytes backed or released.

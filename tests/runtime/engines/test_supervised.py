@@ -9,11 +9,13 @@ import pytest
 
 from agents.role import Message
 from runtime.engines import quarantine, supervised
-from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.grant import Grant, Rejected
 from runtime.engines.handle import EngineState
+from runtime.engines.ledger import Ledger
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.engines.usage import Held
 from runtime.errors import EngineDead, EngineError, RequestQuarantined
 
 pytestmark = pytest.mark.virtual_time
@@ -375,7 +377,7 @@ async def test_an_engine_sleeps_after_its_requests_and_wakes_for_those_that_it_h
     await asleep
     assert text(running.result()) == WORDS
     assert (engine.stats().state, engine.stats().waiting) == (EngineState.COLD, 1)
-    assert made.engines[0].stats().state is EngineState.COLD
+    assert made.engines[0].stats().state is EngineState.CLOSED
     await asyncio.sleep(10)  # no pulse restarts it, and no request times out
     assert len(made.engines) == 1
     await engine.wake()
@@ -484,6 +486,74 @@ async def test_an_engine_on_a_gpu_keeps_its_process_unless_its_sleep_is_deep() -
         assert engine.stats().state is EngineState.COLD
         await engine.wake()
         assert len(made) == 2
+
+
+class OnGpu:
+    """Makes engines that keep their process while they sleep: 100 bytes, 60 of them weights."""
+
+    def __init__(self) -> None:
+        self.engines: list[FakeEngine] = []
+
+    def make(self, grant: Grant | None) -> FakeEngine:
+        memory = FakeMemory(asleep=40)
+        engine = FakeEngine("e", lambda request: WORDS, time_scale=1, memory=memory, grant=grant, naps=True)
+        self.engines.append(engine)
+        return engine
+
+
+async def test_a_sleeping_process_is_charged_for_what_it_keeps() -> None:
+    async with SupervisedEngine("e", OnGpu().make) as engine:
+        await engine.sleep()
+        assert engine.held_bytes == 40
+        await asyncio.sleep(10)
+        asleep = engine.usage.spent()[Held.ASLEEP]
+        assert (asleep.seconds, asleep.byte_seconds) == pytest.approx((10, 400))
+
+
+@pytest.mark.parametrize("room", [59, 60])
+async def test_an_engine_whose_weights_do_not_fit_the_host_ends_its_process(room: int) -> None:
+    host, made = Ledger(room), OnGpu()
+    async with SupervisedEngine("e", made.make, host=host) as engine:
+        for _ in range(2):
+            await engine.sleep()
+            assert engine.stats().state is (EngineState.ASLEEP if room == 60 else EngineState.COLD)
+            assert host.held["e"] == (60 if room == 60 else 0)
+            await engine.wake()
+        assert host.held["e"] == (60 if room == 60 else 0)  # the copy is kept
+        assert text(await reply(engine)) == WORDS
+    assert host.held["e"] == 0
+
+
+async def test_a_process_that_dies_asleep_leaves_a_cold_engine() -> None:
+    host, made = Ledger(60), OnGpu()
+    async with SupervisedEngine("e", made.make, host=host) as engine:
+        await engine.sleep()
+        made.engines[0].kill()
+        await asyncio.sleep(5)
+        assert (engine.stats().state, engine.held_bytes, len(made.engines)) == (EngineState.COLD, 0, 1)
+        held = asyncio.create_task(reply(engine))
+        await engine.wake()
+        assert text(await held) == WORDS
+        assert (len(made.engines), host.held["e"]) == (2, 0)
+
+
+@pytest.mark.parametrize("move", ["sleep", "wake"])
+async def test_an_engine_that_hangs_while_it_moves_is_ended(move: str) -> None:
+    made = OnGpu()
+    async with SupervisedEngine("e", made.make, patience=QUICK) as engine:
+        if move == "wake":
+            await engine.sleep()
+
+        async def hang(*arguments: object) -> None:
+            await asyncio.Event().wait()
+
+        setattr(made.engines[0], move, hang)
+        if move == "sleep":
+            await engine.sleep()
+            assert engine.stats().state is EngineState.COLD
+        await engine.wake()
+        assert text(await reply(engine)) == WORDS
+        assert len(made.engines) == 2
 
 
 async def test_a_pause_that_arrives_while_the_engine_begins_to_drain_does_not_stop_it(

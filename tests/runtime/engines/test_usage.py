@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engines.request import GenerateRequest
-from runtime.engines.usage import UsageMeter
+from runtime.engines.usage import Held, UsageMeter
 from runtime.simulation import virtual_time
 
 
@@ -29,17 +29,20 @@ def test_a_request_that_is_held_pays_for_the_wake_and_not_for_the_sleep() -> Non
         meter = UsageMeter()
         meter.hold(100)
         await asyncio.sleep(1)
-        meter.hold(0)
+        meter.hold(5, Held.ASLEEP)
         held = asyncio.create_task(call(meter, 2, 10))
         await asyncio.sleep(4)
         before = meter.charged()
-        meter.hold(60, waking=True)
+        meter.hold(60, Held.WAKING)
         await asyncio.sleep(5)
         meter.hold(80)
-        assert await held == pytest.approx((5 * 60 + 3 * 80, 10))
+        assert await held == pytest.approx((2 * 5 + 5 * 60 + 3 * 80, 10))
         assert (meter.charged() - before).waking_byte_seconds == pytest.approx(300)
-        assert meter.asleep_s == pytest.approx(4)
-        assert meter.idle.byte_seconds == pytest.approx(100)
+        spent = {held: (each.seconds, each.byte_seconds) for held, each in meter.spent().items()}
+        assert spent[Held.ASLEEP] == pytest.approx((4, 20))
+        assert spent[Held.WAKING] == pytest.approx((5, 300))
+        assert spent[Held.RESIDENT] == pytest.approx((4, 100 + 3 * 80))
+        assert meter.idle.byte_seconds == pytest.approx(110)
 
     virtual_time.run(work())
 

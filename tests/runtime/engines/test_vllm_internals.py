@@ -49,6 +49,7 @@ ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 ENGINE_ARGUMENTS = (
     "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
     " structured_outputs_config distributed_executor_backend additional_config disable_log_stats scheduling_policy"
+    " enable_cumem_allocator"
 )
 SAMPLING = "temperature top_p max_tokens logprobs stop seed structured_outputs output_kind stream_interval"
 
@@ -93,6 +94,11 @@ CALLED = {
     f"{WORKER}.compile_or_warm_up_model": call(X),
     f"{WORKER}.execute_model": call(X, X),
     "vllm.utils.mem_utils:memory_profiling": call(X),
+    "vllm.device_allocator.cumem:create_and_map": call(X),
+    "vllm.device_allocator.cumem:unmap_and_release": call(X),
+    "vllm.device_allocator.cumem:CuMemAllocator.get_instance": call(),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model": call(X),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model": call(X),
     "vllm.utils.torch_utils:current_stream": call(),
     f"{CPU_WORKER}._should_warm_up_model": call(X),
     "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides": call(X),
@@ -164,7 +170,7 @@ READ = {
     "vllm.config:VllmConfig": "additional_config cache_config model_config parallel_config scheduler_config"
     " max_concurrent_batches",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
-    "vllm.config:ModelConfig": "enforce_eager max_model_len",
+    "vllm.config:ModelConfig": "enable_cumem_allocator enforce_eager max_model_len",
     "vllm.config:ParallelConfig": "worker_cls",
     "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens scheduler_cls"
     " watermark",
@@ -175,7 +181,8 @@ READ = {
     WORKER: "cache_config device init_snapshot model_runner vllm_config",
     CPU_WORKER: "cache_config device init_snapshot model_runner vllm_config",
     SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
-    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state deferred_waiting",
+    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state deferred_waiting"
+    " get_request_counts",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool watermark_blocks",
     POOL: "blocks free_block_queue num_gpu_blocks",
     BLOCKS: "num_free_blocks",
@@ -187,6 +194,8 @@ READ = {
     "vllm.v1.core.sched.output:NewRequestData": "block_ids",
     "vllm.v1.core.sched.output:CachedRequestData": "new_block_ids",
     "vllm.utils.mem_utils:MemoryProfilingResult": "transient_peak_headroom",
+    "vllm.device_allocator.cumem:CuMemAllocator": "pointer_to_data",
+    "vllm.device_allocator:AllocationData": "handle tag is_asleep",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_tensors",
     "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
 }
@@ -204,6 +213,8 @@ LOOKED_UP = {
     "vllm.v1.engine.core:EngineCore.step": "update_from_output",
     "vllm.v1.engine.core:EngineCore.step_with_batch_queue": "update_from_output",
     f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context initialize_kv_cache",
+    f"{WORKER}.load_model": "_maybe_get_memory_pool_context",  # of the tag that CudaWeights looks for
+    f"{WORKER}._maybe_get_memory_pool_context": "enable_cumem_allocator use_memory_pool",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors": "allocate_kv_cache",
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": "allocate_kv_cache",
     "vllm.v1.engine.core:EngineCore._initialize_kv_caches": "get_supported_kv_cache_layouts compile_or_warm_up_model",
@@ -219,7 +230,7 @@ LOOKED_UP = {
 """vLLM functions and the names (globals, attributes, methods) that they must use so that our code takes part."""
 
 VARIABLES = "VLLM_CONFIGURE_LOGGING VLLM_KV_CACHE_LAYOUT VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH"
-ADDED = ("troupe_limits", "troupe_resize", "troupe_settled")
+ADDED = ("troupe_limits", "troupe_resize", "troupe_settled", "troupe_sleep", "troupe_wake")
 """The methods that `core.install` adds to EngineCore."""
 
 

@@ -40,6 +40,8 @@ REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
 NAMES = ("planner", "solver", "critic", "judge")
 SEATS = frozenset({"planner", "solver"})
 START_S = 0.5
+ASLEEP = 40 * MIB
+"""What an engine keeps on the device while it sleeps, if it `naps`: it keeps its process then."""
 
 
 class Device:
@@ -57,14 +59,15 @@ class Device:
 class Physical(FakeEngine):
     """A fake engine that takes its memory from a device, when it begins to start, and returns it at its end."""
 
-    def __init__(self, name: str, device: Device, grant: Grant | None) -> None:
+    def __init__(self, name: str, device: Device, grant: Grant | None, naps: bool) -> None:
         super().__init__(
             name,
             lambda request: WORDS,
-            times=ServiceTime(step_s=0.01, token_s=0, start_s=START_S, sleep_s=0.1),
+            times=ServiceTime(step_s=0.01, token_s=0, start_s=START_S, sleep_s=0.1, wake_s=0.2),
             time_scale=1,
-            memory=FakeMemory(device=1000 * MIB, fixed=300 * MIB, floor=50 * MIB, token=MIB, block_tokens=1),
+            memory=FakeMemory(1000 * MIB, fixed=300 * MIB, floor=50 * MIB, token=MIB, asleep=ASLEEP),
             grant=grant or Grant(0.35, 64, 2048),
+            naps=naps,
         )
         self.device = device
 
@@ -82,7 +85,11 @@ class Physical(FakeEngine):
 
     async def sleep(self, deep: bool = False) -> None:
         await super().sleep(deep)
-        self.device.hold(self.name, 0)
+        self.device.hold(self.name, self.held_bytes)
+
+    async def wake(self) -> None:
+        self.device.hold(self.name, self.limits.smallest_bytes)
+        await super().wake()
 
     def _die(self, death) -> None:  # type: ignore[no-untyped-def]
         super()._die(death)
@@ -121,13 +128,15 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(policy: str | ResidencyPolicy = "lru", rules: dict[str, Rules] | None = None) -> AsyncIterator[Rig]:
+async def rig(
+    policy: str | ResidencyPolicy = "lru", rules: dict[str, Rules] | None = None, naps: bool = False
+) -> AsyncIterator[Rig]:
     device = Device()
     engines = {
         name: SupervisedEngine(
             name,
-            lambda grant, name=name: Physical(name, device, grant),  # type: ignore[misc]
-            patience=Patience(hang_s=5, pulse_every_s=0.5, backoff_s=(0, 0.1)),
+            lambda grant, name=name: Physical(name, device, grant, naps),  # type: ignore[misc]
+            patience=Patience(hang_s=5, pulse_every_s=0.5, backoff_s=(0, *[0.1] * 9), restarts=100),
         )
         for name in NAMES
     }
@@ -135,7 +144,7 @@ async def rig(policy: str | ResidencyPolicy = "lru", rules: dict[str, Rules] | N
     for name, engine in engines.items():
         await engine.start()
         await engine.sleep()
-        ledger.claim(name, 0)
+        ledger.claim(name, engine.held_bytes)
     sharing, forecast, call_times = Sharing(engines, ledger), Forecast(), CallTimes()
     for predictor in (forecast, call_times):
         predictor.seat({name: name for name in NAMES})
@@ -153,6 +162,21 @@ async def rig(policy: str | ResidencyPolicy = "lru", rules: dict[str, Rules] | N
 
 async def settle() -> None:
     await asyncio.sleep(3)
+
+
+async def test_engines_that_keep_their_process_claim_what_they_keep() -> None:
+    async with rig("ttl", naps=True) as made:
+        for name in NAMES:
+            assert await made.ask(name) == WORDS
+        assert len(made.awake()) == 2
+        asleep = set(NAMES) - made.awake()
+        assert {made.sharing.ledger.held[name] for name in asleep} == {ASLEEP}
+        victim = asleep.pop()
+        made.engines[victim].kill()
+        await settle()
+        assert made.states()[victim] is EngineState.COLD
+        assert made.sharing.ledger.held[victim] == 0
+        assert await made.ask(victim) == WORDS
 
 
 async def test_engines_wake_for_requests_and_make_room_for_each_other() -> None:
@@ -362,9 +386,10 @@ async def test_a_policy_that_wakes_nobody_or_thrashes_is_overruled(caplog: pytes
         assert made.awake() == set()
 
 
-async def test_random_sleeps_wakes_and_deaths_lose_nothing() -> None:
+@pytest.mark.parametrize("naps", [False, True])
+async def test_random_sleeps_wakes_and_deaths_lose_nothing(naps: bool) -> None:
     rng = random.Random(17)
-    async with rig("lru") as made:
+    async with rig("lru", naps=naps) as made:
 
         async def client(name: str) -> None:
             for _ in range(25):
@@ -381,4 +406,6 @@ async def test_random_sleeps_wakes_and_deaths_lose_nothing() -> None:
         killing.cancel()
         assert made.device.most <= 1000 * MIB
         assert made.keeper.counts.sleeps > 20
+        await settle()
+        assert {name: made.sharing.ledger.held[name] for name in NAMES} == made.device.held
         assert EngineState.FAILED not in made.states().values()

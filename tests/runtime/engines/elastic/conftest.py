@@ -15,8 +15,9 @@ MIB = 1 << 20
 def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The stub of the CUDA driver, with its counters (stub_*)."""
     library = stubs.cuda(tmp_path_factory.mktemp("cuda"))
-    library.stub_in_use.restype = library.stub_calls.restype = ctypes.c_size_t
-    library.stub_set_limit.argtypes = [ctypes.c_size_t]
+    for count in ("stub_in_use", "stub_calls", "stub_pinned", "stub_copied"):
+        getattr(library, count).restype = ctypes.c_size_t
+    library.stub_set_limit.argtypes = library.stub_set_pinned_limit.argtypes = [ctypes.c_size_t]
     library.stub_launch.argtypes = [ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_void_p]
     library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
     return library

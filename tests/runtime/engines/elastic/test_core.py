@@ -17,6 +17,7 @@ from runtime.engines.elastic.worker import ElasticWorker
 MIB = 1 << 20
 BLOCK, BLOCKS = 2 * MIB, 8
 FLOOR_BLOCKS = 2
+WEIGHTS = 3 * BLOCK
 LONG_S = 60
 """Bounds waits for the release thread on a busy machine."""
 
@@ -25,26 +26,41 @@ class Scheduler(ElasticScheduling):
     """The elastic scheduler's limits without the rest of vLLM's scheduler."""
 
     def __init__(self) -> None:
-        self.pool = ElasticBlockPool(BLOCKS, enable_caching=False, hash_block_size=16)
+        self.pool = ElasticBlockPool(BLOCKS, enable_caching=True, hash_block_size=16)
         self.kv_cache_manager = SimpleNamespace(block_pool=self.pool)
-        self.scheduler_config = SimpleNamespace(watermark=0.0)
+        self.scheduler_config = SimpleNamespace(watermark=0.0, max_num_batched_tokens=64)
         self.running = []
+        self.waiting = 0
+        self.max_num_running_reqs = 8
+        self.max_num_scheduled_tokens = 64
+        self.get_request_counts = lambda: (len(self.running), self.waiting)
         self.after_step = None
 
 
 class Worker(ElasticWorker):
-    """An elastic worker whose KV cache is backed up to its ceiling."""
+    """An elastic worker whose KV cache is backed up to its ceiling, and whose weights are three granules."""
 
-    def __init__(self, pages: Pages) -> None:
+    def __init__(self, pages: Pages, weights: Pages, keeps_kv: bool = False) -> None:
+        self.vllm_config = SimpleNamespace(additional_config={"troupe": {"sleep_keeps_kv": keeps_kv}})
+        self.weights = weights
+        self.weights.back(0, WEIGHTS)
         self.pages = pages
         self.layout = BlockLayout((Run(0, BLOCK),), BLOCKS, pages.granule_bytes)
         self.floor_blocks = FLOOR_BLOCKS
         self.back(BLOCKS)
 
+    def release_weights(self) -> int:
+        self.weights.release(0, WEIGHTS)
+        return WEIGHTS
+
+    def restore_weights(self) -> int:
+        self.weights.back(0, WEIGHTS)
+        return WEIGHTS
+
 
 @pytest.fixture
 def worker(cuda: Callable[..., Pages]) -> Worker:
-    return Worker(cuda(BLOCKS * BLOCK))
+    return Worker(cuda(BLOCKS * BLOCK), cuda(WEIGHTS))
 
 
 def test_shrink_waits_for_steps_queued_on_the_device(worker: Worker, driver: ctypes.CDLL) -> None:
@@ -52,7 +68,7 @@ def test_shrink_waits_for_steps_queued_on_the_device(worker: Worker, driver: cty
     driver.stub_hold(1)
     driver.stub_launch(worker.pages.address + 6 * BLOCK, BLOCK, 0)
     assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S), ResizeApplied)
-    assert (driver.stub_queued(), driver.stub_in_use()) == (0, 4 * BLOCK)
+    assert (driver.stub_queued(), driver.stub_in_use() - WEIGHTS) == (0, 4 * BLOCK)
 
 
 def test_deferred_shrink_waits_for_the_last_step_of_its_draining_blocks(worker: Worker, driver: ctypes.CDLL) -> None:
@@ -69,7 +85,7 @@ def test_deferred_shrink_waits_for_the_last_step_of_its_draining_blocks(worker: 
     assert scheduler.after_step is not None
     scheduler.after_step()
     assert isinstance(resizer.settled().result(LONG_S), ResizeApplied)
-    assert (driver.stub_queued(), driver.stub_in_use()) == (0, 4 * BLOCK)
+    assert (driver.stub_queued(), driver.stub_in_use() - WEIGHTS) == (0, 4 * BLOCK)
 
 
 def test_shrink_does_not_wait_for_later_steps(worker: Worker, driver: ctypes.CDLL) -> None:
@@ -99,15 +115,71 @@ def test_resize_below_the_floor_is_refused_and_changes_nothing(worker: Worker, d
     report = resizer.resize(BLOCK, 8, 64, grace_s=0).result(LONG_S)
     reason = f"{BLOCK} bytes are below the floor of {FLOOR_BLOCKS * BLOCK} bytes"
     assert report == ResizeRefused(reason)
-    assert (scheduler.pool.num_gpu_blocks, driver.stub_in_use()) == (BLOCKS, BLOCKS * BLOCK)
+    assert (scheduler.pool.num_gpu_blocks, driver.stub_in_use()) == (BLOCKS, WEIGHTS + BLOCKS * BLOCK)
 
 
 def test_grow_without_free_memory_is_refused_and_changes_nothing(worker: Worker, driver: ctypes.CDLL) -> None:
     scheduler = Scheduler()
     resizer = Resizer(scheduler, worker)
     resizer.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S)
-    driver.stub_set_limit(6 * BLOCK)
+    driver.stub_set_limit(WEIGHTS + 6 * BLOCK)
     report = resizer.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
     assert isinstance(report, ResizeRefused)
     assert "out of memory" in report.reason
-    assert (scheduler.pool.num_gpu_blocks, driver.stub_in_use()) == (4, 4 * BLOCK)
+    assert (scheduler.pool.num_gpu_blocks, driver.stub_in_use()) == (4, WEIGHTS + 4 * BLOCK)
+
+
+@pytest.mark.parametrize("keeps_kv", [False, True])
+def test_a_sleeping_engine_keeps_at_most_the_smallest_kv_cache(
+    keeps_kv: bool, cuda: Callable[..., Pages], driver: ctypes.CDLL
+) -> None:
+    worker, scheduler = Worker(cuda(BLOCKS * BLOCK), cuda(WEIGHTS), keeps_kv), Scheduler()
+    resizer = Resizer(scheduler, worker)
+    driver.stub_hold(1)
+    driver.stub_launch(worker.pages.address + BLOCK, BLOCK, 0)
+    kept = FLOOR_BLOCKS * BLOCK if keeps_kv else 0
+    slept = resizer.sleep()
+    assert isinstance(slept, ResizeApplied)
+    assert (slept.kv_cache_bytes, slept.moved_bytes) == (kept, WEIGHTS + BLOCKS * BLOCK - kept)
+    assert (driver.stub_queued(), driver.stub_in_use()) == (0, kept)
+    assert scheduler.max_num_active_reqs == 8
+    assert scheduler._pause_state.name == "PAUSED_NEW"
+    assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S), ResizeRefused)
+    assert resizer.sleep() == ResizeRefused("the engine sleeps already")
+    woken = resizer.wake()
+    assert isinstance(woken, ResizeApplied)
+    assert (woken.kv_cache_bytes, driver.stub_in_use()) == (FLOOR_BLOCKS * BLOCK, WEIGHTS + FLOOR_BLOCKS * BLOCK)
+    assert (scheduler.pool.num_gpu_blocks, scheduler._pause_state.name) == (FLOOR_BLOCKS, "UNPAUSED")
+    assert resizer.wake() == ResizeRefused("the engine does not sleep")
+    grown = resizer.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    assert isinstance(grown, ResizeApplied)
+
+
+@pytest.mark.parametrize("busy", ["waiting", "blocks"])
+def test_an_engine_with_unfinished_requests_does_not_sleep(busy: str, worker: Worker, driver: ctypes.CDLL) -> None:
+    scheduler = Scheduler()
+    if busy == "waiting":
+        scheduler.waiting = 1
+    else:
+        scheduler.pool.get_new_blocks(1)
+    before = driver.stub_in_use()
+    assert Resizer(scheduler, worker).sleep() == ResizeRefused("requests are unfinished")
+    assert driver.stub_in_use() == before
+
+
+def test_an_engine_that_cannot_take_its_memory_back_refuses_to_wake(worker: Worker, driver: ctypes.CDLL) -> None:
+    resizer = Resizer(Scheduler(), worker)
+    resizer.sleep()
+    driver.stub_set_limit(WEIGHTS + BLOCK)
+    assert resizer.wake() == ResizeRefused("cuMemCreate: the GPU is out of memory")
+
+
+def test_a_sleep_supersedes_a_deferred_shrink(worker: Worker, driver: ctypes.CDLL) -> None:
+    scheduler = Scheduler()
+    resizer = Resizer(scheduler, worker)
+    used = scheduler.pool.get_new_blocks(5)
+    assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=600).result(LONG_S), ResizeDeferred)
+    scheduler.pool.free_blocks(used)
+    assert isinstance(resizer.sleep(), ResizeApplied)
+    assert isinstance(resizer.settled().result(LONG_S), ResizeSuperseded)
+    assert driver.stub_in_use() == 0

@@ -17,11 +17,11 @@ MIB = 1 << 20
 
 
 def test_device_uuid_has_the_format_of_nvml(driver: ctypes.CDLL) -> None:
-    from runtime.engines.elastic import cuda_pages  # imports the driver, so the stub must be loaded first
+    from runtime.engines.elastic import cuda_driver  # imports the driver, so the stub must be loaded first
 
-    assert cuda_pages.device_uuid(1) == "10111213-1415-1617-1819-1a1b1c1d1e1f"
-    with pytest.raises(cuda_pages.CudaError, match="cuDeviceGetUuid: CUDA_ERROR_INVALID_DEVICE"):
-        cuda_pages.device_uuid(16)
+    assert cuda_driver.device_uuid(1) == "10111213-1415-1617-1819-1a1b1c1d1e1f"
+    with pytest.raises(cuda_driver.CudaError, match="cuDeviceGetUuid: CUDA_ERROR_INVALID_DEVICE"):
+        cuda_driver.device_uuid(16)
 
 
 def byte(pages: Pages, at: int) -> ctypes.c_ubyte:
@@ -148,7 +148,7 @@ def test_memory_in_use_matches_backed_granules_in_any_order(cuda: Callable[..., 
 
 
 def test_cuda_error_names_the_call_and_the_status(cuda: Callable[..., Pages]) -> None:
-    from runtime.engines.elastic.cuda_pages import CudaError
+    from runtime.engines.elastic.cuda_driver import CudaError
 
     pages = cuda(4 * MIB)
     pages.back(0, 2 * MIB)
