@@ -345,6 +345,11 @@ class Config(Section):
         return self
 
     def _check_sleep(self) -> None:
+        if self.device.kv_cache_memory_bytes is not None and any(map(self.may_sleep, self.engines)):
+            raise ValueError(
+                "device.kv_cache_memory_bytes: it cannot bound the KV caches of engines that sleep; "
+                "use device.memory_bytes instead, or the residency.policy keep"
+            )
         for name, spec in self.engines.items():
             seats = [seat for seat, member in self.team.items() if member.engine == name and member.minimum_share]
             if spec.sleep == "auto" and "sleep" in spec.model_fields_set and seats:

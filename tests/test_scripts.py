@@ -445,7 +445,9 @@ def test_foreign_environment_is_not_touched(tree: Tree) -> None:
     assert [path.name for path in (tree.root / ".venv").iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("script", ["measure.py", "measure_service.py", "drill_service.py", "service_harness.py"])
+@pytest.mark.parametrize(
+    "script", ["measure.py", "measure_service.py", "drill_service.py", "drill_residency.py", "service_harness.py"]
+)
 def test_measuring_script_shows_its_help(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
     assert f"python scripts/{script}" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

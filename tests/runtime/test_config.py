@@ -160,6 +160,14 @@ def test_engines_that_never_sleep_must_fit_together(tmp_path: Path) -> None:
         config.load(write(tmp_path, SLEEPY + never))
 
 
+def test_a_bound_of_all_kv_caches_and_engines_that_sleep_exclude_each_other(tmp_path: Path) -> None:
+    bound = "device: {kv_cache_memory_bytes: 18MiB}\n"
+    with pytest.raises(ConfigError, match=r"device\.kv_cache_memory_bytes: .* use device\.memory_bytes instead"):
+        config.load(write(tmp_path, SLEEPY + bound))
+    never = "engines: {planner: {sleep: never}, solver: {sleep: never}, critic: {sleep: never}}\n"
+    config.load(write(tmp_path, SLEEPY + bound + never))
+
+
 def test_an_engine_with_a_minimum_share_never_sleeps(tmp_path: Path) -> None:
     keeps = "team: {planner: {minimum_share: 0.1}, solver: {minimum_share: 0}}\n"
     loaded = config.load(write(tmp_path, SLEEPY + keeps))

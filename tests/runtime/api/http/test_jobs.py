@@ -140,6 +140,15 @@ async def test_unknown_job_or_path_is_not_found(served: Served, path: str) -> No
     assert (response.status_code, response.json()["error"]["code"]) == (404, 404)
 
 
+async def test_a_deadline_before_the_first_engine_wakes_is_refused_with_the_time_to_wait(served: Served) -> None:
+    orchestrator = served.backend.ready_team().orchestrator
+    served.backend.jobs.use(orchestrator, lambda: 2.3)
+    refused = await served.client.post("/jobs", json={"problem": PROBLEM, "deadline_s": 2})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "3")
+    assert refused.json()["error"]["message"].startswith("deadline_s: the first engine wakes in 2.3 s")
+    assert (await served.client.post("/jobs", json={"problem": PROBLEM, "deadline_s": 60})).status_code == 202
+
+
 async def test_full_queue_rejects_jobs(start: Start) -> None:
     served = await start(time_scale=20, jobs_at_once=1, queue_max=2)
     responses = [await served.client.post("/jobs", json={"problem": PROBLEM}) for _ in range(4)]
