@@ -232,11 +232,12 @@ def fit(config: str, count: int, out: Path | None) -> None:
 def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path | None) -> None:
     """Derive the constants of engines on GPU for WORKLOAD from published figures, and write them as YAML.
 
-    Nothing is measured, and no GPU is needed. WORKLOAD must have lengths for the planner, the solver and the critic.
+    Nothing is measured, and no GPU is needed. WORKLOAD must have lengths for every engine of the configuration. If its
+    engines may sleep, so may the derived ones.
     """
     chosen, source, regime = configuration.load(config), workload.load(workload_name), REGIMES[gpu]
     lengths = source.workload.lengths
-    if missing := [name for name in regime.shapes if name not in lengths]:
+    if missing := [name for name in chosen.engines if name not in lengths]:
         raise ConfigError(
             f"workload {source.name}: lengths.{missing[0]}: this key is required to derive constants; "
             "give the lengths of prompts and replies, such as {prompt: [300, 1500], reply: [100, 400]}"
@@ -244,8 +245,10 @@ def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path 
     if source.trace:
         raise ConfigError(f"workload {source.name}: trace: give phases instead; a trace has no rate to scale")
     calls = virtual_time.run(calls_per_s(source, phase_teams(chosen, source)))
-    derived = rooflines.derive(regime, source.name, lengths, calls, SharingMode(sharing))
-    command = f"troupe simulate roofline {gpu} {workload_name} --sharing {sharing}"
+    sleeping = any(map(chosen.may_sleep, chosen.engines))
+    derived = rooflines.derive(regime, source.name, lengths, calls, SharingMode(sharing), sleeping)
+    of = f"{workload_name} --config {config}" if sleeping else workload_name
+    command = f"troupe simulate roofline {gpu} {of} --sharing {sharing}"
     _write(derived.model_copy(update={"fitted": f"{command}; derived, not measured"}), out)
 
 

@@ -22,7 +22,11 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
     `teams` has the team of each phase. Raises ConfigError if a phase has no rate.
     """
     constants = load.read(MODEL)
-    scripts = dict.fromkeys(constants.engines, reply)
+    names = {seat.engine for team in teams.values() for seat in team.seats.values()}
+    # Only the calls are counted, so engines that the constants lack can have those of any other.
+    known = constants.engines
+    constants = constants.model_copy(update={"engines": {name: known.get(name, known["critic"]) for name in names}})
+    scripts = dict.fromkeys(names, reply)
     arrivals = source.draw(1, 0).arrivals
     calls: dict[str, dict[str, float]] = {}
     async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale=0) as (engines, _):
@@ -34,7 +38,7 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
                 )
             problems = [arrival.problem.problem for arrival in arrivals if arrival.phase == phase.name][:COUNTED_JOBS]
             jobs = [Job(str(number), problem) for number, problem in enumerate(problems)]
-            requests = await record(teams[phase.name], engines, jobs)
+            requests = await record(teams[phase.name], engines, jobs) if jobs else {}
             calls[phase.name] = {name: phase.jobs_per_s * len(sent) / len(jobs) for name, sent in requests.items()}
     return calls
 

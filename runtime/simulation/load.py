@@ -47,6 +47,9 @@ class EngineModel(Section):
     fixed_bytes: int = Field(default=0, ge=0, description="Memory besides the KV cache, weights included, in bytes.")
     start_s: float = Field(default=0, ge=0, lt=3600, description="Time to start its process, in seconds.")
     sleep_s: float = Field(default=0, ge=0, lt=3600, description="Time to give its memory back, in seconds.")
+    asleep_bytes: int = Field(
+        default=0, ge=0, description="Memory that it keeps while it sleeps, in bytes, if its process does not end."
+    )
     wake_s: float | None = Field(
         default=None,
         ge=0,
@@ -142,6 +145,7 @@ async def engines(
                 floor=floor_bytes,
                 token=constants.block_bytes // constants.block_tokens,
                 block_tokens=constants.block_tokens,
+                asleep=constants.asleep_bytes,
             ),
             grant=grant or Grant(share, constants.max_num_seqs, 2048),
             processor=processor,

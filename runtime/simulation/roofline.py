@@ -37,6 +37,12 @@ BANDWIDTH_EFFICIENCY = 0.8
 """Assumption: part of the bandwidth that a decode step achieves."""
 COMPUTE_EFFICIENCY = 0.5
 """Assumption: part of the peak FLOP/s that matrix products achieve."""
+LINK_EFFICIENCY = 0.8
+"""Assumption: part of PCIe's rate that copies of weights achieve. Others reached 53 of 64 GB/s (ServerlessLLM)."""
+MAPPING_S = 0.05
+"""Assumption: time to map the memory of an engine that wakes, or to unmap that of one that goes to sleep."""
+ASLEEP_BYTES = 10**9
+"""Assumption: what an engine keeps while it sleeps, CUDA context and CUDA graphs. vLLM keeps 0.8 to 2.9 GiB."""
 LAUNCH_S = 0.001
 """Assumption: time of a step in which the GPU waits for the scheduler and for launches, in seconds."""
 UTILIZATION = 0.85
@@ -45,11 +51,12 @@ UTILIZATION = 0.85
 
 @dataclass(frozen=True)
 class GPU:
-    """The published figures of a GPU: its memory in bytes, bytes/s, and dense bfloat16 FLOP/s."""
+    """The published figures of a GPU: memory in bytes, its bytes/s, dense bfloat16 FLOP/s, PCIe's bytes/s one way."""
 
     memory_bytes: int
     bytes_per_s: float
     flops_per_s: float
+    link_bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -120,14 +127,15 @@ LARGE = {"planner": "qwen2.5-7b", "solver": "qwen2.5-32b", "critic": "phi-4"}
 """The models of configs/gpu-h200.yaml."""
 
 REGIMES: Mapping[str, Regime] = {
-    "l4": Regime(GPU(24 * 10**9, 300e9, 121e12), SMALL, 32),
-    "a100": Regime(GPU(80 * 10**9, 2039e9, 312e12), MEDIUM, 128),
-    "h100": Regime(GPU(80 * 10**9, 3350e9, 989e12), MEDIUM, 128),
-    "h200": Regime(GPU(141 * 10**9, 4800e9, 989e12), LARGE, 128),
+    "l4": Regime(GPU(24 * 10**9, 300e9, 121e12, 32e9), SMALL, 32),
+    "a100": Regime(GPU(80 * 10**9, 2039e9, 312e12, 32e9), MEDIUM, 128),
+    "h100": Regime(GPU(80 * 10**9, 3350e9, 989e12, 64e9), MEDIUM, 128),
+    "h200": Regime(GPU(141 * 10**9, 4800e9, 989e12, 64e9), LARGE, 128),
 }
 """The figures are those of NVIDIA's data sheets "L4", "A100 80 GB" (SXM), "H100" (SXM) and "H200" (SXM).
 
-The data sheets give FLOP/s with sparsity for L4, H100 and H200. Half of that is dense.
+The data sheets give FLOP/s with sparsity for L4, H100 and H200; half of that is dense. They give PCIe's rate for both
+ways together, 64 or 128 GB/s; half of that is one way.
 """
 
 
@@ -144,23 +152,31 @@ def derive(
     lengths: Mapping[str, Lengths],
     calls_per_s: Mapping[str, Mapping[str, float]],
     mode: SharingMode,
+    sleeping: bool = False,
 ) -> Model:
     """Return the constants of a regime's engines for a workload.
 
-    `lengths` are those of each engine's calls. `calls_per_s` are the calls of each phase to each engine at the
-    workload's own rates.
+    `lengths` are those of each engine's calls; an engine that the regime does not name is like its critic.
+    `calls_per_s` are the calls of each phase to each engine at the workload's own rates. If the engines are `sleeping`,
+    they need not fit the GPU together, and wake by copying their weights over PCIe.
     """
-    shapes = {name: Shape.read(SHIPPED / "shapes" / f"{shape}.json") for name, shape in regime.shapes.items()}
+    shapes = {
+        name: Shape.read(SHIPPED / "shapes" / f"{regime.shapes.get(name, regime.shapes['critic'])}.json")
+        for name in lengths
+    }
     engines = {
         name: engine_model(shape, regime.gpu, context_tokens(lengths[name]), regime.max_num_seqs)
         for name, shape in shapes.items()
     }
+    if sleeping:
+        engines = {name: _sleeping(engine, shapes[name], regime.gpu) for name, engine in engines.items()}
     phases = [_work(engines, lengths, calls) for calls in calls_per_s.values()]
     busiest = max(phases, key=lambda work: work.serial_s)
     return Model(
         lanes=1 if mode is SharingMode.TIME_SLICING else busiest.lanes,
         engines=engines,
-        kv_cache_bytes=kv_cache_bytes(regime.gpu, list(shapes.values())),
+        kv_cache_bytes=None if sleeping else kv_cache_bytes(regime.gpu, list(shapes.values())),
+        device_bytes=int(regime.gpu.memory_bytes * MEMORY_SHARE) if sleeping else None,
         rate_factors={workload: UTILIZATION / busiest.serial_s},
     )
 
@@ -186,6 +202,19 @@ def engine_model(shape: Shape, gpu: GPU, tokens: float, max_num_seqs: int) -> En
         block_tokens=BLOCK_TOKENS,
         floor_blocks=MODEL_TOKENS // BLOCK_TOKENS,
         max_num_seqs=max_num_seqs,
+    )
+
+
+def _sleeping(engine: EngineModel, shape: Shape, gpu: GPU) -> EngineModel:
+    """Return an engine whose weights leave the GPU while it sleeps. A copy of them stays in host memory."""
+    weights_bytes = shape.parameters * DTYPE_BYTES
+    return engine.model_copy(
+        update={
+            "fixed_bytes": weights_bytes + ENGINE_BYTES,
+            "asleep_bytes": ASLEEP_BYTES,
+            "sleep_s": MAPPING_S,
+            "wake_s": MAPPING_S + weights_bytes / (gpu.link_bytes_per_s * LINK_EFFICIENCY),
+        }
     )
 
 

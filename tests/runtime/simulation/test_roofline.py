@@ -63,7 +63,7 @@ def test_models_and_sequences_are_those_of_the_configuration(gpu: str, config: s
 
 
 def test_decode_step_reads_the_weights_and_each_sequence_s_cache() -> None:
-    gpu, model = GPU(24 * BILLION, 300e9, 121e12), shape("qwen3-4b")
+    gpu, model = GPU(24 * BILLION, 300e9, 121e12, 32e9), shape("qwen3-4b")
     engine = roofline.engine_model(model, gpu, 1000, 32)
     read_bytes = model.decode_parameters * 2 + 32 * 1000 * model.token_bytes
     assert engine.decode_step_s(32) == pytest.approx(roofline.LAUNCH_S + read_bytes / (300e9 * 0.8))
@@ -72,7 +72,7 @@ def test_decode_step_reads_the_weights_and_each_sequence_s_cache() -> None:
 
 def test_decode_step_is_bound_by_arithmetic_if_that_is_slower() -> None:
     model = shape("qwen2.5-0.5b")
-    engine = roofline.engine_model(model, GPU(24 * BILLION, 300e12, 1e12), 1000, 32)
+    engine = roofline.engine_model(model, GPU(24 * BILLION, 300e12, 1e12, 32e9), 1000, 32)
     assert engine.decode_step_s(32) == pytest.approx(roofline.LAUNCH_S + 32 * 2 * model.decode_parameters / 0.5e12)
 
 
@@ -136,6 +136,16 @@ def calls(realistic: Source) -> dict[str, dict[str, float]]:
     return virtual_time.run(calls_per_s(realistic, phase_teams(configuration.load("embedded"), realistic)))
 
 
+@pytest.fixture(scope="module")
+def gaps() -> Source:
+    return workload.load("gaps-long")
+
+
+@pytest.fixture(scope="module")
+def calls_in_gaps(gaps: Source) -> dict[str, dict[str, float]]:
+    return virtual_time.run(calls_per_s(gaps, phase_teams(configuration.load("embedded-serverless"), gaps)))
+
+
 @pytest.mark.parametrize("gpu", REGIMES)
 def test_shipped_constants_are_the_derived_ones(
     gpu: str, realistic: Source, calls: dict[str, dict[str, float]]
@@ -144,6 +154,34 @@ def test_shipped_constants_are_the_derived_ones(
     derived = roofline.derive(REGIMES[gpu], "realistic", realistic.workload.lengths, calls, mode)
     fitted = f"troupe simulate roofline {gpu} realistic --sharing time-slicing; derived, not measured"
     assert load.read(gpu) == derived.model_copy(update={"fitted": fitted})
+
+
+@pytest.mark.parametrize("gpu", REGIMES)
+def test_shipped_constants_of_sleeping_engines_are_the_derived_ones(
+    gpu: str, gaps: Source, calls_in_gaps: dict[str, dict[str, float]]
+) -> None:
+    derived = roofline.derive(
+        REGIMES[gpu], "gaps-long", gaps.workload.lengths, calls_in_gaps, SharingMode.TIME_SLICING, sleeping=True
+    )
+    command = f"troupe simulate roofline {gpu} gaps-long --config embedded-serverless --sharing time-slicing"
+    assert load.read(f"{gpu}-serverless") == derived.model_copy(update={"fitted": f"{command}; derived, not measured"})
+
+
+def test_an_engine_wakes_by_copying_its_weights_over_pcie(
+    gaps: Source, calls_in_gaps: dict[str, dict[str, float]]
+) -> None:
+    derived = load.read("h100-serverless")
+    weights_bytes = shape("qwen2.5-14b").parameters * 2
+    solver = derived.engines["solver"]
+    assert solver.fixed_bytes == weights_bytes + roofline.ENGINE_BYTES
+    assert solver.wake_s == pytest.approx(0.05 + weights_bytes / 51.2e9)
+    needed = {name: engine.fixed_bytes for name, engine in derived.engines.items()}
+    assert derived.device_bytes is not None
+    assert needed["planner"] + needed["solver"] + needed["judge"] < derived.device_bytes < sum(needed.values())
+    assert derived.engines["checker"] == derived.engines["judge"]
+    assert calls_in_gaps["gap-1"] == {}
+    assert calls_in_gaps["burst-1"]["checker"] > 0
+    assert calls_in_gaps["burst-1"]["judge"] == 0
 
 
 def test_calls_are_those_of_the_workflow(calls: dict[str, dict[str, float]]) -> None:
