@@ -193,7 +193,7 @@ async def start_team(
 def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
     """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
     needed = {name: each.limits.smallest_bytes for name, each in fleet.engines.items()}
-    asleep = {name: fleet.engines[name].limits.asleep_bytes for name in may_sleep}
+    asleep = {name: fleet.engines[name].asleep_bytes for name in may_sleep}
     least_bytes = sum((needed | asleep).values())
     budget_bytes = fleet.sharing.ledger.budget_bytes
     for name in may_sleep:

@@ -232,8 +232,8 @@ def fit(config: str, count: int, out: Path | None) -> None:
 def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path | None) -> None:
     """Derive the constants of engines on GPU for WORKLOAD from published figures, and write them as YAML.
 
-    Nothing is measured, and no GPU is needed. WORKLOAD must have lengths for every engine of the configuration. If its
-    engines may sleep, so may the derived ones.
+    Nothing is measured, and no GPU is needed. WORKLOAD must have lengths for every engine of the configuration. If any
+    engine of the configuration may sleep, all derived engines do.
     """
     chosen, source, regime = configuration.load(config), workload.load(workload_name), REGIMES[gpu]
     lengths = source.workload.lengths
@@ -245,6 +245,7 @@ def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path 
     if source.trace:
         raise ConfigError(f"workload {source.name}: trace: give phases instead; a trace has no rate to scale")
     calls = virtual_time.run(calls_per_s(source, phase_teams(chosen, source)))
+    lengths = {name: lengths[name] for name in chosen.engines}
     sleeping = any(map(chosen.may_sleep, chosen.engines))
     derived = rooflines.derive(regime, source.name, lengths, calls, SharingMode(sharing), sleeping)
     of = f"{workload_name} --config {config}" if sleeping else workload_name

@@ -111,6 +111,7 @@ class Fleet:
                 grant,
                 self._step_times.get(name),
                 name in self._may_sleep,
+                self._one_at_a_time,
             )
             return engine
 

@@ -126,6 +126,11 @@ class EngineHandle(ABC):
             return 0
         return self.limits.held_bytes(stats.grant.gpu_memory_utilization)
 
+    @property
+    def asleep_bytes(self) -> int:
+        """The bytes that the engine keeps on the device if it sleeps now. Raises EngineError as `limits` does."""
+        return self.limits.asleep_bytes
+
     @abstractmethod
     async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
         """Change the engine's memory and concurrency while its requests run.
@@ -139,7 +144,7 @@ class EngineHandle(ABC):
 
     @abstractmethod
     async def sleep(self, deep: bool = False) -> None:
-        """Give all memory back, weights included. Requests in flight finish first.
+        """Release the weights and the KV cache. Requests in flight finish first.
 
         `deep` also ends the process. On a CPU the process always ends, because vLLM frees no memory there otherwise.
         On a GPU the process stays, and its context and CUDA graphs with it: `limits.asleep_bytes`.

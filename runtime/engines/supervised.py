@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
-from runtime.engines.ledger import Ledger, OverBudget
+from runtime.engines.ledger import Ledger
 from runtime.engines.quarantine import Call, Quarantine
 from runtime.engines.reply_replay import ReplyReplay
 from runtime.engines.request import Chunk, GenerateRequest
@@ -28,7 +28,7 @@ OnState = Callable[[EngineState], None]
 
 DRAIN_S = 60.0
 """An engine that has not drained after this many seconds serves on."""
-NO_LIMIT = 1 << 62
+UNLIMITED_BYTES = 1 << 62
 NEWEST_WEIGHT = 0.3
 """Weight of the newest duration of a sleep or a wake in the average."""
 
@@ -74,7 +74,7 @@ class SupervisedEngine(EngineHandle):
         self._on_state = on_state
         self._patience = patience or Patience()
         self._moving = moving or asyncio.Lock()
-        self._host = host or Ledger(NO_LIMIT)
+        self._host = host or Ledger(UNLIMITED_BYTES)
         self._engine = make(None)
         self._ready = asyncio.Event()
         self._check_now = asyncio.Event()
@@ -90,7 +90,8 @@ class SupervisedEngine(EngineHandle):
         self._none_served.set()
         self._rest: EngineState | None = None  # DRAINING, ASLEEP, COLD or WAKING; None for an engine that is awake
         self._sleep_s: float | None = None
-        self._wake_s: float | None = None
+        self._start_s: float | None = None
+        self._wake_s: float | None = None  # of a process that sleeps
         self._awake = asyncio.Event()
         self._awake.set()
         self._watching: asyncio.Task[None] | None = None
@@ -98,7 +99,7 @@ class SupervisedEngine(EngineHandle):
     async def start(self) -> None:
         began_s = asyncio.get_running_loop().time()
         await self._engine.start()
-        self._wake_s = asyncio.get_running_loop().time() - began_s
+        self._start_s = asyncio.get_running_loop().time() - began_s
         self._enter_ready()
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
@@ -204,11 +205,22 @@ class SupervisedEngine(EngineHandle):
         An engine that dies while it drains is not restarted: what it still had to serve is held until it wakes.
         """
         while self._failure is None:
-            await self._awake.wait()
-            if not await self._is_alive() and self._rest is None:
+            if not self._awake.is_set():
+                await self._watch_sleep()
+            elif not await self._is_alive() and self._rest is None:
                 self._ready.clear()
                 self._on_state(EngineState.DEAD)
                 await self._restart()
+
+    async def _watch_sleep(self) -> None:
+        """Wait a little for the engine to wake. If its process has died while it slept, free what is left of it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._patience.pulse_every_s):
+                await self._awake.wait()
+        if self._rest is EngineState.ASLEEP and self._engine.stats().state is not EngineState.ASLEEP:
+            self.usage.hold(0, Held.ASLEEP)
+            self._enter_rest(EngineState.COLD)
+            await self._end_process()
 
     async def _is_alive(self) -> bool:
         """Wait for the next check, then take the engine's pulse. Kill the engine if it hangs."""
@@ -302,12 +314,30 @@ class SupervisedEngine(EngineHandle):
 
     async def _sleep_or_end(self, deep: bool) -> None:
         """Put the engine to sleep. End its process if that fails or hangs, or if its weights do not fit the host."""
-        with suppress(EngineError, TimeoutError, OverBudget):
-            self._host.claim(self.name, 0 if deep else self.limits.copy_bytes)
-            async with asyncio.timeout(self._patience.hang_s):
-                await self._engine.sleep(deep)
+        with suppress(EngineError, TimeoutError):
+            if deep or not self._can_keep_process():
+                await self._engine.sleep(deep=True)
+            else:
+                self._host.claim(self.name, self.limits.copy_bytes)
+                async with asyncio.timeout(self._patience.hang_s):
+                    await self._engine.sleep()
         if self._engine.stats().state is not EngineState.ASLEEP:
             await self._end_process()
+
+    def _can_keep_process(self) -> bool:
+        """Return True if the engine can sleep with its process alive, and the host has room for its weights."""
+        more_bytes = self.limits.copy_bytes - self._host.held.get(self.name, 0)
+        return self.limits.copy_bytes > 0 and more_bytes <= self._host.free
+
+    @property
+    def asleep_bytes(self) -> int:
+        return self.limits.asleep_bytes if self._sleeps_with_process() else 0
+
+    def _sleeps_with_process(self) -> bool:
+        """Return True if the engine sleeps with its process alive, or would if it went to sleep now."""
+        if self._rest in (EngineState.ASLEEP, EngineState.COLD):
+            return self._rest is EngineState.ASLEEP
+        return self._can_keep_process()
 
     async def _end_process(self) -> None:
         """Close the engine. This frees everything that it holds, on the device and on the host."""
@@ -343,11 +373,12 @@ class SupervisedEngine(EngineHandle):
             began_s = asyncio.get_running_loop().time()
             if self._engine.stats().state is EngineState.ASLEEP:
                 await self._wake_process()
+                self._wake_s = _averaged(self._wake_s, asyncio.get_running_loop().time() - began_s)
             else:
                 await self._end_process()
                 self._engine = self._make(grant)
                 await self._engine.start()
-            self._wake_s = _averaged(self._wake_s, asyncio.get_running_loop().time() - began_s)
+                self._start_s = _averaged(self._start_s, asyncio.get_running_loop().time() - began_s)
 
     async def _wake_process(self) -> None:
         try:
@@ -400,18 +431,24 @@ class SupervisedEngine(EngineHandle):
         stats = self._engine.stats()
         state = EngineState.FAILED if self._failure is not None else self._rest or stats.state
         waiting = stats.waiting + self._waiting_for_engine + self._quarantine.waiting
-        if state is EngineState.ASLEEP and stats.state is not EngineState.ASLEEP:
-            state = EngineState.COLD  # its process died while it slept
+        if state is EngineState.COLD:
+            stats = replace(stats, kv_cache_bytes=0, pid=None)
         if state in (EngineState.ASLEEP, EngineState.COLD):
-            stats = replace(stats, grant=None, kv_cache_bytes=0, kv_cache_usage=0.0, running=0)
+            stats = replace(stats, grant=None, kv_cache_usage=0.0, running=0)
         return replace(
             stats,
             state=state,
             waiting=waiting,
             held=self._held,
             sleep_s=self._sleep_s or 0.0,
-            wake_s=self._wake_s or 0.0,
+            wake_s=self._expected_wake_s(),
         )
+
+    def _expected_wake_s(self) -> float:
+        """Return how long the next wake takes. A first wake of a process copies as much as its first sleep did."""
+        if self._limits is None or not self._sleeps_with_process():
+            return self._start_s or 0.0
+        return self._wake_s or self._sleep_s or self._start_s or 0.0
 
     async def pulse(self) -> None:
         await self._engine.pulse()

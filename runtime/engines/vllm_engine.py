@@ -67,6 +67,7 @@ class VllmEngine(EngineHandle):
     - `grant`: the grant that it starts with. None takes the one in its specification.
     - `step_time`: emulate a device on which a step takes this long. None runs steps as fast as they are.
     - `may_sleep`: on a GPU, hold the weights where they can leave the GPU while the process lives.
+    - `starts_small`: without a `grant`, start with the smallest KV cache.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class VllmEngine(EngineHandle):
         grant: Grant | None = None,
         step_time: StepTime | None = None,
         may_sleep: bool = False,
+        starts_small: bool = False,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -88,6 +90,7 @@ class VllmEngine(EngineHandle):
         self._device_bytes = device_bytes
         self._step_time = step_time
         self._may_sleep = may_sleep
+        self._starts_small = starts_small
         self._limits: EngineLimits | None = None
         self._grant = grant
         self._kv_cache_bytes = 0
@@ -95,6 +98,7 @@ class VllmEngine(EngineHandle):
         self._latest = LatestStats()
         self._state = EngineState.STARTING
         self._llm: AsyncLLM | None = None
+        self._leaving: list[Any] = []
         self._requests = self._prompt_tokens = self._completion_tokens = 0
 
     async def start(self) -> None:
@@ -122,22 +126,25 @@ class VllmEngine(EngineHandle):
             limits = replace(limits, device_bytes=self._device_bytes)
         self._limits = limits
         self._grant = self._first_grant(limits)
-        outcome = await self.resize(self._grant)
-        if isinstance(outcome, Rejected):
-            await self.close()
+        if limits.smallest_bytes > limits.device_bytes:
+            reason = (
+                f"it does not fit the device even alone: it needs {limits.smallest_bytes} of {limits.device_bytes} "
+                f"bytes; use a smaller model, lower engines.{self.name}.max_model_len, or raise device.memory_bytes"
+            )
+        else:
+            outcome = await self.resize(self._grant)
+            if not isinstance(outcome, Rejected):
+                return
             reason = outcome.reason
-            if limits.smallest_bytes > limits.device_bytes:
-                reason = (
-                    f"it does not fit the device even alone: it needs {limits.smallest_bytes} of "
-                    f"{limits.device_bytes} bytes; use a smaller model, lower engines.{self.name}.max_model_len, or "
-                    "raise device.memory_bytes"
-                )
-            raise EngineError(f"engine {self.name} did not start: {reason} (log: {self.log})")
+        await self.close()
+        raise EngineError(f"engine {self.name} did not start: {reason} (log: {self.log})")
 
     def _first_grant(self, limits: EngineLimits) -> Grant:
         if self._grant is not None:  # a restart, in which `fixed_bytes` and so the floor differ a little
             floor = limits.share(limits.kv_floor_bytes)
             return replace(self._grant, gpu_memory_utilization=max(self._grant.gpu_memory_utilization, floor))
+        if self._starts_small:
+            return limits.smallest_grant
         kv_cache_bytes = self.spec.kv_cache_memory_bytes
         share = self.spec.gpu_memory_utilization if kv_cache_bytes is None else limits.share(kv_cache_bytes)
         return Grant(share, limits.seqs_ceiling, limits.step_tokens_ceiling)
@@ -352,35 +359,39 @@ class VllmEngine(EngineHandle):
             await self.close()
             self._state = EngineState.COLD
             return
-        applied = self._moved(parse_report(await self._call("troupe_sleep")))
-        self._kv_cache_bytes = applied.kv_cache_bytes
+        self._kv_cache_bytes = (await self._move("troupe_sleep")).kv_cache_bytes
         self._state = EngineState.ASLEEP
 
     async def wake(self) -> None:
         if self._state is not EngineState.ASLEEP:
             raise EngineError(f"engine {self.name} is {self._state} and cannot wake")
-        applied = self._moved(parse_report(await self._call("troupe_wake")))
-        self._grant, self._kv_cache_bytes = self.limits.smallest_grant, applied.kv_cache_bytes
+        self._kv_cache_bytes = (await self._move("troupe_wake")).kv_cache_bytes
+        self._grant = self.limits.smallest_grant
         self._state = EngineState.READY
 
-    def _moved(self, report: ResizeReport) -> ResizeApplied:
-        """Return the report of a sleep or a wake. Raise EngineError if the engine refused it."""
+    async def _move(self, method: str) -> ResizeApplied:
+        """Call `troupe_sleep` or `troupe_wake`. Raise EngineError if the engine refuses or fails."""
+        try:
+            report = parse_report(await self._call(method))
+        except EngineError:
+            raise
+        except Exception as error:  # vLLM's client raises a plain Exception if a method of the engine core fails
+            raise EngineError(f"engine {self.name}: {method} failed: {error} (log: {self.log})") from error
         if isinstance(report, ResizeApplied):
             return report
         reason = report.reason if isinstance(report, ResizeRefused) else report.state
-        raise EngineError(f"engine {self.name} cannot go to sleep or wake: {reason} (log: {self.log})")
+        raise EngineError(f"engine {self.name}: {method} was refused: {reason} (log: {self.log})")
 
     async def close(self) -> None:
         self._state = EngineState.CLOSED
-        if self._llm is None:
-            return
-        self._fail_waiters()
-        processes = self._processes()
-        llm, self._llm = self._llm, None
-        if llm.output_handler is not None:
-            llm.output_handler.cancel()  # it would report the engine's end as a failure
-        await asyncio.to_thread(llm.shutdown, 0)  # kills the process, which holds nothing that would be lost
-        for process in processes:
+        if self._llm is not None:
+            self._fail_waiters()
+            self._leaving = self._processes()
+            llm, self._llm = self._llm, None
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would report the engine's end as a failure
+            await asyncio.to_thread(llm.shutdown, 0)  # kills the process, which holds nothing that would be lost
+        for process in self._leaving:  # also if an earlier call was cancelled
             await asyncio.to_thread(process.join)  # its memory is free then
 
 

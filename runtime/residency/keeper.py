@@ -235,7 +235,7 @@ class Keeper:
                 name=name,
                 state=state,
                 awake_bytes=limits.smallest_bytes,
-                asleep_bytes=0 if state is EngineState.COLD else limits.asleep_bytes,
+                asleep_bytes=engine.asleep_bytes,
                 calls=calls,
                 held_s=now_s - history.calls_since_s if held and history.calls_since_s is not None else 0.0,
                 idle_s=0.0 if calls else now_s - history.called_s,

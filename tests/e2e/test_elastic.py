@@ -340,6 +340,8 @@ async def test_an_engine_that_sleeps_with_its_process_gives_its_cache_back_and_r
     assert isinstance(await engine.resize(before.grant), Applied)
     assert await all_tokens(engine, 12) == expected
     assert engine.stats().pid == before.pid
+    with pytest.raises(EngineError, match=f"engine {name}: troupe_nap failed: "):
+        await process._move("troupe_nap")
 
 
 async def test_calls_to_an_engine_that_has_just_died_return(fleet: Fleet, events: list[Event]) -> None:

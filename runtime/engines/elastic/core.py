@@ -115,36 +115,56 @@ class Resizer:
         seconds = time.perf_counter() - started_s
         return _completed(ResizeApplied(held_bytes, moved_bytes, seconds, stall_seconds=seconds, preempted=preempted))
 
-    def sleep(self) -> ResizeReport:
+    def sleep(self) -> Future[ResizeReport]:
         """Release the weights and the KV cache. They stay released until `wake`; admission is paused meanwhile.
 
-        A KV cache that is kept has the size of the floor and keeps the prefixes in it. Refuses if requests are
-        unfinished or if the host has too little memory for the weights. Close an engine that refuses.
+        Return a future of ResizeApplied or ResizeRefused. It waits for steps in flight that still use blocks. With
+        `sleep_keeps_kv`, the smallest KV cache stays, with the prefixes in it.
+
+        Refuses if requests are unfinished, if the host has too little memory for the weights, or if the device fails.
+        Close an engine that refuses.
         """
         started_s = time.perf_counter()
         if self._asleep:
-            return ResizeRefused("the engine sleeps already")
-        worker, pool = self._worker, self._scheduler.pool
-        if any(self._scheduler.get_request_counts()) or pool.in_use:
-            return ResizeRefused("requests are unfinished")
-        self._wait_for_release()
-        try:
-            moved_bytes = worker.release_weights()
-        except (OutOfMemory, RuntimeError) as error:
-            return ResizeRefused(str(error))
+            return _completed(ResizeRefused("the engine sleeps already"))
+        if any(self._scheduler.get_request_counts()):
+            return _completed(ResizeRefused("requests are unfinished"))
         self._supersede_shrink()
+        slept: Future[ResizeReport] = Future()
+        self._scheduler.after_step = lambda: self._sleep_once_unused(slept, started_s)
+        self._scheduler.after_step()
+        return slept
+
+    def _sleep_once_unused(self, slept: Future[ResizeReport], started_s: float) -> None:
+        """Fall asleep if no step uses a block any more. The scheduler calls this after every step until then.
+
+        With async scheduling, the blocks of a request that was aborted are in use until the steps in flight have ended.
+        """
+        if self._scheduler.pool.in_use:
+            return
+        self._scheduler.after_step = None
+        try:
+            slept.set_result(self._moved(self._fall_asleep(), started_s))
+        except (OutOfMemory, RuntimeError) as error:
+            slept.set_result(ResizeRefused(str(error)))
+
+    def _fall_asleep(self) -> int:
+        """Release the weights and the KV cache, and return the bytes released."""
+        worker = self._worker
+        self._wait_for_release()
+        released_bytes = worker.release_weights()
         if not worker.blocks_asleep:
-            pool.reset_prefix_cache()
+            self._scheduler.pool.reset_prefix_cache()
         self._scheduler.set_limits(worker.floor_blocks, 0, self._scheduler.max_num_scheduled_tokens)
         worker.pages.fence()
-        moved_bytes += worker.back(worker.blocks_asleep)
+        released_bytes += worker.back(worker.blocks_asleep)
         self._asleep = True
-        return self._moved(moved_bytes, started_s)
+        return released_bytes
 
     def wake(self) -> ResizeReport:
         """Take the weights and the smallest KV cache back, and admit requests again with full concurrency.
 
-        Refuses if the device has too little free memory. Close an engine that refuses.
+        Refuses if the device has too little free memory or fails. Close an engine that refuses.
         """
         started_s = time.perf_counter()
         if not self._asleep:
@@ -270,7 +290,7 @@ def _settled(core: EngineCore) -> Future[ResizeReport]:
     return _resizer(core).settled()
 
 
-def _sleep(core: EngineCore) -> ResizeReport:
+def _sleep(core: EngineCore) -> Future[ResizeReport]:
     return _resizer(core).sleep()
 
 

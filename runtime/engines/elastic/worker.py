@@ -95,7 +95,7 @@ class ElasticWorker:
     def restore_weights(self) -> int:
         """Back the weights again, fill them from the copy, and return the bytes backed.
 
-        Raises OutOfMemory, and then leaves them released.
+        Raises OutOfMemory. Some of the weights may then be backed.
         """
         return 0
 

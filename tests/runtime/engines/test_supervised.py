@@ -477,13 +477,14 @@ async def test_an_engine_on_a_gpu_keeps_its_process_unless_its_sleep_is_deep() -
     async with SupervisedEngine("e", make) as engine:
         await engine.sleep()
         assert engine.stats().state is EngineState.ASLEEP
+        assert engine.stats().wake_s == pytest.approx(0.5)  # as long as the sleep, until it has woken
         await engine.wake()
         assert text(await reply(engine)) == WORDS
         assert len(made) == 1
-        assert engine.stats().sleep_s == pytest.approx(0.5)
-        assert 0.3 < engine.stats().wake_s < 30
+        assert (engine.stats().sleep_s, engine.stats().wake_s) == pytest.approx((0.5, 0.3))
         await engine.sleep(deep=True)
         assert engine.stats().state is EngineState.COLD
+        assert engine.stats().wake_s == pytest.approx(30)
         await engine.wake()
         assert len(made) == 2
 
@@ -531,6 +532,10 @@ async def test_a_process_that_dies_asleep_leaves_a_cold_engine() -> None:
         made.engines[0].kill()
         await asyncio.sleep(5)
         assert (engine.stats().state, engine.held_bytes, len(made.engines)) == (EngineState.COLD, 0, 1)
+        assert host.held["e"] == 0
+        before = engine.usage.spent()[Held.ASLEEP].byte_seconds
+        await asyncio.sleep(5)
+        assert engine.usage.spent()[Held.ASLEEP].byte_seconds == before
         held = asyncio.create_task(reply(engine))
         await engine.wake()
         assert text(await held) == WORDS

@@ -24,7 +24,7 @@ async def call(meter: UsageMeter, begins_s: float, seconds: float, since_s: floa
     return spent.byte_seconds, spent.engine_seconds
 
 
-def test_a_request_that_is_held_pays_for_the_wake_and_not_for_the_sleep() -> None:
+def test_a_request_that_is_held_pays_for_what_the_engine_keeps_asleep_and_for_the_wake() -> None:
     async def work() -> None:
         meter = UsageMeter()
         meter.hold(100)

@@ -138,14 +138,14 @@ def test_a_sleeping_engine_keeps_at_most_the_smallest_kv_cache(
     driver.stub_hold(1)
     driver.stub_launch(worker.pages.address + BLOCK, BLOCK, 0)
     kept = FLOOR_BLOCKS * BLOCK if keeps_kv else 0
-    slept = resizer.sleep()
+    slept = resizer.sleep().result(LONG_S)
     assert isinstance(slept, ResizeApplied)
     assert (slept.kv_cache_bytes, slept.moved_bytes) == (kept, WEIGHTS + BLOCKS * BLOCK - kept)
     assert (driver.stub_queued(), driver.stub_in_use()) == (0, kept)
     assert scheduler.max_num_active_reqs == 8
     assert scheduler._pause_state.name == "PAUSED_NEW"
     assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S), ResizeRefused)
-    assert resizer.sleep() == ResizeRefused("the engine sleeps already")
+    assert resizer.sleep().result(LONG_S) == ResizeRefused("the engine sleeps already")
     woken = resizer.wake()
     assert isinstance(woken, ResizeApplied)
     assert (woken.kv_cache_bytes, driver.stub_in_use()) == (FLOOR_BLOCKS * BLOCK, WEIGHTS + FLOOR_BLOCKS * BLOCK)
@@ -155,21 +155,38 @@ def test_a_sleeping_engine_keeps_at_most_the_smallest_kv_cache(
     assert isinstance(grown, ResizeApplied)
 
 
-@pytest.mark.parametrize("busy", ["waiting", "blocks"])
-def test_an_engine_with_unfinished_requests_does_not_sleep(busy: str, worker: Worker, driver: ctypes.CDLL) -> None:
-    scheduler = Scheduler()
-    if busy == "waiting":
-        scheduler.waiting = 1
-    else:
-        scheduler.pool.get_new_blocks(1)
-    before = driver.stub_in_use()
-    assert Resizer(scheduler, worker).sleep() == ResizeRefused("requests are unfinished")
+def test_an_engine_with_unfinished_requests_does_not_sleep(worker: Worker, driver: ctypes.CDLL) -> None:
+    scheduler, before = Scheduler(), driver.stub_in_use()
+    scheduler.waiting = 1
+    assert Resizer(scheduler, worker).sleep().result(LONG_S) == ResizeRefused("requests are unfinished")
     assert driver.stub_in_use() == before
+
+
+def test_sleep_waits_for_the_steps_in_flight_of_an_aborted_request(worker: Worker, driver: ctypes.CDLL) -> None:
+    scheduler, before = Scheduler(), driver.stub_in_use()
+    used = scheduler.pool.get_new_blocks(1)
+    slept = Resizer(scheduler, worker).sleep()
+    assert scheduler.after_step is not None
+    scheduler.after_step()
+    assert (slept.done(), driver.stub_in_use()) == (False, before)
+    scheduler.pool.free_blocks(used)
+    scheduler.after_step()
+    assert isinstance(slept.result(LONG_S), ResizeApplied)
+    assert driver.stub_in_use() == 0
+
+
+def test_an_engine_whose_device_fails_refuses_to_sleep(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("cuEventRecord: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(worker.pages, "fence", fail)
+    slept = Resizer(Scheduler(), worker).sleep().result(LONG_S)
+    assert slept == ResizeRefused("cuEventRecord: CUDA_ERROR_ILLEGAL_ADDRESS")
 
 
 def test_an_engine_that_cannot_take_its_memory_back_refuses_to_wake(worker: Worker, driver: ctypes.CDLL) -> None:
     resizer = Resizer(Scheduler(), worker)
-    resizer.sleep()
+    resizer.sleep().result(LONG_S)
     driver.stub_set_limit(WEIGHTS + BLOCK)
     assert resizer.wake() == ResizeRefused("cuMemCreate: the GPU is out of memory")
 
@@ -180,6 +197,6 @@ def test_a_sleep_supersedes_a_deferred_shrink(worker: Worker, driver: ctypes.CDL
     used = scheduler.pool.get_new_blocks(5)
     assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=600).result(LONG_S), ResizeDeferred)
     scheduler.pool.free_blocks(used)
-    assert isinstance(resizer.sleep(), ResizeApplied)
+    assert isinstance(resizer.sleep().result(LONG_S), ResizeApplied)
     assert isinstance(resizer.settled().result(LONG_S), ResizeSuperseded)
     assert driver.stub_in_use() == 0
