@@ -326,7 +326,7 @@ async def test_an_engine_that_sleeps_with_its_process_gives_its_cache_back_and_r
     engine = fleet.engines[name]
     assert isinstance(engine, SupervisedEngine)
     process: Any = engine._engine
-    process._limits = replace(process.limits, copy_bytes=1)
+    engine._limits = process._limits = replace(process.limits, copy_bytes=1)
     before, expected = engine.stats(), await all_tokens(engine, 12)
     assert before.grant is not None
     await engine.sleep()
