@@ -47,7 +47,7 @@ KILL_EVERY_S = 2.0
 
 @dataclass
 class Outcome:
-    """What a drill did, and what it found.
+    """The counts of a drill, and the extremes that it saw.
 
     `most_bytes` is the largest sum of the engines' claims and `most_processes` the most engine processes at one time.
     `slowest_s` is the longest time that a request took, the hold during a sleep included.

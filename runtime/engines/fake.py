@@ -167,7 +167,7 @@ class FakeEngine(EngineHandle):
     async def start(self) -> None:
         await self._pass(self._times.start_s)
         self._state, self._started = EngineState.READY, True
-        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
+        self.usage.hold(self.held_bytes)
 
     def kill(self) -> None:
         self._die(Death.KILLED)
@@ -191,18 +191,17 @@ class FakeEngine(EngineHandle):
         self._state = EngineState.DRAINING
         await self._pass(self._times.sleep_s)
         self._settle_shrink(None)
-        asleep = self._naps and not deep
-        self._state = EngineState.ASLEEP if asleep else EngineState.COLD
-        self.usage.hold(self._limits.asleep_bytes if asleep else 0, Held.ASLEEP)
+        self._state = EngineState.ASLEEP if self._naps and not deep else EngineState.COLD
+        self.usage.hold(self.held_bytes, Held.ASLEEP)
 
     async def wake(self) -> None:
         if self._state is not EngineState.ASLEEP:
             raise EngineError(f"engine {self.name} is {self._state} and cannot wake")
         self._state = EngineState.WAKING
         self.grant = self._limits.smallest_grant
-        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization), Held.WAKING)
+        self.usage.hold(self.held_bytes, Held.WAKING)
         await self._pass(self._times.wake_s)
-        self.usage.hold(self._limits.held_bytes(self.grant.gpu_memory_utilization))
+        self.usage.hold(self.held_bytes)
         self._state = EngineState.READY
 
     async def _pass(self, seconds: float) -> None:

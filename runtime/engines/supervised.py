@@ -27,7 +27,7 @@ MakeEngine = Callable[[Grant | None], EngineHandle]
 OnState = Callable[[EngineState], None]
 
 DRAIN_S = 60.0
-"""An engine that has not drained after this many seconds serves on."""
+"""An engine that has not drained after this many seconds continues to serve."""
 UNLIMITED_BYTES = 1 << 62
 NEWEST_WEIGHT = 0.3
 """Weight of the newest duration of a sleep or a wake in the average."""
@@ -288,7 +288,7 @@ class SupervisedEngine(EngineHandle):
         """Hold new requests, let the engine finish its running ones, then give its memory back.
 
         Requests are held until the engine wakes. If the call is cancelled while the engine drains, or if it drains for
-        longer than DRAIN_S, it goes on serving. In the second case this raises EngineError.
+        longer than DRAIN_S, it continues to serve. In the second case this raises EngineError.
         An engine that does not give its memory back is ended, which frees it too.
         """
         state = self.stats().state

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Held(StrEnum):
-    """What an engine's memory is held for: serving, a wake, or nothing because the engine sleeps."""
+    """Why an engine holds memory: it is ready to serve, it wakes, or it sleeps and keeps a part."""
 
     RESIDENT = "resident"
     WAKING = "waking"

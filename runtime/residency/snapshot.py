@@ -56,7 +56,7 @@ class Residence:
 
     @property
     def held_bytes(self) -> int:
-        """What it needs on the device, once it sleeps if it drains."""
+        """The bytes that it needs on the device. A draining engine counts as asleep."""
         if self.state in (EngineState.FAILED, EngineState.CLOSED):
             return 0
         return self.asleep_bytes if self.sleeps or self.state is EngineState.DRAINING else self.awake_bytes

@@ -41,7 +41,7 @@ NAMES = ("planner", "solver", "critic", "judge")
 SEATS = frozenset({"planner", "solver"})
 START_S = 0.5
 ASLEEP = 40 * MIB
-"""What an engine keeps on the device while it sleeps, if it `naps`: it keeps its process then."""
+"""Bytes that a sleeping engine keeps on the device. Only an engine that `naps` keeps any, with its process."""
 
 
 class Device:
