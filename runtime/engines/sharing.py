@@ -67,7 +67,7 @@ class Sharing:
         self._waiting: dict[str, _Waiting] = {}
         self._admissions: dict[str, _Admission] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._deferred: set[asyncio.Task[None]] = set()
+        self._deferred: dict[asyncio.Task[None], str] = {}  # tasks that wait for deferred shrinks, and their engines
         self._late: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -198,13 +198,16 @@ class Sharing:
         return None
 
     async def _take_late_answer(self, name: str, grant: Grant, answer: "asyncio.Future[ResizeOutcome]") -> None:
-        """Wait until a silent engine has answered or was restarted, then lower its claim to what it holds."""
+        """Wait until a silent engine has answered or was restarted, then lower its claim to what it holds.
+
+        If an earlier shrink of it is still deferred, `_finish_shrink` lowers the claim.
+        """
         outcome = await answer
         async with self._one_at_a_time:
             del self._late[name]
             if isinstance(outcome, Deferred):
                 self._defer(name, grant, outcome)
-            elif self._engines[name].stats().state not in RESTING:
+            elif self._engines[name].stats().state not in RESTING and name not in self._deferred.values():
                 self.ledger.claim(name, min(self._claimed(name), self._bytes(name, self._current(name))))
             await self._serve_waiting()
 
@@ -221,7 +224,7 @@ class Sharing:
     def _defer(self, name: str, grant: Grant, deferred: Deferred) -> None:
         """Lower a donor's claim by what it has released, and lower it again once it has released the rest."""
         self.ledger.claim(name, min(self._claimed(name), self._bytes(name, grant) + deferred.held_bytes))
-        self._deferred.add(asyncio.create_task(self._finish_shrink(name, deferred), name=f"shrink {name}"))
+        self._deferred[asyncio.create_task(self._finish_shrink(name, deferred), name=f"shrink {name}")] = name
 
     async def _finish_shrink(self, name: str, deferred: Deferred) -> None:
         """When a deferred shrink settles, lower the donor's claim and let waiting recipients grow.
@@ -230,10 +233,11 @@ class Sharing:
         """
         outcome = await deferred.settled
         async with self._one_at_a_time:
-            self._deferred.discard(cast("asyncio.Task[None]", asyncio.current_task()))
-            # If the engine was granted something else meanwhile, the newer grant accounts for its memory.
-            # If it went to sleep, `release` does.
-            if not isinstance(outcome, Superseded) and self._engines[name].stats().grant == deferred.grant:
+            del self._deferred[cast("asyncio.Task[None]", asyncio.current_task())]
+            # If the engine was granted something else meanwhile, the newer grant accounts for its memory, also while
+            # its answer is awaited. If it went to sleep, `release` does.
+            newest = self._engines[name].stats().grant == deferred.grant and name not in self._late
+            if not isinstance(outcome, Superseded) and newest:
                 self.ledger.claim(name, min(self._claimed(name), self._bytes(name, deferred.grant)))
             await self._serve_waiting()
 
