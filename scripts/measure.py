@@ -167,7 +167,8 @@ async def measure_streaming(options: argparse.Namespace) -> dict[str, Any]:
 
 async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked]], concurrency: int) -> None:
     """Send the recorded requests to AsyncLLM, each as soon as the request that led to it is answered."""
-    from runtime.engines import vllm_engine  # a heavy import, which the fleet has already made
+    from runtime.engines import vllm_engine  # heavy imports, which the fleet has already made
+    from runtime.engines.sampling import to_params
 
     numbers = iter(range(10**9))
 
@@ -178,8 +179,8 @@ async def send_straight(engines: dict[str, EngineHandle], trees: list[list[Asked
         llm = supervised._engine._ready()  # bypass the seam, whose overhead is measured
         chat = [{"role": m.role, "content": m.content} for m in asked.request.messages]
         _, (prompt,) = await llm.renderer.render_chat_async([chat], vllm_engine._CHAT)
-        sampling = vllm_engine._sampling(asked.request, llm.model_config.max_model_len)
-        async for _ in llm.generate(prompt, sampling, f"straight-{next(numbers)}"):
+        params = to_params(asked.request, llm.model_config.max_model_len)
+        async for _ in llm.generate(prompt, params, f"straight-{next(numbers)}"):
             pass
         await send_all(asked.then)
 

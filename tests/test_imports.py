@@ -85,6 +85,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "vllm": (
         ON_THE_GPU,
         "runtime/engines/vllm_engine.py",  # the client's side
+        "runtime/engines/vllm_config.py",
+        "runtime/engines/sampling.py",
+        "runtime/engines/engine_client.py",  # below vLLM's serving layer
+        "runtime/api/http/vllm_serving.py",  # above it
         "runtime/engines/forkserver_preload.py",  # these run where the engines are made
         "runtime/engines/elastic/",
     ),

@@ -93,6 +93,8 @@ async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interr
     try:
         open_engines = partial(start_team, config, team, folder)
         async with serving(config, team, open_engines, on_listening, on_event, embedded_broker, on_broker) as backend:
+            for seat in team.seats:
+                await backend.seat_model(seat)  # so that no request has to wait for it
             spinner.stop()
             report("ready", "ready")
             stop.ready = True

@@ -241,8 +241,8 @@ class FakeEngine(EngineHandle):
         pieces = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
         finish = "length" if request.max_tokens is not None and len(pieces) > request.max_tokens else "stop"
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
-        if request.prompt is not None:
-            prompt_tokens = len(request.prompt.split() if isinstance(request.prompt, str) else request.prompt)
+        if request.rendered is not None:
+            prompt_tokens = len(request.rendered["prompt_token_ids"])
         pieces = pieces[: request.max_tokens]
         if self._lengths:
             prompt_tokens, reply_tokens = self._lengths(request)

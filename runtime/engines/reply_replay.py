@@ -39,4 +39,9 @@ class ReplyReplay:
         if len(self._tokens) <= len(self._known) and chunk.finish is None:
             return None
         new_tokens = tuple(self._tokens[len(self._known) :])
-        return replace(chunk, text=self._text[self._known_characters :], token_ids=new_tokens)
+        return replace(
+            chunk,
+            text=self._text[self._known_characters :],
+            token_ids=new_tokens,
+            logprobs=chunk.logprobs[len(chunk.logprobs) - len(new_tokens) :] if chunk.logprobs else (),
+        )

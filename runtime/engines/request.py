@@ -29,7 +29,8 @@ class GenerateRequest:
     Prompt:
 
     - `messages`: the chat to answer.
-    - `prompt`: a text or token ids to complete. If it is set, `messages` is ignored.
+    - `rendered`: a prompt that vLLM's renderer has made, with `prompt_token_ids` and, if known, the text `prompt`. If
+      it is set, `messages` is ignored.
     - `resume_tokens`: ids of reply tokens that the caller already has, from an engine that died. The stream continues
       after them, and `max_tokens` includes them.
 
@@ -40,7 +41,8 @@ class GenerateRequest:
     - `seed`: the seed for sampling. None leaves sampling random.
     - `schema`: a JSON schema that the reply must match.
     - `logprobs`: how many of the likeliest tokens to report with each reply token. None reports no logprobs.
-    - `sampling_params`: more arguments of vLLM's SamplingParams, passed on unchanged.
+    - `sampling_params`, `generate_options`: more arguments of vLLM's SamplingParams, and of its AsyncLLM.generate,
+      passed on unchanged.
 
     Scheduling and streaming:
 
@@ -63,12 +65,13 @@ class GenerateRequest:
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
     resume_tokens: tuple[int, ...] = ()
-    prompt: str | tuple[int, ...] | None = None
+    rendered: Mapping[str, Any] | None = None
     logprobs: int | None = None
     priority: int = PRIORITY
     since_s: float | None = None
     stream_interval: int = 1
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    generate_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def resumable(self) -> bool:
@@ -87,25 +90,17 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """The natural logarithm of a reply token's probability.
-
-    `top` holds the likeliest tokens at its place with their logprobs, the likeliest first.
-    """
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class Chunk:
     """The text and token ids that were added to a reply since the previous chunk.
 
     - `time_s`: when they arrived, by time.monotonic.
     - `prompt_tokens`: the length of the prompt, without `GenerateRequest.resume_tokens`.
     - `finish`: None until the last chunk, which carries vLLM's finish reason ("stop", "length").
-    - `logprobs`: one entry per token if the request asked for logprobs, otherwise empty.
+    - `stop`: the stop string or the stop token that ended the reply, if one of the request's did.
+    - `logprobs`: one entry per token if the request asked for logprobs, otherwise empty. It holds vLLM's Logprob of the
+      token and of its likeliest alternatives by token id.
+    - `prompt_logprobs`: the same for the tokens of the prompt, if the request asked for it.
+    - `cached_tokens`: the tokens of the prompt that were in the prefix cache; None if that is not known.
     """
 
     text: str
@@ -113,4 +108,7 @@ class Chunk:
     time_s: float
     prompt_tokens: int
     finish: str | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
+    stop: int | str | None = None
+    logprobs: tuple[Mapping[int, Any], ...] = ()
+    prompt_logprobs: Any = None
+    cached_tokens: int | None = None

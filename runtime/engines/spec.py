@@ -53,6 +53,16 @@ class EngineSpec(BaseModel):
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
         default="auto", description="How vLLM loads the weights. dummy gives random weights, for measurements."
     )
+    tool_call_parser: str | None = Field(
+        default=None,
+        description="The name of vLLM's parser for the model's tool calls, for example hermes. Without one, requests "
+        "with tools are refused.",
+    )
+    reasoning_parser: str | None = Field(
+        default=None,
+        description="The name of vLLM's parser for the model's reasoning, for example qwen3. The default is vLLM's own "
+        "for the model, if it has one.",
+    )
     sleep: Literal["auto", "never"] = Field(
         default="auto",
         description="Whether the residency policy may put the engine to sleep. An engine with a minimum_share above 0 "

@@ -6,22 +6,18 @@ forkserver imports the engine's side.
 
 import asyncio
 import signal
-import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import vllm.v1.engine.utils
 from pydantic import ValidationError
-from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
@@ -40,17 +36,15 @@ from runtime.engines.elastic.reports import (
 )
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
-from runtime.engines.request import Chunk, GenerateRequest, TokenLogprob
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.sampling import check_stops, to_params
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
 from runtime.engines.usage import UsageMeter
+from runtime.engines.vllm_config import vllm_config
 from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
-STOP_TOKENS = 128
-"""The most stop tokens, those of the model included, that a request with `min_tokens` may have. One more kills the
-worker on a GPU: MAX_NUM_STOP_TOKEN_IDS in vllm/v1/worker/gpu/sample/logit_bias.py."""
-_configuring = threading.Lock()
 _GONE = (EngineState.DEAD, EngineState.CLOSED)
 
 # vLLM offers only "fork", which is unsafe in a process with threads, and "spawn", which imports everything again for
@@ -178,16 +172,7 @@ class VllmEngine(EngineHandle):
         if self._step_time is not None and not current_platform.is_cpu():
             raise EngineError("only engines on a CPU can emulate a device; leave out --emulate on a GPU")
         spec = self.spec
-        arguments: dict[str, Any] = {
-            "model": spec.model,
-            "gpu_memory_utilization": 0.01,  # vLLM only checks that this much is free before it loads the weights
-            "kv_cache_memory_bytes": 1,  # disables vLLM's profiling; the elastic worker sets its ceiling here
-            "max_model_len": spec.max_model_len,
-            "max_num_seqs": spec.max_num_seqs,
-            "dtype": spec.dtype,
-            "enforce_eager": spec.enforce_eager,
-            "load_format": spec.load_format,
-            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        further: dict[str, Any] = {
             "distributed_executor_backend": "runtime.engines.elastic.executor.InCoreExecutor",
             "additional_config": {
                 "troupe": {
@@ -201,13 +186,9 @@ class VllmEngine(EngineHandle):
                     "step_time": asdict(self._step_time) if self._step_time else None,
                 }
             },
-            "disable_log_stats": True,
-            "scheduling_policy": "priority",
             **({"enable_cumem_allocator": True} if self._may_sleep and current_platform.is_cuda() else {}),
-            **spec.vllm,
         }
-        with _configuring:  # create_engine_config reads and writes environment variables
-            config = AsyncEngineArgs(**arguments).create_engine_config()
+        config = vllm_config(spec, further)
         # The right worker and scheduler depend on the platform and the model, which are only known now.
         worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
         scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
@@ -224,9 +205,10 @@ class VllmEngine(EngineHandle):
                 prompt = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *request.resume_tokens]}
             self._requests += 1
             rank = request.rank(asyncio.get_running_loop().time())
-            sampling = _sampling(request, llm.model_config.max_model_len)
-            _check_stops(sampling, llm)
-            async for output in llm.generate(prompt, sampling, request.request_id, priority=rank):
+            params = to_params(request, llm.model_config.max_model_len)
+            check_stops(params, llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
+            replies = llm.generate(prompt, params, request.request_id, priority=rank, **request.generate_options)
+            async for output in replies:
                 new = output.outputs[0]
                 if not prompt_tokens:
                     prompt_tokens = len(output.prompt_token_ids) - len(request.resume_tokens)
@@ -238,7 +220,10 @@ class VllmEngine(EngineHandle):
                     time.monotonic(),
                     prompt_tokens,
                     new.finish_reason,
-                    _logprobs(new.token_ids, new.logprobs, request.logprobs or 0) if new.logprobs else (),
+                    new.stop_reason,
+                    tuple(new.logprobs or ()),
+                    output.prompt_logprobs,
+                    output.num_cached_tokens,
                 )
         except EngineDeadError as error:
             raise self._dead() from error
@@ -247,13 +232,10 @@ class VllmEngine(EngineHandle):
 
     async def _rendered(self, llm: AsyncLLM, request: GenerateRequest) -> Any:
         """Return the request's prompt in the form that vLLM takes, tokenized."""
-        if isinstance(request.prompt, str):
-            (prompt,) = await llm.renderer.render_cmpl_async([{"prompt": request.prompt}])
-        elif request.prompt is not None:
-            (prompt,) = await llm.renderer.render_cmpl_async([{"prompt_token_ids": list(request.prompt)}])
-        else:
-            conversation = [{"role": m.role, "content": m.content} for m in request.messages]
-            _, (prompt,) = await llm.renderer.render_chat_async([conversation], _CHAT)
+        if request.rendered is not None:
+            return request.rendered
+        conversation = [{"role": m.role, "content": m.content} for m in request.messages]
+        _, (prompt,) = await llm.renderer.render_chat_async([conversation], _CHAT)
         return prompt
 
     def _ready(self) -> AsyncLLM:
@@ -449,70 +431,6 @@ class NoPrometheus(PrometheusStatLogger):  # type: ignore[misc]  # see above
 
     def log_engine_initialized(self) -> None:
         pass
-
-
-def _sampling(request: GenerateRequest, max_model_len: int) -> SamplingParams:
-    """Return vLLM's sampling parameters for a request.
-
-    Token counts are cut to the model's length, beyond which nothing is generated, because a worker on a GPU adds them
-    to the length of the prompt in 32 bits.
-    """
-    schema = request.schema
-    further = dict(request.sampling_params)
-
-    def still_to_generate(tokens: int) -> int:
-        return min(tokens, max_model_len) - len(request.resume_tokens)
-
-    if "min_tokens" in further:
-        further["min_tokens"] = max(0, still_to_generate(further["min_tokens"]))
-    return SamplingParams(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        max_tokens=None if request.max_tokens is None else still_to_generate(request.max_tokens),
-        logprobs=request.logprobs,
-        stop=list(request.stop) or None,
-        seed=request.seed,
-        structured_outputs=StructuredOutputsParams(json=dict(schema)) if schema else None,
-        output_kind=RequestOutputKind.DELTA,
-        stream_interval=request.stream_interval,
-        **further,
-    )
-
-
-def _check_stops(sampling: SamplingParams, llm: AsyncLLM) -> None:
-    """Raise RequestRefused for more stop tokens beside `min_tokens` than a worker on a GPU survives.
-
-    The model's own stop tokens, which vLLM adds to those of the request, count too.
-    """
-    if not sampling.min_tokens:
-        return
-    stop_ids = set(sampling.stop_token_ids)
-    own = SamplingParams()
-    own.update_from_generation_config(llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
-    most = STOP_TOKENS - len(own.all_stop_token_ids - stop_ids)
-    if len(stop_ids) > most:
-        raise RequestRefused(
-            f"stop_token_ids: at most {most} different ids are possible beside min_tokens; got {len(stop_ids)}"
-        )
-
-
-def _logprobs(token_ids: Sequence[int], places: Sequence[Mapping[int, Any]], top: int) -> tuple[TokenLogprob, ...]:
-    """Return the logprob of each generated token, with the `top` likeliest tokens at its place.
-
-    `places` is vLLM's form: for each place, its candidates by token id.
-    """
-
-    def likeliest(place: Mapping[int, Any]) -> list[Any]:
-        return sorted(place.values(), key=lambda candidate: candidate.rank)[:top]
-
-    return tuple(
-        TokenLogprob(
-            place[token].decoded_token or "",
-            place[token].logprob,
-            tuple((candidate.decoded_token or "", candidate.logprob) for candidate in likeliest(place)),
-        )
-        for token, place in zip(token_ids, places, strict=True)
-    )
 
 
 def _reason(error: BaseException) -> str:

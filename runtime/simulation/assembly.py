@@ -44,9 +44,11 @@ async def start_modelled_team(
 
 def _reply(request: GenerateRequest) -> str:
     """Return the oracle's reply to a role's chat, and echo anything else."""
-    if request.prompt is not None:
-        return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt))
-    message = request.messages[-1].content
+    if request.rendered is None:
+        message = request.messages[-1].content
+    else:
+        text = request.rendered.get("prompt") or " ".join(map(str, request.rendered["prompt_token_ids"]))
+        message = str(text).removeprefix("<s>").removesuffix("<reply>")  # what the embedded chat template adds
     try:
         return oracle.reply(message)
     except (ValueError, LookupError, SyntaxError, AssertionError):

@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from runtime.api.auth import Gate, Scope
-from runtime.api.http import control, errors, jobs, live, openai_routes
+from runtime.api.http import control, errors, jobs, live, openai_routes, openapi
 from runtime.api.http.auth import LOCAL_HOSTS, require
 from runtime.api.http.backend import Backend, BackendDep
 from runtime.api.http.limits import Limits
@@ -52,7 +52,7 @@ def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:
         # FastAPI's documentation pages load their scripts from another site.
         docs_url=None,
         redoc_url=None,
-        openapi_url="/openapi.json",
+        openapi_url=None,
         strict_content_type=True,  # an HTML form of another site cannot send application/json
     )
     app.state.backend = backend
@@ -60,6 +60,7 @@ def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:
     errors.register(app)
     for router in (openai_routes.router, jobs.router, control.router, live.router, _service_router):
         app.include_router(router)
+    openapi.add_route(app, list(backend.team.seats))
     app.mount("/page", StaticFiles(directory=live.PAGE), name="page")
 
     @app.get("/", include_in_schema=False)

@@ -30,9 +30,12 @@ def gate_for(service: Service, tokens: Tokens) -> Gate:
 
 
 def bearer_secret(headers: Headers) -> str | None:
-    """Return the secret of a request's bearer token, or None if it sends none."""
+    """Return the secret of a request's token, or None if it sends none.
+
+    It is a bearer token, or, as Anthropic's clients send it, the header `x-api-key`.
+    """
     kind, _, secret = headers.get("authorization", "").partition(" ")
-    return secret.strip() if kind.lower() == "bearer" else None
+    return secret.strip() if kind.lower() == "bearer" else headers.get("x-api-key")
 
 
 def require(scope: Scope) -> Callable[[Request], Awaitable[None]]:

@@ -1,9 +1,11 @@
 """The parts of a running service that routes use, as a FastAPI dependency."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -18,6 +20,9 @@ from runtime.errors import Busy
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
 
+if TYPE_CHECKING:
+    from runtime.api.http.vllm_serving import EngineFront, SeatModel
+
 
 @dataclass
 class Backend:
@@ -29,6 +34,9 @@ class Backend:
     monitor: Monitor
     metrics: Metrics
     running_team: RunningTeam | None = None
+    _fronts: "dict[str, EngineFront]" = field(default_factory=dict, init=False)
+    _seat_models: "dict[str, SeatModel]" = field(default_factory=dict, init=False)
+    _making: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def why_not_ready(self) -> str | None:
         """Return why the service cannot run work now, or None if it can."""
@@ -55,9 +63,29 @@ class Backend:
         """The controller's newest snapshot; None until it has taken one."""
         return self.running_team.controller.snapshot if self.running_team else None
 
-    async def generate(self, seat: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream the reply of a seat's engine to a request. Raises Busy or EngineError."""
+    async def seat_model(self, seat: str) -> "SeatModel":
+        """Return the model of a seat. The first call for an engine imports vLLM and reads the model's tokenizer.
+
+        Raises Busy until the engines have started.
+        """
+        self.ready_team()
+        if seat not in self._seat_models:
+            async with self._making:
+                await asyncio.to_thread(self._make_seat_model, seat)
+        return self._seat_models[seat]
+
+    def _make_seat_model(self, seat: str) -> None:
+        from runtime.api.http.vllm_serving import EngineFront, SeatModel  # the import of vLLM takes seconds
+
+        if seat in self._seat_models:
+            return
         engine = self.team.seats[seat].engine
+        if engine not in self._fronts:
+            self._fronts[engine] = EngineFront(engine, self.config.engines[engine], partial(self.generate, engine))
+        self._seat_models[seat] = SeatModel(seat, self._fronts[engine])
+
+    async def generate(self, engine: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """Stream the reply of an engine to a request that belongs to no job. Raises Busy or EngineError."""
         with self.metrics.timed_request(engine) as timer:
             async with aclosing(self.ready_team().generate(engine, request)) as chunks:
                 async for chunk in chunks:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
-DONE = "[DONE]"
-"""The data of the last event of an OpenAI stream."""
+DONE = "data: [DONE]\n\n"
+"""The last event of a stream of chat completions."""
 PING = ": nothing new\n\n"
 """A comment, which clients ignore."""
 PING_S = 15.0
@@ -21,24 +21,24 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Keep proxies from buffering events."""
 
 
-async def openai_response(events: AsyncGenerator[dict[str, Any] | str, None]) -> StreamingResponse:
-    """Return a stream in OpenAI's format: one object per event, without event ids.
+async def response_once_started(events: AsyncGenerator[str, None], started: Callable[[], bool]) -> StreamingResponse:
+    """Return a stream of formatted events once `started` returns True, so that an earlier error gets an HTTP status.
 
-    Awaits the first event, so that an earlier error gets its own HTTP status. The response closes `events` when the
-    stream ends or the client disconnects.
+    The response closes `events` when the stream ends or the client disconnects.
     """
-    first = await anext(events)
+    held = []
+    async for event in events:
+        held.append(event)
+        if started():
+            break
 
-    async def lines() -> AsyncGenerator[str, None]:
-        yield _data(first)
+    async def all_events() -> AsyncGenerator[str, None]:
+        for event in held:
+            yield event
         async for event in events:
-            yield _data(event)
+            yield event
 
-    return _OwningResponse(lines(), events)
-
-
-def _data(event: dict[str, Any] | str) -> str:
-    return f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
+    return _OwningResponse(all_events(), events)
 
 
 def format_event(data: Any, id: int | None = None, kind: str | None = None) -> str:

@@ -11,11 +11,13 @@ import numpy as np
 import prometheus_client
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu.sample import logit_bias
 
 from runtime.engines import vllm_engine
 from runtime.engines.request import GenerateRequest
+from runtime.engines.sampling import STOP_TOKENS, check_stops, to_params, with_params
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
 from runtime.errors import EngineError, RequestRefused
@@ -25,21 +27,17 @@ MAX_MODEL_LEN = 512
 
 def sampling(**changes: Any) -> SamplingParams:
     values: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 40, **changes}
-    return vllm_engine._sampling(GenerateRequest("r", (), **values), MAX_MODEL_LEN)
+    return to_params(GenerateRequest("r", (), **values), MAX_MODEL_LEN)
 
 
 def check(stops: range, min_tokens: int, model_stops: list[int]) -> None:
     """Check a request to a model that has these stop tokens of its own."""
-    llm = SimpleNamespace(
-        input_processor=SimpleNamespace(generation_config_fields={"eos_token_id": model_stops}),
-        renderer=SimpleNamespace(get_eos_token_id=lambda: model_stops[0]),
-    )
     further = {"stop_token_ids": [*stops], "min_tokens": min_tokens}
-    vllm_engine._check_stops(sampling(sampling_params=further), llm)
+    check_stops(sampling(sampling_params=further), {"eos_token_id": model_stops}, model_stops[0])
 
 
 def test_the_stop_token_limit_is_the_workers() -> None:
-    assert vllm_engine.STOP_TOKENS == logit_bias.MAX_NUM_STOP_TOKEN_IDS
+    assert STOP_TOKENS == logit_bias.MAX_NUM_STOP_TOKEN_IDS
 
 
 @pytest.mark.parametrize(("model_stops", "most"), [([2], 127), ([2, 3, 4], 125)])
@@ -72,6 +70,30 @@ def test_tokens_from_before_a_crash_count_towards_max_and_min_tokens() -> None:
     params = sampling(max_tokens=40, sampling_params={"min_tokens": 40}, resume_tokens=(5, 6, 7))
     assert (params.max_tokens, params.min_tokens) == (37, 37)
     assert sampling(max_tokens=None, sampling_params={"min_tokens": 2}, resume_tokens=(5, 6, 7)).min_tokens == 0
+
+
+def test_a_request_with_vllms_parameters_has_them_again_when_an_engine_serves_it() -> None:
+    theirs = SamplingParams(
+        temperature=0.5,
+        top_k=7,
+        stop=["x"],
+        seed=3,
+        logprobs=2,
+        max_tokens=9,
+        min_tokens=2,
+        n=3,
+        presence_penalty=0.25,
+        skip_special_tokens=False,
+        logit_bias={5: 1.0},
+        structured_outputs=StructuredOutputsParams(regex="[0-9]+"),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    request = with_params(GenerateRequest("r", (), temperature=1, top_p=1, max_tokens=None), theirs)
+    assert not request.resumable
+    ours = to_params(request, MAX_MODEL_LEN)
+    differing = {name for name in theirs.__struct_fields__ if getattr(ours, name) != getattr(theirs, name)}
+    assert differing == {"n", "output_kind", "stream_interval"}
+    assert not with_params(request, SamplingParams()).sampling_params
 
 
 def test_engines_register_no_metrics_in_the_registry_of_the_process() -> None:

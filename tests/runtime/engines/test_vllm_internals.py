@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import vllm.envs
 
-from runtime.engines import vllm_engine
+from runtime.api.http import vllm_serving
+from runtime.engines import engine_client, vllm_engine
 from runtime.engines.elastic import core, cpu_worker, cuda_worker, executor, pool, scheduler, worker
 
-ENGINES = Path(vllm_engine.__file__).parent
+SOURCES = (*Path(vllm_engine.__file__).parent.rglob("*.py"), Path(vllm_serving.__file__))
 X: Any = object()
 """A placeholder for an argument."""
 
@@ -49,8 +50,22 @@ ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 ENGINE_ARGUMENTS = (
     "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
     " structured_outputs_config distributed_executor_backend additional_config disable_log_stats scheduling_policy"
-    " enable_cumem_allocator"
+    " enable_cumem_allocator reasoning_parser language_model_only"
 )
+HANDLER = {
+    "chat_template": X,
+    "chat_template_content_format": X,
+    "enable_auto_tools": X,
+    "enable_prompt_tokens_details": X,
+    "online_renderer": X,
+    "reasoning_parser": X,
+    "request_logger": X,
+    "tool_parser": X,
+}
+"""What each of vLLM's handlers of chats is made with."""
+SERVING = "vllm.entrypoints.openai"
+ANTHROPIC = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
+TOKENIZE = "vllm.entrypoints.serve.tokenize.serving:ServingTokenization"
 SAMPLING = "temperature top_p max_tokens logprobs stop seed structured_outputs output_kind stream_interval"
 
 CALLED = {
@@ -58,10 +73,9 @@ CALLED = {
     "vllm.engine.arg_utils:AsyncEngineArgs": call(**dict.fromkeys(ENGINE_ARGUMENTS.split(), X)),
     "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": call(X),
     f"{ASYNC_LLM}.from_vllm_config": call(X, X, stat_loggers=X, disable_log_stats=X),
-    f"{ASYNC_LLM}.generate": call(X, X, X, X, priority=X),
+    f"{ASYNC_LLM}.generate": call(X, X, X, X, priority=X, reasoning_ended=X, reasoning_parser_kwargs=X),
     f"{ASYNC_LLM}.shutdown": call(X, X),
     f"{CLIENT}.call_utility_async": call(X, X, X, X, X, X),
-    "vllm.renderers.base:BaseRenderer.render_cmpl_async": call(X, X),
     "vllm.renderers.base:BaseRenderer.render_chat_async": call(X, X, X),
     "vllm.renderers.base:BaseRenderer.get_eos_token_id": call(X),
     "vllm.renderers.params:ChatParams": call(chat_template_kwargs=X),
@@ -69,6 +83,43 @@ CALLED = {
     "vllm.sampling_params:SamplingParams.update_from_generation_config": call(X, X, X),
     "vllm.sampling_params:StructuredOutputsParams": call(json=X),
     "vllm.v1.engine.exceptions:EngineDeadError": call(),
+    # vLLM's serving layer, over our EngineClient.
+    "vllm.config:StructuredOutputsConfig": call(backend=X, disable_any_whitespace=X),
+    "vllm.renderers:renderer_from_config": call(X),
+    "vllm.v1.engine.input_processor:InputProcessor": call(X, X),
+    "vllm.renderers.online_renderer:OnlineRenderer": call(
+        X, X, **{name: X for name in HANDLER if name not in ("enable_prompt_tokens_details", "online_renderer")}
+    ),
+    "vllm.renderers.online_renderer:OnlineRenderer.warmup": call(X),
+    f"{SERVING}.models.protocol:BaseModelPath": call(name=X, model_path=X),
+    f"{SERVING}.models.serving:OpenAIServingModels": call(X, X),
+    f"{SERVING}.chat_completion.serving:OpenAIServingChat": call(X, X, X, **HANDLER),
+    f"{SERVING}.chat_completion.serving:OpenAIServingChat.create_chat_completion": call(X, X, X),
+    f"{SERVING}.completion.serving:OpenAIServingCompletion": call(
+        X, X, online_renderer=X, request_logger=X, enable_prompt_tokens_details=X
+    ),
+    f"{SERVING}.completion.serving:OpenAIServingCompletion.create_completion": call(X, X, X),
+    f"{SERVING}.responses.serving:OpenAIServingResponses": call(X, X, **HANDLER),
+    f"{SERVING}.responses.serving:OpenAIServingResponses.create_responses": call(X, X, X),
+    ANTHROPIC: call(X, X, X, **HANDLER),
+    f"{ANTHROPIC}.create_messages": call(X, X, X),
+    f"{ANTHROPIC}.count_tokens": call(X, X, X),
+    TOKENIZE: call(X, online_renderer=X, request_logger=X, chat_template=X, chat_template_content_format=X),
+    f"{TOKENIZE}.create_tokenize": call(X, X, X),
+    f"{TOKENIZE}.create_detokenize": call(X, X, X),
+    "vllm.entrypoints.serve:create_error_response": call(X),
+    "vllm.outputs:CompletionOutput": call(
+        index=X, text=X, token_ids=X, cumulative_logprob=X, logprobs=X, finish_reason=X, stop_reason=X
+    ),
+    "vllm.outputs:RequestOutput": call(
+        request_id=X,
+        prompt=X,
+        prompt_token_ids=X,
+        prompt_logprobs=X,
+        outputs=X,
+        finished=X,
+        num_cached_tokens=X,
+    ),
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": call(X, X),
     "vllm.platforms.interface:Platform.is_cuda": call(X),
     "vllm.platforms.interface:Platform.is_cpu": call(X),
@@ -160,15 +211,17 @@ READ = {
     CLIENT: "resources utility_results",
     "vllm.v1.engine.core_client:BackgroundResources": "engine_manager",
     "vllm.v1.engine.utils:CoreEngineProcManager": "processes",
-    "vllm.outputs:RequestOutput": "outputs prompt_token_ids",
-    "vllm.outputs:CompletionOutput": "text token_ids finish_reason logprobs",
-    "vllm.logprobs:Logprob": "logprob rank decoded_token",
+    "vllm.outputs:RequestOutput": "outputs prompt_token_ids prompt_logprobs num_cached_tokens",
+    "vllm.outputs:CompletionOutput": "text token_ids finish_reason stop_reason logprobs",
     "vllm.v1.metrics.stats:SchedulerStats": "num_running_reqs num_waiting_reqs kv_cache_usage kv_connector_stats",
     "vllm.v1.metrics.stats:IterationStats": "num_preempted_reqs",
-    "vllm.sampling_params:RequestOutputKind": "DELTA",
+    "vllm.sampling_params:RequestOutputKind": "DELTA FINAL_ONLY",
+    f"{SERVING}.responses.protocol:ResponsesRequest": "model_fields",
+    "vllm.entrypoints.serve.engine.protocol:ErrorResponse": "error",
+    "vllm.entrypoints.serve.engine.protocol:ErrorInfo": "message code param",
     # The configuration.
     "vllm.config:VllmConfig": "additional_config cache_config model_config parallel_config scheduler_config"
-    " max_concurrent_batches",
+    " max_concurrent_batches structured_outputs_config",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
     "vllm.config:ModelConfig": "enable_cumem_allocator enforce_eager max_model_len",
     "vllm.config:ParallelConfig": "worker_cls",
@@ -245,7 +298,7 @@ def look_up(place: str) -> Any:
 
 def imports() -> Iterator[str]:
     """Yield what our sources import from vLLM, as "module:name" or "module"."""
-    for path in sorted(ENGINES.rglob("*.py")):
+    for path in sorted(SOURCES):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
                 yield from (f"{node.module}:{alias.name}" for alias in node.names)
@@ -357,6 +410,37 @@ def test_used_attributes_exist(place: str) -> None:
 @pytest.mark.parametrize("place", LOOKED_UP)
 def test_vllm_looks_up_the_names_that_we_replace(place: str) -> None:
     assert set(LOOKED_UP[place].split()) - names_used(inspect.unwrap(look_up(place)).__code__) == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "vllm.entrypoints.generate.base.serving",
+        f"{SERVING}.chat_completion.serving",
+        f"{SERVING}.completion.serving",
+        f"{SERVING}.models.serving",
+        f"{SERVING}.responses.serving",
+        "vllm.entrypoints.anthropic.serving",
+    ],
+)
+def test_handlers_use_only_what_our_engine_client_has(module: str) -> None:
+    used = {
+        node.attr
+        for node in ast.walk(syntax(importlib.import_module(module)))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("engine_client")
+    }
+    ours = attributes(engine_client.EngineClient) | {"vllm_config", "model_config", "renderer", "input_processor"}
+    # A dead engine's error, LoRA adapters, and hand-overs between servers do not occur here.
+    assert used - ours <= {"dead_error", "add_lora", "notify_kv_transfer_request_rejected"}
+
+
+@pytest.mark.parametrize("module", ["chat_completion", "completion", "responses"])
+def test_our_engine_client_accepts_what_handlers_pass(module: str) -> None:
+    found = list(calls_in(f"{SERVING}.{module}.serving", "generate", "engine_client"))
+    assert found
+    for node in found:
+        keywords = {str(keyword.arg): X for keyword in node.keywords if keyword.arg}
+        inspect.signature(engine_client.EngineClient.generate).bind(X, *(X for _ in node.args), **keywords)
 
 
 def test_vllm_reads_the_environment_variables_that_we_set() -> None:

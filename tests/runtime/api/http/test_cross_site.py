@@ -16,6 +16,11 @@ BODIES: dict[tuple[str, str], dict[str, Any] | None] = {
     ("POST", "/jobs/{id}/cancel"): None,
     ("POST", "/v1/chat/completions"): {"model": "solver", "messages": user_message("some words")},
     ("POST", "/v1/completions"): {"model": "solver", "prompt": "some words"},
+    ("POST", "/v1/responses"): {"model": "solver", "input": "some words"},
+    ("POST", "/v1/messages"): {"model": "solver", "max_tokens": 5, "messages": user_message("some words")},
+    ("POST", "/v1/messages/count_tokens"): {"model": "solver", "messages": user_message("some words")},
+    ("POST", "/tokenize"): {"model": "solver", "prompt": "some words"},
+    ("POST", "/detokenize"): {"model": "solver", "tokens": [1]},
     ("PATCH", "/control"): {"paused": True},
     ("PUT", "/control/pins/{engine}"): {},
     ("DELETE", "/control/pins/{engine}"): None,
@@ -32,7 +37,7 @@ CROSS_SITE_HEADERS = {
 
 
 async def unsafe_routes(served: Served) -> set[tuple[str, str]]:
-    document = (await served.client.get("/openapi.json")).json()
+    document = (await served.client.get("/openapi.json", timeout=600)).json()
     methods = ((method.upper(), path) for path, methods in document["paths"].items() for method in methods)
     return {(method, path) for method, path in methods if method not in SAFE_METHODS}
 

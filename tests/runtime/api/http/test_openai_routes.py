@@ -7,6 +7,9 @@ import pytest
 
 from tests.runtime.api.http.conftest import Served, user_message
 
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "http://localhost:1/x.png"}}
+
 
 async def test_models_are_the_team_and_its_seats(served: Served) -> None:
     async with served.openai_client() as api:
@@ -21,16 +24,22 @@ async def test_models_are_the_team_and_its_seats(served: Served) -> None:
     [
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": user_message("x") * 2}, "messages", "one message"),
+        ({"tools": [{"type": "function"}]}, "tools", "the model `team` does not support it"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "should be 'user'"),
         ({"model": "nobody"}, None, "there is no model"),
-        ({"model": "solver", "temperature": 3}, "temperature", "less than or equal to 2"),
-        ({"model": "solver", "tools": [{"type": "function"}]}, "tools", "at most 0"),
-        ({"model": "solver", "colour": "red"}, "colour", "not permitted"),
-        ({"model": "solver", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
+        ({"model": 7}, "model", "the models are team, planner"),
+        ({"model": "solver", "temperature": 3}, "temperature", "in [0, 2]"),
+        ({"model": "solver", "tools": [ADD]}, "tools", "set engines.solver.tool_call_parser"),
+        ({"model": "solver", "colour": "red"}, "colour", "not supported"),
+        ({"model": "solver", "tempratur": 1}, "tempratur", "did you mean temperature?"),
+        ({"model": "solver", "use_beam_search": True}, "use_beam_search", "not supported"),
+        ({"model": "solver", "n": 17}, "n", "at most 16"),
+        ({"model": "solver", "messages": [{"role": "user", "content": [IMAGE]}]}, None, "not a multimodal model"),
         ({"model": "solver", "seed": 2**63 - 1, "n": 2}, "seed", f"at most {2**63 - 2}"),
         ({"model": "solver", "seed": 2**63}, "seed", "less than"),
-        ({"n": 2}, "n", "the model `team` does not support it"),
+        ({"n": 2}, "n", "should be 1"),
         ({"messages": user_message("1000+1")}, None, "999"),
-        ({"model": "solver", "response_format": {"type": "json_schema"}}, "response_format", "schema is missing"),
+        ({"model": "solver", "response_format": {"type": "json_schema"}}, "response_format", "must be provided"),
     ],
 )
 async def test_invalid_chat_names_the_field(
@@ -44,8 +53,15 @@ async def test_invalid_chat_names_the_field(
     assert (error["param"] or "").partition(".")[0] == (field or "")
 
 
-@pytest.mark.parametrize("prompt", [[], [[]], [[1], []]])
-async def test_empty_list_of_prompts_names_the_field(served: Served, prompt: object) -> None:
+@pytest.mark.parametrize("prompt", [None, [], ["1"] * 65])
+async def test_missing_prompts_are_refused(served: Served, prompt: object) -> None:
     response = await served.client.post("/v1/completions", json={"model": "solver", "prompt": prompt})
     assert response.status_code == 400
-    assert response.json()["error"]["param"].startswith("prompt")
+    assert "prompt" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/tokenize"])
+async def test_the_team_answers_chats_and_responses_only(served: Served, path: str) -> None:
+    response = await served.client.post(path, json={"model": "team", "prompt": "1+1"})
+    assert response.status_code == 400
+    assert "send the request to one of its seats, such as 'planner'" in response.json()["error"]["message"]

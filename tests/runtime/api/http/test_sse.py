@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -17,13 +16,6 @@ class Source:
     """Endless events; `closed` becomes True when their generator is closed."""
 
     closed = False
-
-    async def events(self) -> AsyncGenerator[dict[str, Any] | str, None]:
-        try:
-            while True:
-                yield {"n": 1}
-        finally:
-            self.closed = True
 
     async def lines(self) -> AsyncGenerator[str, None]:
         try:
@@ -43,18 +35,18 @@ async def discard(message: Message) -> None:
 
 async def test_disconnect_before_the_start_closes_the_source() -> None:
     source = Source()
-    response = await sse.openai_response(source.events())
+    response = await sse.response_once_started(source.lines(), lambda: True)
     await response(SCOPE, disconnected, discard)
     assert source.closed
 
 
-async def test_error_before_the_first_event_is_raised() -> None:
-    async def events() -> AsyncGenerator[dict[str, Any] | str, None]:
+async def test_error_before_the_stream_has_started_is_raised() -> None:
+    async def events() -> AsyncGenerator[str, None]:
+        yield sse.PING
         raise ValueError("no")
-        yield ""
 
     with pytest.raises(ValueError, match="no"):
-        await sse.openai_response(events())
+        await sse.response_once_started(events(), lambda: False)
 
 
 async def test_disconnect_midway_closes_the_source_before_the_response_returns() -> None:

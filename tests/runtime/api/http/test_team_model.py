@@ -32,6 +32,36 @@ async def test_stream_sends_the_reasoning_line_by_line(served: Served) -> None:
     assert chunks[-1].usage is not None
 
 
+async def test_a_response_has_the_reasoning_and_the_answer(served: Served) -> None:
+    async with served.openai_client() as api:
+        whole = await api.responses.create(model="team", input=PROBLEM)
+        stream = await api.responses.create(model="team", input=user_message(PROBLEM), stream=True)
+        events = [event async for event in stream]
+    assert (whole.status, whole.output_text) == ("completed", "17")
+    assert whole.output[0].type == "reasoning"
+    assert len((whole.output[0].content or [])[0].text.splitlines()) == 9
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens > 0
+    assert len([event for event in events if event.type == "response.reasoning_text.delta"]) == 9
+    last = events[-1]
+    assert last.type == "response.completed"
+    assert last.response.output_text == "17"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+async def test_a_streamed_response_of_a_cancelled_job_fails(start: Start) -> None:
+    served = await start(time_scale=50)
+    async with served.openai_client() as api:
+        stream = await api.responses.create(model="team", input=PROBLEM, stream=True)
+        async for event in stream:
+            if event.type == "response.created":
+                job = event.response.job  # type: ignore[attr-defined]
+                await served.client.post(f"/jobs/{job}/cancel")
+    assert event.type == "response.failed"
+    assert event.response.error is not None
+    assert "has no answer, because it is cancelled" in event.response.error.message
+
+
 async def test_disconnect_cancels_the_job(start: Start) -> None:
     served = await start(time_scale=50)
     for stream in (True, False):

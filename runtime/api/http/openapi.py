@@ -1,0 +1,49 @@
+"""The OpenAPI document: FastAPI's own, and the bodies of the routes whose requests vLLM's classes describe."""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from pydantic.json_schema import models_json_schema
+
+from runtime.api.http.team_requests import TEAM, TeamChat, TeamResponse
+
+_SCHEMAS = "#/components/schemas"
+
+
+def add_route(app: FastAPI, seats: list[str]) -> None:
+    """Serve the document at /openapi.json. Its first request imports vLLM."""
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(_document, app, seats))
+
+
+def _document(app: FastAPI, seats: list[str]) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = app.openapi()
+        _describe_bodies(document, seats)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _describe_bodies(document: dict[str, Any], seats: list[str]) -> None:
+    from runtime.api.http import vllm_serving  # the import of vLLM takes seconds
+
+    bodies = {path: api.classes for path, api in vllm_serving.ROUTES.items()}
+    for path, team_class in (("/v1/chat/completions", TeamChat), ("/v1/responses", TeamResponse)):
+        bodies[path] = (team_class, *bodies[path])
+    classes = {cls for choices in bodies.values() for cls in choices}
+    names, definitions = models_json_schema(
+        [(cls, "validation") for cls in classes], ref_template=f"{_SCHEMAS}/{{model}}"
+    )
+    document["components"]["schemas"] |= definitions["$defs"]
+    for cls in classes:
+        schema = document["components"]["schemas"][cls.__name__]
+        schema["properties"]["model"] = {"enum": [TEAM] if cls in (TeamChat, TeamResponse) else seats}
+        schema["required"] = sorted({"model", *schema.get("required", ())})
+    for path, choices in bodies.items():
+        references = [names[cls, "validation"] for cls in choices]
+        schema = references[0] if len(references) == 1 else {"anyOf": references}
+        document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"] = schema

@@ -1,0 +1,224 @@
+"""An engine as vLLM's serving layer sees it: the parts of an EngineClient that vLLM's handlers use.
+
+vLLM's handlers render a request, ask the client for replies to it, and format them. They run in this process, so that
+requests can be rendered, and then wait, while the engine's own process sleeps or restarts.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm import RequestOutput, SamplingParams
+from vllm.config import VllmConfig
+from vllm.outputs import CompletionOutput
+from vllm.renderers import renderer_from_config
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.input_processor import InputProcessor
+
+from runtime.engines.merge import merge
+from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.sampling import with_params
+from runtime.errors import InputError, TroupeError
+
+Generate = Callable[[GenerateRequest], AsyncGenerator[Chunk, None]]
+SEED_MAX = 2**63 - 1
+"""vLLM stores seeds in 64 bits."""
+WHOLE_INTERVAL = 64
+"""Tokens per chunk of a reply that is not streamed to the client."""
+
+
+class Replies:
+    """The replies that one API request asks for, in one or several calls of `EngineClient.generate`.
+
+    No call yields anything before every reply has its first token. So an engine that refuses one of them, or fails,
+    does so before the answer to the client begins. `error` is what failed, if anything did.
+    """
+
+    def __init__(self) -> None:
+        self.error: TroupeError | None = None
+        self._calls = 0
+        self._started = asyncio.Event()
+
+    @property
+    def have_started(self) -> bool:
+        """Return True if every reply has its first token."""
+        return self._started.is_set()
+
+    def expect(self) -> None:
+        """Count a call. All calls are made before the first of them is iterated."""
+        self._calls += 1
+
+    async def wait_for_others(self) -> None:
+        """Note that the replies of one call have started. Return once those of all calls have."""
+        self._calls -= 1
+        if self._calls <= 0:
+            self._started.set()
+        await self._started.wait()
+
+
+replies_of_request: ContextVar[Replies] = ContextVar("replies_of_request")
+"""The replies of the API request that is being handled. It must be set when a handler is called."""
+
+
+@dataclass
+class _Whole:
+    """A reply put together from its chunks."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Mapping[int, Any]] = field(default_factory=list)
+    last: Chunk | None = None
+
+    def append(self, chunk: Chunk) -> None:
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self.last = chunk
+
+
+class EngineClient:
+    """One engine, as vLLM's handlers use an EngineClient. `generate` sends a request to the engine."""
+
+    errored = False  # a supervised engine restarts, and requests wait for it
+
+    def __init__(self, config: VllmConfig, generate: Generate) -> None:
+        self.vllm_config = config
+        self.model_config = config.model_config
+        self.renderer = renderer_from_config(config)
+        self.input_processor = InputProcessor(config, self.renderer)
+        self._generate = generate
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Accept everything: requests wait in the engine's queue."""
+
+    def generate(
+        self,
+        prompt: Mapping[str, Any],
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+        **unused: object,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Stream the `n` replies to a rendered prompt, or return them whole, as `sampling_params.output_kind` says.
+
+        Of vLLM's other arguments, which are in `unused`, the priority and the tracing headers of a client have no
+        effect. Raises InputError if the seed is too large for `n` replies, each of which gets a seed of its own.
+        """
+        seed_max = SEED_MAX - sampling_params.n + 1
+        if sampling_params.seed is not None and sampling_params.seed > seed_max:
+            raise InputError(f"seed: must be at most {seed_max}, so that each of the n choices has its own seed")
+        options = {"reasoning_ended": reasoning_ended, "reasoning_parser_kwargs": reasoning_parser_kwargs}
+        request = with_params(
+            GenerateRequest(
+                request_id="",
+                messages=(),
+                temperature=1.0,
+                top_p=1.0,
+                max_tokens=None,
+                rendered=prompt,
+                generate_options={name: value for name, value in options.items() if value is not None},
+            ),
+            sampling_params,
+        )
+        requests = [_nth(request, choice) for choice in range(sampling_params.n)]
+        replies = replies_of_request.get()
+        replies.expect()
+        if sampling_params.output_kind is RequestOutputKind.FINAL_ONLY:
+            return self._whole(
+                request_id, [replace(each, stream_interval=WHOLE_INTERVAL) for each in requests], replies
+            )
+        return self._streamed(request_id, requests, replies)
+
+    async def _whole(
+        self, request_id: str, requests: list[GenerateRequest], replies: Replies
+    ) -> AsyncGenerator[RequestOutput, None]:
+        wholes = [_Whole() for _ in requests]
+        prompt_logprobs = None
+        async with aclosing(self._chunks(requests, replies)) as chunks:
+            async for choice, chunk in chunks:
+                wholes[choice].append(chunk)
+                prompt_logprobs = prompt_logprobs or chunk.prompt_logprobs
+        outputs = []
+        for choice, whole in enumerate(wholes):
+            assert whole.last is not None
+            outputs.append(_output(choice, whole.text, whole.token_ids, whole.logprobs, whole.last))
+        assert wholes[0].last is not None
+        yield _request_output(request_id, requests[0], outputs, True, wholes[0].last, prompt_logprobs)
+
+    async def _streamed(
+        self, request_id: str, requests: list[GenerateRequest], replies: Replies
+    ) -> AsyncGenerator[RequestOutput, None]:
+        unfinished = len(requests)
+        async with aclosing(self._chunks(requests, replies)) as chunks:
+            async for choice, chunk in chunks:
+                unfinished -= chunk.finish is not None
+                output = _output(choice, chunk.text, list(chunk.token_ids), list(chunk.logprobs), chunk)
+                yield _request_output(request_id, requests[0], [output], not unfinished, chunk, chunk.prompt_logprobs)
+
+    async def _chunks(
+        self, requests: list[GenerateRequest], replies: Replies
+    ) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """Yield the chunks of all requests, each with the index of its request, once all replies have started."""
+        held: list[tuple[int, Chunk]] = []
+        unstarted = set(range(len(requests)))
+        try:
+            async with aclosing(merge([self._generate(request) for request in requests])) as chunks:
+                async for choice, chunk in chunks:
+                    if not unstarted:
+                        yield choice, chunk
+                        continue
+                    held.append((choice, chunk))
+                    unstarted.discard(choice)
+                    if not unstarted:
+                        await replies.wait_for_others()
+                        for item in held:
+                            yield item
+        except TroupeError as error:
+            replies.error = error
+            raise
+
+
+def _nth(request: GenerateRequest, choice: int) -> GenerateRequest:
+    """Return the request for one of several choices, with an id and a seed of its own, as vLLM has it."""
+    seed = None if request.seed is None else request.seed + choice
+    return replace(request, request_id=uuid.uuid4().hex, seed=seed)
+
+
+def _output(
+    choice: int, text: str, token_ids: list[int], logprobs: list[Mapping[int, Any]], last: Chunk
+) -> CompletionOutput:
+    return CompletionOutput(
+        index=choice,
+        text=text,
+        token_ids=token_ids,
+        cumulative_logprob=None,
+        logprobs=logprobs or None,
+        finish_reason=last.finish,
+        stop_reason=last.stop,
+    )
+
+
+def _request_output(
+    request_id: str,
+    request: GenerateRequest,
+    outputs: list[CompletionOutput],
+    finished: bool,
+    chunk: Chunk,
+    prompt_logprobs: Any,
+) -> RequestOutput:
+    assert request.rendered is not None
+    return RequestOutput(
+        request_id=request_id,
+        prompt=request.rendered.get("prompt"),
+        prompt_token_ids=request.rendered["prompt_token_ids"],
+        prompt_logprobs=prompt_logprobs,
+        outputs=outputs,
+        finished=finished,
+        num_cached_tokens=chunk.cached_tokens,
+    )
