@@ -20,13 +20,14 @@ pytestmark = pytest.mark.e2e
 class Service:
     """`troupe serve` on a free port. It can be killed and started again."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, *options: str) -> None:
         self.command = command
+        self.options = options
         self.start()
 
     def start(self) -> None:
         """Start the service and wait until it is ready."""
-        self.process = self.command.start("serve", "--port", 0, "--json")
+        self.process = self.command.start("serve", "--port", 0, "--json", *self.options)
         self.url = str(self.wait_for("listening")["url"])
         self.wait_for("ready")
 

@@ -1,0 +1,101 @@
+"""A real chat model through `troupe serve --config cpu-chat`: its chat template, streams, schemas and tool calls."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import REPOSITORY, Command
+from tests.e2e.test_serve import Service, openai_client, user_message
+
+pytestmark = pytest.mark.e2e
+
+ADD: Any = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "strict": True,  # otherwise vLLM holds the model to a call, but not to the schema of its arguments
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "integer", "maximum": 99}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        },
+    },
+}
+SHORT: Any = {"temperature": 0, "max_tokens": 48}
+
+
+@pytest.fixture(scope="module")
+def api(shared_troupe: Command) -> Iterator[openai.OpenAI]:
+    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "chat_model.py")], check=True)
+    service = Service(shared_troupe, "--config", "cpu-chat")
+    yield openai_client(service)
+    service.kill()
+    shared_troupe.nothing_left()
+
+
+def test_the_model_answers_by_its_chat_template(api: openai.OpenAI) -> None:
+    messages = user_message("What is the capital of France?")
+    whole = api.chat.completions.create(model="solver", messages=messages, **SHORT)
+    assert whole.choices[0].message.content == "The capital of France is Paris."
+    assert whole.choices[0].finish_reason == "stop"
+    stream = api.chat.completions.create(model="solver", messages=messages, stream=True, **SHORT)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert streamed == whole.choices[0].message.content
+
+
+def test_a_prefix_that_the_engine_has_computed_counts_as_cached(api: openai.OpenAI) -> None:
+    messages = user_message("Repeat after me: " + "one two three four five six seven eight " * 20)
+    usages = [
+        api.chat.completions.create(model="solver", messages=messages, temperature=0, max_tokens=1).usage
+        for _ in range(2)
+    ]
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages if usage and usage.prompt_tokens_details]
+    assert cached[0] == 0
+    assert (cached[1] or 0) > 100
+
+
+def test_a_schema_holds_the_model_to_json(api: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    answer = api.chat.completions.create(
+        model="solver",
+        messages=user_message("Name a colour."),
+        response_format={"type": "json_schema", "json_schema": {"name": "colour", "schema": schema}},
+        **SHORT,
+    )
+    assert json.loads(answer.choices[0].message.content or "")["colour"] in ("red", "blue")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_the_model_calls_a_tool_that_it_must_call(api: openai.OpenAI, choice: Any) -> None:
+    answer = api.chat.completions.create(
+        model="solver", messages=user_message("Add 12 and 7."), tools=[ADD], tool_choice=choice, **SHORT
+    )
+    call = (answer.choices[0].message.tool_calls or [])[0]
+    assert call.type == "function"
+    assert call.function.name == "add"
+    assert set(json.loads(call.function.arguments)) == {"a", "b"}
+
+
+def test_the_model_may_answer_without_the_tool_and_reads_results(api: openai.OpenAI) -> None:
+    called = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 12, "b": 7}'}}
+    messages: Any = [
+        *user_message("Add 12 and 7."),
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "1", "content": "19"},
+    ]
+    answer = api.chat.completions.create(model="solver", messages=messages, tools=[ADD], **SHORT)
+    assert answer.choices[0].message.content
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 150  # the tool, its call and its result are in the prompt
