@@ -7,11 +7,12 @@ requests can be rendered, and then wait, while the engine's own process sleeps o
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 from vllm import RequestOutput, SamplingParams
 from vllm.config import VllmConfig
 from vllm.outputs import CompletionOutput
@@ -25,6 +26,8 @@ from runtime.engines.sampling import with_params
 from runtime.errors import InputError, TroupeError
 
 Generate = Callable[[GenerateRequest], AsyncGenerator[Chunk, None]]
+CHOICES_MAX = 16
+"""The most choices of one request."""
 SEED_MAX = 2**63 - 1
 """vLLM stores seeds in 64 bits."""
 WHOLE_INTERVAL = 64
@@ -34,13 +37,14 @@ WHOLE_INTERVAL = 64
 class Replies:
     """The replies that one API request asks for, in one or several calls of `EngineClient.generate`.
 
-    No call yields anything before every reply has its first token. So an engine that refuses one of them, or fails,
-    does so before the answer to the client begins. `error` is what failed, if anything did.
+    No call yields anything before every reply has its first token. So if the engine refuses one of them, the answer to
+    the client has not begun. `error` is what the engine raised, or None.
     """
 
     def __init__(self) -> None:
         self.error: TroupeError | None = None
-        self._calls = 0
+        self._calls: list[AsyncGenerator[Any, None]] = []
+        self._unstarted = 0
         self._started = asyncio.Event()
 
     @property
@@ -48,16 +52,23 @@ class Replies:
         """Return True if every reply has its first token."""
         return self._started.is_set()
 
-    def expect(self) -> None:
+    def expect(self, call: AsyncGenerator[Any, None]) -> None:
         """Count a call. All calls are made before the first of them is iterated."""
-        self._calls += 1
+        self._calls.append(call)
+        self._unstarted += 1
 
     async def wait_for_others(self) -> None:
         """Note that the replies of one call have started. Return once those of all calls have."""
-        self._calls -= 1
-        if self._calls <= 0:
+        self._unstarted -= 1
+        if self._unstarted <= 0:
             self._started.set()
         await self._started.wait()
+
+    async def close(self) -> None:
+        """Abort what still runs. vLLM's handlers leave it to the garbage collector to close what they iterate."""
+        for call in self._calls:
+            with suppress(RuntimeError):  # the garbage collector is closing it
+                await call.aclose()
 
 
 replies_of_request: ContextVar[Replies] = ContextVar("replies_of_request")
@@ -108,8 +119,16 @@ class EngineClient:
         """Stream the `n` replies to a rendered prompt, or return them whole, as `sampling_params.output_kind` says.
 
         Of vLLM's other arguments, which are in `unused`, the priority and the tracing headers of a client have no
-        effect. Raises InputError if the seed is too large for `n` replies, each of which gets a seed of its own.
+        effect. Raises InputError for what an engine might not survive or could not repeat: log probabilities of a
+        prompt, which take memory that no engine has set aside, too many choices, and a seed that is too large for `n`
+        replies.
         """
+        if sampling_params.prompt_logprobs is not None:
+            raise InputError(
+                "prompt_logprobs: log probabilities of a prompt, by this key or by echo, are not supported"
+            )
+        if sampling_params.n > CHOICES_MAX:
+            raise InputError(f"n: must be at most {CHOICES_MAX}; got {sampling_params.n}")
         seed_max = SEED_MAX - sampling_params.n + 1
         if sampling_params.seed is not None and sampling_params.seed > seed_max:
             raise InputError(f"seed: must be at most {seed_max}, so that each of the n choices has its own seed")
@@ -127,29 +146,29 @@ class EngineClient:
             sampling_params,
         )
         requests = [_nth(request, choice) for choice in range(sampling_params.n)]
+        _check_encodable(request.generate_options)
         replies = replies_of_request.get()
-        replies.expect()
         if sampling_params.output_kind is RequestOutputKind.FINAL_ONLY:
-            return self._whole(
-                request_id, [replace(each, stream_interval=WHOLE_INTERVAL) for each in requests], replies
-            )
-        return self._streamed(request_id, requests, replies)
+            requests = [replace(each, stream_interval=WHOLE_INTERVAL) for each in requests]
+            call = self._whole(request_id, requests, replies)
+        else:
+            call = self._streamed(request_id, requests, replies)
+        replies.expect(call)
+        return call
 
     async def _whole(
         self, request_id: str, requests: list[GenerateRequest], replies: Replies
     ) -> AsyncGenerator[RequestOutput, None]:
         wholes = [_Whole() for _ in requests]
-        prompt_logprobs = None
         async with aclosing(self._chunks(requests, replies)) as chunks:
             async for choice, chunk in chunks:
                 wholes[choice].append(chunk)
-                prompt_logprobs = prompt_logprobs or chunk.prompt_logprobs
         outputs = []
         for choice, whole in enumerate(wholes):
             assert whole.last is not None
             outputs.append(_output(choice, whole.text, whole.token_ids, whole.logprobs, whole.last))
         assert wholes[0].last is not None
-        yield _request_output(request_id, requests[0], outputs, True, wholes[0].last, prompt_logprobs)
+        yield _request_output(request_id, requests[0], outputs, True, wholes[0].last)
 
     async def _streamed(
         self, request_id: str, requests: list[GenerateRequest], replies: Replies
@@ -157,9 +176,10 @@ class EngineClient:
         unfinished = len(requests)
         async with aclosing(self._chunks(requests, replies)) as chunks:
             async for choice, chunk in chunks:
-                unfinished -= chunk.finish is not None
+                if chunk.finish is not None:
+                    unfinished -= 1
                 output = _output(choice, chunk.text, list(chunk.token_ids), list(chunk.logprobs), chunk)
-                yield _request_output(request_id, requests[0], [output], not unfinished, chunk, chunk.prompt_logprobs)
+                yield _request_output(request_id, requests[0], [output], not unfinished, chunk)
 
     async def _chunks(
         self, requests: list[GenerateRequest], replies: Replies
@@ -182,6 +202,14 @@ class EngineClient:
         except TroupeError as error:
             replies.error = error
             raise
+
+
+def _check_encodable(options: Mapping[str, Any]) -> None:
+    """Raise InputError for values that cannot be sent to the engine's process, such as integers beyond 64 bits."""
+    try:
+        msgspec.msgpack.encode(options)
+    except (OverflowError, TypeError, RecursionError) as error:
+        raise InputError(f"chat_template_kwargs: {error}") from None
 
 
 def _nth(request: GenerateRequest, choice: int) -> GenerateRequest:
@@ -210,14 +238,13 @@ def _request_output(
     outputs: list[CompletionOutput],
     finished: bool,
     chunk: Chunk,
-    prompt_logprobs: Any,
 ) -> RequestOutput:
     assert request.rendered is not None
     return RequestOutput(
         request_id=request_id,
         prompt=request.rendered.get("prompt"),
         prompt_token_ids=request.rendered["prompt_token_ids"],
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=None,
         outputs=outputs,
         finished=finished,
         num_cached_tokens=chunk.cached_tokens,

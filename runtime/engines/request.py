@@ -77,9 +77,10 @@ class GenerateRequest:
     def resumable(self) -> bool:
         """Return True if another engine can continue the reply with its first tokens appended to the prompt.
 
-        A schema's grammar and the parameters in COUNTS_THE_REPLY would treat those tokens as part of the prompt.
+        A schema's grammar and the parameters in COUNTS_THE_REPLY would treat those tokens as part of the prompt. With
+        stop strings, vLLM holds back the last characters of its tokens, so the text would have a gap.
         """
-        return self.schema is None and not COUNTS_THE_REPLY & self.sampling_params.keys()
+        return self.schema is None and not self.stop and not COUNTS_THE_REPLY & self.sampling_params.keys()
 
     def rank(self, now_s: float) -> int:
         """Return the request's vLLM priority: the lowest is admitted first, the highest is preempted first.
@@ -99,7 +100,6 @@ class Chunk:
     - `stop`: the stop string or the stop token that ended the reply, if one of the request's did.
     - `logprobs`: one entry per token if the request asked for logprobs, otherwise empty. It holds vLLM's Logprob of the
       token and of its likeliest alternatives by token id.
-    - `prompt_logprobs`: the same for the tokens of the prompt, if the request asked for it.
     - `cached_tokens`: the tokens of the prompt that were in the prefix cache; None if that is not known.
     """
 
@@ -110,5 +110,4 @@ class Chunk:
     finish: str | None = None
     stop: int | str | None = None
     logprobs: tuple[Mapping[int, Any], ...] = ()
-    prompt_logprobs: Any = None
     cached_tokens: int | None = None

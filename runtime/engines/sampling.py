@@ -7,19 +7,26 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from runtime.engines.request import GenerateRequest
-from runtime.errors import RequestRefused
+from runtime.errors import InputError, RequestRefused
 
 STOP_TOKENS = 128
-"""The most stop tokens, those of the model included, that a request with `min_tokens` may have. One more kills the
-worker on a GPU: MAX_NUM_STOP_TOKEN_IDS in vllm/v1/worker/gpu/sample/logit_bias.py."""
+"""The most stop tokens, those of the model included, that a request with `min_tokens` may have."""
+LISTED_TOKENS = 1024
+"""The most tokens in `allowed_token_ids` and in `logit_bias`. One more, or one more stop token, kills the worker on a
+GPU: vllm/v1/worker/gpu/sample/logit_bias.py."""
+BAD_WORDS, BAD_WORDS_BYTES = 64, 400
+"""The most bad words, and the most bytes in all of them. vLLM turns each word into tokens twice, with and without a
+blank before it, and a token has at least a byte. So they have at most 864 tokens; more than 1024 kill the worker."""
+INTEGER_MAX = 2**31 - 1
 _FIELDS_OF_A_REQUEST = {"temperature", "top_p", "max_tokens", "stop", "seed", "logprobs", "stream_interval"}
 _SET_BY_THE_ENGINE = {"n", "output_kind", "skip_clone", "output_text_buffer_length"}
 
 
 def with_params(request: GenerateRequest, params: SamplingParams) -> GenerateRequest:
-    """Return a request with these sampling parameters. How many replies they ask for, and in what pieces, is left out.
+    """Return a request with these sampling parameters, apart from `n` and `output_kind`.
 
-    `params` must not have been used by vLLM yet.
+    `params` must not have been used by vLLM yet. Raises InputError for an integer that does not fit 32 bits, as workers
+    store them.
     """
     default = SamplingParams()
     others = {
@@ -27,6 +34,9 @@ def with_params(request: GenerateRequest, params: SamplingParams) -> GenerateReq
         for name in set(params.__struct_fields__) - _FIELDS_OF_A_REQUEST - _SET_BY_THE_ENGINE
         if not name.startswith("_") and (value := getattr(params, name)) != getattr(default, name)
     }
+    for name, value in others.items():
+        if isinstance(value, int) and abs(value) > INTEGER_MAX and name != "min_tokens":
+            raise InputError(f"{name}: must be at most {INTEGER_MAX}; got {value}")
     return replace(
         request,
         temperature=params.temperature,
@@ -35,6 +45,7 @@ def with_params(request: GenerateRequest, params: SamplingParams) -> GenerateReq
         stop=tuple(params.stop),
         seed=params.seed,
         logprobs=params.logprobs,
+        stream_interval=params.stream_interval or 1,
         sampling_params=others,
     )
 
@@ -67,12 +78,20 @@ def to_params(request: GenerateRequest, max_model_len: int) -> SamplingParams:
     )
 
 
-def check_stops(params: SamplingParams, generation_config: dict[str, Any], eos_token: int | None) -> None:
-    """Raise RequestRefused for more stop tokens beside `min_tokens` than a worker on a GPU survives.
+def check_limits(params: SamplingParams, generation_config: dict[str, Any], eos_token: int | None) -> None:
+    """Raise RequestRefused for parameters that vLLM accepts, but that kill a worker on a GPU or block this process.
 
     The model's own stop tokens, which vLLM adds to those of the request, count too. They come from the model's
     `generation_config` and its tokenizer's `eos_token`.
     """
+    for name, listed in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
+        if len(listed or ()) > LISTED_TOKENS:
+            raise RequestRefused(f"{name}: at most {LISTED_TOKENS} tokens are possible; got {len(listed or ())}")
+    words = params.bad_words or ()
+    if len(words) > BAD_WORDS or sum(len(word.encode()) for word in words) > BAD_WORDS_BYTES:
+        raise RequestRefused(
+            f"bad_words: at most {BAD_WORDS} words, with {BAD_WORDS_BYTES} bytes in all of them, are possible"
+        )
     if not params.min_tokens:
         return
     stop_ids = set(params.stop_token_ids)

@@ -37,7 +37,7 @@ from runtime.engines.elastic.reports import (
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.engines.sampling import check_stops, to_params
+from runtime.engines.sampling import check_limits, to_params
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
 from runtime.engines.usage import UsageMeter
@@ -206,7 +206,7 @@ class VllmEngine(EngineHandle):
             self._requests += 1
             rank = request.rank(asyncio.get_running_loop().time())
             params = to_params(request, llm.model_config.max_model_len)
-            check_stops(params, llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
+            check_limits(params, llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
             replies = llm.generate(prompt, params, request.request_id, priority=rank, **request.generate_options)
             async for output in replies:
                 new = output.outputs[0]
@@ -222,7 +222,6 @@ class VllmEngine(EngineHandle):
                     new.finish_reason,
                     new.stop_reason,
                     tuple(new.logprobs or ()),
-                    output.prompt_logprobs,
                     output.num_cached_tokens,
                 )
         except EngineDeadError as error:

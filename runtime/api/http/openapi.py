@@ -1,6 +1,7 @@
 """The OpenAPI document: FastAPI's own, and the bodies of the routes whose requests vLLM's classes describe."""
 
 import asyncio
+import copy
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,17 +16,21 @@ _SCHEMAS = "#/components/schemas"
 def add_route(app: FastAPI, seats: list[str]) -> None:
     """Serve the document at /openapi.json. Its first request imports vLLM."""
 
+    document: dict[str, Any] = {}
+    making = asyncio.Lock()
+
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(_document, app, seats))
+        async with making:
+            if not document:
+                document.update(await asyncio.to_thread(_document, app, seats))
+        return JSONResponse(document)
 
 
 def _document(app: FastAPI, seats: list[str]) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        document = app.openapi()
-        _describe_bodies(document, seats)
-        app.openapi_schema = document
-    return app.openapi_schema
+    document = copy.deepcopy(app.openapi())
+    _describe_bodies(document, seats)
+    return document
 
 
 def _describe_bodies(document: dict[str, Any], seats: list[str]) -> None:

@@ -40,7 +40,7 @@ async def chat(body: TeamChat, backend: Backend) -> Response:
 
 
 async def respond(body: TeamResponse, backend: Backend) -> Response:
-    """Do the same for the Responses API."""
+    """Run a job for the problem in a response's input and answer with its result. Cancels and raises as `chat` does."""
     job = await _submit(body, backend)
     answer = _ResponsesAnswer(body, job)
     if body.stream:

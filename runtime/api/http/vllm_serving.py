@@ -4,7 +4,9 @@ vLLM's handlers check requests, apply chat templates, parse tool calls and reaso
 generate comes from our engines, through an EngineClient. Only this module of the service imports vLLM.
 """
 
+import asyncio
 import difflib
+import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
@@ -14,9 +16,6 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
-from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
-from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponsesParams
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
@@ -32,6 +31,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.exceptions import VLLMError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from runtime.api.http import sse
@@ -39,31 +39,39 @@ from runtime.api.http.errors import error_body
 from runtime.engines.engine_client import EngineClient, Generate, Replies, replies_of_request
 from runtime.engines.spec import EngineSpec
 from runtime.engines.vllm_config import vllm_config
-from runtime.errors import InputError, TroupeError
+from runtime.errors import ConfigError, InputError, NotFound, TroupeError
 
 Body = Mapping[str, Any]
 """The JSON object in the body of a request."""
 NOT_IMPLEMENTED = 501
-_VALUES = re.compile(r" ?\(parameter=.*\)$")
+NOT_FOUND = 404
+_PARAMETER = re.compile(r" ?\(parameter=.*\)$")
 """What vLLM adds to its messages: the field, which we name in front, and its value, which can be long."""
-CHOICES_MAX = 16
+_UNCHECKED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+"""What vLLM's validators raise, because they assume types that they have not checked yet."""
 PROMPTS_MAX = 64
-"""The most choices, and the most prompts, of one request."""
+"""The most prompts of one request."""
 REFUSED = frozenset(
     {
-        *("ec_transfer_params", "kv_transfer_params", "mm_payload", "priority", "prompt_embeds", "return_mm_kwargs"),
-        *("use_beam_search", "vllm_xargs"),
+        *("background", "ec_transfer_params", "kv_transfer_params", "mm_payload", "priority", "prompt_embeds"),
+        *("repetition_detection", "return_mm_kwargs", "use_beam_search", "vllm_xargs"),
     }
 )
 """Keys of vLLM's requests that have no meaning here. A request that sets one is refused."""
+WITHOUT_EFFECT = frozenset(
+    {
+        *("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier"),
+        *("service_tier", "store", "stream_options", "verbosity"),
+    }
+)
+"""Keys of OpenAI's API that vLLM does not know and that do not change an answer."""
 
 
 @dataclass(frozen=True)
 class Api:
-    """One kind of request: vLLM's class for it, and the class in OpenAI's client that says which keys it may have."""
+    """One kind of request. `request` is vLLM's class for it, or a union of classes."""
 
     request: Any
-    client: type | None = None
 
     @property
     def classes(self) -> tuple[type[BaseModel], ...]:
@@ -72,9 +80,12 @@ class Api:
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """The keys that a request may have: vLLM's, and OpenAI's further ones, which have no effect."""
-        theirs = self.client.__annotations__ if self.client else ()
-        return frozenset(key for cls in self.classes for key in _keys_of(cls)).union(theirs, {"stream"}) - REFUSED
+        """The keys that a request may have."""
+        return frozenset(key for cls in self.classes for key in _keys_of(cls)).union(WITHOUT_EFFECT) - REFUSED
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.request)
 
     def read(self, body: Body) -> Any:
         """Return vLLM's request for a body. Raises InputError or RequestValidationError, which name the field."""
@@ -84,15 +95,18 @@ class Api:
                 raise InputError(
                     f"{key}: this key is not supported{f'; did you mean {similar[0]}?' if similar else ''}"
                 )
-        if isinstance(n := body.get("n"), int) and n > CHOICES_MAX:
-            raise InputError(f"n: must be at most {CHOICES_MAX}; got {n}")
-        prompt = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) > PROMPTS_MAX and not isinstance(prompt[0], int):
-            raise InputError(f"prompt: a request may have at most {PROMPTS_MAX} prompts; got {len(prompt)}")
         try:
-            return TypeAdapter(self.request).validate_python(dict(body))
+            request = self._adapter.validate_python(dict(body))
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
+        except VLLMError:
+            raise
+        except _UNCHECKED as error:
+            raise InputError(f"the body is malformed: {type(error).__name__}: {error}") from None
+        prompt = getattr(request, "prompt", None)
+        if isinstance(prompt, list) and len(prompt) > PROMPTS_MAX and not isinstance(prompt[0], int):
+            raise InputError(f"prompt: a request may have at most {PROMPTS_MAX} prompts; got {len(prompt)}")
+        return request
 
 
 def _keys_of(cls: type[BaseModel]) -> Iterator[str]:
@@ -102,9 +116,9 @@ def _keys_of(cls: type[BaseModel]) -> Iterator[str]:
             yield declared.alias
 
 
-CHAT = Api(ChatCompletionRequest, ChatParams)
-COMPLETION = Api(CompletionRequest, CompletionParams)
-RESPONSES = Api(ResponsesRequest, ResponsesParams)
+CHAT = Api(ChatCompletionRequest)
+COMPLETION = Api(CompletionRequest)
+RESPONSES = Api(ResponsesRequest)
 MESSAGES = Api(AnthropicMessagesRequest)
 COUNT_TOKENS = Api(AnthropicCountTokensRequest)
 TOKENIZE = Api(TokenizeCompletionRequest | TokenizeChatRequest)
@@ -134,9 +148,14 @@ class EngineFront:
             "reasoning_parser": config.structured_outputs_config.reasoning_parser,
         }
         self.template = {"chat_template": None, "chat_template_content_format": "auto"}
-        self.renderer = OnlineRenderer(
-            config.model_config, self.client.renderer, request_logger=None, **self.template, **self.tools
-        )
+        try:
+            self.renderer = OnlineRenderer(
+                config.model_config, self.client.renderer, request_logger=None, **self.template, **self.tools
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"engines.{name}: tool_call_parser or reasoning_parser cannot be used: {error}"
+            ) from error
         self.renderer.warmup()
 
 
@@ -154,6 +173,7 @@ class SeatModel:
         self._chat = OpenAIServingChat(front.client, models, "assistant", **answers, **front.template, **front.tools)
         self._completion = OpenAIServingCompletion(front.client, models, **answers)
         self._responses = OpenAIServingResponses(front.client, models, **answers, **front.template, **front.tools)
+        self._responses.enable_store = False  # stored responses would be kept for ever, and read by everyone
         self._messages = AnthropicServingMessages(
             front.client, models, "assistant", **answers, **front.template, **front.tools
         )
@@ -199,26 +219,39 @@ class SeatModel:
         replies = Replies()
         replies_of_request.set(replies)
         self._check_tools(body)
+        streams = False
         try:
             result = await handler(api.read(body), None)
+            _raise_if_cancelled()  # vLLM returns an error for a cancellation
             if isinstance(result, ErrorResponse):
                 raise self._refusal(result, body)
             if isinstance(result, BaseModel):
                 return JSONResponse(result.model_dump(mode="json", by_alias=True, exclude_none=exclude_none))
             events = _events(result, stream or _Stream(), replies)
-            return await sse.response_once_started(events, lambda: replies.have_started)
+            response = await sse.response_once_started(events, lambda: replies.have_started)
+            streams = True
+            return response
         except (TroupeError, RequestValidationError) as error:
             raise replies.error or error from None
         except Exception as error:  # vLLM raises all kinds of errors for a request that a model cannot serve
-            raise replies.error or self._refusal(create_error_response(error), body, error) from error
+            if replies.error is not None:
+                raise replies.error from None
+            if replies.have_started:
+                raise
+            raise self._refusal(create_error_response(error), body, error) from error
+        finally:
+            if not streams:
+                await replies.close()
 
     def _refusal(self, response: ErrorResponse, body: Body, error: Exception | None = None) -> Exception:
         """Return an InputError for vLLM's error response, or, if the fault is vLLM's or ours, the error behind it."""
         detail = response.error
         if detail.code >= 500 and detail.code != NOT_IMPLEMENTED:
             return error or RuntimeError(detail.message)
-        message = _VALUES.sub("", (detail.message.splitlines() or ["the model cannot serve this request"])[0])
+        message = _PARAMETER.sub("", (detail.message.splitlines() or ["the model cannot serve this request"])[0])
         message = message.replace(self._front.spec.model, self._front.name)
+        if detail.code == NOT_FOUND:
+            return NotFound(message)
         names_a_field = detail.param and re.split(r"[.\[]", detail.param)[0] in body
         return InputError(f"{detail.param}: {message}" if names_a_field else message)
 
@@ -272,13 +305,24 @@ async def _events(items: AsyncGenerator[Any, None], stream: _Stream, replies: Re
 
     When the engine fails, vLLM writes an error of its own into most streams. The engine's error replaces it.
     """
-    async with aclosing(items):
-        try:
+    try:
+        async with aclosing(items):
             async for item in items:
                 if replies.error is not None:
                     raise replies.error
                 yield stream.event(item)
-        except TroupeError as error:
-            if not replies.have_started:
-                raise
-            yield stream.failed(error)
+    except Exception as error:
+        if not replies.have_started:
+            raise
+        if not isinstance(error, TroupeError):
+            logging.getLogger(__name__).exception("a stream failed")
+            error = TroupeError(f"the stream failed: {type(error).__name__}")
+        yield stream.failed(error)
+    finally:
+        await replies.close()
+
+
+def _raise_if_cancelled() -> None:
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -324,6 +324,12 @@ async def test_a_cancelled_suspect_does_not_block_the_line(engine: SupervisedEng
     assert {text(chunks) for chunks in await asyncio.gather(*(reply(engine) for _ in range(5)))} == {WORDS}
 
 
+def test_a_reply_with_stop_strings_cannot_be_resumed() -> None:
+    """vLLM holds back the last characters of its tokens, because they may be the beginning of a stop string."""
+    assert REQUEST.resumable
+    assert not replace(REQUEST, stop=("x",)).resumable
+
+
 @pytest.mark.parametrize("sampling_params", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}])
 async def test_a_reply_with_penalties_is_replayed(
     engine: SupervisedEngine, made: Made, sampling_params: dict[str, Any]

@@ -10,14 +10,22 @@ from typing import Any
 import numpy as np
 import prometheus_client
 import pytest
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu.sample import logit_bias
 
 from runtime.engines import vllm_engine
 from runtime.engines.request import GenerateRequest
-from runtime.engines.sampling import STOP_TOKENS, check_stops, to_params, with_params
+from runtime.engines.sampling import (
+    BAD_WORDS,
+    BAD_WORDS_BYTES,
+    LISTED_TOKENS,
+    STOP_TOKENS,
+    check_limits,
+    to_params,
+    with_params,
+)
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
 from runtime.errors import EngineError, RequestRefused
@@ -33,7 +41,7 @@ def sampling(**changes: Any) -> SamplingParams:
 def check(stops: range, min_tokens: int, model_stops: list[int]) -> None:
     """Check a request to a model that has these stop tokens of its own."""
     further = {"stop_token_ids": [*stops], "min_tokens": min_tokens}
-    check_stops(sampling(sampling_params=further), {"eos_token_id": model_stops}, model_stops[0])
+    check_limits(sampling(sampling_params=further), {"eos_token_id": model_stops}, model_stops[0])
 
 
 def test_the_stop_token_limit_is_the_workers() -> None:
@@ -54,6 +62,27 @@ def test_a_stop_token_of_the_model_in_the_request_counts_once() -> None:
     check(range(128), 1, [2, 3, 4])
     with pytest.raises(RequestRefused, match="at most 128"):
         check(range(129), 1, [2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("most", "beyond"),
+    [
+        ({"allowed_token_ids": [1] * 1024}, {"allowed_token_ids": [1] * 1025}),
+        ({"logit_bias": dict.fromkeys(range(1024), 1.0)}, {"logit_bias": dict.fromkeys(range(1025), 1.0)}),
+        ({"bad_words": [str(n + 10) for n in range(64)]}, {"bad_words": [str(n + 10) for n in range(65)]}),
+        ({"bad_words": ["x" * 400]}, {"bad_words": ["x" * 401]}),
+    ],
+)
+def test_lists_that_kill_a_worker_are_refused(most: dict[str, Any], beyond: dict[str, Any]) -> None:
+    check_limits(sampling(sampling_params=most), {}, None)
+    with pytest.raises(RequestRefused, match=f"^{next(iter(beyond))}: at most"):
+        check_limits(sampling(sampling_params=beyond), {}, None)
+
+
+def test_the_limits_are_the_workers() -> None:
+    assert LISTED_TOKENS == logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS == logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    assert envs.VLLM_MAX_NUM_BAD_WORDS >= 2 * BAD_WORDS
+    assert envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS >= 2 * BAD_WORDS_BYTES + BAD_WORDS
 
 
 @pytest.mark.parametrize("tokens", [2**31 - 1, 2**31, 10**30])

@@ -34,6 +34,12 @@ async def test_models_are_the_team_and_its_seats(served: Served) -> None:
         ({"model": "solver", "tempratur": 1}, "tempratur", "did you mean temperature?"),
         ({"model": "solver", "use_beam_search": True}, "use_beam_search", "not supported"),
         ({"model": "solver", "n": 17}, "n", "at most 16"),
+        ({"model": "solver", "n": "5000"}, "n", "at most 16"),
+        ({"model": "solver", "top_k": 10**20}, "top_k", "at most 2147483647"),
+        ({"model": "solver", "prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
+        ({"model": "solver", "background": True}, "background", "not supported"),
+        ({"model": "solver", "functions": [{}]}, "functions", "not supported"),
+        ({"model": "solver", "structured_outputs": "x"}, None, "malformed"),
         ({"model": "solver", "messages": [{"role": "user", "content": [IMAGE]}]}, None, "not a multimodal model"),
         ({"model": "solver", "seed": 2**63 - 1, "n": 2}, "seed", f"at most {2**63 - 2}"),
         ({"model": "solver", "seed": 2**63}, "seed", "less than"),
@@ -58,6 +64,18 @@ async def test_missing_prompts_are_refused(served: Served, prompt: object) -> No
     response = await served.client.post("/v1/completions", json={"model": "solver", "prompt": prompt})
     assert response.status_code == 400
     assert "prompt" in response.json()["error"]["message"]
+
+
+async def test_responses_are_neither_stored_nor_made_in_the_background(served: Served) -> None:
+    body = {"model": "solver", "input": "12+7"}
+    for change, status in (
+        ({"background": True, "store": True}, 400),
+        ({"background": True, "store": "false"}, 400),
+        ({"previous_response_id": "resp_1"}, 404),
+        ({"store": True}, 200),
+    ):
+        response = await served.client.post("/v1/responses", json={**body, **change})
+        assert response.status_code == status, change
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/tokenize"])

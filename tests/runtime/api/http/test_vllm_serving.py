@@ -10,7 +10,7 @@ import pytest
 
 from runtime.engines.fake import FakeEngine
 from runtime.engines.request import GenerateRequest
-from runtime.errors import RequestRefused
+from runtime.errors import ConfigError, RequestRefused
 from tests.runtime.api.http.conftest import Served, Start, configured, service, user_message
 from tests.runtime.api.http.disconnects import chat_and_disconnect
 
@@ -258,3 +258,11 @@ async def test_engine_death_ends_streams_of_other_apis_with_an_error_event(
             lines += [line] if line else []
     assert lines[-2] == "event: error"
     assert "engine solver is dead" in lines[-1]
+
+
+async def test_an_unknown_parser_is_an_error_that_names_the_key(tmp_path: Path) -> None:
+    chosen = configured(tmp_path)
+    solver = chosen.engines["solver"].model_copy(update={"tool_call_parser": "no-such-parser"})
+    async with service(chosen.model_copy(update={"engines": {**chosen.engines, "solver": solver}})) as served:
+        with pytest.raises(ConfigError, match=r"^engines.solver: tool_call_parser .* cannot be used: .*no-such-parser"):
+            await served.backend.seat_model("solver")
