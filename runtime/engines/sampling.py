@@ -20,6 +20,12 @@ blank before it, and a token has at least a byte. So they have at most 864 token
 INTEGER_MAX = 2**31 - 1
 _FIELDS_OF_A_REQUEST = {"temperature", "top_p", "max_tokens", "stop", "seed", "logprobs", "stream_interval"}
 _SET_BY_THE_ENGINE = {"n", "output_kind", "skip_clone", "output_text_buffer_length"}
+_DEFAULTS = {
+    name: getattr(SamplingParams(), name)
+    for name in SamplingParams.__struct_fields__
+    if name not in _FIELDS_OF_A_REQUEST | _SET_BY_THE_ENGINE and not name.startswith("_")
+}
+"""The parameters that a request passes on unchanged, with their defaults."""
 
 
 def with_params(request: GenerateRequest, params: SamplingParams) -> GenerateRequest:
@@ -28,12 +34,7 @@ def with_params(request: GenerateRequest, params: SamplingParams) -> GenerateReq
     `params` must not have been used by vLLM yet. Raises InputError for an integer that does not fit 32 bits, as workers
     store them.
     """
-    default = SamplingParams()
-    others = {
-        name: value
-        for name in set(params.__struct_fields__) - _FIELDS_OF_A_REQUEST - _SET_BY_THE_ENGINE
-        if not name.startswith("_") and (value := getattr(params, name)) != getattr(default, name)
-    }
+    others = {name: value for name, default in _DEFAULTS.items() if (value := getattr(params, name)) != default}
     for name, value in others.items():
         if isinstance(value, int) and abs(value) > INTEGER_MAX and name != "min_tokens":
             raise InputError(f"{name}: must be at most {INTEGER_MAX}; got {value}")

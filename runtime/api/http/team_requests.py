@@ -1,5 +1,6 @@
 """Request bodies for the model `team`. It takes a problem, and few of the keys that OpenAI's API has."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -45,7 +46,7 @@ class StreamOptions(_Part):
     include_usage: bool = Field(default=False, description="Send a last chunk with the token usage.")
 
 
-class TeamRequest(BaseModel):
+class TeamRequest(BaseModel, ABC):
     """The keys that all requests to the team may have. The team's seats set all other sampling themselves."""
 
     model: Literal["team"]
@@ -72,9 +73,9 @@ class TeamRequest(BaseModel):
             raise RequestValidationError(error.errors()) from None
 
     @property
+    @abstractmethod
     def problem(self) -> str:
         """The problem. Raises InputError if the request does not have exactly one."""
-        raise NotImplementedError
 
     def submission(self) -> Submission:
         """Return the job for this request. Raises InputError."""

@@ -46,9 +46,9 @@ Body = Mapping[str, Any]
 NOT_IMPLEMENTED = 501
 NOT_FOUND = 404
 _PARAMETER = re.compile(r" ?\(parameter=.*\)$")
-"""What vLLM adds to its messages: the field, which we name in front, and its value, which can be long."""
+"""Matches the end of vLLM's messages, which repeats the field and its value. We name the field in front."""
 _UNCHECKED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
-"""What vLLM's validators raise, because they assume types that they have not checked yet."""
+"""vLLM's validators raise these for a value of a wrong type, because they use it before they check it."""
 PROMPTS_MAX = 64
 """The most prompts of one request."""
 REFUSED = frozenset(
@@ -231,12 +231,10 @@ class SeatModel:
             response = await sse.response_once_started(events, lambda: replies.have_started)
             streams = True
             return response
-        except (TroupeError, RequestValidationError) as error:
-            raise replies.error or error from None
         except Exception as error:  # vLLM raises all kinds of errors for a request that a model cannot serve
             if replies.error is not None:
                 raise replies.error from None
-            if replies.have_started:
+            if isinstance(error, TroupeError | RequestValidationError) or replies.have_started:
                 raise
             raise self._refusal(create_error_response(error), body, error) from error
         finally:
@@ -265,7 +263,7 @@ class SeatModel:
 
 
 class _Stream:
-    """How a handler's stream becomes server-sent events. Here, it consists of them."""
+    """Turns the items of a handler's stream into server-sent events. Here, they are events already."""
 
     def event(self, item: Any) -> str:
         """Return the event for an item of the stream."""

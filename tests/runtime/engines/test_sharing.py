@@ -288,16 +288,22 @@ async def test_a_recipient_that_does_not_answer_keeps_its_claim(three: Three, mo
     await three.sharing.close()
 
 
+async def shrinking_and_silent(three: Three, shrunk: float, then: float) -> Physical:
+    """Let `b` release only a part of a shrink, then not answer a newer grant. Return it."""
+    engine = three.engines["b"]
+    engine.fault = "busy"
+    await three.sharing.resize({"b": grant(shrunk)})
+    engine.fault = "silent"
+    await three.sharing.resize({"b": grant(then)})
+    return engine
+
+
 @pytest.mark.parametrize(("late", "share"), [(None, 0.16), ("dead", 0.15)])
 async def test_a_claim_waits_for_a_silent_engine_when_an_earlier_shrink_ends_meanwhile(
     three: Three, monkeypatch: pytest.MonkeyPatch, late: str | None, share: float
 ) -> None:
     monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
-    engine = three.engines["b"]
-    engine.fault = "busy"
-    await three.sharing.resize({"b": grant(0.15)})
-    engine.fault = "silent"
-    await three.sharing.resize({"b": grant(0.16)})
+    engine = await shrinking_and_silent(three, 0.15, 0.16)
     engine.let_go(Applied)
     await asyncio.sleep(0.001)
     assert three.ledger.held["b"] > 0.16 * DEVICE
@@ -312,11 +318,7 @@ async def test_a_late_refusal_leaves_the_claim_to_an_earlier_shrink(
     three: Three, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharing, "ANSWER_S", 0.01)
-    engine = three.engines["b"]
-    engine.fault = "busy"
-    await three.sharing.resize({"b": grant(0.2)})
-    engine.fault = "silent"
-    await three.sharing.resize({"b": grant(0.35)})
+    engine = await shrinking_and_silent(three, 0.2, 0.35)
     engine.fault = "out of memory"
     engine.speaks.set()
     await asyncio.sleep(0.001)

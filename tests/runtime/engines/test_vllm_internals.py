@@ -62,7 +62,7 @@ HANDLER = {
     "request_logger": X,
     "tool_parser": X,
 }
-"""What each of vLLM's handlers of chats is made with."""
+"""The arguments with which we make each of vLLM's chat handlers."""
 SERVING = "vllm.entrypoints.openai"
 ANTHROPIC = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
 TOKENIZE = "vllm.entrypoints.serve.tokenize.serving:ServingTokenization"
