@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.config": ("agents", "runtime.engines.spec", "runtime.errors"),
     "runtime.events": ("agents", "runtime.engines.handle", "runtime.engines.usage"),
     "runtime.doctor": ("runtime.telemetry",),
+    "runtime.tools": ("agents", "runtime.errors"),
     "runtime.paths": ("runtime.config",),
     "runtime.run_folder": ("runtime.errors", "runtime.paths"),
     "runtime.control": (
@@ -108,6 +109,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "fastapi": ("runtime/api/http/", "runtime/api/serve.py"),
     "uvicorn": ("runtime/api/serve.py",),
     "prometheus_client": ("runtime/api/http/metrics.py",),
+    "mcp": ("runtime/tools/mcp_tool.py",),
     "sqlite3": ("runtime/jobs/journal/database.py",),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""
