@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, PydanticSchemaGenerationError, create_model
+from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, create_model
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,7 +60,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     try:
         signature = inspect.signature(function, eval_str=True)
-    except Exception as error:  # evaluating a third party's annotations may raise anything
+    except Exception as error:  # noqa: BLE001  evaluating a third party's annotations may raise anything
         raise NotATool(f"the annotations of {_name(function)} cannot be read: {error}") from None
     for parameter in signature.parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -70,8 +70,8 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (parameter.annotation, default)
     try:
-        model = create_model(_name(function), __config__=ConfigDict(extra="forbid"), **fields)
-        return model.model_json_schema()
+        form: type[BaseModel] = create_model(_name(function), __config__=ConfigDict(extra="forbid"), **fields)
+        return form.model_json_schema()
     except (PydanticSchemaGenerationError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise NotATool(f"{_name(function)}: its parameters cannot be written as JSON: {reason}") from None
