@@ -17,7 +17,7 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
 PATTERN_MAX_CHARACTERS = 1000
-EXPANDED_MAX_CHARACTERS = 20_000
+EXPANDED_MAX_CHARACTERS = 10_000
 """Longest pattern after its counted repetitions are written out: `(ab){3}` becomes `(ab)(ab)(ab)`."""
 
 _COUNT = re.compile(r"(?P<repeated>.?)\{\s*(?P<least>\d+)\s*(?:,\s*(?P<most>\d*)\s*)?\}", re.DOTALL)
@@ -49,7 +49,7 @@ def found(pattern: str, text: str) -> bool:
     return True
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)  # a compiled pattern can have 10 MB
 def _compile(pattern: str) -> TypeAdapter[str]:
     """Compile a pattern. Raises SchemaError if it is none."""
     return TypeAdapter(Annotated[str, StringConstraints(pattern=pattern)])

@@ -5,12 +5,12 @@ Numbers are read exactly, without rounding:
 - Commas, blanks, apostrophes and underscores group thousands: 26,905 and 26 905 are 26905.
 - A point is a decimal point: 26.905 is less than 27. Points before two or more groups of three digits group thousands:
   1.234.567.
-- A comma that cannot group thousands is a decimal comma: 0,5 and 12,75 and 26.905,00. A single comma before three digits
-  always groups, so 26,905 never means 26.905.
+- A comma that cannot group thousands is a decimal comma: 0,5 and 12,75 and 26.905,00. A comma before three digits
+  groups if it can, so 26,905 never means 26.905.
 - Signs, fractions (1/2, 2 1/2, ½, \frac{1}{2}), powers of ten (2.6905e4, 2.6905 × 10^4) and percent signs count.
 - Currency signs before a number and units after it do not count.
-- These are not numbers: digits in names (H2O), other powers and exponents (2^10, cm²), multiples of π and of roots, dates
-  (3/4/2025), and lists without blanks (1,2,3).
+- These are not numbers: digits in names (H2O), other powers and exponents (2^10, cm²), multiples of π and of roots,
+  dates (3/4/2025), and lists without blanks (1,2,3).
 """
 
 import re
@@ -38,8 +38,8 @@ class Quantity:
     def equals(self, other: "Quantity") -> bool:
         """Return True if the two can mean the same number.
 
-        50% equals 50, because GSM8K and MATH leave out the percent sign, and it equals its value 0.5. Two percentages are
-        equal only if their numbers are.
+        50% equals 50, because GSM8K and MATH leave out the percent sign, and it equals its value 0.5. Two percentages
+        are equal only if their numbers are.
         """
         if self.is_percent == other.is_percent:
             return self.value == other.value
@@ -48,7 +48,10 @@ class Quantity:
 
 
 def whole(text: str) -> Quantity | None:
-    r"""Return the number that a text consists of, or None. Blanks, $, bold, \boxed and a final full stop do not count."""
+    r"""Return the number that a text consists of, or None.
+
+    Blanks, currency and dollar signs, bold, \boxed and a final full stop do not count.
+    """
     plain = _plain(_boxed(text) or text).lstrip(" \n$*").rstrip(" \n$*.€£¥₹")
     found = next(_quantities(plain), None)
     return found if found is not None and (found.start, found.stop) == (0, len(plain)) else None
@@ -60,8 +63,8 @@ def final(text: str) -> Quantity | None:
     It is in the first of these places that the text has:
 
     1. The last \boxed{...}, which is the form of the MATH data set. If that holds no number, there is none.
-    2. The last line, if that is `####` and a number. This is the form of GSM8K's solutions, and the filter `strict-match`
-       of lm-evaluation-harness.
+    2. The last line, if that is `####` and a number. This is the form of GSM8K's solutions, and the filter
+       `strict-match` of lm-evaluation-harness.
     3. The last sentence in which a number directly follows "answer is", "answer:" or "answer =".
     4. The last sentence or line with a number, as in the filter `flexible-extract` of lm-evaluation-harness.
 
