@@ -5,7 +5,7 @@ text, whatever the pattern is. Python's `re` has neither this property nor a tim
 pattern such as `(a+)+$`. The price is that look-around and backreferences do not exist.
 
 The time also grows with the size of the pattern once its counted repetitions are written out, so that size is bounded.
-The slowest pattern that we found within the bounds takes 0.2 s for an answer of 10,000 characters.
+The slowest pattern that we found within the bounds takes 0.2 s for an answer of 10,000 characters, on one core.
 """
 
 import math
@@ -23,6 +23,7 @@ EXPANDED_MAX_CHARACTERS = 10_000
 _COUNT = re.compile(r"(?P<repeated>.?)\{\s*(?P<least>\d+)\s*(?:,\s*(?P<most>\d*)\s*)?\}", re.DOTALL)
 
 
+@lru_cache(maxsize=4096)  # each view of a job checks its fields again
 def fault(pattern: str) -> str | None:
     """Return what is wrong with a pattern, and what would be right, or None."""
     if not pattern:
