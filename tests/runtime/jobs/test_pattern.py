@@ -44,10 +44,10 @@ def test_a_pattern_is_found_anywhere_unless_it_has_anchors() -> None:
 
 
 @pytest.mark.parametrize(
-    "slow", ["(a+)+$", "(a|b|ab)*[cd]", "(a?b?){700}[cd]", "[ab]*a[ab]{400}[cd]", "(a?b?c?){500}[de]"]
+    "slow", ["(a+)+$", "(a|b|ab)*[cd]", "(a?b?){600}[cd]", "[ab]*a[ab]{400}[cd]", "(a?b?c?){500}[de]"]
 )
 def test_a_catastrophic_pattern_takes_little_time(slow: str) -> None:
-    """Backtracking would take longer than the age of the universe, so a generous limit suffices on a busy machine."""
+    """A backtracking engine would not end, so a generous limit, in seconds of CPU time, suffices."""
     assert pattern.fault(slow) is None
     started_s = time.process_time()
     assert not pattern.found(slow, "ab" * 5000 + "!")
