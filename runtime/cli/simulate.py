@@ -207,7 +207,9 @@ def fit(config: str, count: int, out: Path | None) -> None:
     """Measure the engines of a configuration, and write the constants of their model as YAML."""
     chosen = configuration.load(config)
     asked = problems.read(SHIPPED / "problems" / "held-out.jsonl")[:count]
-    fitted, measurements = interrupt.run(_fit(chosen, [Job(p.id, p.problem, p.expected) for p in asked]))
+    fitted, measurements = interrupt.run(
+        _fit(chosen, [Job(p.id, p.problem, p.expected, compare=p.compare) for p in asked])
+    )
     worst = max(abs(fitted.engines[m.engine].decode_step_s(m.sequences) - m.step_s) / m.step_s for m in measurements)
     machine = " ".join(f"{key} {value}" for key, value in output_machine().items())
     _write(fitted.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"}), out)
