@@ -1,4 +1,4 @@
-"""The files of the machine that code in the sandbox can read: Python's standard library, the system's, and time zones."""
+"""The files of the machine that code in the sandbox can read: Python's library, the system's, and time zones."""
 
 import sys
 import sysconfig
@@ -11,7 +11,7 @@ DEVICES = (Path("/dev/null"), Path("/dev/urandom"))
 def readable() -> list[Path]:
     """Return the files and folders that exist here, none inside another."""
     python = (Path(sys.base_prefix) / "lib", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
-    found = [path for path in map(Path, (*_SYSTEM, *python)) if path.exists()]
+    found = [path for path in (Path(name) for name in (*_SYSTEM, *python)) if path.exists()]
     return [path for path in dict.fromkeys(found) if not any(other in path.parents for other in found)]
 
 

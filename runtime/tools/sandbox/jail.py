@@ -11,15 +11,14 @@ setup is complete. Any exception before that ends the process, so the code never
 import io
 import json
 import os
-import resource
 import select
 import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from runtime.tools.sandbox import files, landlock, limits, linux, namespaces, seccomp, user_code
+from runtime.tools import linux
+from runtime.tools.sandbox import files, landlock, limits, namespaces, seccomp, user_code
 
 _ROOT = Path(__file__).resolve().parents[3]
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.tools.sandbox import jail; jail.main(sys.argv[2])"
@@ -52,55 +51,63 @@ def main(written: str) -> None:
     settings = Settings(**json.loads(written))
     sys.path.remove(str(_ROOT))
     sys.argv = [""]
-    die_with_parent()
+    linux.die_with_parent()
     if os.getppid() != settings.parent:
-        sys.exit(1)
+        sys.exit("the runtime ended")
     os.umask(0o022)
     readable = files.readable()
+    launcher_lives, launcher_end = os.pipe()
+    children = []
     if settings.namespaces:
         user = limits.NOBODY if os.geteuid() == 0 else os.geteuid()
         namespaces.enter(Path(settings.folder), readable, files.DEVICES, user, settings.file_max_bytes)
-        _fork_init()
+        children.append(_fork_init(launcher_lives, launcher_end))
     source = sys.stdin.buffer.read().decode(errors="replace")
-    launcher_lives, launcher_end = os.pipe()
     jail = os.fork()
     if jail == 0:
         os.close(launcher_end)
         _enter_jail(settings, readable, launcher_lives)
         sys.exit(user_code.run(source))
     os.dup2(os.open("/dev/null", os.O_WRONLY), sys.stderr.fileno())
-    _end_like(jail, settings.cpu_s)
+    exit_code = _exit_code(jail, settings.cpu_s)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    linux.end_like(exit_code)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends. A change of user undoes it."""
-    linux.prctl(linux.Prctl.SET_PDEATHSIG, signal.SIGKILL)
+def _fork_init(launcher_lives: int, launcher_end: int) -> int:
+    """Fork the first process of the new process numbers, and return its PID. It ends when the launcher does.
 
-
-def _fork_init() -> None:
-    """Fork the first process of the new process numbers. It only waits, and the jail can be killed by any signal."""
-    if os.fork() == 0:
-        die_with_parent()
+    With it, the jail is an ordinary process, which signals end.
+    """
+    child = os.fork()
+    if child == 0:
+        os.close(launcher_end)
         os.closerange(0, 3)
-        while True:
-            signal.pause()
+        os.read(launcher_lives, 1)
+        os._exit(0)
+    return child
 
 
 def _enter_jail(settings: Settings, readable: list[Path], launcher_lives: int) -> None:
     folder = namespaces.OWN_FOLDER if settings.namespaces else Path(settings.folder)
-    if os.geteuid() == 0 and (settings.namespaces or all(map(files.anyone_can_read, filter(Path.is_dir, readable)))):
+    as_root = os.geteuid() == 0
+    if as_root and (settings.namespaces or all(map(files.anyone_can_read, filter(Path.is_dir, readable)))):
         if not settings.namespaces:
             os.chown(folder, limits.NOBODY, limits.NOBODY)
         limits.become_nobody()
         if settings.namespaces:
             linux.unshare(namespaces.NEW_USER)  # its threads are counted apart from those of other calls
-    die_with_parent()
+    linux.die_with_parent()
     if select.select([launcher_lives], [], [], 0)[0]:  # the launcher ended before the line above
         os._exit(1)
     os.close(launcher_lives)
     os.chdir(folder)
     os.environ["HOME"] = str(folder)
-    threads = settings.threads + 2 if settings.namespaces else None  # the launcher and init may count, too
+    others = 0 if as_root else 2  # the launcher and init count if they are in the same user namespace
+    threads = settings.threads + others if settings.namespaces else None
+    linux.use_one_malloc_arena()
     limits.set_limits(settings.memory_bytes, settings.cpu_s, settings.file_max_bytes, threads)
     if settings.landlock:
         landlock.restrict(readable, [folder, *files.DEVICES])
@@ -113,13 +120,8 @@ def _enter_jail(settings: Settings, readable: list[Path], launcher_lives: int) -
         setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
 
 
-def _end_like(jail: int, cpu_s: int) -> NoReturn:
-    """Wait for the jail, and end with its exit status or by its signal: SIGXCPU if it used up its CPU time."""
+def _exit_code(jail: int, cpu_s: int) -> int:
+    """Wait for the jail. Return its exit status, or its signal as a negative number: SIGXCPU after its CPU time."""
     _, status, used = os.wait4(jail, 0)
-    if os.WIFSIGNALED(status):
-        number = signal.SIGXCPU if used.ru_utime + used.ru_stime >= cpu_s else os.WTERMSIG(status)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    os._exit(os.WEXITSTATUS(status))
+    exit_code = os.waitstatus_to_exitcode(status)
+    return -signal.SIGXCPU if exit_code < 0 and used.ru_utime + used.ru_stime >= cpu_s else exit_code

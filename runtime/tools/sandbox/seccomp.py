@@ -12,17 +12,17 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from runtime.tools.sandbox import linux
+from runtime.tools import linux
 
+# fmt: off
 ALLOWED = {
-    # fmt: off
     "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
     "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
     "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "pipe": 22, "select": 23,
     "sched_yield": 24, "mremap": 25, "msync": 26, "mincore": 27, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34,
     "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39, "sendfile": 40, "sendto": 44,
     "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51, "getpeername": 52,
-    "setsockopt": 54, "getsockopt": 55, "exit": 60, "wait4": 61, "uname": 63, "flock": 73, "fsync": 74,
+    "getsockopt": 55, "exit": 60, "wait4": 61, "uname": 63, "flock": 73, "fsync": 74,
     "fdatasync": 75, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81, "rename": 82,
     "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "umask": 95,
     "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104,
@@ -41,16 +41,16 @@ ALLOWED = {
     "preadv": 295, "pwritev": 296, "getcpu": 309, "renameat2": 316, "getrandom": 318, "membarrier": 324,
     "copy_file_range": 326, "preadv2": 327, "pwritev2": 328, "statx": 332, "rseq": 334, "close_range": 436,
     "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441, "futex_waitv": 449,
-    # fmt: on
 }
+# fmt: on
 """The system calls that are allowed with any arguments, and their numbers on x86-64."""
 
+# fmt: off
 ALLOWED_ON_OWN_FILES = {
-    # fmt: off
     "truncate": 76, "chmod": 90, "fchmod": 91, "utime": 132, "utimes": 235, "futimesat": 261, "fchmodat": 268,
     "utimensat": 280,
-    # fmt: on
 }
+# fmt: on
 """Allowed only in a file system of its own, because Landlock does not see them."""
 
 _CLONE, _CLONE3, _LAST_KNOWN = 56, 435, 450
@@ -85,7 +85,9 @@ def conditional(pid: int) -> dict[int, tuple[Check, ...]]:
         302: (Check(0, (0, pid)),),  # prlimit64
         53: (Check(0, (_AF_UNIX,)), Check(1, (_SOCK_STREAM,), _SOCK_TYPE)),  # socketpair, which asyncio needs
         157: (Check(0, (15, 16)),),  # prctl: the thread's name
-        16: (Check(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),  # ioctl: terminals, FIONREAD, FIONBIO, FIOCLEX
+        16: (
+            Check(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
+        ),  # ioctl: terminals, FIONREAD, FIONBIO, FIOCLEX
         # fcntl: not F_SETOWN and F_SETSIG, which signal other processes
         72: (Check(1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032)),),
     }

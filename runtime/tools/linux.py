@@ -1,8 +1,11 @@
-"""Linux system calls that Python has no name for."""
+"""Linux system calls that Python has no name for, and how the processes of tools begin and end with their parents."""
 
 import ctypes
 import os
+import resource
+import signal
 from enum import IntEnum
+from typing import NoReturn
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -22,6 +25,7 @@ class Prctl(IntEnum):
 
     SET_PDEATHSIG = 1
     SET_SECCOMP = 22
+    SET_CHILD_SUBREAPER = 36
     SET_NO_NEW_PRIVS = 38
 
 
@@ -34,6 +38,27 @@ def prctl(operation: Prctl, *arguments: object) -> None:
     """Change a property of this process or thread. Raise OSError if the kernel refuses."""
     words = [*arguments, 0, 0, 0, 0][:4]
     _checked(_libc.prctl(operation.value, *words), f"prctl {operation.name}")
+
+
+def use_one_malloc_arena() -> None:
+    """Keep glibc from reserving 64 MiB of address space for each thread, which would use up the memory limit."""
+    m_arena_max = -8
+    _libc.mallopt(m_arena_max, 1)
+
+
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends. A change of user undoes it."""
+    prctl(Prctl.SET_PDEATHSIG, by)
+
+
+def end_like(exit_code: int) -> NoReturn:
+    """End this process with an exit status, or by the signal whose negative number this is."""
+    if exit_code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if -exit_code != signal.SIGKILL:
+            signal.signal(-exit_code, signal.SIG_DFL)
+        os.kill(os.getpid(), -exit_code)
+    os._exit(exit_code & 0xFF)
 
 
 def unshare(flags: int) -> None:
