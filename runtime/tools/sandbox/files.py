@@ -10,8 +10,8 @@ DEVICES = (Path("/dev/null"), Path("/dev/urandom"))
 
 def readable() -> list[Path]:
     """Return the files and folders that exist here, none inside another."""
-    python = (Path(sys.base_prefix) / "lib", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
-    found = [path for path in (Path(name) for name in (*_SYSTEM, *python)) if path.exists()]
+    python = (f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+    found = [path for path in map(Path, (*_SYSTEM, *python)) if path.exists()]
     return [path for path in dict.fromkeys(found) if not any(other in path.parents for other in found)]
 
 

@@ -63,14 +63,14 @@ def detect() -> Protections:
     """Return the best protections that work here. Starts one to three processes, each for a fraction of a second."""
     faults: list[str] = []
     for namespaces, landlock in ((True, True), (False, True), (True, False)):
-        fault = _fault(namespaces, landlock)
+        fault = fault_of(namespaces, landlock)
         if fault is None:
             return Protections(namespaces, landlock, tuple(dict.fromkeys(faults)))
         faults.append(fault)
     return Protections(False, False, tuple(dict.fromkeys(faults)))
 
 
-def _fault(namespaces: bool, landlock: bool) -> str | None:
+def fault_of(namespaces: bool, landlock: bool) -> str | None:
     """Return why code cannot run under these layers, or None if it can."""
     with tempfile.TemporaryDirectory(prefix="troupe-sandbox-") as folder:
         settings = jail.Settings(
