@@ -67,6 +67,7 @@ def main(written: str) -> None:
     if jail == 0:
         os.close(launcher_end)
         _enter_jail(settings, readable, launcher_lives)
+        _forget_runtime()
         sys.exit(user_code.run(source))
     os.dup2(os.open("/dev/null", os.O_WRONLY), sys.stderr.fileno())
     exit_code = _exit_code(jail, settings.cpu_s)
@@ -118,6 +119,12 @@ def _enter_jail(settings: Settings, readable: list[Path], launcher_lives: int) -
     for name, number in (("stdout", 1), ("stderr", 2)):
         raw = open(number, "wb", closefd=False)  # noqa: SIM115  open as long as the process
         setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
+
+
+def _forget_runtime() -> None:
+    """Let the code see the modules of a new interpreter only."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "runtime"]:
+        del sys.modules[name]
 
 
 def _exit_code(jail: int, cpu_s: int) -> int:

@@ -102,8 +102,11 @@ async def test_printing_for_ever_takes_no_memory_here() -> None:
 
 
 async def read_pids(file: Path) -> list[int]:
-    await until(lambda: file.exists() and len(file.read_text().split()) == 2)
-    return [int(pid) for pid in file.read_text().split()]
+    def read() -> list[int]:
+        return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+    await until(lambda: len(read()) == 2)
+    return read()
 
 
 async def test_timeout_ends_daemons_too_and_leaves_other_calls_alone(tmp_path: Path) -> None:

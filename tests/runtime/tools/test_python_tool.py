@@ -45,19 +45,23 @@ async def python(layers: Protections) -> AsyncIterator[PythonTool]:
         yield tool
 
 
+def sandbox_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("troupe-sandbox-*"))
+
+
 class checked(PythonTool):  # noqa: N801  used like a function
     """A tool whose processes and folders are gone after it."""
 
     async def __aenter__(self) -> "checked":
         self.before = below(os.getpid())
-        self.folders = set(Path(tempfile.gettempdir()).glob("troupe-sandbox-*"))
+        self.folders = sandbox_folders()
         await super().__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await super().__aexit__(*exc)
         await all_end(below(os.getpid()) - self.before)
-        mine = set(Path(tempfile.gettempdir()).glob("troupe-sandbox-*")) - self.folders
+        mine = sandbox_folders() - self.folders
         await until(lambda: not any(folder.exists() for folder in mine))
 
 
@@ -118,9 +122,7 @@ async def test_environment_is_empty(python: PythonTool, monkeypatch: pytest.Monk
     monkeypatch.setenv("TROUPE_SECRET", "secret")
     assert await run(python, "import os\nprint(sorted(os.environ))") == "['HOME', 'LANG', 'PATH']\n"
     assert "No module named 'pydantic'" in await run(python, "import pydantic")
-    assert "No module named 'runtime.errors'" in await run(python, "import runtime.errors") or (
-        "No module named 'runtime'" in await run(python, "import runtime.errors")
-    )
+    assert "No module named 'runtime'" in await run(python, "import runtime.errors")
 
 
 TRY = """
@@ -157,7 +159,7 @@ FORBIDDEN = {
     "unshare": 272, "setns": 308, "bpf": 321, "perf_event_open": 298, "keyctl": 250, "add_key": 248, "kexec_load": 246,
     "process_vm_readv": 310, "process_vm_writev": 311, "io_uring_setup": 425, "pidfd_open": 434, "memfd_create": 319,
     "userfaultfd": 323, "setsid": 112, "setuid": 105, "shmget": 29, "mq_open": 240, "open_by_handle_at": 304,
-    "fsopen": 430, "seccomp": 317, "init_module": 175, "reboot": 169, "setns_": 308, "rt_sigqueueinfo": 129,
+    "fsopen": 430, "seccomp": 317, "init_module": 175, "reboot": 169, "rt_sigqueueinfo": 129,
 }  # fmt: skip
 
 
@@ -209,7 +211,6 @@ async def test_files_of_the_machine_cannot_be_read(python: PythonTool, tmp_path:
         str(secret),
         "/etc/shadow",
         "/etc/passwd",
-        str(Path.home()),
         "/proc/self/environ",
         "/proc/self/mem",
         "/proc/1",
@@ -223,8 +224,14 @@ for path in {[*paths, str(ROOT / "pyproject.toml"), "/dev/mem", "/sys/kernel", "
     assert len(output.split()) == len(paths) + 5
 
 
+async def test_home_shows_at_most_the_way_to_python(python: PythonTool) -> None:
+    code = f"{TRY}\nattempt(lambda: print(*os.listdir({str(Path.home())!r})))"
+    output = set((await run(python, code)).split())
+    assert output <= {"EACCES", "ENOENT", "done", *Path(sys.base_prefix).parts}
+
+
 async def test_only_the_own_folder_can_be_written(python: PythonTool, tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
+    os.chmod(tmp_path, 0o777)  # noqa: PTH101  ruff takes Path.chmod for a slow call
     code = f"""{TRY}
 import sys, sysconfig
 for folder in ({str(tmp_path)!r}, "/tmp", "/", "/dev/shm", "/usr/lib", sysconfig.get_path("stdlib"), ".."):
@@ -244,7 +251,7 @@ attempt(os.mknod, "device", 0o20600, os.makedev(1, 1))
     assert symlink == "done"
     assert opened in ("ENOENT", "EACCES")
     assert device in ("EPERM", "EACCES")
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []  # noqa: PTH208  as above
 
 
 async def test_folder_that_cannot_be_listed_is_deleted(python: PythonTool) -> None:
@@ -285,7 +292,6 @@ async def test_processes_cannot_be_started(python: PythonTool) -> None:
     code = f"""{TRY}
 import subprocess, sys
 attempt(os.fork)
-attempt(os.system, "true") if False else None
 attempt(subprocess.run, ["/bin/true"])
 attempt(os.posix_spawn, sys.executable, [sys.executable], {{}})
 attempt(os.execv, sys.executable, [sys.executable])
@@ -318,7 +324,9 @@ STUCK = {
     "catches everything": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
     "thread that never ends": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()",
     "ignores signals": (
-        "import signal, time\nfor s in set(signal.Signals) - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\ntime.sleep(1000)"
+        "import signal, time\n"
+        "for s in set(signal.Signals) - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\n"
+        "time.sleep(1000)"
     ),
     "closes all files": "import os, time\nos.closerange(0, 1000)\ntime.sleep(1000)",
     "stops itself": "import os\nos.kill(os.getpid(), 19)",
@@ -354,11 +362,9 @@ async def test_endless_output_ends_the_code_and_takes_no_memory_here(python: Pyt
 
 
 async def test_rubbish_is_text(python: PythonTool) -> None:
-    assert await run(python, "import os\nos.write(1, b'\\xff\\n')\nprint('\\ud800')") == "�\n2\n\\ud800\n".replace(
-        "2\n", ""
-    )
+    assert await run(python, "import os\n_ = os.write(1, b'\\xff\\n')\nprint('\\ud800')") == "\ufffd\n\\ud800\n"
     assert "null bytes" in await run(python, "x\0y")
-    assert "SyntaxError" in await run(python, "(" * 100_000)
+    assert "SyntaxError" in await run(python, "(" * 300)
 
 
 async def test_cancelled_call_ends_its_processes(layers: Protections) -> None:
@@ -414,10 +420,9 @@ async def test_machine_that_cannot_isolate_code_is_refused(monkeypatch: pytest.M
         await run(PythonTool(), "1")
 
 
-async def test_failed_setup_does_not_run_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if os.geteuid() != 0 or fault_here(True, True):
-        pytest.skip("needs root and both layers, to break the setup after the namespaces")
-    monkeypatch.setattr(python_tool, "detect", lambda: Protections(namespaces=True, landlock=True))
-    tool = PythonTool(PythonTool.Options.model_construct(**{**PythonTool.Options().model_dump(), "memory_bytes": -5}))
-    with pytest.raises(ToolError, match="the sandbox could not be set up"):
+async def test_failed_setup_does_not_run_the_code(layers: Protections) -> None:
+    tool = PythonTool(
+        PythonTool.Options.model_construct(**{**PythonTool.Options().model_dump(), "memory_bytes": 1 << 99})
+    )
+    with pytest.raises(ToolError, match="the sandbox could not be set up: OverflowError"):
         await run(tool, "print('ran')")
