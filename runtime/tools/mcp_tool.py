@@ -313,6 +313,7 @@ class _Connection:
 
     async def close(self) -> None:
         """End the session and the server's process. The calls under way fail. Does nothing the second time."""
+        self._transport.lose("it was closed")
         self._closing.set()
         if self._session is None:
             self._opened.cancel()
@@ -619,11 +620,6 @@ def _spec(server: str, tool: types.Tool, idempotent: bool) -> ToolSpec:
             f"The tool {tool.name} of the MCP server {server} has an invalid schema ({_reason(error)[:200]}); "
             "leave the tool out with `tools`."
         ) from None
-    if schema.get("type") != "object":
-        raise ToolError(
-            f"The schema of the tool {tool.name} of the MCP server {server} must have the type object; "
-            "leave the tool out with `tools`."
-        )
     description = tool.description or tool.title or tool.name
     return ToolSpec(name, _cut(description, DESCRIPTION_MAX_BYTES), schema, idempotent)
 

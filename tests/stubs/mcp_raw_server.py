@@ -4,6 +4,7 @@ It has the tools `echo`, `odd` and `other`, on a page each. BEHAVIOUR says what 
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def misbehave(id: int) -> None:
             while True:
                 sys.stdout.write("x" * 65536)
         case "close":
-            sys.stdout.close()
+            os.close(1)
             time.sleep(3600)
         case "stderr flood":
             while True:
@@ -78,9 +79,11 @@ if behaviour == "slow start":
 if behaviour == "no start":
     time.sleep(3600)
 if behaviour in ("name", "schema", "clash", "long name"):
-    tools[1]["name"] = {"clash": "oth/er", "long name": "n" * 60}.get(behaviour, "odd")
+    tools[1]["name"] = {"clash": "oth/er", "long name": "n" * 63}.get(behaviour, "odd")
     tools[2]["name"] = "oth.er"
-    tools[2]["inputSchema"] = {"type": "nonsense"} if behaviour == "schema" else SCHEMA
+    tools[2]["inputSchema"] = SCHEMA
+    if behaviour == "schema":
+        tools[2]["inputSchema"] = {"type": "object", "properties": {"value": {"type": "nonsense"}}}
 
 for line in sys.stdin:
     request = json.loads(line)
