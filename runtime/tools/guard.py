@@ -85,13 +85,11 @@ def _wait(program_pid: int, lifeline_fd: int, wakeup_fd: int) -> int:
     """Wait until the program exits, the lifeline closes or SIGTERM arrives. Return the program's status, else 1."""
     while True:
         readable, _, _ = select.select([lifeline_fd, wakeup_fd], [], [])
-        if lifeline_fd in readable:
-            return 1
-        numbers = os.read(wakeup_fd, 4096)
+        numbers = os.read(wakeup_fd, 4096) if wakeup_fd in readable else b""
         statuses = _reap()
         if program_pid in statuses:
             return statuses[program_pid]
-        if signal.SIGTERM in numbers:
+        if lifeline_fd in readable or signal.SIGTERM in numbers:
             return 1
 
 

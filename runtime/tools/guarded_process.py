@@ -77,12 +77,12 @@ class GuardedProcess:
             if self._process.stdin:
                 self._process.stdin.close()
             if self._lifeline is not None:
-                await self._exited(STDIN_GRACE_S)
+                await self.exited(STDIN_GRACE_S)
         finally:
             self.end()
         try:
-            if not await self._exited(guard.GRACE_S + 1):
-                await self._exited(guard.GIVE_UP_S)
+            if not await self.exited(guard.GRACE_S + 1):
+                await self.exited(guard.GIVE_UP_S)
         finally:
             self._stderr_task.cancel()
             if self.status in (None, -signal.SIGKILL):  # the guard did not do its work
@@ -125,8 +125,8 @@ class GuardedProcess:
         self._process.stdin.write(data)
         await self._process.stdin.drain()
 
-    async def _exited(self, within_s: float) -> bool:
-        """Wait until the guard has exited. Return False if it has not in this time.
+    async def exited(self, within_s: float) -> bool:
+        """Wait until the program and its descendants have ended. Return False if they have not in this time.
 
         `Process.wait` would also wait until all pipes are closed, which a descendant can delay.
         """

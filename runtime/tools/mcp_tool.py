@@ -63,6 +63,9 @@ HTTP_SILENCE_S = 30.0
 CLOSE_S = 8.0
 """The time that a session has to end by itself. A process needs up to 4 s."""
 
+EXIT_S = 0.5
+"""The time that a process has to exit after it has closed its output."""
+
 OUTPUT_MIN_BYTES = 256
 DESCRIPTION_MAX_BYTES = 8 << 10
 PAGES_MAX = 100
@@ -453,6 +456,7 @@ class _Stdio(_Transport):
             reason = "it was closed"
         self.lose(reason)
         received.close()
+        await self._process.exited(EXIT_S)  # so that its own exit status can be told
         self._process.end()
 
     async def _send(
