@@ -5,57 +5,14 @@ The check never raises: however the role fails, the faults come back as a list o
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
-from agents.role import (
-    REPLIES,
-    TASKS,
-    AnswerTask,
-    CritiqueTask,
-    Message,
-    PlanTask,
-    ReplyUnusable,
-    Role,
-    Sampling,
-    SolveTask,
-    Step,
-    Task,
-    TaskRefused,
-    Verdict,
-)
-
-_LANGUAGE = "A train leaves at 9:40 and arrives at 11:05. How long does it travel?"
-_HOURS = Step(name="1", instruction="Count the minutes from 9:40 to 10:00.")
-_REST = Step(name="2", instruction="Add the minutes from 10:00 to 11:05.", needs=("1",))
-_SUM = Step(name="A", instruction="12+7")
-_PRODUCT = Step(name="B", instruction="A*3", needs=("A",))
-
-SAMPLES: Mapping[str, tuple[Task, ...]] = {
-    "plan": (PlanTask("12+7"), PlanTask("(12+7)*3"), PlanTask(_LANGUAGE)),
-    "solve": (
-        SolveTask("12+7", _SUM),
-        SolveTask("(12+7)*3", _PRODUCT, {"A": "19"}),
-        SolveTask("(12+7)*3", _PRODUCT, {"A": "19"}, feedback="the inverse operation does not give it back"),
-        SolveTask("12+7", Step(name="1", instruction="Add 12 and 7.")),
-        SolveTask(_LANGUAGE, _REST, {"1": "20 minutes"}),
-    ),
-    "critique": (
-        CritiqueTask("12+7", _SUM, "19"),
-        CritiqueTask("(12+7)*3", _PRODUCT, "57", {"A": "19"}),
-        CritiqueTask("12+7", _SUM, "nineteen"),
-        CritiqueTask("12+7", _SUM, "1" * 40),
-        CritiqueTask(_LANGUAGE, _REST, "85 minutes", {"1": "20 minutes"}),
-    ),
-    "answer": (
-        AnswerTask("12+7"),
-        AnswerTask("(12+7)*3", (_SUM, _PRODUCT), {"A": "19", "B": "57"}),
-        AnswerTask(_LANGUAGE, (_HOURS, _REST), {"1": "20 minutes", "2": "85 minutes"}),
-    ),
-}
-"""Tasks of each kind: arithmetic as the embedded team states it, plain language, and a mix of both."""
+from agents.role import Message, Reply, ReplyUnusable, Role, Sampling, Task, TaskRefused
+from agents.tasks import WriteTask
 
 RUBBISH = ("", "}{", "[]", "null", '{"":')
 """Texts that no role should accept as a reply."""
@@ -63,30 +20,52 @@ RUBBISH = ("", "}{", "[]", "null", '{"":')
 _SPEAKERS = ("system", "user", "assistant")
 
 
-def check_role(role: Role, samples: Mapping[str, Sequence[Task]] = SAMPLES) -> list[str]:
+def check_role(role: Role, samples: Mapping[type[Task], Sequence[Task]] | None = None) -> list[str]:
     """Return what is wrong with a role, one line for each fault. The list is empty if the role keeps its contract.
 
-    `samples` holds tasks by kind ("plan", "solve", "critique", "answer"). A role may refuse some samples with
-    TaskRefused, but not all samples of a kind that it takes.
+    `samples` holds tasks by their class; by default they are the class's `examples`. A role may refuse some samples
+    with TaskRefused, but not all samples of a kind that it takes.
     """
     if faults := class_faults(type(role)):
         return faults
-    kinds = [kind for kind, task in TASKS.items() if task in role.takes]
-    return list(dict.fromkeys(fault for kind in kinds for fault in _kind_faults(role, kind, samples[kind])))
+    tasks = {kind: list(kind.examples()) if samples is None else samples[kind] for kind in role.takes}
+    faults = [fault for kind in role.takes for fault in _kind_faults(role, kind.kind, _with_needs(role, tasks[kind]))]
+    return list(dict.fromkeys(faults))
 
 
 def class_faults(role: type[Role]) -> list[str]:
-    """Return what is wrong with the class attributes `takes` and `sampling` of a role."""
-    known = ", ".join(task.__name__ for task in TASKS.values())
+    """Return what is wrong with the class attributes of a role: `takes`, `needs`, `gives`, `tools` and `sampling`."""
     faults = []
     takes: object = getattr(role, "takes", None)
     if not isinstance(takes, tuple) or not takes:
-        faults.append(f"takes is {takes!r}: it must be a tuple of one or more of {known}")
-    elif unknown := [task for task in takes if task not in TASKS.values()]:
-        faults.append(f"takes contains {', '.join(map(repr, unknown))}: the kinds of task are {known}")
+        faults.append(f"takes is {takes!r}: it must be a tuple of one or more kinds of task, such as (AnswerTask,)")
+    else:
+        faults += [fault for task in takes for fault in task_faults(task)]
+    for name in ("needs", "gives", "tools"):
+        names: object = getattr(role, name)
+        if not isinstance(names, tuple) or not all(isinstance(part, str) and part for part in names):
+            faults.append(f"{name} is {names!r}: it must be a tuple of names")
     sampling: object = role.sampling
     if not isinstance(sampling, Sampling):
         faults.append(f"sampling is {sampling!r}: it must be an agents.Sampling")
+    return faults
+
+
+def task_faults(task: object) -> list[str]:
+    """Return what is wrong with a kind of task."""
+    if not isinstance(task, type) or not issubclass(task, Task):
+        return [f"{task!r} is not a kind of task: it must be a subclass of agents.Task"]
+    faults = []
+    if not getattr(getattr(task, "__dataclass_params__", None), "frozen", False):
+        faults.append(f"{task.__name__} must be a dataclass(frozen=True)")
+    kind: object = getattr(task, "kind", None)
+    if not isinstance(kind, str) or not kind:
+        faults.append(f"{task.__name__}.kind is {kind!r}: it must be a name")
+    reply: object = getattr(task, "reply_type", None)
+    if not isinstance(reply, type) or not issubclass(reply, Reply):
+        faults.append(f"{task.__name__}.reply_type is {reply!r}: it must be a subclass of agents.Reply")
+    if not faults and task.essential not in task.placeholders():
+        faults.append(f"{task.__name__}.essential is {task.essential!r}: known: {', '.join(task.placeholders())}")
     return faults
 
 
@@ -94,6 +73,12 @@ def described(error: BaseException) -> str:
     """Return the type and message of an exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _with_needs(role: Role, tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks with a text for each result that the role needs."""
+    needs = dict.fromkeys(role.needs, "85 minutes")
+    return [replace(task, results={**task.results, **needs}) if isinstance(task, WriteTask) else task for task in tasks]
 
 
 def _kind_faults(role: Role, kind: str, tasks: Sequence[Task]) -> Iterator[str]:
@@ -152,7 +137,7 @@ def _schema(role: Role, task: Task) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iterator[str]:
-    expected = REPLIES[type(task)]
+    expected = type(task).reply_type
     for text in (*RUBBISH, *_examples(schema)):
         try:
             reply: object = role.parse(text, task)
@@ -161,12 +146,17 @@ def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iter
         except Exception as error:  # noqa: BLE001  a plug-in may raise anything
             yield f"parse({text!r}) raised {described(error)}; to refuse a text, raise ReplyUnusable"
             continue
-        # Any text but an empty one can be a result in free text; a verdict must be recognisable.
-        acceptable = text and schema is None and expected is not Verdict
+        # Any text but an empty one can be a result in free text; a verdict or a ranking must be recognisable.
+        acceptable = text and schema is None and not _has_number_or_boolean(expected.form_schema())
         if not isinstance(reply, expected):
             yield f"parse({text!r}) returned {reply!r}: the reply to {type(task).__name__} must be {expected.__name__}"
         elif text in RUBBISH and not acceptable:
             yield f"parse({text!r}) returned {reply!r}: to refuse a text, raise ReplyUnusable"
+
+
+def _has_number_or_boolean(schema: dict[str, Any]) -> bool:
+    required = [schema["properties"][name] for name in schema.get("required", ())]
+    return any(part.get("items", part).get("type") in ("boolean", "integer", "number") for part in required)
 
 
 def _examples(schema: dict[str, Any] | None) -> list[str]:

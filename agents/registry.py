@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Literal, TypeVar
 
-from agents.check_role import class_faults, described
+from agents.check_role import class_faults, described, task_faults
 from agents.names import nearest
-from agents.role import Role, Value
+from agents.role import Role, Task, Value
 from agents.workflow import Workflow
 
-Kind = Literal["role", "workflow", "policy", "residency policy"]
+Kind = Literal["role", "task", "workflow", "tool", "policy", "residency policy"]
 GROUPS: dict[Kind, str] = {
     "role": "troupe.roles",
+    "task": "troupe.tasks",
     "workflow": "troupe.workflows",
+    "tool": "troupe.tools",
     "policy": "troupe.policies",
     "residency policy": "troupe.residency",
 }
@@ -70,6 +72,15 @@ class Registered:
             why = f"{role_class.__name__}() raised {described(error)}; its constructor must need no arguments"
             raise self.broken(why) from error
         return role_class
+
+    def load_task(self) -> type[Task]:
+        """Import the class of a kind of task. Raise BrokenPlugin if it is incomplete."""
+        task = self.load_subclass(Task, "agents.Task")
+        if faults := task_faults(task):
+            raise self.broken("; ".join(faults))
+        if ":" not in self.name and task.kind != self.name:
+            raise self.broken(f"{task.__name__}.kind is {task.kind!r}: it must be the registered name, {self.name!r}")
+        return task
 
     def load_workflow(self) -> type[Workflow]:
         """Import the workflow class. Raise BrokenPlugin if it is not a complete workflow."""
@@ -125,6 +136,13 @@ def unreadable() -> list[str]:
 def find_role(name: str) -> type[Role]:
     """Return the role class of that name. Raise UnknownName or BrokenPlugin."""
     return find("role", name).load_role()
+
+
+def find_task(name: str) -> type[Task]:
+    """Return a kind of task, by its registered name or as module:Class. Raise UnknownName or BrokenPlugin."""
+    if ":" in name:
+        return Registered(name, "task", "this file", name).load_task()
+    return find("task", name).load_task()
 
 
 def find_workflow(name: str) -> type[Workflow]:

@@ -6,9 +6,9 @@ that it cannot handle, and ReplyUnusable for a text that does not hold the reply
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -48,145 +48,80 @@ class Sampling(Value):
     retry_temperature: float = Field(default=0.7, ge=0, le=2)
 
 
-class Step(Value):
-    """One step of a plan. `needs` lists the names of the earlier steps whose results it uses."""
+class Reply(Value):
+    """The base of replies: pydantic models that a role reads from a model's text. `str(reply)` is for the transcript.
 
-    name: str = Field(min_length=1)
-    instruction: str = Field(min_length=1)
-    needs: tuple[str, ...] = ()
+    A role in YAML asks for a JSON object. `form_schema` says which properties it needs; `from_form` reads them.
+    """
 
     def __str__(self) -> str:
-        return f"{self.name}={self.instruction}"
+        return self.model_dump_json()
+
+    @classmethod
+    def form_schema(cls) -> dict[str, Any]:
+        """Return the JSON schema of an object from which `from_form` makes a reply: by default the reply's own."""
+        return cls.model_json_schema()
+
+    @classmethod
+    def from_form(cls, form: Mapping[str, Any]) -> Self:
+        """Return the reply in an object that fits `form_schema` and may have more properties.
+
+        Raise pydantic's ValidationError for values that the reply cannot have.
+        """
+        return cls.model_validate({name: form[name] for name in cls.model_fields if name in form})
 
 
 @dataclass(frozen=True)
-class PlanTask:
-    """A request to split the problem into steps."""
+class Task:
+    """The base of tasks: frozen dataclasses that say what a workflow asks of a seat.
+
+    `kind` is the name that configurations and roles in YAML use. `reply_type` is the type of the reply. A prompt in
+    YAML has a placeholder for each field and must use `essential`. `str(task)` is for the transcript.
+    """
+
+    kind: ClassVar[str]
+    reply_type: ClassVar[type[Reply]]
+    essential: ClassVar[str] = "problem"
 
     problem: str
 
     def __str__(self) -> str:
         return self.problem
 
+    @classmethod
+    def placeholders(cls) -> tuple[str, ...]:
+        """Return the names of the fields, which are the placeholders of a prompt in YAML."""
+        return tuple(part.name for part in fields(cls))
 
-@dataclass(frozen=True)
-class SolveTask:
-    """A request to solve one step.
+    def texts(self) -> dict[str, str]:
+        """Return the text of each field, for the placeholders of a prompt. Several values take one line each."""
+        return {name: _lines(getattr(self, name)) for name in self.placeholders()}
 
-    `results` holds the results of the steps in `step.needs`, by name. `feedback` says why the previous result was
-    rejected; it is empty on the first try.
-    """
-
-    problem: str
-    step: Step
-    results: Mapping[str, str] = field(default_factory=dict)
-    feedback: str = ""
-
-    def __str__(self) -> str:
-        return _with_results(self.step, self.results)
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Return some tasks of this kind, to check roles with. Without any, `troupe roles check` checks less."""
+        return ()
 
 
-@dataclass(frozen=True)
-class CritiqueTask:
-    """A request to judge the result of one step."""
-
-    problem: str
-    step: Step
-    result: str
-    results: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{_with_results(self.step, self.results)} gives {self.result}"
-
-
-@dataclass(frozen=True)
-class AnswerTask:
-    """A request to state the answer: from the results of the steps, or directly if there are no steps."""
-
-    problem: str
-    steps: tuple[Step, ...] = ()
-    results: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.problem
-
-
-def _with_results(step: Step, results: Mapping[str, str]) -> str:
-    values = ", ".join(f"{name}={result}" for name, result in results.items())
-    return f"{step.instruction} with {values}" if values else step.instruction
-
-
-Task = PlanTask | SolveTask | CritiqueTask | AnswerTask
-TASKS: Mapping[str, type[Task]] = {
-    "plan": PlanTask,
-    "solve": SolveTask,
-    "critique": CritiqueTask,
-    "answer": AnswerTask,
-}
-"""The kinds of task, by the name that configurations and roles in YAML use."""
-
-
-class Plan(Value):
-    """The steps of a problem, in order.
-
-    `answer_step` names the step whose result is the answer. If it is None, the workflow asks a seat for the answer.
-    """
-
-    steps: tuple[Step, ...] = Field(min_length=1)
-    answer_step: str | None = None
-
-    def __str__(self) -> str:
-        return "; ".join(map(str, self.steps))
-
-
-class Solution(Value):
-    """The result of a step, and the work that led to it."""
-
-    result: str = Field(min_length=1)
-    work: str = ""
-
-    def __str__(self) -> str:
-        return self.result
-
-
-class Verdict(Value):
-    """A judgement of a result: accepted or rejected, and why."""
-
-    accepted: bool
-    reason: str = ""
-
-    def __str__(self) -> str:
-        return ("accepted" if self.accepted else "rejected") + (f": {self.reason}" if self.reason else "")
-
-
-class Answer(Value):
-    """The answer to the problem."""
-
-    answer: str = Field(min_length=1)
-
-    def __str__(self) -> str:
-        return self.answer
-
-
-Reply = Plan | Solution | Verdict | Answer
-REPLIES: Mapping[type[Task], type[Reply]] = {
-    PlanTask: Plan,
-    SolveTask: Solution,
-    CritiqueTask: Verdict,
-    AnswerTask: Answer,
-}
-"""The type of reply to each kind of task."""
+def _lines(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {part}" for name, part in value.items())
+    return "\n".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 class Role(ABC):
     """The base class of roles. A role asks a model to handle tasks and reads the model's replies.
 
-    `takes` lists the kinds of task that the role handles. `sampling` holds its defaults; a configuration can override
-    them. A role is created without arguments.
+    `takes` lists the kinds of task that the role handles. For tasks of the kind `write`, `needs` names the results that
+    the role must find in a task, and `gives` names the values of its replies. `sampling` and `tools`, the names of the
+    tools that its model may call, are defaults that a configuration can override. A role is created without arguments.
     """
 
     takes: ClassVar[tuple[type[Task], ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[tuple[str, ...]] = ()
     sampling: ClassVar[Sampling] = Sampling()
+    tools: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def messages(self, task: Task) -> list[Message]:
@@ -194,7 +129,7 @@ class Role(ABC):
 
     @abstractmethod
     def parse(self, text: str, task: Task) -> Reply:
-        """Return the reply in the model's text: a Plan for a PlanTask, a Solution for a SolveTask, and so on.
+        """Return the reply in the model's text, of the type that the task names as `reply_type`.
 
         Raise ReplyUnusable if the text does not hold one.
         """

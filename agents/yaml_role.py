@@ -1,109 +1,81 @@
 """Roles without code: a prompt template and a reply schema, usually read from a YAML file.
 
     name: proof-reader
-    task: critique                      # plan, solve, critique or answer
+    task: critique                      # a kind of task, or module:Class of one that is not registered
     system: You are a careful reader.   # optional; has no placeholders
     prompt: |
       Step: {step}
       Its result: {result}
       Reply in JSON: {{"accepted": true or false, "reason": "..."}}
-    reply:
+    reply:                              # optional if any text is a reply
       type: object
       properties: {accepted: {type: boolean}, reason: {type: string}}
       required: [accepted]
+    needs: []                           # optional, for the task `write`: results of others, as placeholders
+    examples:                           # optional: a text for each placeholder, and the reply
+      - {step: Add 2 and 2., result: "5", reply: {accepted: false, reason: It is 4.}}
+    tools: [python]                     # optional: the tools that the model may call
     sampling: {temperature: 0.2}        # optional
 
-This module defines the placeholders of each kind of task and the properties that its reply needs. A mapping that could
-only fail later is refused when it is read: an unknown placeholder, a reply schema without the needed properties.
+A mapping that could only fail later is refused when it is read: an unknown placeholder, a reply schema without the
+needed properties, an example that does not fit.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from string import Formatter
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from agents import registry
 from agents.names import nearest
-from agents.planner import numbered_plan
-from agents.role import (
-    TASKS,
-    Answer,
-    AnswerTask,
-    CritiqueTask,
-    Message,
-    PlanTask,
-    Reply,
-    ReplyUnusable,
-    Role,
-    Sampling,
-    Solution,
-    SolveTask,
-    Task,
-    Value,
-    Verdict,
-    explain,
-    read_json,
-)
-from agents.solver import results_so_far
+from agents.role import Message, Reply, ReplyUnusable, Role, Sampling, Task, TaskRefused, Value, explain, read_json
+from agents.tasks import Text, WriteTask
 
 
 class SpecError(ValueError):
     """A mapping that does not describe a role. The message has a line for each fault: place, key and remedy."""
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """The rules for one kind of task.
-
-    A prompt may use `placeholders` and must use `essential`. `required` and `optional` hold the JSON schema of each
-    property of the reply.
-    """
-
-    placeholders: tuple[str, ...]
-    essential: str
-    required: Mapping[str, Mapping[str, Any]]
-    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-_TEXT = {"type": "string"}
-_KINDS: Mapping[str, _Kind] = {
-    "plan": _Kind(("problem",), "problem", {"steps": {"type": "array", "items": _TEXT}}),
-    "solve": _Kind(("problem", "step", "results", "feedback"), "step", {"result": _TEXT}, {"work": _TEXT}),
-    "critique": _Kind(
-        ("problem", "step", "result", "results"), "result", {"accepted": {"type": "boolean"}}, {"reason": _TEXT}
-    ),
-    "answer": _Kind(("problem", "steps", "results"), "problem", {"answer": _TEXT}),
-}
-
 _BRACES = "to write a literal brace, double it: {{ or }}"
+
+
+def _task_type(name: object) -> object:
+    try:
+        return registry.find_task(name) if isinstance(name, str) else name
+    except registry.RegistryError as error:
+        raise ValueError(str(error)) from None
 
 
 class TemplateSpec(Value):
     """A role as its author wrote it. The module's docstring has an example."""
 
     name: str = Field(min_length=1)
-    task: Literal["plan", "solve", "critique", "answer"]
+    task: Annotated[type[Task], BeforeValidator(_task_type)]
+    needs: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()
     system: str | None = Field(default=None, min_length=1)
     prompt: str = Field(min_length=1)
-    reply: dict[str, Any]
+    reply: dict[str, Any] | None = Field(default=None, validate_default=True)
+    examples: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
 
-    @field_validator("system", "prompt", "reply")
+    @field_validator("needs", "system", "prompt", "reply", "examples")
     @classmethod
     def _check_rules(cls, value: Any, info: ValidationInfo) -> Any:
-        checks: Mapping[str | None, Callable[[Any, _Kind], Iterator[str]]] = {
+        checks: Mapping[str | None, Callable[[Any, Mapping[str, Any]], Iterator[str]]] = {
+            "needs": _needs_faults,
             "system": _system_faults,
             "prompt": _prompt_faults,
             "reply": _reply_faults,
+            "examples": _example_faults,
         }
-        kind = _KINDS.get(info.data.get("task", ""))
-        if kind and (faults := list(checks[info.field_name](value, kind))):
+        if "task" in info.data and (faults := list(checks[info.field_name](value, info.data))):
             raise ValueError("; ".join(faults))
         return value
 
@@ -114,21 +86,31 @@ class YamlRole(Role):
     spec: ClassVar[TemplateSpec]
 
     def messages(self, task: Task) -> list[Message]:
-        system = [Message("system", self.spec.system)] if self.spec.system else []
-        return [*system, Message("user", self.spec.prompt.format_map(_filled(task)))]
+        spec = self.spec
+        messages = [Message("system", spec.system)] if spec.system else []
+        for example in spec.examples:
+            messages += [
+                Message("user", spec.prompt.format_map(example)),
+                Message("assistant", _reply_text(example["reply"])),
+            ]
+        return [*messages, Message("user", spec.prompt.format_map(self._texts(task)))]
 
-    def schema(self, task: Task) -> dict[str, Any]:
+    def schema(self, task: Task) -> dict[str, Any] | None:
         return self.spec.reply
 
     def parse(self, text: str, task: Task) -> Reply:
-        form = read_json(text)
-        fault = best_match(Draft202012Validator(self.spec.reply).iter_errors(form))
-        if fault is not None:
-            raise ReplyUnusable(f"{fault.json_path.replace('$', 'the reply', 1)}: {fault.message}")
         try:
-            return _read(form, task)
+            return _read(text, self.spec.reply, type(task).reply_type)
         except ValidationError as error:
             raise ReplyUnusable(explain(error)) from None
+
+    def _texts(self, task: Task) -> dict[str, str]:
+        texts = task.texts()
+        for name in self.spec.needs:
+            if not isinstance(task, WriteTask) or name not in task.results:
+                raise TaskRefused(f"the role {self.spec.name} needs {name!r} among the results of the others")
+            texts[name] = task.results[name]
+        return texts
 
 
 def from_mapping(mapping: object, place: str) -> YamlRole:
@@ -149,54 +131,68 @@ def parse_spec(mapping: object, place: str) -> TemplateSpec:
 
 def role_class(template: TemplateSpec) -> type[YamlRole]:
     """Return the role class that a specification describes. Like any role, it is created without arguments."""
+    properties = template.reply.get("properties", {}) if template.reply else {}
 
     class Described(YamlRole):
-        __doc__ = f"The role {template.name!r} for {template.task} tasks, from a template."
+        __doc__ = f"The role {template.name!r} for {template.task.kind} tasks, from a template."
         spec = template
-        takes = (TASKS[template.task],)
+        takes = (template.task,)
+        needs = template.needs
+        gives = tuple(properties) if template.task is WriteTask else ()
         sampling = template.sampling
+        tools = template.tools
 
     return Described
 
 
-def _filled(task: Task) -> dict[str, str]:
-    """Return the text for each placeholder of the task. Results and steps take one line each."""
-    match task:
-        case PlanTask():
-            return {"problem": task.problem}
-        case SolveTask():
-            results = "\n".join(results_so_far(task.results))
-            step = task.step.instruction
-            return {"problem": task.problem, "step": step, "results": results, "feedback": task.feedback}
-        case CritiqueTask():
-            results = "\n".join(results_so_far(task.results))
-            step = task.step.instruction
-            return {"problem": task.problem, "step": step, "result": task.result, "results": results}
-        case AnswerTask():
-            steps = "\n".join(f"Step {step.name}: {step.instruction}" for step in task.steps)
-            results = "\n".join(results_so_far(task.results, task.steps))
-            return {"problem": task.problem, "steps": steps, "results": results}
+def _read(text: str, schema: Mapping[str, Any] | None, reply_type: type[Reply]) -> Reply:
+    """Return the typed reply in a model's text. Raise ReplyUnusable or ValidationError if it does not fit."""
+    if schema is None:
+        if not text.strip():
+            raise ReplyUnusable("the reply is empty")
+        return reply_type.from_form({_text_property(reply_type): text.strip()})
+    form = read_json(text)
+    fault = best_match(Draft202012Validator(schema).iter_errors(form))
+    if fault is not None:
+        raise ReplyUnusable(f"{fault.json_path.replace('$', 'the reply', 1)}: {fault.message}")
+    if issubclass(reply_type, Text):
+        return reply_type(text=str(form.get("text", "")) or _reply_text(form), values=form)
+    return reply_type.from_form(form)
 
 
-def _read(form: Mapping[str, Any], task: Task) -> Reply:
-    """Return the typed reply in a form that fits the role's schema. Raise ValidationError for an empty text."""
-    match task:
-        case PlanTask():
-            return numbered_plan(form["steps"])
-        case SolveTask():
-            return Solution(result=form["result"], work=form.get("work", ""))
-        case CritiqueTask():
-            return Verdict(accepted=form["accepted"], reason=form.get("reason", ""))
-        case AnswerTask():
-            return Answer(answer=form["answer"])
+def _reply_text(reply: Any) -> str:
+    return reply if isinstance(reply, str) else json.dumps(reply, ensure_ascii=False)
 
 
-def _system_faults(text: str | None, kind: _Kind) -> Iterator[str]:
-    for name in re.findall(rf"(?<!\{{)\{{({'|'.join(kind.placeholders)})\}}", text or ""):
+def _text_property(reply_type: type[Reply]) -> str:
+    """Return the only property that a reply requires if it is a text, so that free text can be the reply; else ""."""
+    schema = reply_type.form_schema()
+    match schema.get("required", []):
+        case [name] if schema["properties"][name].get("type") == "string":
+            return str(name)
+        case _:
+            return ""
+
+
+def _placeholders(data: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*data["task"].placeholders(), *data.get("needs", ()))
+
+
+def _needs_faults(names: tuple[str, ...], data: Mapping[str, Any]) -> Iterator[str]:
+    if names and data["task"] is not WriteTask:
+        yield f"only the task write has results by name; this one has {', '.join(data['task'].placeholders())}"
+    for name in names:
+        if name in data["task"].placeholders():
+            yield f"{name} is a placeholder anyway; leave it out"
+
+
+def _system_faults(text: str | None, data: Mapping[str, Any]) -> Iterator[str]:
+    for name in re.findall(rf"(?<!\{{)\{{({'|'.join(_placeholders(data))})\}}", text or ""):
         yield f"{{{name}}} is not a placeholder here; move it to prompt"
 
 
-def _prompt_faults(text: str, kind: _Kind) -> Iterator[str]:
+def _prompt_faults(text: str, data: Mapping[str, Any]) -> Iterator[str]:
+    known, essential = _placeholders(data), data["task"].essential
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
@@ -204,30 +200,59 @@ def _prompt_faults(text: str, kind: _Kind) -> Iterator[str]:
         return
     fields = [(name, style or conversion) for _, name, style, conversion in parts if name is not None]
     for name, style in fields:
-        if name in kind.placeholders:
+        if name in known:
             if style:
                 yield f"{{{name}}} must have no format and no conversion; write {{{name}}}"
         elif name.isidentifier():
-            yield f"{{{name}}} is not a placeholder of this task; {nearest(name, kind.placeholders)}"
+            yield f"{{{name}}} is not a placeholder of this task; {nearest(name, known)}"
         else:
-            yield f"{{{name}}} is not a placeholder; known: {', '.join(kind.placeholders)}; {_BRACES}"
-    if kind.essential not in [name for name, _ in fields]:
-        yield f"{{{kind.essential}}} is missing; without it the model does not see its task"
+            yield f"{{{name}}} is not a placeholder; known: {', '.join(known)}; {_BRACES}"
+    if essential not in [name for name, _ in fields]:
+        yield f"{{{essential}}} is missing; without it the model does not see its task"
 
 
-def _reply_faults(schema: dict[str, Any], kind: _Kind) -> Iterator[str]:
+def _reply_faults(schema: dict[str, Any] | None, data: Mapping[str, Any]) -> Iterator[str]:
+    reply_type: type[Reply] = data["task"].reply_type
+    if schema is None:
+        if not _text_property(reply_type):
+            yield f"this key is missing; a {reply_type.__name__} cannot be read from free text"
+        return
     if fault := _schema_fault(schema):
         yield fault
         return
-    properties = schema.get("properties", {})
-    for name, needed in {**kind.required, **kind.optional}.items():
-        if name in properties and not _has_type(properties[name], needed):
-            yield f"properties.{name} must be {json.dumps(needed)}; it may have further limits, such as maxLength"
-    for name, needed in kind.required.items():
+    if issubclass(reply_type, Text):  # any object is a text
+        return
+    form = reply_type.form_schema()
+    properties, required = schema.get("properties", {}), form.get("required", ())
+    needed = {name: _bare(part) for name, part in form["properties"].items()}
+    for name, bare in needed.items():
+        if name in properties and "type" in bare and not _has_type(properties[name], bare):
+            yield f"properties.{name} must be {json.dumps(bare)}; it may have further limits, such as maxLength"
+    for name in required:
         if name not in properties:
-            yield f"properties.{name} is missing; add {json.dumps(needed)}"
+            yield f"properties.{name} is missing; add {json.dumps(needed[name])}"
         if name not in schema.get("required", ()):
             yield f"required must contain {name}"
+
+
+def _example_faults(examples: tuple[Mapping[str, Any], ...], data: Mapping[str, Any]) -> Iterator[str]:
+    if "prompt" not in data or "reply" not in data:
+        return  # a fault in one of these has been reported
+    used = {name for _, name, _, _ in Formatter().parse(data["prompt"]) if name is not None}
+    for number, example in enumerate(examples):
+        for name in sorted(used - set(example)):
+            yield f"example {number} lacks {name}, which the prompt has as a placeholder"
+        for name in sorted(set(example) - used - {"reply"}):
+            yield f"example {number}: {name} is not in the prompt; known: {', '.join([*sorted(used), 'reply'])}"
+        if "reply" not in example:
+            yield f"example {number} lacks its reply"
+            continue
+        try:
+            _read(_reply_text(example["reply"]), data["reply"], data["task"].reply_type)
+        except ReplyUnusable as error:
+            yield f"example {number}: its reply does not fit: {error}"
+        except ValidationError as error:
+            yield f"example {number}: its reply does not fit: {explain(error)}"
 
 
 def _schema_fault(schema: dict[str, Any]) -> str | None:
@@ -252,6 +277,12 @@ def _has_type(schema: object, needed: Mapping[str, Any]) -> bool:
     if not isinstance(schema, dict) or schema.get("type") != needed["type"]:
         return False
     return "items" not in needed or _has_type(schema.get("items"), needed["items"])
+
+
+def _bare(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the types in a property's schema without its limits."""
+    bare = {key: schema[key] for key in ("type",) if key in schema}
+    return {**bare, "items": _bare(schema["items"])} if "items" in schema else bare
 
 
 def _complaint(error: ErrorDetails) -> str:

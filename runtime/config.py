@@ -61,6 +61,14 @@ class Member(Section):
     max_tokens: int | None = Field(
         default=None, ge=1, description="Maximum length of one reply, in tokens. The default is the role's own."
     )
+    tools: tuple[str, ...] | None = Field(
+        default=None,
+        description="Names of the tools, keys of `tools`, that the seat's model may call. The default is the role's "
+        "own.",
+    )
+    tool_calls_max: int = Field(
+        default=8, ge=1, le=1000, description="How often the seat's model may call tools for one reply."
+    )
     priority: int = Field(
         default=1,
         ge=1,
@@ -197,6 +205,17 @@ class ResidencyChoice(Choice):
     )
 
 
+class Tool(Section):
+    """A tool that models may call. A tool that is not here is off.
+
+    Without `function` and `mcp`, the key is the name of a registered tool: `python`, or one that a package registers.
+    """
+
+    function: str | None = Field(
+        default=None, pattern=r"^[\w.]+:[\w.]+$", description="A Python function, as `module:function`."
+    )
+
+
 class Residency(Section):
     """Which engines are on the device. The others sleep: they give all their memory back until they are called."""
 
@@ -302,6 +321,7 @@ class Config(Section):
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
+    tools: Mapping[str, Tool] = Field(default={}, description="The tools that seats may use, by name.")
     control: Control = Field(default=Control(), description="How the controller moves memory between engines.")
     residency: Residency = Field(default=Residency(), description="Which engines are on the device.")
     service: Service = Field(default=Service(), description="How `troupe serve` is reached and what it accepts.")

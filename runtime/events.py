@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from agents.role import Reply
+from agents.tool_protocol import ToolCall, ToolUse
 from agents.workflow import Entry, Unusable
 from runtime.engines.handle import EngineState
 from runtime.engines.usage import Usage
@@ -26,7 +27,8 @@ class RoleReplied:
     """A seat replied to a call of a job.
 
     `number` identifies the call, `usage` is what it used, and `entries` are what the reply added to the transcript.
-    A job that resumes does not repeat the events of the replies that it replays.
+    `note` says why the reply ended early, if it did. A job that resumes does not repeat the events of the replies that
+    it replays.
     """
 
     job: str
@@ -35,6 +37,28 @@ class RoleReplied:
     reply: Reply | Unusable
     usage: Usage
     entries: tuple[Entry, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ToolCalled:
+    """A seat's model calls a tool, which runs now. `number` is the call of the job, and `usage` what asking used."""
+
+    job: str
+    number: int
+    seat: str
+    call: ToolCall
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class ToolReturned:
+    """The tool that a seat's model called has returned."""
+
+    job: str
+    number: int
+    seat: str
+    use: ToolUse
 
 
 @dataclass(frozen=True)
@@ -46,11 +70,11 @@ class JobRestarted:
 
 @dataclass(frozen=True)
 class JobAdvanced:
-    """A job started, or took a reply.
+    """A job started, took a reply, or began or ended to wait for a tool.
 
-    `replied` is the seat that replied, empty at the start. `due` counts the calls that are made now, by seat. `ahead`
-    counts the calls that are certain to follow those that are open, by seat; it is None if the workflow cannot tell.
-    `seats` are all seats that the job's workflow may call.
+    `replied` is the seat that replied, or whose call waits for a tool; it is empty at the start and after a tool. `due`
+    counts the calls that are made now, by seat. `ahead` counts the calls that are certain to follow those that are
+    open, by seat; it is None if the workflow cannot tell. `seats` are all seats that the job's workflow may call.
     """
 
     job: str
@@ -87,7 +111,7 @@ class JobEnded:
     seconds: float
 
 
-Event = EngineChanged | RoleReplied | JobRestarted | JobAdvanced | CallEnded | JobEnded
+Event = EngineChanged | RoleReplied | ToolCalled | ToolReturned | JobRestarted | JobAdvanced | CallEnded | JobEnded
 Listener = Callable[[Event], None]
 
 

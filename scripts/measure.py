@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,9 +42,11 @@ from runtime.engines.supervised import SupervisedEngine
 from runtime.jobs import problems
 from runtime.jobs.batch import summarise, work_all
 from runtime.jobs.job import Job, JobResult
-from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator, Run
+from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.run import Run
 from runtime.jobs.team import Team, assemble
+from runtime.jobs.tool_record import ToolRecord
 
 SAMPLE = ROOT / "configs" / "problems" / "sample.jsonl"
 HELD_OUT = ROOT / "configs" / "problems" / "held-out.jsonl"
@@ -95,12 +97,14 @@ class Recorder(Orchestrator):
             self._cause[job.id, next_call.number] = self._asked[job.id, call.number]
         return due
 
-    async def _ask(self, run: Run, call: RoleCall) -> ReplyRecord:
+    async def _ask(
+        self, run: Run, workflow: Workflow, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]
+    ) -> ReplyRecord:
         seat, job = self.team.seats[call.seat], run.job.id
-        asked = self._asked[job, call.number] = Asked(self._request(run, seat, call), seat.engine)
+        asked = self._asked[job, call.number] = Asked(self.caller.request(run, seat, call), seat.engine)
         cause = self._cause.get((job, call.number))
         (cause.then if cause else self.recorded.setdefault(job, [])).append(asked)
-        return await super()._ask(run, call)
+        return await super()._ask(run, workflow, call, tools)
 
 
 async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,22 +7,18 @@ from typing import ClassVar
 
 from agents.arithmetic import scratchpad, wording
 from agents.arithmetic.expressions import DIGITS, OutOfBounds, read, read_operation
-from agents.role import (
+from agents.role import Message, Reply, ReplyUnusable, Role, Sampling, Task, TaskRefused
+from agents.tasks import (
     Answer,
     AnswerTask,
+    Argument,
     CritiqueTask,
-    Message,
+    DebateTask,
     Plan,
     PlanTask,
-    Reply,
-    ReplyUnusable,
-    Role,
-    Sampling,
     Solution,
     SolveTask,
     Step,
-    Task,
-    TaskRefused,
     Verdict,
 )
 
@@ -86,19 +82,23 @@ class ArithmeticPlanner(ArithmeticRole):
 
 
 class ArithmeticSolver(ArithmeticRole):
-    """The embedded solver. It solves one step digit by digit in a scratchpad."""
+    """The embedded solver. It solves one step digit by digit in a scratchpad.
 
-    takes = (SolveTask, AnswerTask)
+    In a debate it answers again, without regard to the others: its model was not trained to read their answers.
+    """
+
+    takes = (SolveTask, AnswerTask, DebateTask)
 
     def prompt(self, task: Task) -> str:
-        if isinstance(task, AnswerTask):
+        if isinstance(task, AnswerTask | DebateTask):
             return scratchpad.at_once_prompt(as_read(task.problem))
         assert isinstance(task, SolveTask)
         return scratchpad.step_prompt(*worked_out(task.step, task.results))
 
     def read(self, text: str, task: Task) -> Reply:
-        if isinstance(task, AnswerTask):
-            return Answer(answer=str(scratchpad.read_at_once(text)))
+        if isinstance(task, AnswerTask | DebateTask):
+            answer = str(scratchpad.read_at_once(text))
+            return Answer(answer=answer) if isinstance(task, AnswerTask) else Argument(answer=answer, reasoning=text)
         return Solution(result=str(scratchpad.read_result(text)), work=text)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from agents import scaffold
 from agents.check_role import check_role
 from agents.registry import BrokenPlugin, Registered, UnknownName, find, registered, unreadable
-from agents.role import TASKS, Role
+from agents.role import Role
 from agents.yaml_role import SpecError, from_mapping
 from runtime.config import read_yaml
 from runtime.errors import ConfigError, InputError
@@ -108,7 +108,7 @@ def _row(entry: Registered) -> Row:
         loaded = entry.load()
     except BrokenPlugin as error:
         return Row(entry.name, entry.origin, (), "", error.why)
-    takes = [kind for kind, task in TASKS.items() if issubclass(loaded, Role) and task in loaded.takes]
+    takes = [task.kind for task in loaded.takes] if issubclass(loaded, Role) else []
     summary = (inspect.getdoc(loaded) or "").partition("\n")[0]
     return Row(entry.name, entry.origin, tuple(takes), summary, None)
 

@@ -40,6 +40,7 @@ class GenerateRequest:
     - `max_tokens`: the most tokens that the reply may have. None allows as many as the model's length leaves.
     - `seed`: the seed for sampling. None leaves sampling random.
     - `schema`: a JSON schema that the reply must match.
+    - `stop_repetition`: end the reply, with the finish reason "repetition", once its tokens repeat at length.
     - `logprobs`: how many of the likeliest tokens to report with each reply token. None reports no logprobs.
     - `sampling_params`, `generate_options`: more arguments of vLLM's SamplingParams, and of its AsyncLLM.generate,
       passed on unchanged.
@@ -64,6 +65,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
+    stop_repetition: bool = False
     resume_tokens: tuple[int, ...] = ()
     rendered: Mapping[str, Any] | None = None
     logprobs: int | None = None

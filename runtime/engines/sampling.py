@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
 from runtime.engines.request import GenerateRequest
 from runtime.errors import InputError, RequestRefused
@@ -17,6 +17,8 @@ GPU: vllm/v1/worker/gpu/sample/logit_bias.py."""
 BAD_WORDS, BAD_WORDS_BYTES = 64, 400
 """The most bad words, and the most bytes in all of them. vLLM turns each word into tokens twice, with and without a
 blank before it, and a token has at least a byte. So they have at most 864 tokens; more than 1024 kill the worker."""
+REPETITION = RepetitionDetectionParams(max_pattern_size=16, min_count=16)
+"""Ends a reply once a pattern of at most 16 tokens has occurred 16 times in a row: the model is stuck."""
 INTEGER_MAX = 2**31 - 1
 _FIELDS_OF_A_REQUEST = {"temperature", "top_p", "max_tokens", "stop", "seed", "logprobs", "stream_interval"}
 _SET_BY_THE_ENGINE = {"n", "output_kind", "skip_clone", "output_text_buffer_length"}
@@ -66,6 +68,8 @@ def to_params(request: GenerateRequest, max_model_len: int) -> SamplingParams:
         further["min_tokens"] = max(0, still_to_generate(further["min_tokens"]))
     if request.schema:
         further["structured_outputs"] = StructuredOutputsParams(json=dict(request.schema))
+    if request.stop_repetition:
+        further["repetition_detection"] = REPETITION
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,

@@ -105,7 +105,10 @@ class JobResult:
             answer=data["answer"],
             confirmed=data["confirmed"],
             rounds=data["rounds"],
-            steps=[Entry(s["role"], s["input"], s["output"], s["verdict"], s["round"]) for s in data["steps"]],
+            steps=[
+                Entry(s["role"], s["input"], s["output"], s["verdict"], s["round"], s.get("note", ""))
+                for s in data["steps"]
+            ],
             usage={seat: Usage(**used) for seat, used in data["usage"].items()},
             elapsed_s=data["elapsed_s"],
             expected=data.get("expected"),
@@ -121,6 +124,7 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
         "output": entry.output,
         "verdict": entry.verdict,
         "round": entry.round,
+        **({"note": entry.note} if entry.note else {}),
     }
 
 

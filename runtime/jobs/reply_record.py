@@ -4,30 +4,37 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from agents.role import Answer, Plan, Reply, Solution, Verdict
-from agents.workflow import Unusable
+from pydantic import ValidationError
+
+from agents.role import Reply, Task
+from agents.workflow import RoleCall, Unusable
 from runtime.engines.usage import Usage
 from runtime.events import RoleReplied
-
-_REPLY_TYPES: Mapping[str, type[Reply]] = {kind.__name__: kind for kind in (Plan, Solution, Verdict, Answer)}
+from runtime.jobs.tool_record import ToolRecord
 
 
 @dataclass(frozen=True)
 class ReplyRecord:
-    """The reply to one call of a workflow, identified by the call's number, and what the seat used for it."""
+    """The reply to one call of a workflow, identified by the call's number, and what the seat used for it.
+
+    `note` says why the reply ended early, if it did. `tools` are the calls of tools that led to the reply; what those
+    used is not in `used`.
+    """
 
     number: int
     seat: str
     reply: Reply | Unusable
     used: Usage
+    note: str = ""
+    tools: tuple[ToolRecord, ...] = ()
 
     @classmethod
     def of(cls, event: RoleReplied) -> Self:
-        """Return the record of a reply that has just come."""
-        return cls(event.number, event.seat, event.reply, event.usage)
+        """Return the record of a reply that has just come, without its tools, which have records of their own."""
+        return cls(event.number, event.seat, event.reply, event.usage, event.note)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record as JSON for the journal."""
+        """Return the record as JSON for the journal, without `tools`."""
         reply = self.reply
         content = {"why": reply.why} if isinstance(reply, Unusable) else reply.model_dump(mode="json")
         return {
@@ -35,12 +42,43 @@ class ReplyRecord:
             "seat": self.seat,
             "reply": {"kind": type(reply).__name__, **content},
             "used": asdict(self.used),
+            **({"note": self.note} if self.note else {}),
         }
+
+
+@dataclass(frozen=True)
+class StoredReply:
+    """A reply as the journal has it. Its type is known once the workflow has made the call that it answers.
+
+    `kind` is the name of the type and `fields` are the reply's. The others are as in ReplyRecord.
+    """
+
+    number: int
+    seat: str
+    kind: str
+    fields: Mapping[str, Any]
+    used: Usage
+    note: str = ""
+    tools: tuple[ToolRecord, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the record that `as_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
-        content = dict(data["reply"])
-        kind = content.pop("kind")
-        reply = Unusable(**content) if kind == Unusable.__name__ else _REPLY_TYPES[kind].model_validate(content)
-        return cls(data["number"], data["seat"], reply, Usage(**data["used"]))
+        """Return the reply that `ReplyRecord.as_json` wrote. Raises KeyError or TypeError for anything else."""
+        fields = dict(data["reply"])
+        kind = fields.pop("kind")
+        return cls(data["number"], data["seat"], kind, fields, Usage(**data["used"]), data.get("note", ""))
+
+    def to(self, call: RoleCall) -> ReplyRecord | None:
+        """Return the record of this reply to a call, or None if it answers another call or does not fit the task."""
+        reply = self._typed(call.task)
+        if self.seat != call.seat or reply is None:
+            return None
+        return ReplyRecord(self.number, self.seat, reply, self.used, self.note, self.tools)
+
+    def _typed(self, task: Task) -> Reply | Unusable | None:
+        try:
+            if self.kind == Unusable.__name__:
+                return Unusable(**self.fields)
+            return task.reply_type.model_validate(self.fields) if self.kind == task.reply_type.__name__ else None
+        except (ValidationError, TypeError):
+            return None

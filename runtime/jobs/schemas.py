@@ -29,12 +29,14 @@ class JobView(Submission):
 class EventView(BaseModel):
     """One change to a job. Events are ordered by `id`; `at` is seconds since 1970.
 
-    `kind` is the state that the job entered, or "replied" (a seat replied), or "anew" (the job starts from its
-    beginning, and its earlier replies no longer count).
+    `kind` is the state that the job entered, or "replied" (a seat replied), "tool called" and "tool returned" (a seat's
+    model used a tool), or "anew" (the job starts from its beginning, and its earlier replies no longer count).
 
     Further fields depend on the kind. "queued" has the beginning of the `problem` if the job is new, "done" has the
     `answer`, and every other end has `why`. "replied" has the call's `number`, the `seat`, the `reply`, what it `used`,
-    and the `entries` that it added to the transcript.
+    the `entries` that it added to the transcript, and a `note` if it ended early. "tool called" has the call's
+    `number`, the `seat`, the `tool`, its `arguments`, the model's `text` and what it `used`; "tool returned" has the
+    `output`, and whether the call `failed`.
     """
 
     model_config = ConfigDict(extra="allow")

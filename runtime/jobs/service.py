@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 
 from runtime.config import Service
 from runtime.errors import Busy, InputError, JournalError
-from runtime.events import Event, JobRestarted, RoleReplied
+from runtime.events import Event, JobRestarted, RoleReplied, ToolCalled, ToolReturned
 from runtime.jobs.event_stream import ENDS, EventStream
 from runtime.jobs.job import JobResult, JobState, entry_as_json
 from runtime.jobs.journal import queries
@@ -30,6 +30,7 @@ from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.retry_policy import RetryPolicy
 from runtime.jobs.submission import Submission
 from runtime.jobs.team import Team
+from runtime.jobs.tool_record import ToolRecord
 
 T = TypeVar("T")
 
@@ -269,13 +270,24 @@ class JobService:
             remaining_s = submission.time_s - started.worked_s
             budget_timer = self._expire_in(remaining_s, record.id, "its time_s is used up")
         try:
-            return await orchestrator.run(submission.job(record.id), started.replies)
+            return await orchestrator.run(submission.job(record.id), started.replies, started.tools, self._log_tool)
         except Exception as error:  # a defect of ours
             logging.getLogger(__name__).exception("job %s", record.id)
             return _failed(record, f"an internal error: {error!r}")
         finally:
             if budget_timer is not None:
                 budget_timer.cancel()
+
+    async def _log_tool(self, event: ToolCalled | ToolReturned) -> None:
+        """Write a call of a tool, or what came of it, to the journal. Return once it is on the disk."""
+        match event:
+            case ToolCalled():
+                call = ToolRecord(event.number, event.seat, event.call, event.usage)
+                await self._write_surely(lambda transaction: transaction.add_tool_call(event.job, call))
+            case ToolReturned():
+                await self._write_surely(
+                    lambda transaction: transaction.add_tool_use(event.job, event.number, event.seat, event.use)
+                )
 
     async def _end(self, result: JobResult) -> None:
         """Write a job's result. It counts even if it can be written only after the deadline."""

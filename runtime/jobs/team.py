@@ -4,32 +4,39 @@ A team is assembled before any engine starts, so an unknown role, a broken plug-
 once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from agents import registry, yaml_role
+from agents.names import nearest
 from agents.role import Role, Sampling, Task, TaskRefused, Value, explain
 from agents.workflow import Workflow
 from runtime.config import Config, Member, is_role_file, read_yaml
 from runtime.errors import ConfigError, InputError, PluginError
+
+T = TypeVar("T")
 
 PROBLEM_MAX_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True)
 class Seat:
-    """A place in the team: a role, its engine and its sampling.
+    """A place in the team: a role, its engine and its sampling, and the tools that its model may call.
 
-    `priority` and the fields after it are for the policies; runtime.config.Member describes them.
+    The model may call tools up to `tool_calls_max` times for one reply. `priority` and the fields after it are for the
+    policies; runtime.config.Member describes them.
     """
 
     name: str
     role: Role
     engine: str
     sampling: Sampling
+    tools: tuple[str, ...] = ()
+    tool_calls_max: int = 8
     priority: int = 1
     minimum_share: float | None = None
     slo_s: float | None = None
@@ -83,7 +90,13 @@ def assemble(config: Config) -> Team:
                 f"the team has {', '.join(config.team)}"
             )
     seats = {name: _seat(config, name, member) for name, member in config.team.items() if name in needed}
-    for name, tasks in needed.items():
+    _check_fit(config, workflow, options, seats)
+    return Team(seats, workflow, options)
+
+
+def _check_fit(config: Config, workflow: type[Workflow], options: Value, seats: Mapping[str, Seat]) -> None:
+    """Raise ConfigError if a role does not take what the workflow gives its seat, or names a tool that there is not."""
+    for name, tasks in _needed(config, workflow, options).items():
         missing = [task.__name__ for task in tasks if task not in seats[name].role.takes]
         if missing:
             takes = ", ".join(task.__name__ for task in seats[name].role.takes)
@@ -91,7 +104,23 @@ def assemble(config: Config) -> Team:
                 f"{config.source}: team.{name}.role: {config.team[name].role!r} takes {takes}; "
                 f"the workflow {config.workflow.name} also gives this seat {', '.join(missing)}"
             )
-    return Team(seats, workflow, options)
+    roles = {name: seat.role for name, seat in seats.items()}
+    for fault in _plugin(config, "misfits()", lambda: list(workflow.misfits(options, roles))):
+        raise ConfigError(f"{config.source}: {fault}")
+    for name, seat in seats.items():
+        for tool in seat.tools:
+            if tool not in config.tools:
+                raise ConfigError(
+                    f"{config.source}: team.{name}.tools: {tool!r} is not in `tools`; add `tools: {{{tool}: {{}}}}` to "
+                    f"the configuration to allow it, or set team.{name}.tools: []; {nearest(tool, config.tools)}"
+                )
+
+
+def _plugin(config: Config, what: str, function: Callable[[], T]) -> T:
+    try:
+        return function()
+    except Exception as error:  # a third party's workflow may raise anything
+        raise PluginError(f"{config.source}: workflow {config.workflow.name}: {what} raised {error!r}") from error
 
 
 def _workflow(config: Config) -> type[Workflow]:
@@ -104,10 +133,7 @@ def _workflow(config: Config) -> type[Workflow]:
 
 
 def _needed(config: Config, workflow: type[Workflow], options: Value) -> Mapping[str, tuple[type[Task], ...]]:
-    try:
-        return workflow.seats(options)
-    except Exception as error:  # a third party's workflow may raise anything
-        raise PluginError(f"{config.source}: workflow {config.workflow.name}: seats() raised {error!r}") from error
+    return _plugin(config, "seats()", lambda: workflow.seats(options))
 
 
 def _options(config: Config, workflow: type[Workflow]) -> Value:
@@ -126,11 +152,13 @@ def _seat(config: Config, name: str, member: Member) -> Seat:
         role,
         member.engine,
         sampling,
-        member.priority,
-        member.minimum_share,
-        member.slo_s,
-        member.ttft_slo_s,
-        member.tpot_slo_s,
+        tools=role.tools if member.tools is None else member.tools,
+        tool_calls_max=member.tool_calls_max,
+        priority=member.priority,
+        minimum_share=member.minimum_share,
+        slo_s=member.slo_s,
+        ttft_slo_s=member.ttft_slo_s,
+        tpot_slo_s=member.tpot_slo_s,
     )
 
 

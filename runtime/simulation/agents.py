@@ -11,7 +11,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from agents.role import Answer, AnswerTask, Message, Reply, Role, Sampling, Task, Value
+from agents.role import Message, Reply, Role, Sampling, Task, Value
+from agents.tasks import Answer, AnswerTask
 from agents.workflow import Entry, Outcome, RoleCall, Unusable, Workflow
 from runtime.bench.workload import Arrival, Script, Source, Workload
 from runtime.jobs.problems import Problem
@@ -107,7 +108,9 @@ def model() -> Model:
 def team() -> Team:
     """Return the team of all four agents, with the paper's minimum shares and priorities."""
     seats = {
-        agent.name: Seat(agent.name, Caller(), agent.name, Sampling(), agent.priority, agent.minimum)
+        agent.name: Seat(
+            agent.name, Caller(), agent.name, Sampling(), priority=agent.priority, minimum_share=agent.minimum
+        )
         for agent in AGENTS
     }
     return Team(seats, OneCall, OneCall.Options(seat=AGENTS[0].name))

@@ -1,7 +1,8 @@
 """The seam between a job and the tools that it calls: an object that runs one tool and bounds what it may do."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
 from agents.tool import ToolSpec
@@ -32,3 +33,7 @@ class Tool(ABC):
 
         Raise ToolError if the tool fails, takes too long, or cannot be reached.
         """
+
+
+ToolSource = AbstractAsyncContextManager[Sequence[Tool]]
+"""What a configuration calls a tool: it starts one tool, or a server of several. Entering it may raise ToolError."""

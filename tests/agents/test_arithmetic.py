@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from agents.arithmetic import oracle, sampling, scratchpad, wording
 from agents.arithmetic.expressions import APPLY, NESTING_MAX, OPERATIONS_MAX, VALUE_MAX, order, read
 from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner, ArithmeticSolver, as_read
-from agents.role import AnswerTask, CritiqueTask, Plan, PlanTask, ReplyUnusable, Solution, SolveTask, Step, TaskRefused
+from agents.role import ReplyUnusable, TaskRefused
+from agents.tasks import AnswerTask, CritiqueTask, Plan, PlanTask, Solution, SolveTask, Step
 
 SEEDS = st.integers(0, 2**32)
 

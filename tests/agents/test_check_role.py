@@ -3,27 +3,14 @@
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from agents.check_role import RUBBISH, SAMPLES, check_role
+from agents.check_role import RUBBISH, check_role
 from agents.registry import registered
-from agents.role import (
-    TASKS,
-    Answer,
-    AnswerTask,
-    Message,
-    PlanTask,
-    Reply,
-    ReplyUnusable,
-    Role,
-    Sampling,
-    SolveTask,
-    Task,
-    TaskRefused,
-    Verdict,
-)
+from agents.role import Message, Reply, ReplyUnusable, Role, Task, TaskRefused
+from agents.tasks import Answer, AnswerTask, CritiqueTask, SolveTask, Verdict
 
 
 class Free(Role):
@@ -46,9 +33,12 @@ def shaped(**members: Any) -> Role:
     return role
 
 
-def test_every_kind_of_task_has_samples() -> None:
-    assert SAMPLES.keys() == TASKS.keys()
-    assert all(isinstance(task, TASKS[kind]) for kind, tasks in SAMPLES.items() for task in tasks)
+@pytest.mark.parametrize("entry", registered("task"), ids=lambda e: e.name)
+def test_every_kind_of_task_has_examples(entry: Any) -> None:
+    task = entry.load_task()
+    assert len(task.examples()) > 1
+    assert all(type(example) is task for example in task.examples())
+    assert all(set(example.texts()) == set(task.placeholders()) for example in task.examples())
 
 
 @pytest.mark.parametrize(
@@ -72,8 +62,11 @@ def raising(error: Exception) -> Callable[..., Any]:
 OBJECT = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no takes": ({"takes": ()}, "takes is ()"),
-    "takes is a class": ({"takes": AnswerTask}, "must be a tuple of one or more of PlanTask"),
-    "takes contains a string": ({"takes": (AnswerTask, "solve")}, "takes contains 'solve'"),
+    "takes is a class": ({"takes": AnswerTask}, "must be a tuple of one or more kinds of task"),
+    "takes contains a string": (
+        {"takes": (AnswerTask, "solve")},
+        "'solve' is not a kind of task: it must be a subclass of agents.Task",
+    ),
     "sampling is a dict": ({"sampling": {"temperature": 0}}, "sampling is {'temperature': 0}"),
     "check raises": ({"check": raising(KeyError("x"))}, "answer: KeyError: 'x' for 12+7"),
     "messages raises": ({"messages": raising(KeyError("x"))}, "to refuse a task, raise TaskRefused"),
@@ -123,7 +116,7 @@ def test_parse_that_fails_on_a_reply_of_the_schema_is_reported() -> None:
 
 def test_verdict_read_from_rubbish_is_reported() -> None:
     class Yes(Role):
-        takes = (TASKS["critique"],)
+        takes = (CritiqueTask,)
 
         def messages(self, task: Task) -> list[Message]:
             return [Message("user", str(task))]
@@ -151,12 +144,10 @@ def test_samples_can_be_given() -> None:
         return [Message("user", task.problem)]
 
     assert check_role(shaped(messages=messages)) != []
-    assert check_role(shaped(messages=messages), {"answer": [AnswerTask("SELECT 1"), AnswerTask("SELECT 2")]}) == []
+    assert check_role(shaped(messages=messages), {AnswerTask: [AnswerTask("SELECT 1"), AnswerTask("SELECT 2")]}) == []
 
 
 def test_samples_include_feedback_and_results() -> None:
-    solve = [task for task in SAMPLES["solve"] if isinstance(task, SolveTask)]
+    solve = SolveTask.examples()
     assert any(task.feedback for task in solve)
     assert any(task.results for task in solve)
-    assert PlanTask in get_args(Task)
-    assert Sampling() == Free.sampling

@@ -6,26 +6,30 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from agents.critic import Critic
-from agents.planner import STEPS_MAX, Planner
-from agents.role import (
-    REPLIES,
+from agents.role import Message, Reply, ReplyUnusable, Role, Task
+from agents.roles.coder import Coder
+from agents.roles.critic import Critic
+from agents.roles.judge import Judge
+from agents.roles.planner import STEPS_MAX, Planner
+from agents.roles.solver import Solver
+from agents.roles.summarizer import Summarizer
+from agents.tasks import (
     Answer,
     AnswerTask,
+    Argument,
     CritiqueTask,
-    Message,
+    DebateTask,
+    JudgeTask,
     Plan,
     PlanTask,
-    Reply,
-    ReplyUnusable,
-    Role,
+    Ranking,
     Solution,
     SolveTask,
     Step,
-    Task,
+    Text,
     Verdict,
+    WriteTask,
 )
-from agents.solver import Solver
 
 FIRST = Step(name="1", instruction="Count the minutes to 10:00.")
 SECOND = Step(name="2", instruction="Add 65.", needs=("1",))
@@ -33,6 +37,11 @@ PROBLEM = "How long is it from 9:40 to 11:05?"
 SOLVE = SolveTask(PROBLEM, SECOND, {"1": "20"})
 CRITIQUE = CritiqueTask(PROBLEM, SECOND, "85", {"1": "20"})
 ANSWER = AnswerTask(PROBLEM, (FIRST, SECOND), {"1": "20", "2": "85"})
+
+DEBATE = DebateTask(PROBLEM, "65", ("85", "65"))
+JUDGE = JudgeTask(PROBLEM, ("65", "85"))
+WRITE = WriteTask(PROBLEM, {"researcher": "Count from 10:00."})
+PROGRAM = Text(text="Prints 85.", values={"text": "Prints 85.", "code": "print(85)"})
 
 CASES: list[tuple[Role, Task, dict[str, Any], Reply]] = [
     (
@@ -49,8 +58,11 @@ CASES: list[tuple[Role, Task, dict[str, Any], Reply]] = [
         {"check": "85-65=20", "accepted": False, "reason": "off"},
         Verdict(accepted=False, reason="off"),
     ),
+    (Solver(), DEBATE, {"reasoning": "20+65", "answer": "85"}, Argument(answer="85", reasoning="20+65")),
+    (Judge(), JUDGE, {"check": "85", "order": [2, 1], "reason": "so"}, Ranking(order=(2, 1), reason="so")),
+    (Coder(), WRITE, {"text": "Prints 85.", "code": "print(85)"}, PROGRAM),
 ]
-IDS = ["plan", "solve", "answer", "critique"]
+IDS = ["plan", "solve", "answer", "critique", "debate", "judge", "write"]
 
 
 @pytest.mark.parametrize(("role", "task", "form", "reply"), CASES, ids=IDS)
@@ -59,7 +71,7 @@ def test_reply_that_fits_the_schema_is_read(role: Role, task: Task, form: dict[s
     assert schema is not None
     Draft202012Validator(schema).validate(form)
     assert role.parse(json.dumps(form), task) == reply
-    assert type(reply) is REPLIES[type(task)]
+    assert type(reply) is type(task).reply_type
 
 
 @pytest.mark.parametrize(("role", "task", "form", "reply"), CASES, ids=IDS)
@@ -135,3 +147,48 @@ def test_critic_prompt_has_the_result_to_check() -> None:
         "Step: Add 65.",
         "Its result: 85",
     ]
+
+
+def test_debate_prompt_has_the_answers_of_the_others() -> None:
+    assert user_text(Solver().messages(DEBATE)).splitlines() == [
+        f"Problem: {PROBLEM}",
+        "Your last answer: 65",
+        "Another solver's answer: 85",
+        "Another solver's answer: 65",
+    ]
+    assert user_text(Solver().messages(DebateTask(PROBLEM))) == f"Problem: {PROBLEM}"
+
+
+def test_judge_prompt_numbers_the_candidates() -> None:
+    assert user_text(Judge().messages(JUDGE)).splitlines() == [
+        f"Problem: {PROBLEM}",
+        "Candidate 1: 65",
+        "Candidate 2: 85",
+    ]
+
+
+@pytest.mark.parametrize("order", [[3], [0], [1, 1, 1], []])
+def test_order_outside_the_candidates_does_not_fit(order: list[int]) -> None:
+    form = {"check": "", "order": order, "reason": ""}
+    assert not Draft202012Validator(Judge().schema(JUDGE)).is_valid(form)
+
+
+def test_repeated_candidates_are_ranked_once() -> None:
+    text = json.dumps({"check": "", "order": [2, 2], "reason": ""})
+    assert Judge().parse(text, JUDGE) == Ranking(order=(2,))
+
+
+def test_coder_is_a_solver_that_runs_programs() -> None:
+    assert Coder.tools == ("python",)
+    for task in (SOLVE, ANSWER, DEBATE, WRITE):
+        assert "run it with the\ntool python" in Coder().messages(task)[0].content
+    assert Coder().messages(SOLVE)[1] == Solver().messages(SOLVE)[1]
+
+
+def test_summarizer_reads_what_the_others_wrote_and_replies_in_free_text() -> None:
+    [_, user] = Summarizer().messages(WRITE)
+    assert user.content == f"Request: {PROBLEM}\n\nFrom researcher:\nCount from 10:00."
+    assert Summarizer().schema(WRITE) is None
+    assert Summarizer().parse(" 85 minutes. ", WRITE) == Text(text="85 minutes.")
+    with pytest.raises(ReplyUnusable):
+        Summarizer().parse(" ", WRITE)

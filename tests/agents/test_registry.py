@@ -9,11 +9,18 @@ import pytest
 import agents
 from agents import registry
 from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner, ArithmeticSolver
-from agents.critic import Critic
-from agents.planner import Planner
 from agents.registry import BrokenPlugin, UnknownName, find_role, find_workflow, registered
-from agents.solver import Solver
-from agents.workflow import Deliberate, Solo, Vote
+from agents.roles.coder import Coder
+from agents.roles.critic import Critic
+from agents.roles.judge import Judge
+from agents.roles.planner import Planner
+from agents.roles.solver import Solver
+from agents.roles.summarizer import Summarizer
+from agents.workflows.debate import Debate
+from agents.workflows.deliberate import Deliberate
+from agents.workflows.pipeline import Pipeline
+from agents.workflows.solo import Solo
+from agents.workflows.vote import Vote
 from tests.plugins import ECHO, lay_out
 
 ROLES, WORKFLOWS = "troupe.roles", "troupe.workflows"
@@ -24,6 +31,9 @@ def test_built_in_roles_and_workflows_are_registered() -> None:
         "planner": Planner,
         "solver": Solver,
         "critic": Critic,
+        "coder": Coder,
+        "judge": Judge,
+        "summarizer": Summarizer,
         "arithmetic-planner": ArithmeticPlanner,
         "arithmetic-solver": ArithmeticSolver,
         "arithmetic-critic": ArithmeticCritic,
@@ -31,6 +41,8 @@ def test_built_in_roles_and_workflows_are_registered() -> None:
     assert {e.name: e.load() for e in registered("workflow") if e.origin.startswith("troupe-llm ")} == {
         "deliberate": Deliberate,
         "vote": Vote,
+        "debate": Debate,
+        "pipeline": Pipeline,
         "solo": Solo,
     }
 
@@ -47,7 +59,9 @@ def test_unknown_name_error_lists_similar_and_all_names() -> None:
         UnknownName, match=r"no role is named 'solvr'; did you mean solver\?.*arithmetic-critic.*planner"
     ):
         find_role("solvr")
-    with pytest.raises(UnknownName, match=r"no workflow is named 'voting'.*known: deliberate, solo, vote"):
+    with pytest.raises(
+        UnknownName, match=r"no workflow is named 'voting'.*known: debate, deliberate, pipeline, solo, vote"
+    ):
         find_workflow("voting")
 
 
@@ -90,7 +104,7 @@ def test_broken_role_fails_only_when_it_is_used(
             r"Thing lacks begin\(\), seats\(\), take\(\)",
         ),
         (
-            "from agents.workflow import Solo\nclass Thing(Solo):\n  Options = dict",
+            "from agents import Solo\nclass Thing(Solo):\n  Options = dict",
             "Thing.Options must be a subclass",
         ),
     ],
@@ -137,7 +151,9 @@ def test_unreadable_entry_points_do_not_affect_other_plugins(tmp_path: Path, mon
 
 
 def test_entry_point_that_names_no_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(lay_out(tmp_path, "odd-kit", {ROLES: {"odd": "not a target", "bare": "agents.solver"}}))
+    monkeypatch.syspath_prepend(
+        lay_out(tmp_path, "odd-kit", {ROLES: {"odd": "not a target", "bare": "agents.roles.solver"}})
+    )
     with pytest.raises(BrokenPlugin, match="the entry point 'not a target' must have the form module:Class"):
         find_role("odd")
     with pytest.raises(BrokenPlugin, match="an object of type module is not a role"):

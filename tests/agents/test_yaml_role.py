@@ -2,30 +2,32 @@
 
 import json
 import textwrap
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from agents import yaml_role
 from agents.check_role import check_role
-from agents.role import (
-    TASKS,
+from agents.registry import registered
+from agents.role import Message, ReplyUnusable, Sampling, TaskRefused
+from agents.tasks import (
     Answer,
     AnswerTask,
     CritiqueTask,
-    Message,
     Plan,
     PlanTask,
-    ReplyUnusable,
-    Sampling,
     Solution,
     SolveTask,
     Step,
+    Text,
     Verdict,
+    WriteTask,
 )
-from agents.yaml_role import SpecError, TemplateSpec, from_mapping, parse_spec
+from agents.yaml_role import SpecError, from_mapping, parse_spec
 
+TASKS = {entry.name: entry.load_task() for entry in registered("task")}
 TEXT = {"type": "string"}
 STEP = Step(name="2", instruction="Add 20 and 65.", needs=("1",))
 
@@ -41,12 +43,18 @@ def spec(task: str, **changes: Any) -> dict[str, Any]:
         "solve": "{problem}\n{results}\nDo: {step}\n{feedback}",
         "critique": "{problem}\n{results}\n{step} gave {result}",
         "answer": "{problem}\n{steps}\n{results}",
+        "write": "{problem}\n{results}",
+        "debate": "{problem}\n{own}\n{others}",
+        "judge": "{problem}\n{candidates}",
     }
     replies = {
         "plan": reply(steps={"type": "array", "items": TEXT}),
         "solve": reply(result=TEXT, work=TEXT),
         "critique": reply(accepted={"type": "boolean"}, reason=TEXT),
         "answer": reply(answer=TEXT),
+        "write": reply(text=TEXT, notes=TEXT),
+        "debate": reply(reasoning=TEXT, answer=TEXT),
+        "judge": reply(order={"type": "array", "items": {"type": "integer"}}),
     }
     return {"name": "mine", "task": task, "prompt": prompts[task], "reply": replies[task], **changes}
 
@@ -56,10 +64,6 @@ def faults(mapping: object) -> str:
         parse_spec(mapping, "mine.yaml")
     assert all(line.startswith("mine.yaml: ") for line in str(raised.value).splitlines())
     return str(raised.value)
-
-
-def test_task_accepts_every_kind_of_task() -> None:
-    assert set(get_args(TemplateSpec.model_fields["task"].annotation)) == TASKS.keys()
 
 
 def test_example_in_the_module_docstring_is_a_role() -> None:
@@ -167,8 +171,11 @@ def test_empty_plan_is_unusable() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"promt": "x"}, "promt: unknown key; did you mean prompt? known: name, task, system, prompt, reply, sampling"),
-        ({"task": "solv"}, "task: input should be 'plan', 'solve', 'critique' or 'answer', not 'solv'"),
+        (
+            {"promt": "x"},
+            "promt: unknown key; did you mean prompt? known: name, task, needs, system, prompt, reply, examples, tools",
+        ),
+        ({"task": "solv"}, "task: no task is named 'solv'; did you mean solve? known: answer, critique"),
         ({"name": ""}, "name: string should have at least 1 character, not ''"),
         ({"prompt": 3}, "prompt: input should be a valid string, not 3"),
         (
@@ -224,4 +231,116 @@ def test_all_faults_are_reported_at_once() -> None:
 
 @pytest.mark.parametrize("mapping", [None, [], "plan", 3])
 def test_role_must_be_a_mapping(mapping: object) -> None:
-    assert "a role must be a mapping with the keys name, task, system, prompt, reply, sampling" in faults(mapping)
+    assert "a role must be a mapping with the keys name, task, needs, system, prompt, reply" in faults(mapping)
+
+
+# Free text, needs, examples and tasks of one's own
+
+
+def test_free_text_is_the_reply_if_the_task_asks_for_one_text() -> None:
+    role = from_mapping({"name": "mine", "task": "answer", "prompt": "{problem}"}, "mine.yaml")
+    assert role.schema(AnswerTask("p")) is None
+    assert role.parse(" 85 ", AnswerTask("p")) == Answer(answer="85")
+    with pytest.raises(ReplyUnusable, match="the reply is empty"):
+        role.parse(" ", AnswerTask("p"))
+    assert check_role(role) == []
+
+
+@pytest.mark.parametrize("task", ["plan", "critique", "judge"])
+def test_task_with_another_reply_than_a_text_needs_a_schema(task: str) -> None:
+    mapping = {key: value for key, value in spec(task).items() if key != "reply"}
+    assert "reply: this key is missing" in faults(mapping)
+
+
+def test_role_that_writes_gives_the_properties_of_its_reply() -> None:
+    role = from_mapping(spec("write", reply=reply(facts={"type": "array", "items": TEXT})), "mine.yaml")
+    assert role.gives == ("facts",)
+    assert role.parse('{"facts": ["a", "b"]}', WriteTask("p")) == Text(
+        text='{"facts": ["a", "b"]}', values={"facts": ["a", "b"]}
+    )
+    assert from_mapping(spec("write"), "mine.yaml").parse('{"text": "t", "notes": "n"}', WriteTask("p")) == Text(
+        text="t", values={"text": "t", "notes": "n"}
+    )
+
+
+def test_needs_are_placeholders() -> None:
+    role = from_mapping(spec("write", needs=["facts"], prompt="{problem}: {facts}"), "mine.yaml")
+    assert role.needs == ("facts",)
+    assert role.messages(WriteTask("p", {"facts": "a\nb", "others": "c"})) == [Message("user", "p: a\nb")]
+    with pytest.raises(TaskRefused, match="the role mine needs 'facts'"):
+        role.messages(WriteTask("p"))
+    assert check_role(role) == []
+
+
+def test_examples_come_before_the_task() -> None:
+    example = {"problem": "2+2", "reply": {"answer": "4"}}
+    mapping = spec("answer", system="Be brief.", prompt="{problem}=", examples=[example])
+    assert from_mapping(mapping, "mine.yaml").messages(AnswerTask("1+1")) == [
+        Message("system", "Be brief."),
+        Message("user", "2+2="),
+        Message("assistant", '{"answer": "4"}'),
+        Message("user", "1+1="),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"needs": ["facts"]}, "needs: only the task write has results by name; this one has problem, step"),
+        ({"needs": ["a-b"]}, "needs.0: string should match pattern"),
+        ({"tools": "python"}, "tools: input should be a valid tuple"),
+        ({"examples": [{"step": "s"}]}, "example 0 lacks its reply"),
+        ({"examples": [{"reply": {"result": "1", "work": ""}}]}, "example 0 lacks step"),
+        (
+            {"examples": [{"step": "s", "stp": "x", "reply": {"result": "1", "work": ""}}]},
+            "example 0: stp is not in the prompt; known: step, reply",
+        ),
+        (
+            {"examples": [{"step": "s", "reply": {"result": 1, "work": ""}}]},
+            "example 0: its reply does not fit: the reply.result: 1 is not of type 'string'",
+        ),
+        (
+            {"examples": [{"step": "s", "reply": {"result": "", "work": ""}}]},
+            "example 0: its reply does not fit: result: string should have at least 1 character",
+        ),
+        ({"task": "nowhere.at:All"}, "task: task 'nowhere.at:All' of this file cannot be used: importing"),
+        ({"task": 3}, "task: input should be a subclass of Task"),
+    ],
+)
+def test_fault_of_a_further_key_is_named(changes: dict[str, Any], message: str) -> None:
+    assert message in faults({**spec("solve"), "prompt": "{step}", **changes})
+
+
+OWN_TASK = """
+from dataclasses import dataclass
+from typing import ClassVar
+from agents import Reply, Task
+
+class Translation(Reply):
+    text: str
+    confidence: float = 1.0
+
+@dataclass(frozen=True)
+class Translate(Task):
+    kind: ClassVar[str] = "translate"
+    reply_type: ClassVar[type[Reply]] = Translation
+    essential: ClassVar[str] = "language"
+    language: str
+
+    @classmethod
+    def examples(cls):
+        return cls("Good day", "French"), cls("Thank you", "German")
+"""
+
+
+def test_task_of_ones_own_needs_no_code_beside_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "translating.py").write_text(OWN_TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    mapping = {"name": "mine", "task": "translating:Translate", "prompt": "{problem} in {language}"}
+    role = from_mapping(mapping, "mine.yaml")
+    [task] = role.takes
+    assert check_role(role) == []
+    assert role.messages(task.examples()[0]) == [Message("user", "Good day in French")]
+    assert str(role.parse("Bonjour", task.examples()[0])) == '{"text":"Bonjour","confidence":1.0}'
+    asked = {**mapping, "reply": reply(text=TEXT, confidence={"type": "string"})}
+    assert 'properties.confidence must be {"type": "number"}' in faults(asked)

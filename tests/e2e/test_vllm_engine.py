@@ -11,8 +11,9 @@ import pytest_asyncio
 from pydantic import ByteSize
 
 from agents.arithmetic import oracle, sampling, scratchpad
-from agents.critic import Critic
-from agents.role import CritiqueTask, Message, Step, read_json
+from agents.role import Message, read_json
+from agents.roles.critic import Critic
+from agents.tasks import CritiqueTask, Step
 from runtime import config
 from runtime.engines.fleet import Fleet
 from runtime.engines.handle import EngineState

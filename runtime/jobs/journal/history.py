@@ -3,22 +3,40 @@
 Pure functions of all events of one job, in order.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
+from agents.tool_protocol import ToolUse
 from runtime.jobs.job import JobState
-from runtime.jobs.journal.records import INTERRUPTED, REPLIED, RESTARTED, JobEvent
-from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.journal import records
+from runtime.jobs.journal.records import INTERRUPTED, JobEvent
+from runtime.jobs.reply_record import StoredReply
+from runtime.jobs.tool_record import ToolRecord
 
 
-def replies_to_replay(events: Sequence[JobEvent]) -> list[ReplyRecord]:
-    """Return the replies that the job's workflow takes again before it makes its next call."""
-    replies: list[ReplyRecord] = []
+def resumed(events: Sequence[JobEvent]) -> tuple[list[StoredReply], dict[int, list[ToolRecord]]]:
+    """Return the replies that the job's workflow takes again before it makes its next call, with their tools.
+
+    The second value holds the calls of tools that belong to calls without a reply, by the number of the call.
+    """
+    replies: list[StoredReply] = []
+    tools: defaultdict[int, list[ToolRecord]] = defaultdict(list)
     for event in events:
-        if event.kind == RESTARTED:
-            replies.clear()
-        elif event.kind == REPLIED:
-            replies.append(ReplyRecord.from_json(event.data))
-    return replies
+        match event.kind:
+            case records.RESTARTED:
+                replies.clear()
+                tools.clear()
+            case records.TOOL_CALLED:
+                tools[event.data["number"]].append(ToolRecord.from_json(event.data))
+            case records.TOOL_RETURNED:
+                called = tools[event.data["number"]]
+                use = ToolUse(called[-1].call, event.data["output"], event.data["failed"])
+                called[-1] = replace(called[-1], use=use)
+            case records.REPLIED:
+                reply = StoredReply.from_json(event.data)
+                replies.append(replace(reply, tools=tuple(tools.pop(reply.number, ()))))
+    return replies, dict(tools)
 
 
 def worked_s(events: Sequence[JobEvent]) -> float:

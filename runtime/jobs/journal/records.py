@@ -1,15 +1,20 @@
 """Owns what the rows of the journal mean: a job, an event, and the state from which a job resumes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.jobs.job import JobState
-from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.reply_record import StoredReply
 from runtime.jobs.submission import Submission
+from runtime.jobs.tool_record import ToolRecord
 
 REPLIED = "replied"
 """The kind of an event that records a reply."""
+TOOL_CALLED = "tool called"
+"""The kind of an event before a tool runs."""
+TOOL_RETURNED = "tool returned"
+"""The kind of an event after a tool has run."""
 RESTARTED = "anew"
 """The kind of an event after which a job starts from its beginning: replies before it are not replayed."""
 INTERRUPTED = "the runtime was started anew"
@@ -58,6 +63,8 @@ class JobEvent:
     - DONE: the `answer`
     - another end, or another try: `why`
     - REPLIED: the fields of ReplyRecord, and the `entries` that the reply added to the transcript
+    - TOOL_CALLED: the fields of ToolRecord
+    - TOOL_RETURNED: the call's `number`, the `seat`, the `tool`, its `output`, and whether it `failed`
     """
 
     id: int
@@ -73,8 +80,12 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class StartedJob:
-    """A job that has just entered RUNNING, the replies that it resumes from, and the seconds it was worked before."""
+    """A job that has just entered RUNNING, what it resumes from, and the seconds it was worked before.
+
+    `tools` holds the calls of tools that belong to calls without a reply, by the number of the call.
+    """
 
     record: JobRecord
-    replies: Sequence[ReplyRecord] = ()
+    replies: Sequence[StoredReply] = ()
+    tools: Mapping[int, Sequence[ToolRecord]] = field(default_factory=dict)
     worked_s: float = 0.0

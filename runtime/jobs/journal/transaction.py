@@ -7,12 +7,23 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agents.tool_protocol import ToolUse
 from runtime.jobs.job import TRANSITIONS, JobState
 from runtime.jobs.journal import history, queries
 from runtime.jobs.journal.database import Connection, connect, translate_errors
-from runtime.jobs.journal.records import INTERRUPTED, REPLIED, RESTARTED, JobEvent, JobRecord, StartedJob
+from runtime.jobs.journal.records import (
+    INTERRUPTED,
+    REPLIED,
+    RESTARTED,
+    TOOL_CALLED,
+    TOOL_RETURNED,
+    JobEvent,
+    JobRecord,
+    StartedJob,
+)
 from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.submission import Submission
+from runtime.jobs.tool_record import ToolRecord
 
 T = TypeVar("T")
 
@@ -90,7 +101,7 @@ class Transaction:
             return None
         record = queries.job(self._sql, id)
         assert record is not None
-        return StartedJob(record, history.replies_to_replay(past), history.worked_s(past))
+        return StartedJob(record, *history.resumed(past), history.worked_s(past))
 
     def requeue_interrupted(self) -> list[JobRecord]:
         """Queue the jobs again that another runtime left RUNNING. Return all jobs that have not ended."""
@@ -102,6 +113,15 @@ class Transaction:
     def add_reply(self, id: str, reply: ReplyRecord, entries: list[dict[str, Any]]) -> None:
         """Record a reply, from which the job can resume, and the `entries` that it added to the transcript."""
         self._add_event(id, time.time(), REPLIED, {**reply.as_json(), "entries": entries})
+
+    def add_tool_call(self, id: str, call: ToolRecord) -> None:
+        """Record that a tool is about to run."""
+        self._add_event(id, time.time(), TOOL_CALLED, call.as_json())
+
+    def add_tool_use(self, id: str, number: int, seat: str, use: ToolUse) -> None:
+        """Record what came of the last call of a tool that belongs to the job's call `number`."""
+        data = {"number": number, "seat": seat, "tool": use.call.tool, "output": use.output, "failed": use.failed}
+        self._add_event(id, time.time(), TOOL_RETURNED, data)
 
     def restart(self, id: str) -> None:
         """Record that a job starts from its beginning: the replies that it has so far are not replayed."""

@@ -16,7 +16,7 @@ GROUP = "troupe.policies"
 SOURCE = """
 import time
 from pydantic import Field
-from agents.role import Value
+from agents.role import (Value)
 from runtime.control.policy import Decision, Policy, bound, decision, fit
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from agents.arithmetic import oracle
 from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner
-from agents.role import Message, PlanTask, Reply, Task, Value
+from agents.role import Message, Reply, Task, Value
+from agents.tasks import PlanTask
 from agents.workflow import RoleCall, Unusable, Workflow
 from runtime.engines.fake import FakeEngine
 from runtime.engines.request import Chunk, GenerateRequest

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.role import Plan, Solution, Step, Verdict
+from agents.tasks import Plan, Solution, Step, Verdict
 from agents.workflow import Unusable
 from runtime.engines.usage import Usage
 from runtime.jobs.job import TRANSITIONS, JobState
@@ -13,7 +13,7 @@ from runtime.jobs.journal import queries
 from runtime.jobs.journal.journal import Journal
 from runtime.jobs.journal.records import JobEvent, StartedJob
 from runtime.jobs.journal.transaction import Transaction, open_transaction
-from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.reply_record import ReplyRecord, StoredReply
 from runtime.jobs.submission import Submission
 
 SUBMISSION = Submission(problem="1+1")
@@ -23,6 +23,10 @@ REPLIES = (
     ReplyRecord(3, "solver", Solution(result="2", work="|"), Usage(1, 1)),
     ReplyRecord(4, "critic", Verdict(accepted=True, reason="so"), Usage(1, 1, cost=0.5)),
 )
+
+
+def stored(reply: ReplyRecord) -> StoredReply:
+    return StoredReply.from_json(reply.as_json())
 
 
 async def start(journal: Journal) -> StartedJob:
@@ -52,12 +56,12 @@ async def test_started_job_gets_its_replies_in_order(journal: Journal) -> None:
     for reply in REPLIES:
         journal.post(lambda t, reply=reply: t.add_reply("a", reply, []))  # type: ignore[misc]
     await journal.write(lambda t: t.move("a", JobState.QUEUED))
-    assert (await start(journal)).replies == list(REPLIES)
+    assert (await start(journal)).replies == [stored(reply) for reply in REPLIES]
     await journal.write(lambda t: t.restart("a"))
     journal.post(lambda t: t.add_reply("a", REPLIES[0], []))
     await journal.write(lambda t: t.move("a", JobState.QUEUED))
     started = await start(journal)
-    assert started.replies == [REPLIES[0]]
+    assert started.replies == [stored(REPLIES[0])]
     assert started.record.attempts == 3
     assert await journal.write(lambda t: t.start("a")) is None  # it is running
 

@@ -1,11 +1,11 @@
 """The planner for chat models: it splits a problem into a few steps in plain language."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from agents.role import Forms, Message, Plan, PlanTask, Reply, Sampling, SchemaRole, Step, Task, Value
+from agents.role import Forms, Message, Reply, Sampling, SchemaRole, Task, Value
+from agents.tasks import Plan, PlanTask
 
 PROMPT = """You are the planner of a team. Split the problem into the fewest ordered steps that lead to its answer.
 Each step is one instruction that a colleague can carry out with the results of the steps before it. Do not solve
@@ -31,15 +31,4 @@ class Planner(SchemaRole):
         return [Message("system", PROMPT), Message("user", str(task))]
 
     def reply(self, form: Any, task: Task) -> Reply:
-        return numbered_plan(form.steps)
-
-
-def numbered_plan(instructions: Sequence[str]) -> Plan:
-    """Return a plan with steps named 1, 2, 3 and so on. Each step needs all steps before it."""
-    names = [str(number) for number in range(1, len(instructions) + 1)]
-    return Plan(
-        steps=tuple(
-            Step(name=name, instruction=instruction, needs=tuple(names[:index]))
-            for index, (name, instruction) in enumerate(zip(names, instructions, strict=True))
-        )
-    )
+        return Plan.in_order(form.steps)

@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from agents.role import CritiqueTask, Forms, Message, Reply, Sampling, SchemaRole, Task, Value, Verdict
-from agents.solver import results_so_far
+from agents.role import Forms, Message, Reply, Sampling, SchemaRole, Task, Value
+from agents.tasks import CritiqueTask, Verdict, result_lines
 
 PROMPT = """You are the critic of a team. Check the result of one step by another way than the obvious one: the inverse
 operation, an estimate, a special case. Accept it when it stands, reject it when it does not, and say why in a sentence.
@@ -31,7 +31,7 @@ class Critic(SchemaRole):
         assert isinstance(task, CritiqueTask)
         lines = [
             f"Problem: {task.problem}",
-            *results_so_far(task.results),
+            *result_lines(task.results),
             f"Step: {task.step.instruction}",
             f"Its result: {task.result}",
         ]

@@ -1,0 +1,1 @@
+"""The roles for any chat model that come with Troupe."""

@@ -1,0 +1,202 @@
+"""Makes one call of a workflow: asks the seat's engine, runs the tools that the model calls, and reads its reply."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import count
+
+from agents import cut_json, tool_protocol
+from agents.role import Message, Reply, ReplyUnusable, Role, Task
+from agents.tool import ToolSpec
+from agents.tool_protocol import ToolUse
+from agents.workflow import RoleCall, Unusable
+from runtime.engines.handle import EngineHandle
+from runtime.engines.request import GenerateRequest
+from runtime.engines.usage import Charge, Usage
+from runtime.errors import PluginError
+from runtime.events import CallEnded, Listener, ToolCalled, ToolReturned
+from runtime.jobs.plugin_calls import call_plugin
+from runtime.jobs.reply_record import ReplyRecord
+from runtime.jobs.run import Run
+from runtime.jobs.team import Seat
+from runtime.jobs.tool_record import ToolRecord
+from runtime.tools.toolbox import Toolbox
+
+INTERRUPTED = "the call was interrupted when the runtime stopped; it may or may not have had its effect"
+"""What a model reads of a call that must not be repeated and whose output is lost."""
+_ENDED_EARLY = {"length": "cut off at {} tokens", "repetition": "ended because it repeated itself"}
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A seat's call waits for a tool (`waits`), or goes on after it. The forecast counts such calls as coming."""
+
+    seat: str
+    waits: bool
+
+
+class Caller:
+    """Makes the calls of all jobs, on the engines and with the tools of the team.
+
+    `price` is the cost of the whole device per hour, of which a call is charged for its share of the memory over time.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineHandle],
+        toolbox: Toolbox,
+        listener: Listener,
+        price: float | None,
+        stream_interval: int,
+    ) -> None:
+        self._engines = engines
+        self._toolbox = toolbox
+        self._tell = listener
+        self._price = price
+        self._stream_interval = stream_interval
+        self._requests = count()
+
+    async def ask(
+        self,
+        run: Run,
+        seat: Seat,
+        call: RoleCall,
+        past: Sequence[ToolRecord] = (),
+        on_wait: Callable[[Waiting], None] = lambda waiting: None,
+    ) -> ReplyRecord:
+        """Make a call and return its reply. `past` are its calls of tools before the runtime stopped, in order."""
+        records = [await self._finished(run, record) for record in past]
+        tools = self._toolbox.specs(seat.tools)
+        while True:
+            run.begin_call()
+            used = Usage()
+            uses = [record.use for record in records if record.use is not None]
+            request = self.request(run, seat, call, tools, uses)
+            try:
+                text, finish = await self._generate(run.job.id, seat, request, used)
+            finally:
+                run.add(seat.name, used)
+            note = _ENDED_EARLY.get(finish or "", "").format(seat.sampling.max_tokens)
+            if note and request.schema is not None:
+                text = cut_json.closed(text)
+            try:
+                step = tool_protocol.read(text) if tools else text
+                if isinstance(step, str):
+                    reply = _parsed(seat, step, call.task)
+                    return ReplyRecord(call.number, seat.name, reply, used, note, tuple(records))
+            except ReplyUnusable as error:
+                unusable = Unusable(f"{error} ({note})" if note else str(error))
+                return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
+            on_wait(Waiting(seat.name, True))
+            records.append(await self._use_tool(run, ToolRecord(call.number, seat.name, step, used)))
+            on_wait(Waiting(seat.name, False))
+
+    async def _use_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
+        """Write a call down, make it, and write down what came of it."""
+        run.begin_call()
+        called = ToolCalled(run.job.id, record.number, record.seat, record.call, record.used)
+        await run.log(called)
+        self._tell(called)
+        return await self._returned(run, record, await self._toolbox.use(record.call))
+
+    async def _finished(self, run: Run, record: ToolRecord) -> ToolRecord:
+        """Return a past call with its output. Repeat it if it was interrupted and may be repeated."""
+        if record.use is not None:
+            return record
+        if self._toolbox.may_repeat(record.call.tool):
+            return await self._returned(run, record, await self._toolbox.use(record.call))
+        return await self._returned(run, record, ToolUse(record.call, INTERRUPTED, failed=True))
+
+    async def _returned(self, run: Run, record: ToolRecord, use: ToolUse) -> ToolRecord:
+        returned = ToolReturned(run.job.id, record.number, record.seat, use)
+        await run.log(returned)
+        self._tell(returned)
+        return replace(record, use=use)
+
+    async def _generate(self, job: str, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
+        """Return the whole text of a reply and its finish reason. Add what it used to `usage`, even if it fails."""
+        clock = asyncio.get_running_loop().time
+        engine = self._engines[seat.engine]
+        asked_s, charged_before = clock(), engine.usage.charged()
+        pieces: list[str] = []
+        times_s: list[float] = []
+        tokens: list[int] = []
+        prompt_tokens = 0
+        finish: str | None = None
+        try:
+            async with aclosing(engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    prompt_tokens = chunk.prompt_tokens
+                    pieces.append(chunk.text)
+                    times_s.append(chunk.time_s)
+                    tokens.append(len(chunk.token_ids))
+                    finish = chunk.finish
+        finally:
+            charge = engine.usage.charged() - charged_before
+            cost = self._cost(charge, engine)
+            seconds = clock() - asked_s
+            charged = charge.byte_seconds, charge.engine_seconds, cost, charge.waking_byte_seconds
+            usage.add(Usage(prompt_tokens, sum(tokens), seconds, *charged))
+        self._tell(CallEnded(job, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
+        return "".join(pieces), finish
+
+    def _cost(self, charge: Charge, engine: EngineHandle) -> float | None:
+        """Return the price of the memory that a call was charged for, or None if the device has no price."""
+        if self._price is None:
+            return None
+        return self._price / 3600 * charge.byte_seconds / engine.limits.device_bytes
+
+    def request(
+        self, run: Run, seat: Seat, call: RoleCall, tools: Sequence[ToolSpec] = (), uses: Sequence[ToolUse] = ()
+    ) -> GenerateRequest:
+        """Return the request for a reply. `tools` are offered, and `uses` are the calls of tools that were made."""
+        job, sampling = run.job, seat.sampling
+        temperature = sampling.temperature if job.temperature is None else job.temperature
+        if call.variation:
+            temperature = max(temperature, sampling.retry_temperature)
+        messages = call_plugin(f"the role at {seat.name}: messages()", lambda: _messages(seat.role, call.task))
+        schema = call_plugin(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task))
+        if tools:
+            left = max(seat.tool_calls_max - len(uses), 0)
+            messages = tuple(tool_protocol.messages(messages, tools, uses, left))
+            schema = tool_protocol.schema(tools, schema, left)
+        return GenerateRequest(
+            request_id=f"{job.id}/{call.number}/{next(self._requests)}",
+            messages=messages,
+            temperature=temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop=sampling.stop,
+            seed=None if job.seed is None or not temperature else _seed(job.seed, call, len(uses)),
+            schema=schema,
+            stop_repetition=schema is not None,
+            priority=job.priority,
+            since_s=run.since_s,
+            stream_interval=self._stream_interval,
+        )
+
+
+def _parsed(seat: Seat, text: str, task: Task) -> Reply:
+    """Return the reply in a text. Raise ReplyUnusable if the role cannot read it, PluginError if the role is broken."""
+    reply: object = call_plugin(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, task))
+    if not isinstance(reply, task.reply_type):
+        raise PluginError(
+            f"the role at {seat.name}: parse() returned {reply!r}; the reply to {type(task).__name__} must be "
+            f"{task.reply_type.__name__}"
+        )
+    return reply
+
+
+def _messages(role: Role, task: Task) -> tuple[Message, ...]:
+    messages = tuple(role.messages(task))
+    if not messages or not all(isinstance(message, Message) for message in messages):
+        raise TypeError(f"{messages!r} is not a list of Message, or is empty")
+    return messages
+
+
+def _seed(seed: int, call: RoleCall, tool_uses: int) -> int:
+    """Derive a call's seed from its content, so that jobs that run at the same time do not change its reply."""
+    text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}/{call.retries}" + f"/{tool_uses}" * (tool_uses > 0)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

@@ -1,0 +1,78 @@
+"""The tools of a service by name: what models are told of them, and every call's bounds."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Self
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from agents.names import nearest
+from agents.tool import ToolSpec
+from agents.tool_protocol import ToolCall, ToolUse
+from runtime.errors import ConfigError
+from runtime.tools.tool import Tool, ToolError, ToolSource
+
+
+class Toolbox:
+    """An async context manager over the tools that a configuration names. A name can stand for several tools.
+
+    Entering it starts every source of tools, and raises ConfigError if one cannot start.
+    """
+
+    def __init__(self, sources: Mapping[str, ToolSource] | None = None) -> None:
+        self._sources = sources or {}
+        self._tools: dict[str, Tool] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        try:
+            for name, source in self._sources.items():
+                await self._enter(name, source)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def _enter(self, name: str, source: ToolSource) -> None:
+        try:
+            tools = await self._stack.enter_async_context(source)
+        except ToolError as error:
+            raise ConfigError(f"tools.{name}: {error}") from error
+        for tool in tools:
+            if tool.spec.name in self._tools:
+                raise ConfigError(f"tools.{name}: another tool is named {tool.spec.name} already; rename one of them")
+            self._tools[tool.spec.name] = tool
+        self._names[name] = tuple(tool.spec.name for tool in tools)
+
+    def specs(self, names: Sequence[str]) -> tuple[ToolSpec, ...]:
+        """Return what a model is told of the tools that a seat names."""
+        return tuple(self._tools[tool].spec for name in names for tool in self._names[name])
+
+    def may_repeat(self, tool: str) -> bool:
+        """Return True if a call that a crash interrupted may be made again."""
+        return tool in self._tools and self._tools[tool].spec.idempotent
+
+    async def use(self, call: ToolCall) -> ToolUse:
+        """Make a call. A wrong call, and a tool that fails, give a failed use, whose output says why."""
+        try:
+            return ToolUse(call, await self._tool(call).call(call.arguments))
+        except ToolError as error:
+            return ToolUse(call, str(error), failed=True)
+        except Exception as error:  # a defect of a tool's implementation costs this call only
+            logging.getLogger(__name__).exception("tool %s", call.tool)
+            return ToolUse(call, f"an internal error: {error!r}", failed=True)
+
+    def _tool(self, call: ToolCall) -> Tool:
+        tool = self._tools.get(call.tool)
+        if tool is None:
+            raise ToolError(f"no tool is named {call.tool!r}; {nearest(call.tool, self._tools)}")
+        fault = best_match(Draft202012Validator(dict(tool.spec.parameters)).iter_errors(dict(call.arguments)))
+        if fault is not None:
+            raise ToolError(f"{fault.json_path.replace('$', 'arguments', 1)}: {fault.message}")
+        return tool
