@@ -121,6 +121,7 @@ def _end_descendants() -> None:
             signalled |= descendants
             time.sleep(0.01)
             _reap()
+    _reap()
 
 
 def _descendants() -> set[int]:

@@ -77,6 +77,7 @@ if behaviour in ("flaky", "once"):  # starts 2 and 3 fail, or all but the first
 if behaviour == "slow start":
     time.sleep(2)
 if behaviour == "no start":
+    Path(sys.argv[2], "starting").touch()
     time.sleep(3600)
 if behaviour in ("name", "schema", "clash", "long name"):
     tools[1]["name"] = {"clash": "oth/er", "long name": "n" * 63}.get(behaviour, "odd")
