@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from agents.role import Value
 
@@ -37,6 +37,9 @@ class McpSettings(Value):
         default=(),
         description="The tools that may run again after a crash, by the server's names for them. "
         "What the server says about this is not trusted.",
+    )
+    output_max_bytes: ByteSize = Field(
+        default=ByteSize(8192), ge=256, le=1 << 20, description="The most output of a call that the model reads."
     )
     timeout_s: float = Field(default=30, gt=0, le=86400, description="The time that one call may take, in seconds.")
     start_timeout_s: float = Field(
