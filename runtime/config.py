@@ -149,7 +149,8 @@ class WorkflowChoice(Choice):
     name: str = Field(
         default="deliberate",
         min_length=1,
-        description="Name of a registered workflow. Built in are `deliberate`, `vote`, `debate`, `pipeline` and `solo`.",
+        description="Name of a registered workflow. Built in are `deliberate`, `vote`, `debate`, `pipeline` and "
+        "`solo`.",
     )
 
 

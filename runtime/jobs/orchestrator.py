@@ -20,7 +20,7 @@ from runtime.jobs.plugin_calls import call_plugin
 from runtime.jobs.reply_record import ReplyRecord, StoredReply
 from runtime.jobs.run import Run, ToolLog, no_log
 from runtime.jobs.team import Seat, Team
-from runtime.jobs.tool_record import ToolRecord
+from runtime.jobs.tool_record import ToolRecord, tool_entry
 from runtime.tools.toolbox import Toolbox
 
 STREAM_INTERVAL = 64
@@ -146,7 +146,7 @@ class Orchestrator:
 
     def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
         """Give a reply to the workflow and tell the listeners. Return the calls that are due now."""
-        known_entries = len(workflow.transcript)
+        known_entries = len(workflow.transcript) + len(recorded.tools)
         due = _following(workflow, call, recorded)
         entries = tuple(replace(entry) for entry in workflow.transcript[known_entries:])
         reply = RoleReplied(
@@ -205,7 +205,7 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
 
 def _following(workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
     """Give a reply to the workflow and return the next calls. The transcript gets the reply's tools before it."""
-    workflow.transcript += [record.entry() for record in recorded.tools]
+    workflow.transcript += [tool_entry(record.seat, record.use) for record in recorded.tools if record.use is not None]
     known_entries = len(workflow.transcript)
     calls = call_plugin("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))
     for entry in workflow.transcript[known_entries:][:1]:
