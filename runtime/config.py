@@ -60,7 +60,9 @@ class Member(Section):
         "default is the role's own.",
     )
     max_tokens: int | None = Field(
-        default=None, ge=1, description="Maximum length of one reply, in tokens. The default is the role's own."
+        default=None,
+        ge=1,
+        description="Maximum length of one reply, in tokens. By default the role decides for each task.",
     )
     tools: tuple[str, ...] | None = Field(
         default=None,

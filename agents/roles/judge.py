@@ -27,7 +27,7 @@ class Judge(SchemaRole):
 
     takes = (JudgeTask,)
     forms: ClassVar[Forms] = {JudgeTask: RankingForm}
-    sampling = Sampling(temperature=0.2, max_tokens=8192)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def schema(self, task: Task) -> dict[str, Any]:
         """Return the form's schema, in which an order can only hold the numbers of the candidates."""

@@ -27,14 +27,16 @@ PROBLEM_MAX_CHARACTERS = 100_000
 class Seat:
     """A place in the team: a role, its engine and its sampling, and the tools that its model may call.
 
-    The model may call tools up to `tool_calls_max` times for one reply. `priority` and the fields after it are for the
-    policies; runtime.config.Member describes them.
+    A reply has at most `max_tokens`. If that is None, it has as many as the role allows for the task. The model may
+    call tools up to `tool_calls_max` times for one reply. `priority` and the fields after it are for the policies;
+    runtime.config.Member describes them.
     """
 
     name: str
     role: Role
     engine: str
     sampling: Sampling
+    max_tokens: int | None = None
     tools: tuple[str, ...] = ()
     tool_calls_max: int = 8
     priority: int = 1
@@ -157,6 +159,7 @@ def _seat(config: Config, name: str, member: Member) -> Seat:
         role,
         member.engine,
         sampling,
+        max_tokens=member.max_tokens,
         tools=role.tools if member.tools is None else member.tools,
         tool_calls_max=member.tool_calls_max,
         priority=member.priority,
