@@ -342,6 +342,11 @@ class Config(Section):
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
+    judge: str | None = Field(
+        default=None,
+        description="Seat that compares answers with expected ones, for problems with `compare: judge`. Its role must "
+        "take `CompareTask`, as `judge` does. By default no seat does.",
+    )
     tools: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")], Tool] = Field(
         default={}, description="The tools that seats may use, by name: letters, digits, `_` and `-`."
     )

@@ -180,7 +180,7 @@ def _check(team: Team, problem: Problem) -> Problem:
     if problem.fault is not None:
         return problem
     try:
-        team.check(problem.problem)
+        team.check(problem.problem, problem.compare)
     except (InputError, PluginError) as error:
         return replace(problem, fault=str(error))
     return problem

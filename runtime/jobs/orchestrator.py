@@ -70,7 +70,7 @@ class Orchestrator:
         workflow: Workflow | None = None
         failure: Exception | None = None
         try:
-            self.team.check(job.problem)
+            self.team.check(job.problem, job.compare)
             workflow, due, tools = self._begin(run, past, tools or {})
             await self._work(run, workflow, due, tools)
         except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as error:
@@ -108,7 +108,7 @@ class Orchestrator:
 
     def _start(self, run: Run) -> tuple[Workflow, dict[int, RoleCall]]:
         """Return a new workflow and its first calls by number."""
-        workflow = call_plugin("the workflow", self.team.begin, run.job.problem)
+        workflow = call_plugin("the workflow", self.team.begin, run.job)
         calls = call_plugin("the workflow's begin()", lambda: list(workflow.begin()))
         return workflow, {call.number: call for call in calls}
 
@@ -200,6 +200,7 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
         error=str(failure) if failure else (outcome.failure if outcome else None),
         transient=isinstance(failure, EngineError) and not isinstance(failure, RequestRefused),
         compare=run.job.compare,
+        judged=outcome.correct if outcome else None,
     )
 
 
