@@ -177,7 +177,7 @@ def test_empty_plan_is_unusable() -> None:
             {"promt": "x"},
             "promt: unknown key; did you mean prompt? known: name, task, needs, system, prompt, reply, examples, tools",
         ),
-        ({"task": "solv"}, "task: no task is named 'solv'; did you mean solve? known: answer, critique"),
+        ({"task": "solv"}, "task: no task is named 'solv'; did you mean solve? known: answer, compare, critique"),
         ({"name": ""}, "name: string should have at least 1 character, not ''"),
         ({"prompt": 3}, "prompt: input should be a valid string, not 3"),
         (

@@ -91,7 +91,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nteam: {solver: {priority: 0}}\n", ["team.solver.priority", "1"]),
     ("extends: embedded\nteam: {solver: {minimum_share: 2}}\n", ["team.solver.minimum_share"]),
     ("extends: embedded\ndevice: {kv_cache_memory_bytes: 0}\n", ["device.kv_cache_memory_bytes"]),
-    ("extends: embedded\nworkflow: {name: pipeline, seats: [solver]}\n", ["team.solver.role", "gives this seat WriteTask"]),
+    ("extends: embedded\nworkflow: {name: pipeline, seats: [solver]}\n", ["team.solver.role", "this seat WriteTask"]),
     ("extends: embedded\nworkflow: {name: pipeline, seats: [poet]}\n", ["needs a 'poet'; the team has planner"]),
     ("extends: embedded\nworkflow: {name: pipeline}\n", ["workflow.seats: field required"]),
     ("extends: embedded\nworkflow: {name: debate}\n", ["needs a 'judge'"]),

@@ -24,7 +24,10 @@ def test_a_submission_that_was_stored_without_a_comparison_is_read() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expected": "2", "compare": "same"}, "compare: input should be 'exact', 'number', 'contains' or 'regex'"),
+        (
+            {"expected": "2", "compare": "same"},
+            "compare: input should be 'exact', 'number', 'contains', 'regex' or 'judge'",
+        ),
         ({"compare": "exact"}, "compare: there is no expected answer to compare with"),
         ({"expected": "{fault}", "compare": "number"}, "compare: the expected answer has no number"),
         ({"expected": "[", "compare": "regex"}, "compare: not a pattern of Rust's regex syntax: unclosed character"),
