@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ByteSize, Field
+
+from agents.role import Value
 from agents.tool import ToolSpec
 from runtime.tools.tool import Tool, ToolError
 from runtime.tools.worker_process import WorkerProcess
@@ -26,11 +29,22 @@ class FunctionTool(Tool):
     and a line says so.
     """
 
-    def __init__(self, spec: ToolSpec, target: str, timeout_s: float, output_max_bytes: int) -> None:
+    class Options(Value):
+        """The limits of a call."""
+
+        timeout_s: float = Field(
+            default=30, gt=0, le=86400, description="The longest that a call may take, in seconds."
+        )
+        output_max_bytes: ByteSize = Field(
+            default=ByteSize(8192), ge=64, le=1 << 20, description="The most output that the model reads."
+        )
+
+    def __init__(self, spec: ToolSpec, target: str, options: Options | None = None) -> None:
+        options = options or self.Options()
         self.spec = spec
         self._target = target
-        self._timeout_s = timeout_s
-        self._output_max_bytes = output_max_bytes
+        self._timeout_s = options.timeout_s
+        self._output_max_bytes = options.output_max_bytes
         self._slots = asyncio.Semaphore(WORKERS)
         self._idle: list[WorkerProcess] = []
         self._workers: set[WorkerProcess] = set()

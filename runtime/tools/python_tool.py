@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from agents.role import Value
 from agents.tool import ToolSpec
@@ -40,8 +40,8 @@ class PythonTool(Tool):
         """The limits of a call."""
 
         timeout_s: float = Field(default=10, gt=0, le=600, description="The longest that code may run, in seconds.")
-        memory_bytes: int = Field(
-            default=256 << 20,
+        memory_bytes: ByteSize = Field(
+            default=ByteSize(256 << 20),
             ge=64 << 20,
             le=1 << 40,
             description="The most memory of a call, in bytes, with the interpreter's own 30 MiB.",
@@ -49,14 +49,14 @@ class PythonTool(Tool):
         threads: int = Field(
             default=16, ge=1, le=1024, description="The most threads of a call. It can start no other process."
         )
-        file_max_bytes: int = Field(
-            default=16 << 20,
+        file_max_bytes: ByteSize = Field(
+            default=ByteSize(16 << 20),
             ge=4096,
             le=1 << 40,
             description="The most that a file may hold, in bytes; also all files together, if namespaces work here.",
         )
-        output_max_bytes: int = Field(
-            default=8192, ge=1, le=1 << 20, description="The most output that the model reads, in bytes."
+        output_max_bytes: ByteSize = Field(
+            default=ByteSize(8192), ge=1, le=1 << 20, description="The most output that the model reads, in bytes."
         )
 
     spec = ToolSpec(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import ByteSize
 
 from agents.tool import spec_of
 from runtime.tools.function_tool import WORKERS, FunctionTool
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def tool(name: str, timeout_s: float = LONG_S, output_max_bytes: int = 1000) -> FunctionTool:
     spec = spec_of(name, getattr(functions, name))
-    return FunctionTool(spec, f"{functions.__name__}:{name}", timeout_s, output_max_bytes)
+    options = FunctionTool.Options(timeout_s=timeout_s, output_max_bytes=ByteSize(output_max_bytes))
+    return FunctionTool(spec, f"{functions.__name__}:{name}", options)
 
 
 async def test_arguments_arrive_as_declared_types() -> None:
@@ -87,10 +89,10 @@ async def test_function_that_forks_answers_once() -> None:
 
 
 async def test_long_output_is_cut_between_characters_and_says_so() -> None:
-    async with tool("long", output_max_bytes=9) as long:
-        assert await long.call({"size": 4}) == "éééé"
-        assert await long.call({"size": 5}) == "éééé\n... 2 more bytes of output were cut"
-        assert (await long.call({"size": 10_000_000})).endswith("\n... 19999992 more bytes of output were cut")
+    async with tool("long", output_max_bytes=65) as long:
+        assert await long.call({"size": 32}) == "é" * 32
+        assert await long.call({"size": 33}) == "é" * 32 + "\n... 2 more bytes of output were cut"
+        assert (await long.call({"size": 10_000_000})).endswith("\n... 19999936 more bytes of output were cut")
 
 
 async def test_printing_for_ever_takes_no_memory_here() -> None:
@@ -145,7 +147,7 @@ async def test_daemon_of_a_call_that_returned_ends_with_the_tool() -> None:
 
 
 async def test_missing_function_is_a_tool_error() -> None:
-    missing = FunctionTool(spec_of("pid", functions.pid), f"{functions.__name__}:missing", LONG_S, 100)
+    missing = FunctionTool(spec_of("pid", functions.pid), f"{functions.__name__}:missing")
     async with missing:
         with pytest.raises(ToolError, match="functions:missing cannot be loaded: AttributeError"):
             await missing.call({})

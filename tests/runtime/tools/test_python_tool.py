@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import ByteSize
 
 from runtime.tools import python_tool
 from runtime.tools.python_tool import PythonTool
@@ -260,7 +261,7 @@ async def test_folder_that_cannot_be_listed_is_deleted(python: PythonTool) -> No
 
 
 async def test_file_size_is_limited(layers: Protections) -> None:
-    async with checked(PythonTool.Options(timeout_s=LONG_S, file_max_bytes=1 << 20)) as python:
+    async with checked(PythonTool.Options(timeout_s=LONG_S, file_max_bytes=ByteSize(1 << 20))) as python:
         code = (
             f"{TRY}\nattempt(lambda: open('big', 'wb', 0).write(bytes(1 << 20)) and open('big', 'ab', 0).write(b'x'))"
         )
