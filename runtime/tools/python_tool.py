@@ -203,7 +203,7 @@ def _kill(process: Process) -> None:
 
 @asynccontextmanager
 async def _new_folder() -> AsyncIterator[str]:
-    folder = await asyncio.to_thread(tempfile.mkdtemp, prefix="troupe-sandbox-")
+    folder = tempfile.mkdtemp(prefix="troupe-sandbox-")  # not in a thread, where a cancelled call would leave it behind
     try:
         yield folder
     finally:

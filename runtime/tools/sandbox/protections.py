@@ -53,6 +53,7 @@ class Protections:
             )
         return (
             *always,
+            "user: this one, or nobody if it is root and anyone can read Python; without privileges",
             "not limited: threads, except by memory; the number of files in its folder",
             "not hidden: whether a file exists, its size and owner",
         )
