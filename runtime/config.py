@@ -219,7 +219,10 @@ class Tool(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     function: str | None = Field(
-        default=None, pattern=r"^[\w.]+:[\w.]+$", description="A Python function, as `module:function`."
+        default=None,
+        pattern=r"^([\w.]+|.+\.py):\w+$",
+        description="A Python function, as `module:function` or `file.py:function`. A relative file starts at the "
+        "folder of the configuration.",
     )
     mcp: McpSettings | None = Field(
         default=None, description="An MCP server. Models know its tools as `<name>_<tool>`."
@@ -521,12 +524,14 @@ def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str
 
 
 def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
-    """Resolve relative model folders and role files against the folder of the file that names them, in place."""
-    for section, key in (("engines", "model"), ("team", "role")):
+    """Resolve relative folders of models, and files, against the folder of the file that names them, in place."""
+    for section, key in (("engines", "model"), ("team", "role"), ("tools", "function")):
         entries = data.get(section)
         for entry in entries.values() if isinstance(entries, dict) else ():
             value = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(value, str) and (value.startswith(("./", "../", "~")) or is_role_file(value)):
+            if isinstance(value, str) and (
+                value.startswith(("./", "../", "~")) or is_role_file(value) or ".py:" in value
+            ):
                 entry[key] = str(folder / Path(value).expanduser())
 
 

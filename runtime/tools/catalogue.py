@@ -1,7 +1,9 @@
 """Makes the tools that a configuration names: functions, registered tools, and MCP servers."""
 
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,13 +42,24 @@ def make(name: str, function: str | None, mcp: McpSettings | None, options: Mapp
 
 def _entry(place: str, name: str, function: str | None) -> registry.Registered:
     if function is not None:
-        return registry.Registered(function, "tool", "this configuration", function)
+        return registry.Registered(function, "tool", "this configuration", _importable(function))
     try:
         return registry.find("tool", name)
     except registry.UnknownName as error:
         raise ConfigError(f"{place}: {error}; or name a `function` or an `mcp` server") from None
     except registry.BrokenPlugin as error:
         raise PluginError(f"{place}: {error}") from None
+
+
+def _importable(function: str) -> str:
+    """Return a function as module:function. Make the folder of a file.py:function importable, also for the workers."""
+    path, is_file, name = function.partition(".py:")
+    if not is_file:
+        return function
+    folder = str(Path(path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return f"{Path(path).name}:{name}"
 
 
 def _load(place: str, entry: registry.Registered) -> object:
