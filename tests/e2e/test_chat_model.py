@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, Command
+from tests.e2e.conftest import LONG_S, REPOSITORY, Command, wait_until
 from tests.e2e.test_serve import Service, openai_client, user_message
 
 pytestmark = pytest.mark.e2e
@@ -32,12 +34,21 @@ SHORT: Any = {"temperature": 0, "max_tokens": 48}
 
 
 @pytest.fixture(scope="module")
-def api(shared_troupe: Command) -> Iterator[openai.OpenAI]:
+def chat_model() -> None:
     subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "chat_model.py")], check=True)
+
+
+@pytest.fixture(scope="module")
+def service(shared_troupe: Command, chat_model: None) -> Iterator[Service]:
     service = Service(shared_troupe, "--config", "cpu-chat")
-    yield openai_client(service)
+    yield service
     service.kill()
     shared_troupe.nothing_left()
+
+
+@pytest.fixture(scope="module")
+def api(service: Service) -> openai.OpenAI:
+    return openai_client(service)
 
 
 def test_the_model_answers_by_its_chat_template(api: openai.OpenAI) -> None:
@@ -99,3 +110,30 @@ def test_the_model_may_answer_without_the_tool_and_reads_results(api: openai.Ope
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 150  # the tool, its call and its result are in the prompt
+
+
+PIPELINE = """
+extends: cpu-chat
+workflow: {name: pipeline, seats: [coder, summarizer]}
+"""
+
+
+def test_a_team_of_a_weak_model_ends(service: Service) -> None:
+    problem = "A train leaves at 9:40 and arrives at 11:05. How long does it travel?"
+    id = httpx.post(f"{service.url}/jobs", json={"problem": problem}, timeout=LONG_S).json()["id"]
+    wait_until(lambda: service.jobs()[id]["state"] in ("done", "failed"))
+    result = service.jobs()[id]["result"]
+    tokens = sum(used["completion_tokens"] for used in result["usage"].values())
+    assert tokens <= 700 * len(result["steps"])
+
+
+def test_a_coder_has_its_program_run(shared_troupe: Command, chat_model: None, tmp_path: Path) -> None:
+    config = tmp_path / "coder.yaml"
+    config.write_text(PIPELINE)
+    done = shared_troupe.run("solve", "--json", "--config", config, "What is 2 to the power of 20?")
+    result = json.loads(done.stdout)
+    assert [step["role"] for step in result["steps"]][-2:] == ["coder", "summarizer"]
+    calls = [step for step in result["steps"] if step["input"].startswith("python ")]
+    assert len(calls) in (1, 2)
+    assert all(step["role"] == "coder" and step["output"] for step in calls)
+    assert result["answer"]
