@@ -103,7 +103,7 @@ class PythonTool(Tool):
         for process in running:
             _kill(process)
         for process in running:
-            await process.wait()
+            await process.wait()  # its call reads the rest of its output
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
         """Run `arguments["code"]`, and return its output. The output ends with a line about the limit that ended it.
@@ -132,6 +132,7 @@ class PythonTool(Tool):
             yield process
         finally:
             _kill(process)
+            await _discard_output(process)
             await process.wait()
             self._running.discard(process)
 
@@ -201,13 +202,20 @@ def _kill(process: Process) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+async def _discard_output(process: Process) -> None:
+    """Read what a killed process had written. Until then, its `wait` would not return: asyncio waits for the pipes."""
+    for stream in (process.stdout, process.stderr):
+        while stream is not None and await stream.read(READ_BYTES):
+            pass
+
+
 @asynccontextmanager
 async def _new_folder() -> AsyncIterator[str]:
     folder = tempfile.mkdtemp(prefix="troupe-sandbox-")  # not in a thread, where a cancelled call would leave it behind
     try:
         yield folder
     finally:
-        await asyncio.to_thread(_delete, Path(folder))
+        await asyncio.shield(asyncio.to_thread(_delete, Path(folder)))  # also if the call is cancelled meanwhile
 
 
 def _delete(folder: Path) -> None:

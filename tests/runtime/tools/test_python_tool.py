@@ -362,6 +362,17 @@ async def test_endless_output_ends_the_code_and_takes_no_memory_here(python: Pyt
     assert psutil.Process().memory_info().rss - before_bytes < 64 << 20
 
 
+async def test_output_that_nobody_reads_does_not_hold_up_the_end(
+    layers: Protections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python_tool, "_FLOOD_BYTES", 1)
+    async with checked(PythonTool.Options(timeout_s=LONG_S)) as python, asyncio.timeout(2 * LONG_S):
+        for _ in range(10):
+            assert (await run(python, "import os\nwhile True: os.write(1, bytes(1 << 20))")).endswith(
+                "the output limit"
+            )
+
+
 async def test_rubbish_is_text(python: PythonTool) -> None:
     assert await run(python, "import os\n_ = os.write(1, b'\\xff\\n')\nprint('\\ud800')") == "\ufffd\n\\ud800\n"
     assert "null bytes" in await run(python, "x\0y")
