@@ -55,6 +55,8 @@ class FunctionTool(Tool):
         self._left = True
         for worker in self._workers:
             self._start_to_end(worker)
+        for _ in range(WORKERS):  # wait for the calls under way, also for those that were just starting a worker
+            await self._slots.acquire()
         while self._ending:
             await asyncio.wait(self._ending)
 
@@ -63,6 +65,7 @@ class FunctionTool(Tool):
 
         Raise ToolError if it raises, takes too long, returns no JSON, or ends its process.
         """
+        self._check_open()
         async with self._slots:
             worker = await self._worker()
             answer = None
@@ -82,6 +85,10 @@ class FunctionTool(Tool):
             raise ToolError(answer.text)
         return answer.text
 
+    def _check_open(self) -> None:
+        if self._left:
+            raise ToolError(f"{self.spec.name} cannot be called: the runtime is stopping")
+
     async def _worker(self) -> WorkerProcess:
         """Return an idle worker, or else a new one. Raise ToolError if it cannot load the function."""
         while self._idle:
@@ -93,8 +100,7 @@ class FunctionTool(Tool):
         self._workers.add(worker)
         loaded = False
         try:
-            if self._left:
-                raise ToolError(f"{self.spec.name} cannot be called: the runtime is stopping")
+            self._check_open()
             async with asyncio.timeout(LOAD_S):
                 await worker.load()
             loaded = True

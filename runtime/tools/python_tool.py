@@ -75,6 +75,7 @@ class PythonTool(Tool):
         self._options = options or self.Options()
         self._slots = asyncio.Semaphore(CALLS)
         self._running: set[Process] = set()
+        self._left = False
 
     @staticmethod
     def protections() -> tuple[str, ...]:
@@ -99,17 +100,18 @@ class PythonTool(Tool):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        running = list(self._running)
-        for process in running:
+        self._left = True
+        for process in self._running:
             _kill(process)
-        for process in running:
-            await process.wait()
+        for _ in range(CALLS):  # wait for the calls under way, also for those that were just starting a process
+            await self._slots.acquire()
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
         """Run `arguments["code"]`, and return its output. The output ends with a line about the limit that ended it.
 
-        Raise ToolError if the sandbox cannot be set up.
+        Raise ToolError if the sandbox cannot be set up or the runtime is stopping.
         """
+        self._check_open()
         async with self._slots, _new_folder() as folder, self._started(folder) as process:
             await _set_up(process, arguments["code"])
             output = BoundedOutput(self._options.output_max_bytes)
@@ -129,11 +131,17 @@ class PythonTool(Tool):
         )
         self._running.add(process)
         try:
+            self._check_open()
             yield process
         finally:
             _kill(process)
+            await _discard_output(process)
             await process.wait()
             self._running.discard(process)
+
+    def _check_open(self) -> None:
+        if self._left:
+            raise ToolError("python cannot be called: the runtime is stopping")
 
     async def _settings(self, folder: str) -> jail.Settings:
         found = await asyncio.to_thread(detect)
@@ -201,13 +209,20 @@ def _kill(process: Process) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+async def _discard_output(process: Process) -> None:
+    """Read what a killed process had written. Until then, its `wait` would not return: asyncio waits for the pipes."""
+    for stream in (process.stdout, process.stderr):
+        while stream is not None and await stream.read(READ_BYTES):
+            pass
+
+
 @asynccontextmanager
 async def _new_folder() -> AsyncIterator[str]:
     folder = tempfile.mkdtemp(prefix="troupe-sandbox-")  # not in a thread, where a cancelled call would leave it behind
     try:
         yield folder
     finally:
-        await asyncio.to_thread(_delete, Path(folder))
+        await asyncio.shield(asyncio.to_thread(_delete, Path(folder)))  # also if the call is cancelled meanwhile
 
 
 def _delete(folder: Path) -> None:

@@ -42,6 +42,7 @@ class WorkerProcess:
     def __init__(self, process: Process, output_max_bytes: int) -> None:
         self._process = process
         self._text_max_bytes = max(output_max_bytes, worker.MESSAGE_MAX_BYTES)
+        self._reading = asyncio.Lock()
         self._printed = LastOutput(_PRINTED_BYTES)
         self._draining = asyncio.create_task(self._drain(), name=f"output of tool worker {process.pid}")
 
@@ -84,26 +85,46 @@ class WorkerProcess:
         self._process.stdin.close()
         try:
             async with asyncio.timeout(_END_S):
-                await self._process.wait()
+                await self._ended()
         except TimeoutError:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
+            await self._kill()
         self._draining.cancel()
         await asyncio.wait([self._draining])
 
-    async def _receive(self) -> Answer:
+    async def _ended(self) -> None:
+        """Wait until the process has ended. asyncio waits for its pipes too, so read what it had written."""
         assert self._process.stdout is not None
+        async with self._reading:
+            while await self._process.stdout.read(READ_BYTES):
+                pass
+        await self._process.wait()
+
+    async def _kill(self) -> None:
+        """Kill a supervisor that hangs, with its process group. A daemon that it no longer ends may keep its pipes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         try:
-            line = await self._process.stdout.readuntil(b"\n")
-            header = worker.Header.model_validate_json(line)
-            if not 0 <= header.text_bytes <= self._text_max_bytes:
-                raise ToolError("its process broke the protocol of the runtime")
-            text = (await self._process.stdout.readexactly(header.text_bytes)).decode(errors="replace")
+            async with asyncio.timeout(_EXIT_S):
+                await self._ended()
+        except TimeoutError:
+            self._process._transport.close()  # type: ignore[attr-defined]  # asyncio has no other way to close the pipes
+            await self._process.wait()
+
+    async def _receive(self) -> Answer:
+        try:
+            async with self._reading:
+                return await self._read_answer()
         except (asyncio.IncompleteReadError, ConnectionError):
             raise ToolError(await self._end_of_process()) from None
         except (asyncio.LimitOverrunError, ValidationError):
             raise ToolError("its process broke the protocol of the runtime") from None
+
+    async def _read_answer(self) -> Answer:
+        assert self._process.stdout is not None
+        header = worker.Header.model_validate_json(await self._process.stdout.readuntil(b"\n"))
+        if not 0 <= header.text_bytes <= self._text_max_bytes:
+            raise ToolError("its process broke the protocol of the runtime")
+        text = (await self._process.stdout.readexactly(header.text_bytes)).decode(errors="replace")
         return Answer(with_notices(text, header.cut_bytes), header.failed)
 
     async def _drain(self) -> None:

@@ -133,10 +133,17 @@ def writes_to_the_connection() -> str:
     """Write rubbish to every file that is open."""
     for number in range(3, 20):
         try:
-            os.write(number, b"rubbish\n" * 10)
+            os.write(number, b"rubbish\n" * 200_000)
         except OSError:
             continue
     return "ok"
+
+
+def stops_its_supervisor() -> str:
+    """Stop the process that would end this one, and hang."""
+    os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(1000)
+    return ""
 
 
 def closes_stdout() -> str:

@@ -118,6 +118,14 @@ async def test_timeout_ends_daemons_too_and_leaves_other_calls_alone(tmp_path: P
         await all_end(await read_pids(tmp_path / "pids"))
 
 
+async def test_stopped_supervisor_is_killed_with_its_worker() -> None:
+    before = below(os.getpid())
+    async with tool("stops_its_supervisor", timeout_s=2) as stops:
+        with pytest.raises(ToolError, match="did not end within 2 s"):
+            await stops.call({})
+        assert below(os.getpid()) == before
+
+
 async def test_cancelled_call_ends_what_it_started(tmp_path: Path) -> None:
     async with tool("hangs") as hangs:
         call = asyncio.create_task(hangs.call({"file": str(tmp_path / "pids")}))

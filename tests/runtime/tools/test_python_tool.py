@@ -362,6 +362,17 @@ async def test_endless_output_ends_the_code_and_takes_no_memory_here(python: Pyt
     assert psutil.Process().memory_info().rss - before_bytes < 64 << 20
 
 
+async def test_output_that_nobody_reads_does_not_hold_up_the_end(
+    layers: Protections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python_tool, "_FLOOD_BYTES", 1)
+    async with checked(PythonTool.Options(timeout_s=LONG_S)) as python, asyncio.timeout(2 * LONG_S):
+        for _ in range(10):
+            assert (await run(python, "import os\nwhile True: os.write(1, bytes(1 << 20))")).endswith(
+                "the output limit"
+            )
+
+
 async def test_rubbish_is_text(python: PythonTool) -> None:
     assert await run(python, "import os\n_ = os.write(1, b'\\xff\\n')\nprint('\\ud800')") == "\ufffd\n\\ud800\n"
     assert "null bytes" in await run(python, "x\0y")
@@ -380,18 +391,23 @@ async def test_cancelled_call_ends_its_processes(layers: Protections) -> None:
         await all_end(started)
 
 
-async def test_leaving_ends_running_calls() -> None:
+@pytest.mark.parametrize("processes", [0, 1, 2])
+async def test_leaving_ends_running_calls_and_refuses_further_ones(layers: Protections, processes: int) -> None:
     before = below(os.getpid())
     async with checked(PythonTool.Options(timeout_s=LONG_S)) as python:
-        call = asyncio.create_task(run(python, "import time\ntime.sleep(1000)"))
-        await until(lambda: len(below(os.getpid()) - before) >= 2)
-        started = below(os.getpid()) - before
-    await asyncio.wait([call], timeout=LONG_S)
-    assert call.done()
-    await all_end(started)
+        calls = [
+            asyncio.create_task(run(python, "import time\ntime.sleep(1000)")) for _ in range(2 * python_tool.CALLS)
+        ]
+        await until(lambda: len(below(os.getpid()) - before) >= processes)
+    assert below(os.getpid()) == before
+    done, _ = await asyncio.wait(calls, timeout=LONG_S)
+    assert done == set(calls)
+    assert all(call.exception() or "SIGKILL" in call.result() for call in calls)
+    with pytest.raises(ToolError, match="the runtime is stopping"):
+        await run(python, "1")
 
 
-async def test_code_ends_if_the_runtime_is_killed(layers: Protections) -> None:
+async def test_code_ends_if_the_runtime_is_killed(layers: Protections, tmp_path: Path) -> None:
     program = f"""
 import asyncio
 from runtime.tools import python_tool
@@ -402,7 +418,8 @@ async def main():
         await python.call({{"code": "import time; time.sleep(1000)"}})
 asyncio.run(main())
 """
-    runtime = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=ROOT)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed runtime leaves the folder behind
+    runtime = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=ROOT, env=environment)
     await until(lambda: len(below(runtime.pid)) >= 2 + layers.namespaces)
     processes = below(runtime.pid)
     runtime.send_signal(signal.SIGKILL)
