@@ -1,19 +1,23 @@
 """Completes a JSON text that was cut off, so that what a model wrote before its limit is not lost."""
 
+import re
+
 from pydantic_core import from_json, to_json
+
+_CUT_NUMBER = re.compile(r"[-+.\deE]+\s*\Z")
 
 
 def closed(text: str) -> str:
-    """Return the JSON text that the beginning of one holds: open strings, lists and objects end where the text ends.
+    """Return the JSON text of the values that are whole in the beginning of one. Lists and objects end after them.
 
-    Nothing is invented: a property whose value the model did not reach stays missing. A text that is whole, or not the
-    beginning of a JSON value, is returned unchanged.
+    The value in which the text ends is left out, even if it could be whole: 269 may be the beginning of 26905. A text
+    that is whole, or not the beginning of a JSON value, is returned unchanged.
     """
     try:
         from_json(text)
     except ValueError:
         try:
-            return to_json(from_json(text, allow_partial="trailing-strings")).decode()
+            return to_json(from_json(_CUT_NUMBER.sub("", text), allow_partial=True)).decode()
         except ValueError:
             return text
     return text
