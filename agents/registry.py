@@ -57,9 +57,17 @@ class Registered:
     origin: str
     target: str
 
-    def load(self) -> type[Role] | type[Workflow]:
-        """Import the role or workflow class. Raise BrokenPlugin if it cannot be used."""
-        return self.load_role() if self.kind == "role" else self.load_workflow()
+    def load(self) -> object:
+        """Import what is registered. Raise BrokenPlugin if it cannot be used."""
+        match self.kind:
+            case "role":
+                return self.load_role()
+            case "task":
+                return self.load_task()
+            case "workflow":
+                return self.load_workflow()
+            case _:
+                return self.load_object()
 
     def load_role(self) -> type[Role]:
         """Import the role class and create one role to test it. Raise BrokenPlugin if that fails."""

@@ -1,4 +1,4 @@
-"""`troupe roles`: list the roles and workflows, write a package for a new role, check a role.
+"""`troupe roles`: list the roles, tasks, workflows and tools, write a package for a new role, check a role.
 
 Exit codes of `check`: 0 if the role is sound, 1 if it has faults, 2 if there is no such role.
 """
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from agents import scaffold
 from agents.check_role import check_role
-from agents.registry import BrokenPlugin, Registered, UnknownName, find, registered, unreadable
+from agents.registry import BrokenPlugin, Kind, Registered, UnknownName, find, registered, unreadable
 from agents.role import Role
 from agents.yaml_role import SpecError, from_mapping
 from runtime.config import read_yaml
@@ -30,9 +30,10 @@ PIPE_WIDTH_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the list. `summary` is the first line of the class's docstring.
+    """A line of the list. `takes` are the kinds of task that a role takes; it is empty for anything else.
 
-    `fault` says why the class cannot be used; it is None for a sound one.
+    `summary` is the first line of the docstring. `fault` says why the object cannot be used; it is None for a sound
+    one.
     """
 
     name: str
@@ -42,11 +43,15 @@ class Row:
     fault: str | None
 
 
+LISTED: Mapping[str, Kind] = {"roles": "role", "tasks": "task", "workflows": "workflow", "tools": "tool"}
+"""The parts of the list, by their key in its JSON form."""
+
+
 @click.group(invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def roles(context: click.Context, as_json: bool) -> None:
-    """List all roles and workflows, write a package for a new role, or check a role."""
+    """List all roles, kinds of task, workflows and tools, write a package for a new role, or check a role."""
     if context.invoked_subcommand is None:
         _list(as_json)
     elif as_json:
@@ -88,16 +93,16 @@ def check(context: click.Context, what: str) -> None:
 
 
 def _list(as_json: bool) -> None:
-    rows = {"roles": [_row(e) for e in registered("role")], "workflows": [_row(e) for e in registered("workflow")]}
+    rows = {title: [_row(entry) for entry in registered(kind)] for title, kind in LISTED.items()}
     unread = [f"{origin}: its entry points cannot be read" for origin in unreadable()]
     if as_json:
         listed = {title: [asdict(row) for row in entries] for title, entries in rows.items()}
         click.echo(json.dumps({**listed, "unreadable": unread}, indent=2, ensure_ascii=False))
         return
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH_CHARACTERS)
-    console.print(_table("role", rows["roles"], with_tasks=True))
-    console.print()
-    console.print(_table("workflow", rows["workflows"], with_tasks=False))
+    for title, kind in LISTED.items():
+        console.print(_table(kind, rows[title], with_tasks=kind == "role"))
+        console.print()
     for line in unread:
         console.print(line)
 
@@ -108,7 +113,7 @@ def _row(entry: Registered) -> Row:
         loaded = entry.load()
     except BrokenPlugin as error:
         return Row(entry.name, entry.origin, (), "", error.why)
-    takes = [task.kind for task in loaded.takes] if issubclass(loaded, Role) else []
+    takes = [task.kind for task in loaded.takes] if isinstance(loaded, type) and issubclass(loaded, Role) else []
     summary = (inspect.getdoc(loaded) or "").partition("\n")[0]
     return Row(entry.name, entry.origin, tuple(takes), summary, None)
 

@@ -50,17 +50,22 @@ def test_list_shows_names_tasks_origins_and_summaries() -> None:
     rows = {line[0]: line[1:] for line in lines}
     [version] = {entry.origin for entry in registered("role") if entry.name == "solver"}
     assert rows["solver"] == [
-        "solve, answer",
+        "solve, answer, debate",
         version,
-        "A solver for any chat model. It solves one step of a plan, or states the answer.",
+        "A solver for any chat model. It solves one step of a plan, states the answer, or debates it.",
     ]
+    assert rows["python"] == [
+        version,
+        "Runs the code of each call in a new process, which the sandbox isolates and limits.",
+    ]
+    assert rows["write"] == [version, "A request for any text: a draft, a summary, a program, notes."]
     assert rows["vote"][0] == version
     assert rows["vote"][1].startswith("A vote: plan, solve each step several times")
 
 
 def test_list_as_json() -> None:
     [solver] = [row for row in listed()["roles"] if row["name"] == "solver"]
-    assert solver["takes"] == ["solve", "answer"]
+    assert solver["takes"] == ["solve", "answer", "debate"]
     assert solver["fault"] is None
     assert {"deliberate", "vote", "solo"} <= {row["name"] for row in listed()["workflows"]}
 
@@ -121,7 +126,7 @@ def test_new_refuses_bad_folders_and_names(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("what", ["solver", "arithmetic-critic", "agents.planner:Planner"])
+@pytest.mark.parametrize("what", ["solver", "arithmetic-critic", "agents.roles.planner:Planner"])
 def test_check_passes_a_sound_role(what: str) -> None:
     result = troupe_roles("check", what)
     assert (result.exit_code, result.stdout) == (0, f"{what}: OK\n")

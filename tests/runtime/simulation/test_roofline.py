@@ -53,7 +53,9 @@ def test_token_takes_a_key_and_a_value_in_each_layer() -> None:
     assert shape("qwen3-4b").token_bytes == 2 * 36 * 8 * 128 * 2  # its head size is not hidden / heads
 
 
-@pytest.mark.parametrize(("gpu", "config"), [("l4", "gpu-24gb"), ("a100", "gpu-80gb"), ("h100", "gpu-80gb"), ("h200", "gpu-h200")])
+@pytest.mark.parametrize(
+    ("gpu", "config"), [("l4", "gpu-24gb"), ("a100", "gpu-80gb"), ("h100", "gpu-80gb"), ("h200", "gpu-h200")]
+)
 def test_models_and_sequences_are_those_of_the_configuration(gpu: str, config: str) -> None:
     engines = configuration.load(config).engines
     assert engines.keys() == REGIMES[gpu].shapes.keys()
