@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+from agents.tool_protocol import ToolCall, ToolUse
 from runtime.api.auth import Scope, Tokens
+from runtime.engines.usage import Usage
 from runtime.jobs.submission import Submission
+from runtime.jobs.tool_record import ToolRecord
 from tests.programs import CHROMIUM, needs
 from tests.runtime.api.http.conftest import PROBLEM, Start, configured, pause_solver, service
 
@@ -63,6 +66,28 @@ async def test_submitted_problem_appears_with_its_steps(start: Start, browser: B
         await page.wait_for_timeout(1200)
         await page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
         assert complaints == []
+
+
+async def test_call_of_a_tool_shows_while_it_runs_and_then_its_output(start: Start, browser: Browser) -> None:
+    served = await start()
+    page, complaints = await open_page(browser, served.url)
+    await expect(page.locator("#state")).to_contain_text("policy turns")
+    journal = served.backend.jobs.journal
+    await journal.write(lambda transaction: transaction.accept("tooled", Submission(problem="2**64?")))
+    call = ToolCall("python", {"code": "2**64"}, "")
+    for number, use in ((1, ToolUse(call, "18446744073709551616")), (2, ToolUse(call, "no memory", failed=True))):
+        record = ToolRecord(number, "coder", call, Usage())
+        await journal.write(lambda transaction, record=record: transaction.add_tool_call("tooled", record))  # type: ignore[misc]
+        job = page.locator("#jobs > li", has_text="2**64?")
+        await expect(job).to_contain_text(f"queued 2**64? {number} steps")
+        step = job.locator("li").nth(number - 1)
+        await expect(step).to_have_text('coder: python {"code":"2**64"} → running')
+        await journal.write(
+            lambda transaction, use=use, number=number: transaction.add_tool_use("tooled", number, "coder", use)  # type: ignore[misc]
+        )
+        await expect(step).to_have_text(f'coder: python {{"code":"2**64"}} → {use.output}')
+        assert (await step.get_attribute("class") == "failed") is use.failed
+    assert complaints == []
 
 
 async def test_button_pins_and_unpins_an_engine(start: Start, browser: Browser) -> None:
