@@ -27,11 +27,20 @@ def check_role(role: Role, samples: Mapping[type[Task], Sequence[Task]] | None =
     `samples` holds tasks by their class; by default they are the class's `examples`. A role may refuse some samples
     with TaskRefused, but not all samples of a kind that it takes.
     """
-    if faults := class_faults(type(role)):
-        return faults
-    tasks = {kind: list(kind.examples()) if samples is None else samples[kind] for kind in role.takes}
-    faults = [fault for kind in role.takes for fault in _kind_faults(role, kind.kind, _with_needs(role, tasks[kind]))]
-    return list(dict.fromkeys(faults))
+    try:
+        return class_faults(type(role)) or list(dict.fromkeys(_faults(role, samples)))
+    except Exception as error:  # noqa: BLE001  a plug-in's attributes and examples may raise anything
+        return [f"the check raised {described(error)}"]
+
+
+def _faults(role: Role, samples: Mapping[type[Task], Sequence[Task]] | None) -> Iterator[str]:
+    for kind in role.takes:
+        try:
+            tasks = list(kind.examples()) if samples is None else samples[kind]
+        except Exception as error:  # noqa: BLE001  as above
+            yield f"{kind.kind}: {kind.__name__}.examples() raised {described(error)}"
+            continue
+        yield from _kind_faults(role, kind.kind, _with_needs(role, tasks))
 
 
 def class_faults(role: type[Role]) -> list[str]:
@@ -97,6 +106,7 @@ def _kind_faults(role: Role, kind: str, tasks: Sequence[Task]) -> Iterator[str]:
     for task, messages in accepted:
         yield from (f"{kind}: {fault}, for {task}" for fault in _message_faults(role, task, messages))
         schema, faults = _schema(role, task)
+        faults += _budget_faults(role, task)
         faults += _parse_faults(role, task, schema)
         yield from (f"{kind}: {fault}" for fault in faults)
     if len(accepted) > 1 and all(messages == accepted[0][1] for _, messages in accepted):
@@ -135,6 +145,16 @@ def _schema(role: Role, task: Task) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"schema() returned an invalid JSON schema: {error.message} at {error.json_path}"]
     except Exception as error:  # noqa: BLE001  a plug-in may raise anything
         return None, [f"schema() raised {described(error)}"]
+
+
+def _budget_faults(role: Role, task: Task) -> Iterator[str]:
+    try:
+        tokens: object = role.max_tokens(task)
+    except Exception as error:  # noqa: BLE001  a plug-in may raise anything
+        yield f"max_tokens() raised {described(error)}"
+        return
+    if not isinstance(tokens, int) or tokens < 1:
+        yield f"max_tokens() returned {tokens!r}: it must be a number of tokens"
 
 
 def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iterator[str]:

@@ -4,31 +4,33 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def example(schema: Mapping[str, Any]) -> Any:
-    """Return a simple value that fits a schema as pydantic and YAML roles write it.
+def example(schema: Mapping[str, Any], character: str = "1") -> Any:
+    """Return a simple value that fits a schema as pydantic and YAML roles write it. Texts consist of `character`.
 
     The value may not fit a schema with patterns, `allOf` and the like. Raise KeyError for a dangling reference, and
     RecursionError for a schema that contains itself.
     """
-    return _example(schema, schema.get("$defs", {}))
+    return _example(schema, schema.get("$defs", {}), character)
 
 
-def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
+def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any], character: str) -> Any:
     match schema:
         case {"$ref": str(place)}:
-            return _example(definitions[place.removeprefix("#/$defs/")], definitions)
+            return _example(definitions[place.removeprefix("#/$defs/")], definitions, character)
         case {"anyOf": [first, *_]}:
-            return _example(first, definitions)
+            return _example(first, definitions, character)
         case {"const": value} | {"enum": [value, *_]}:
             return value
         case {"type": "object"}:
             fields = schema.get("properties", {})
-            return {key: _example(fields.get(key, {}), definitions) for key in schema.get("required", fields)}
+            return {
+                key: _example(fields.get(key, {}), definitions, character) for key in schema.get("required", fields)
+            }
         case {"type": "array"}:
-            return [_example(schema.get("items", {}), definitions)] * max(1, schema.get("minItems", 1))
+            return [_example(schema.get("items", {}), definitions, character)] * max(1, schema.get("minItems", 1))
         case {"type": "integer" | "number"}:
-            return schema.get("minimum", 1)
+            return schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
         case {"type": "boolean"}:
             return True
         case _:
-            return "1" * max(1, schema.get("minLength", 1))
+            return character * max(1, schema.get("minLength", 1))

@@ -6,6 +6,8 @@ from typing import Any
 
 CHARACTERS_PER_TOKEN = 3
 """Fewer than English text has on average (about 4), and more than a model that pads its strings writes."""
+DENSE_CHARACTERS = 400
+"""So many characters may take a token each, as digits and some scripts do."""
 SPARE_TOKENS = 32
 _NUMBER_CHARACTERS = 20
 _PUNCTUATION_CHARACTERS = 6  # around a property: quotes, colon, comma, blanks
@@ -14,10 +16,16 @@ _PUNCTUATION_CHARACTERS = 6  # around a property: quotes, colon, comma, blanks
 def tokens(schema: Mapping[str, Any]) -> int | None:
     """Return the tokens that ordinary text needs to fill the schema's strings and lists, or None if one is unbounded.
 
-    The schema itself allows about three times as many: a token may be a single character.
+    The schema of a long text itself allows about three times as many: a token may be a single character.
     """
-    characters = _characters(schema, schema.get("$defs", {}))
-    return None if characters is None else math.ceil(characters / CHARACTERS_PER_TOKEN) + SPARE_TOKENS
+    try:
+        characters = _characters(schema, schema.get("$defs", {}))
+    except RecursionError:  # a schema that contains itself
+        return None
+    if characters is None:
+        return None
+    dense = min(characters, DENSE_CHARACTERS)
+    return dense + math.ceil((characters - dense) / CHARACTERS_PER_TOKEN) + SPARE_TOKENS
 
 
 def _characters(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> int | None:

@@ -166,7 +166,12 @@ class SchemaRole(Role):
         return self.sampling.max_tokens if budget is None else min(budget, self.sampling.max_tokens)
 
     def schema(self, task: Task) -> dict[str, Any]:
-        return self.forms[type(task)].model_json_schema()
+        """Return the schema of the task's form. The model must write every property, also those with a default.
+
+        A default is for a reply that is cut off before the property.
+        """
+        schema = self.forms[type(task)].model_json_schema()
+        return {**schema, "required": list(schema["properties"])}
 
     def parse(self, text: str, task: Task) -> Reply:
         try:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agents import cut_json
 from agents.role import Message, ReplyUnusable, read_json
 from agents.tool import ToolSpec
 
@@ -56,7 +57,7 @@ def messages(chat: Sequence[Message], tools: Sequence[ToolSpec], past: Sequence[
     )
     offer = _OFFER.format(reply="what you are asked for", tools=listed)
     system = [message for message in chat if message.role == "system"]
-    others = [message for message in chat if message.role != "system"]
+    others = [_as_reply(message) for message in chat if message.role != "system"]
     texts = [*(message.content for message in system), offer]
     extended = [Message("system", "\n\n".join(texts)), *others]
     for use in past:
@@ -68,22 +69,40 @@ def messages(chat: Sequence[Message], tools: Sequence[ToolSpec], past: Sequence[
     return extended
 
 
+def _as_reply(message: Message) -> Message:
+    """Return a message of the chat. The model's own, which are examples, become replies of the protocol."""
+    if message.role != "assistant":
+        return message
+    try:
+        reply = json.loads(message.content)
+    except ValueError:
+        reply = message.content
+    return Message("assistant", json.dumps({"reply": reply}, ensure_ascii=False))
+
+
 def schema(tools: Sequence[ToolSpec], reply: Mapping[str, Any] | None, left: int) -> dict[str, Any]:
     """Return the JSON schema of a call of one of the tools, if `left` is not 0, or of a reply."""
-    definitions: dict[str, Any] = {}
-    reply_form = _hoisted(reply, "reply", definitions) if reply is not None else {"type": "string", "minLength": 1}
-    forms = [_object({"reply": reply_form})]
+    parts: dict[str, Mapping[str, Any]] = {"reply": reply or {"type": "string", "minLength": 1}}
     if left:
-        forms += [
-            _object({"tool": {"const": tool.name}, "arguments": _hoisted(tool.parameters, tool.name, definitions)})
-            for tool in tools
-        ]
-    whole = {"anyOf": forms} if len(forms) > 1 else forms[0]
-    return {**whole, "$defs": definitions} if definitions else whole
+        parts |= {f"tool{number}": tool.parameters for number, tool in enumerate(tools)}
+    forms = [_object({"reply": {"$ref": "#/$defs/reply"}})]
+    forms += [
+        _object({"tool": {"const": tool.name}, "arguments": {"$ref": f"#/$defs/tool{number}"}})
+        for number, tool in enumerate(tools)
+        if left
+    ]
+    definitions = {name: _embedded(part, f"#/$defs/{name}") for name, part in parts.items()}
+    return {"anyOf": forms, "$defs": definitions}
 
 
-def read(text: str) -> ToolCall | str:
-    """Return the call in a model's text, or the text of its reply. Raise ReplyUnusable if it is neither."""
+def read(text: str, ended_early: bool = False) -> ToolCall | str:
+    """Return the call in a model's text, or the text of its reply. Raise ReplyUnusable if it is neither.
+
+    Of a reply that ended early, the values that are whole count, and a reply in free text counts up to its end. A call
+    that ended early is unusable, because arguments may be missing.
+    """
+    if ended_early and not _is_whole(text):
+        return _beginning(text)
     match read_json(text):
         case {"tool": str(tool), "arguments": dict(arguments)}:
             return ToolCall(tool, arguments, text)
@@ -95,6 +114,25 @@ def read(text: str) -> ToolCall | str:
             raise ReplyUnusable('neither a call of a tool, {"tool": ..., "arguments": ...}, nor {"reply": ...}')
 
 
+def _is_whole(text: str) -> bool:
+    try:
+        json.loads(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _beginning(text: str) -> str:
+    """Return the text of a reply that ended early."""
+    match cut_json.beginning(text):
+        case {"reply": str(reply)} if reply.strip():
+            return reply
+        case {"reply": dict() | list()}:
+            return json.dumps(json.loads(cut_json.closed(text))["reply"], ensure_ascii=False)
+        case _:
+            raise ReplyUnusable("the call of a tool or the reply is not whole")
+
+
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
@@ -104,20 +142,18 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _hoisted(part: Mapping[str, Any], prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema that can stand inside another. Its definitions move to `definitions`, with a prefix."""
+def _embedded(part: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a schema as it is below `place`, a JSON pointer: its references to itself start from there."""
 
-    def renamed(value: Any) -> Any:
+    def moved(value: Any) -> Any:
         match value:
-            case {"$ref": str(place), **others} if place.startswith("#/$defs/"):
-                return {**others, "$ref": f"#/$defs/{prefix}.{place.removeprefix('#/$defs/')}"}
+            case {"$ref": str(target), **others} if target.startswith("#"):
+                return {**others, "$ref": place + target.removeprefix("#")}
             case dict():
-                return {key: renamed(inner) for key, inner in value.items()}
+                return {key: moved(inner) for key, inner in value.items()}
             case list():
-                return [renamed(inner) for inner in value]
+                return [moved(inner) for inner in value]
             case _:
                 return value
 
-    for name, definition in part.get("$defs", {}).items():
-        definitions[f"{prefix}.{name}"] = renamed(definition)
-    return {key: renamed(value) for key, value in part.items() if key != "$defs"}
+    return {key: moved(value) for key, value in part.items()}

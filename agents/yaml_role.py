@@ -62,7 +62,7 @@ class TemplateSpec(Value):
     prompt: str = Field(min_length=1)
     reply: dict[str, Any] | None = Field(default=None, validate_default=True)
     examples: tuple[Mapping[str, Any], ...] = ()
-    tools: tuple[str, ...] = ()
+    tools: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     sampling: Sampling = Sampling()
 
     @field_validator("needs", "system", "prompt", "reply", "examples")
@@ -131,14 +131,14 @@ def parse_spec(mapping: object, place: str) -> TemplateSpec:
 
 def role_class(template: TemplateSpec) -> type[YamlRole]:
     """Return the role class that a specification describes. Like any role, it is created without arguments."""
-    properties = template.reply.get("properties", {}) if template.reply else {}
+    required = template.reply.get("required", []) if template.reply else []
 
     class Described(YamlRole):
         __doc__ = f"The role {template.name!r} for {template.task.kind} tasks, from a template."
         spec = template
         takes = (template.task,)
         needs = template.needs
-        gives = tuple(properties) if template.task is WriteTask else ()
+        gives = tuple(name for name in required if name != "text") if template.task is WriteTask else ()
         sampling = template.sampling
         tools = template.tools
 
@@ -156,7 +156,8 @@ def _read(text: str, schema: Mapping[str, Any] | None, reply_type: type[Reply]) 
     if fault is not None:
         raise ReplyUnusable(f"{fault.json_path.replace('$', 'the reply', 1)}: {fault.message}")
     if issubclass(reply_type, Text):
-        return reply_type(text=str(form.get("text", "")) or _reply_text(form), values=form)
+        values = {name: value for name, value in form.items() if name != "text"}
+        return reply_type(text=str(form.get("text", "")) or _reply_text(form), values=values)
     return reply_type.from_form(form)
 
 
@@ -244,6 +245,9 @@ def _example_faults(examples: tuple[Mapping[str, Any], ...], data: Mapping[str, 
             yield f"example {number} lacks {name}, which the prompt has as a placeholder"
         for name in sorted(set(example) - used - {"reply"}):
             yield f"example {number}: {name} is not in the prompt; known: {', '.join([*sorted(used), 'reply'])}"
+        for name in sorted(used & set(example)):
+            if not isinstance(example[name], str):
+                yield f"example {number}: {name} must be text, not {example[name]!r}; quote it"
         if "reply" not in example:
             yield f"example {number} lacks its reply"
             continue

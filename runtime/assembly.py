@@ -19,7 +19,7 @@ from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec, oversubscribe
 from runtime.engines.step_time import StepTime
 from runtime.errors import ConfigError, EngineError, PluginError
-from runtime.events import EngineChanged, Event, JobAdvanced, Listener, ignore
+from runtime.events import CallPaused, EngineChanged, Event, JobAdvanced, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
 from runtime.residency import catalogue
@@ -132,7 +132,7 @@ class RunningTeam:
         self._forecast.on_event(event)
         self._call_times.on_event(event)
         self.controller.on_event(event)
-        if isinstance(event, JobAdvanced):
+        if isinstance(event, JobAdvanced | CallPaused):
             self.keeper.look()
         self._listener(event)
 

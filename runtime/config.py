@@ -585,7 +585,7 @@ def _complaint(error: dict[str, Any]) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys of the section that a location is in."""
+    """Return the keys of the section that a location is in, or nothing if it has no fixed keys."""
     sections: dict[str, type[BaseModel]] = {
         "device": Device,
         "engines": EngineSpec,
@@ -595,6 +595,12 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "service": Service,
         "mqtt": Mqtt,
     }
-    if len(location) == 1:
-        return [*Config.model_fields, "extends"]
-    return list(sections[str(location[0])].model_fields)
+    match location:
+        case [_]:
+            return [*Config.model_fields, "extends"]
+        case ["tools", _, "mcp", _]:
+            return list(McpSettings.model_fields)
+        case [str(section), *_] if section in sections:
+            return list(sections[section].model_fields)
+        case _:
+            return []

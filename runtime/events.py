@@ -43,11 +43,15 @@ class RoleReplied:
 
 @dataclass(frozen=True)
 class ToolCalled:
-    """A seat's model calls a tool, which runs now. `number` is the call of the job, and `usage` what asking used."""
+    """A seat's model calls a tool, which runs now.
+
+    `number` is the call of the job, `task` identifies that call's task, and `usage` is what asking for the tool used.
+    """
 
     job: str
     number: int
     seat: str
+    task: str
     call: ToolCall
     usage: Usage
 
@@ -71,11 +75,11 @@ class JobRestarted:
 
 @dataclass(frozen=True)
 class JobAdvanced:
-    """A job started, took a reply, or began or ended to wait for a tool.
+    """A job started, or took a reply.
 
-    `replied` is the seat that replied, or whose call waits for a tool; it is empty at the start and after a tool. `due`
-    counts the calls that are made now, by seat. `ahead` counts the calls that are certain to follow those that are
-    open, by seat; it is None if the workflow cannot tell. `seats` are all seats that the job's workflow may call.
+    `replied` is the seat that replied, empty at the start. `due` counts the calls that are made now, by seat. `ahead`
+    counts the calls that are certain to follow those that are open, by seat; it is None if the workflow cannot tell.
+    `seats` are all seats that the job's workflow may call.
     """
 
     job: str
@@ -83,6 +87,15 @@ class JobAdvanced:
     due: Mapping[str, int]
     ahead: Mapping[str, int] | None
     seats: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class CallPaused:
+    """An open call of a job waits for a tool if it is `paused`, and otherwise needs its engine again."""
+
+    job: str
+    seat: str
+    paused: bool
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,17 @@ class JobEnded:
     seconds: float
 
 
-Event = EngineChanged | RoleReplied | ToolCalled | ToolReturned | JobRestarted | JobAdvanced | CallEnded | JobEnded
+Event = (
+    EngineChanged
+    | RoleReplied
+    | ToolCalled
+    | ToolReturned
+    | JobRestarted
+    | JobAdvanced
+    | CallPaused
+    | CallEnded
+    | JobEnded
+)
 Listener = Callable[[Event], None]
 
 

@@ -91,20 +91,18 @@ class Recorder(Orchestrator):
         self._asked: dict[tuple[str, int], Asked] = {}
         self._cause: dict[tuple[str, int], Asked] = {}
 
-    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
-        due = super()._take(job, workflow, call, recorded)
+    def _take(self, run: Run, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
+        due, job = super()._take(run, workflow, call, recorded), run.job.id
         for next_call in due:
-            self._cause[job.id, next_call.number] = self._asked[job.id, call.number]
+            self._cause[job, next_call.number] = self._asked[job, call.number]
         return due
 
-    async def _ask(
-        self, run: Run, workflow: Workflow, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]
-    ) -> ReplyRecord:
+    async def _ask(self, run: Run, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]) -> ReplyRecord:
         seat, job = self.team.seats[call.seat], run.job.id
         asked = self._asked[job, call.number] = Asked(self.caller.request(run, seat, call), seat.engine)
         cause = self._cause.get((job, call.number))
         (cause.then if cause else self.recorded.setdefault(job, [])).append(asked)
-        return await super()._ask(run, workflow, call, tools)
+        return await super()._ask(run, call, tools)
 
 
 async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Coder(Solver):
 
     takes = (SolveTask, AnswerTask, DebateTask, WriteTask)
     forms: ClassVar[Forms] = {**Solver.forms, WriteTask: ProgramForm}
-    gives = ("text", "code")
+    gives = ("code",)
     sampling = Sampling(temperature=0.2, max_tokens=2048)
     tools = ("python",)
 
@@ -41,5 +41,5 @@ class Coder(Solver):
 
     def reply(self, form: Any, task: Task) -> Reply:
         if isinstance(form, ProgramForm):
-            return Text(text=form.text, values=form.model_dump())
+            return Text(text=form.text, values={"code": form.code})
         return super().reply(form, task)

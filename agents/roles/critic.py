@@ -17,7 +17,7 @@ class VerdictForm(Value):
 
     check: str = Field(max_length=1600)
     accepted: bool
-    reason: str = Field(max_length=300)
+    reason: str = Field(default="", max_length=300)
 
 
 class Critic(SchemaRole):

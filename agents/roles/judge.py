@@ -22,7 +22,7 @@ class RankingForm(Value):
 
     check: str = Field(max_length=1600)
     order: list[int] = Field(min_length=1, max_length=CANDIDATES_MAX)
-    reason: str = Field(max_length=300)
+    reason: str = Field(default="", max_length=300)
 
 
 class ComparisonForm(Value):

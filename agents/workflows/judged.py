@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from agents.role import Reply, Task, Value
 from agents.tasks import CompareTask, Verdict
-from agents.workflow import RoleCall, Unusable, Workflow
+from agents.workflow import RoleCall, Unusable, Workflow, wrong_type
 
 
 class Judged(Workflow):
@@ -22,6 +22,7 @@ class Judged(Workflow):
         self._inner = inner
         self._judge = judge
         self._expected = expected
+        self._comparison: int | None = None  # the number of the judge's open call
 
     @classmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
@@ -32,14 +33,16 @@ class Judged(Workflow):
         return self._following(self._inner.begin())
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
-        if not isinstance(call.task, CompareTask):
+        if call.number != self._comparison:
             return self._following(self._inner.take(call, reply))
         assert self._inner.outcome is not None
         if isinstance(reply, Unusable):
             again = self._inner.retry(call, reply)
+            self._comparison = again[0].number if again else None
             self.outcome = None if again else self._inner.outcome
             return again
-        assert isinstance(reply, Verdict)
+        if not isinstance(reply, Verdict):
+            raise wrong_type(call.task, reply)
         self.record(call, reply)
         self.outcome = replace(self._inner.outcome, correct=reply.accepted)
         return []
@@ -55,7 +58,11 @@ class Judged(Workflow):
         outcome = self._inner.outcome
         if outcome is None:
             return calls
+        if self._comparison is not None:
+            return []  # the reply to a call that was open when the answer came
         if outcome.answer is None:
             self.outcome = outcome
             return []
-        return [self._inner.ask(self._judge, CompareTask(self.problem, outcome.answer, self._expected))]
+        comparison = self._inner.ask(self._judge, CompareTask(self.problem, outcome.answer, self._expected))
+        self._comparison = comparison.number
+        return [comparison]

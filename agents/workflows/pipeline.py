@@ -36,12 +36,18 @@ class Pipeline(Workflow):
     def misfits(cls, options: Value, roles: Mapping[str, Role]) -> Iterator[str]:
         assert isinstance(options, Pipeline.Options)
         known: list[str] = []
+        owners: dict[str, str] = {}
         for seat in options.seats:
             for name in roles[seat].needs:
                 if name not in known:
                     yield (
                         f"team.{seat}.role: it needs {name!r}, which no seat before it in the pipeline gives; "
                         f"{nearest(name, known)}"
+                    )
+            for name in roles[seat].gives:
+                if name in options.seats or owners.setdefault(name, seat) != seat:
+                    yield (
+                        f"team.{seat}.role: it gives {name!r}, which is also a seat, or given by another one; rename it"
                     )
             known += [seat, *roles[seat].gives]
 
@@ -62,7 +68,7 @@ class Pipeline(Workflow):
         self._results |= {call.seat: reply.text, **{name: _text(value) for name, value in reply.values.items()}}
         if self._next < len(self.options.seats):
             return self._ask_next()
-        self.outcome = Outcome(_text(reply.values.get("answer", reply.text)), None, self.rounds)
+        self.outcome = Outcome(_text(reply.values.get("answer")) or reply.text, None, self.rounds)
         return []
 
     def ahead(self) -> Mapping[str, int]:
@@ -75,7 +81,11 @@ class Pipeline(Workflow):
 
 
 def _text(value: Any) -> str:
-    """Return a JSON value as text: each element of a list, or property of an object, on a line."""
+    """Return a JSON value as text: each element of a list, or property of an object, on a line; nothing for null."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, Mapping):
         return "\n".join(f"{name}: {_text(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):

@@ -268,7 +268,10 @@ def phase_teams(config: Config, source: Source) -> dict[str, Team]:
     Raises ConfigError if a phase's workflow or option is wrong, and InputError if its team cannot work a problem.
     """
     if source.trace:
-        return {"trace": assemble(config)}
+        teams = {"trace": assemble(config)}
+        for problem in source.problems:
+            teams["trace"].check(problem.problem, problem.compare)
+        return teams
     teams = {}
     for phase in source.workload.phases:
         name = phase.workflow.get("name", config.workflow.name)
@@ -287,7 +290,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     folder = run_folder.create()
     logs.log_to(folder)
     config = plan.config
-    whole_team = assemble(config)
+    whole_team = assemble(config).with_seats_of(teams.values())
 
     def show_start(event: Event) -> None:
         if isinstance(event, EngineChanged) and not bar.has_runs:

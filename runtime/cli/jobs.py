@@ -16,7 +16,7 @@ from runtime import paths
 from runtime.cli.config_option import config_option
 from runtime.errors import InputError
 from runtime.jobs.job import JobState
-from runtime.jobs.journal import queries
+from runtime.jobs.journal import queries, records
 from runtime.jobs.journal.database import Connection, connect
 from runtime.jobs.journal.records import JobEvent, JobRecord
 from runtime.jobs.journal.transaction import open_transaction
@@ -39,14 +39,14 @@ def jobs() -> None:
 def list_(config: str, state: str | None, limit: int, as_json: bool) -> None:
     """List the newest jobs. `show` and `cancel` accept the shortened ids that this command prints."""
     with _journal(config) as sql:
-        records = queries.jobs(sql, JobState(state) if state else None, limit=limit)
+        listed = queries.jobs(sql, JobState(state) if state else None, limit=limit)
         counts = queries.counts(sql)
     if as_json:
-        for record in records:
+        for record in listed:
             click.echo(json.dumps(record.as_json()))
         return
     table = Table("id", "state", "submitted", "took", "problem", "answer", box=None, pad_edge=False)
-    for record in records:
+    for record in listed:
         took = f"{record.ended_at - record.submitted_at:.2f} s" if record.ended_at else ""
         answer = str((record.result or {}).get("answer") or "")
         problem = escape(record.submission.problem)
@@ -131,10 +131,21 @@ def _find(sql: Connection, id: str) -> JobRecord:
 
 
 def _event_lines(event: JobEvent) -> list[str]:
-    """Return what to print for an event: the transcript's new entries if there are any, else its kind and reason."""
+    """Return what to print for an event: entries of the transcript, a tool and its output, or its kind and reason."""
     entries = event.data.get("entries", [])
+    match event.kind:
+        case records.TOOL_CALLED:
+            arguments = json.dumps(event.data["arguments"], ensure_ascii=False)
+            return [f"{event.data['seat']} uses {event.data['tool']} {arguments}"]
+        case records.TOOL_RETURNED:
+            result = "failed" if event.data["failed"] else "returned"
+            return [f"{event.data['tool']} {result}: {event.data['output']}"]
     if entries:
-        return [f"{entry['role']}: {entry['input']} → {entry['output']}" for entry in entries]
+        return [
+            f"{entry['role']}: {entry['input']} → {entry['output']}"
+            + (f" ({entry['note']})" if entry.get("note") else "")
+            for entry in entries
+        ]
     why = event.data.get("why")
     return [f"{event.kind}: {why}" if why else event.kind]
 

@@ -9,6 +9,7 @@ from typing import IO, Self
 
 from runtime.errors import InputError, TroupeError
 from runtime.jobs import problems
+from runtime.jobs.comparison import Comparison
 from runtime.jobs.job import JobResult
 from runtime.jobs.problems import Problem
 
@@ -32,10 +33,17 @@ def read_kept(path: Path, resume: bool, asked: Sequence[Problem]) -> dict[str, J
         problem = by_id.get(result.id)
         if result.error is not None or (problem is not None and problem.problem != result.problem):
             continue
+        if problem is not None and problem.compare is Comparison.JUDGE and not _was_judged(result, problem):
+            continue
         kept[result.id] = (
             result if problem is None else replace(result, expected=problem.expected, compare=problem.compare)
         )
     return kept
+
+
+def _was_judged(result: JobResult, problem: Problem) -> bool:
+    """Return True if a judge has compared the answer with the answer that is expected now."""
+    return result.judged is not None and result.expected == problem.expected
 
 
 class ResultsFile:

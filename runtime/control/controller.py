@@ -24,7 +24,7 @@ from runtime.engines.grant import Applied, Deferred, Grant, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.sharing import GRACE_S, Sharing
 from runtime.errors import InputError, NotFound, TroupeError
-from runtime.events import Event, JobAdvanced
+from runtime.events import CallPaused, Event, JobAdvanced
 
 EVERY_S = 0.1
 BURST = "a burst"
@@ -111,7 +111,7 @@ class Controller:
 
     def on_event(self, event: Event) -> None:
         """Check for a burst when calls of a job become due. This is a listener of events."""
-        if isinstance(event, JobAdvanced):
+        if isinstance(event, JobAdvanced | CallPaused):
             self.look()
 
     def look(self) -> None:

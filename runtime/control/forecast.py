@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from runtime.events import Event, JobAdvanced, JobEnded
+from runtime.events import CallPaused, Event, JobAdvanced, JobEnded
 
 NEWEST_WEIGHT = 0.05
 """Weight of the newest value in a running mean."""
@@ -12,10 +12,14 @@ NEWEST_WEIGHT = 0.05
 
 @dataclass
 class _Progress:
-    """A running job: its calls made so far, its open calls, and those certain to come (None if unknown), by seat."""
+    """A running job: its calls made so far, its open calls, and those certain to come (None if unknown), by seat.
+
+    An open call that waits for a tool is in `paused` and not in `open`.
+    """
 
     made: Counter[str] = field(default_factory=Counter)
     open: Counter[str] = field(default_factory=Counter)
+    paused: Counter[str] = field(default_factory=Counter)
     ahead: Mapping[str, int] | None = None
 
 
@@ -30,6 +34,7 @@ class Forecast:
         self._jobs: dict[str, _Progress] = {}
         self._open: Counter[str] = Counter()
         self._ahead: Counter[str] = Counter()
+        self._paused: Counter[str] = Counter()
         self._unplanned: dict[str, _Progress] = {}
         self._mean_calls_of_job: dict[str, float] = {}
         self._mean_followers: dict[str, dict[str, float]] = defaultdict(dict)
@@ -39,8 +44,10 @@ class Forecast:
         self._engine_of.update(engine_of)
 
     def on_event(self, event: Event) -> None:
-        """Update the counts when a job starts, advances or ends."""
+        """Update the counts when a job starts, advances, waits for a tool or ends."""
         match event:
+            case CallPaused():
+                self._pause(event)
             case JobAdvanced():
                 self._advance(event)
             case JobEnded():
@@ -65,17 +72,24 @@ class Forecast:
         return expected
 
     def coming(self) -> dict[str, float]:
-        """Return the calls that running jobs will make after their open ones, by engine.
+        """Return the calls that running jobs will make after their open ones, by engine. Calls in tools come back.
 
         A job whose workflow does not know its calls yet is expected to make as many as earlier jobs did on average.
         """
         expected: dict[str, float] = defaultdict(float)
-        for seat, count in self._ahead.items():
+        for seat, count in (self._ahead + self._paused).items():
             expected[self._engine_of[seat]] += count
         for progress in self._unplanned.values():
             for seat, mean in self._mean_calls_of_job.items():
                 expected[self._engine_of[seat]] += max(mean - progress.made[seat], 0.0)
         return expected
+
+    def _pause(self, event: CallPaused) -> None:
+        progress = self._jobs.setdefault(event.job, _Progress())
+        change = Counter({event.seat: 1 if event.paused else -1})
+        for open_calls, paused in ((self._open, self._paused), (progress.open, progress.paused)):
+            open_calls.subtract(change)
+            paused.update(change)
 
     def _advance(self, event: JobAdvanced) -> None:
         progress = self._jobs.setdefault(event.job, _Progress())
@@ -106,6 +120,7 @@ class Forecast:
             return
         self._unplanned.pop(job, None)
         self._open.subtract(progress.open)
+        self._paused.subtract(progress.paused)
         self._ahead.subtract(progress.ahead or {})
         for seat in {*self._mean_calls_of_job, *progress.made}:
             mean = self._mean_calls_of_job.get(seat)

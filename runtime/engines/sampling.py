@@ -17,8 +17,11 @@ GPU: vllm/v1/worker/gpu/sample/logit_bias.py."""
 BAD_WORDS, BAD_WORDS_BYTES = 64, 400
 """The most bad words, and the most bytes in all of them. vLLM turns each word into tokens twice, with and without a
 blank before it, and a token has at least a byte. So they have at most 864 tokens; more than 1024 kill the worker."""
-REPETITION = RepetitionDetectionParams(max_pattern_size=16, min_count=16)
-"""Ends a reply once a pattern of at most 16 tokens has occurred 16 times in a row: the model is stuck."""
+REPETITION = RepetitionDetectionParams(max_pattern_size=8, min_count=64)
+"""Ends a reply once a pattern of at most 8 tokens has occurred 64 times in a row: the model is stuck.
+
+Fewer times would end replies that are right, such as 0.3333333333333333 or a list of 16 zeros.
+"""
 INTEGER_MAX = 2**31 - 1
 _FIELDS_OF_A_REQUEST = {"temperature", "top_p", "max_tokens", "stop", "seed", "logprobs", "stream_interval"}
 _SET_BY_THE_ENGINE = {"n", "output_kind", "skip_clone", "output_text_buffer_length"}

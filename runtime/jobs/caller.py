@@ -2,26 +2,26 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 from agents import cut_json, tool_protocol
 from agents.role import Message, Reply, ReplyUnusable, Role, Task
 from agents.tool import ToolSpec
-from agents.tool_protocol import ToolUse
+from agents.tool_protocol import ToolCall, ToolUse
 from agents.workflow import RoleCall, Unusable
 from runtime.engines.handle import EngineHandle
 from runtime.engines.request import GenerateRequest
 from runtime.engines.usage import Charge, Usage
 from runtime.errors import PluginError
-from runtime.events import CallEnded, Listener, ToolCalled, ToolReturned
+from runtime.events import CallEnded, CallPaused, Listener, ToolCalled, ToolReturned
 from runtime.jobs.plugin_calls import call_plugin
 from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.run import Run
 from runtime.jobs.team import Seat
-from runtime.jobs.tool_record import ToolRecord
+from runtime.jobs.tool_record import ToolRecord, task_id
 from runtime.tools.toolbox import Toolbox
 
 INTERRUPTED = "the call was interrupted when the runtime stopped; it may or may not have had its effect"
@@ -29,14 +29,6 @@ INTERRUPTED = "the call was interrupted when the runtime stopped; it may or may 
 TOOL_CALL_TOKENS = 1024
 """The most tokens of a reply that may be a call of a tool, if the role allows fewer for its replies."""
 _ENDED_EARLY = {"length": "cut off at {} tokens", "repetition": "ended because it repeated itself"}
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A seat's call waits for a tool (`waits`), or goes on after it. The forecast counts such calls as coming."""
-
-    seat: str
-    waits: bool
 
 
 class Caller:
@@ -60,56 +52,59 @@ class Caller:
         self._stream_interval = stream_interval
         self._requests = count()
 
-    async def ask(
-        self,
-        run: Run,
-        seat: Seat,
-        call: RoleCall,
-        past: Sequence[ToolRecord] = (),
-        on_wait: Callable[[Waiting], None] = lambda waiting: None,
-    ) -> ReplyRecord:
+    async def ask(self, run: Run, seat: Seat, call: RoleCall, past: Sequence[ToolRecord] = ()) -> ReplyRecord:
         """Make a call and return its reply. `past` are its calls of tools before the runtime stopped, in order."""
-        records = [await self._finished(run, record) for record in past]
+        records = run.tools.setdefault(call.number, [])
+        earlier = run.earlier_uses.get(task_id(call), ())
+        for record in past:
+            if record.belongs_to(call):
+                records.append(await self._finished(run, record))
         tools = self._toolbox.specs(seat.tools)
         while True:
             run.begin_call()
             used = Usage()
-            uses = [record.use for record in records if record.use is not None]
+            uses = [*earlier, *(record.use for record in records if record.use is not None)]
             request = self.request(run, seat, call, tools, uses)
             try:
                 text, finish = await self._generate(run.job.id, seat, request, used)
             finally:
                 run.add(seat.name, used)
             note = _ENDED_EARLY.get(finish or "", "").format(request.max_tokens)
-            if note and request.schema is not None:
-                text = cut_json.closed(text)
             try:
-                step = tool_protocol.read(text) if tools else text
+                step = _step(text, bool(tools), request.schema is not None, bool(note))
                 if isinstance(step, str):
                     reply = _parsed(seat, step, call.task)
                     return ReplyRecord(call.number, seat.name, reply, used, note, tuple(records))
             except ReplyUnusable as error:
                 unusable = Unusable(f"{error} ({note})" if note else str(error))
                 return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
-            on_wait(Waiting(seat.name, True))
-            records.append(await self._use_tool(run, ToolRecord(call.number, seat.name, step, used)))
-            on_wait(Waiting(seat.name, False))
+            if len(uses) >= seat.tool_calls_max:  # its grammar did not admit another call
+                unusable = Unusable(f"it has used its {seat.tool_calls_max} calls of tools")
+                return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
+            records.append(await self._use_tool(run, ToolRecord(call.number, seat.name, task_id(call), step, used)))
 
     async def _use_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
-        """Write a call down, make it, and write down what came of it."""
+        """Write a call of a tool down, make it, and write its output down."""
         run.begin_call()
-        called = ToolCalled(run.job.id, record.number, record.seat, record.call, record.used)
+        called = ToolCalled(run.job.id, record.number, record.seat, record.task, record.call, record.used)
         await run.log(called)
         self._tell(called)
-        return await self._returned(run, record, await self._toolbox.use(record.call))
+        return await self._run_tool(run, record)
 
     async def _finished(self, run: Run, record: ToolRecord) -> ToolRecord:
         """Return a past call with its output. Repeat it if it was interrupted and may be repeated."""
         if record.use is not None:
             return record
         if self._toolbox.may_repeat(record.call.tool):
-            return await self._returned(run, record, await self._toolbox.use(record.call))
+            return await self._run_tool(run, record)
         return await self._returned(run, record, ToolUse(record.call, INTERRUPTED, failed=True))
+
+    async def _run_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
+        """Run a tool. Meanwhile its call needs no engine, which the listeners are told."""
+        self._tell(CallPaused(run.job.id, record.seat, True))
+        returned = await self._returned(run, record, await self._toolbox.use(record.call))
+        self._tell(CallPaused(run.job.id, record.seat, False))
+        return returned
 
     async def _returned(self, run: Run, record: ToolRecord, use: ToolUse) -> ToolRecord:
         returned = ToolReturned(run.job.id, record.number, record.seat, use)
@@ -183,10 +178,20 @@ class Caller:
         )
 
 
+def _step(text: str, with_tools: bool, with_schema: bool, ended_early: bool) -> ToolCall | str:
+    """Return the call of a tool in a model's text, or the text of its reply. Raise ReplyUnusable if it is neither.
+
+    Of a reply in JSON that ended early, the values that are whole count.
+    """
+    if with_tools:
+        return tool_protocol.read(text, ended_early)
+    return cut_json.closed(text) if with_schema and ended_early else text
+
+
 def _parsed(seat: Seat, text: str, task: Task) -> Reply:
     """Return the reply in a text. Raise ReplyUnusable if the role cannot read it, PluginError if the role is broken."""
     reply: object = call_plugin(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, task))
-    if not isinstance(reply, task.reply_type):
+    if not isinstance(reply, task.reply_type) or type(reply) is not task.reply_type:
         raise PluginError(
             f"the role at {seat.name}: parse() returned {reply!r}; the reply to {type(task).__name__} must be "
             f"{task.reply_type.__name__}"

@@ -10,16 +10,16 @@ from dataclasses import replace
 from itertools import chain
 
 from agents.role import TaskRefused
-from agents.workflow import RoleCall, Workflow
+from agents.workflow import Entry, RoleCall, Unusable, Workflow
 from runtime.engines.handle import EngineHandle
 from runtime.errors import BudgetSpent, EngineError, InputError, PluginError, RequestRefused
 from runtime.events import JobAdvanced, JobEnded, JobRestarted, Listener, RoleReplied, ignore
-from runtime.jobs.caller import Caller, Waiting
+from runtime.jobs.caller import Caller
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.plugin_calls import call_plugin
 from runtime.jobs.reply_record import ReplyRecord, StoredReply
 from runtime.jobs.run import Run, ToolLog, no_log
-from runtime.jobs.team import Seat, Team
+from runtime.jobs.team import Team
 from runtime.jobs.tool_record import ToolRecord, tool_entry
 from runtime.tools.toolbox import Toolbox
 
@@ -93,17 +93,20 @@ class Orchestrator:
         """
         for recorded in past:
             run.add(recorded.seat, recorded.used)
-        for asked in chain(*(recorded.tools for recorded in past), *tools.values()):
-            run.add(asked.seat, asked.used)
+        asked = [*chain(*(recorded.tools for recorded in past), *tools.values())]
+        for record in asked:
+            run.add(record.seat, record.used)
+        run.calls = len(past) + 2 * len(asked)  # the calls of seats that asked for the tools, and the tools themselves
         workflow, due = self._start(run)
         for recorded in past:
             call = due.pop(recorded.number, None)
             typed = recorded.to(call) if call is not None else None
             if call is None or typed is None:
                 self._tell(JobRestarted(run.job.id))
+                run.earlier_uses.clear()
                 workflow, due = self._start(run)
                 return workflow, list(due.values()), {}
-            due.update((following.number, following) for following in _following(workflow, call, typed))
+            due.update((following.number, following) for following in _following(run, workflow, call, typed))
         return workflow, list(due.values()), tools
 
     def _start(self, run: Run) -> tuple[Workflow, dict[int, RoleCall]]:
@@ -117,16 +120,16 @@ class Orchestrator:
     ) -> None:
         """Make the calls that are due and take their replies as they come, until the workflow has an outcome."""
         job = run.job
-        self._advanced(job, workflow, "", Counter(call.seat for call in due))
+        self._advanced(job, workflow, "", due)
         open_calls: dict[asyncio.Task[ReplyRecord], RoleCall] = {}
         try:
             while workflow.outcome is None:
                 if len(due) == 1 and not open_calls:  # the usual case, which needs no task
                     call = due.pop()
-                    due = self._take(job, workflow, call, await self._ask(run, workflow, call, tools))
+                    due = self._take(run, workflow, call, await self._ask(run, call, tools))
                     continue
                 for call in due:
-                    asking = self._ask(run, workflow, call, tools)
+                    asking = self._ask(run, call, tools)
                     task = asyncio.create_task(asking, name=f"{job.id} {call.seat} {call.number}")
                     open_calls[task] = call
                 if not open_calls:
@@ -136,7 +139,7 @@ class Orchestrator:
                 due = [
                     next_call
                     for task in sorted(done, key=lambda task: open_calls[task].number)
-                    for next_call in self._take(job, workflow, open_calls.pop(task), task.result())
+                    for next_call in self._take(run, workflow, open_calls.pop(task), task.result())
                 ]
         finally:
             for task in open_calls:
@@ -144,44 +147,31 @@ class Orchestrator:
             if open_calls:
                 await asyncio.wait(open_calls)
 
-    def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
+    def _take(self, run: Run, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
         """Give a reply to the workflow and tell the listeners. Return the calls that are due now."""
+        job = run.job
         known_entries = len(workflow.transcript) + len(recorded.tools)
-        due = _following(workflow, call, recorded)
+        due = _following(run, workflow, call, recorded)
         entries = tuple(replace(entry) for entry in workflow.transcript[known_entries:])
         reply = RoleReplied(
             job.id, recorded.number, recorded.seat, recorded.reply, recorded.used, entries, recorded.note
         )
         self._tell(reply)
-        self._advanced(job, workflow, call.seat, Counter(call.seat for call in due))
+        self._advanced(job, workflow, call.seat, due)
         return due
 
-    def _advanced(
-        self, job: Job, workflow: Workflow, replied: str, due: Mapping[str, int], waiting: str | None = None
-    ) -> None:
-        """Tell the listeners that the job has advanced. `waiting` is a seat whose call comes back after a tool."""
+    def _advanced(self, job: Job, workflow: Workflow, replied: str, due: list[RoleCall]) -> None:
         ahead = call_plugin("the workflow's ahead()", workflow.ahead)
-        if waiting is not None and ahead is not None:
-            ahead = Counter(ahead) + Counter([waiting])
-        self._tell(JobAdvanced(job.id, replied, due, ahead, frozenset(self.team.seats)))
+        self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead, frozenset(self.team.seats)))
 
-    async def _ask(
-        self, run: Run, workflow: Workflow, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]
-    ) -> ReplyRecord:
-        """Make a call and tell the listeners while it waits for a tool, because it then uses no engine."""
-        seat: Seat | None = call_plugin("the workflow's call", self.team.seats.get, call.seat)
+    async def _ask(self, run: Run, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]) -> ReplyRecord:
+        """Make one call. `tools` are the calls of tools before the runtime stopped, by the number of the call."""
+        seat = call_plugin("the workflow's call", self.team.seats.get, call.seat)
         if seat is None:
             raise PluginError(
                 f"the workflow calls on the seat {call.seat!r}; the team has {', '.join(self.team.seats)}"
             )
-
-        def on_wait(waiting: Waiting) -> None:
-            if waiting.waits:
-                self._advanced(run.job, workflow, waiting.seat, {}, waiting=waiting.seat)
-            else:
-                self._advanced(run.job, workflow, "", {waiting.seat: 1})
-
-        return await self.caller.ask(run, seat, call, tools.get(call.number, ()), on_wait)
+        return await self.caller.ask(run, seat, call, tools.get(call.number, ()))
 
 
 def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elapsed_s: float) -> JobResult:
@@ -193,7 +183,7 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
         answer=outcome.answer if outcome else None,
         confirmed=outcome.confirmed if outcome else None,
         rounds=outcome.rounds if outcome else 0,
-        steps=workflow.transcript if workflow else [],
+        steps=[*(workflow.transcript if workflow else ()), *_open_tools(run)],
         usage=run.usage,
         elapsed_s=elapsed_s,
         expected=run.job.expected,
@@ -204,8 +194,15 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
     )
 
 
-def _following(workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
+def _open_tools(run: Run) -> list[Entry]:
+    """Return the transcript's lines for the tools of calls that have no reply, because the job failed before."""
+    records = chain(*(run.tools[number] for number in sorted(run.tools)))
+    return [tool_entry(record.seat, record.use) for record in records if record.use is not None]
+
+
+def _following(run: Run, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
     """Give a reply to the workflow and return the next calls. The transcript gets the reply's tools before it."""
+    run.end_call(call, recorded.tools, readable=not isinstance(recorded.reply, Unusable))
     workflow.transcript += [tool_entry(record.seat, record.use) for record in recorded.tools if record.use is not None]
     known_entries = len(workflow.transcript)
     calls = call_plugin("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))

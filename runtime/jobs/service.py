@@ -279,10 +279,10 @@ class JobService:
                 budget_timer.cancel()
 
     async def _log_tool(self, event: ToolCalled | ToolReturned) -> None:
-        """Write a call of a tool, or what came of it, to the journal. Return once it is on the disk."""
+        """Write a call of a tool, or its output, to the journal. Return once it is on the disk."""
         match event:
             case ToolCalled():
-                call = ToolRecord(event.number, event.seat, event.call, event.usage)
+                call = ToolRecord(event.number, event.seat, event.task, event.call, event.usage)
                 await self._write_surely(lambda transaction: transaction.add_tool_call(event.job, call))
             case ToolReturned():
                 await self._write_surely(

@@ -4,7 +4,7 @@ A team is assembled before any engine starts, so an unknown role, a broken plug-
 once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -62,6 +62,11 @@ class Team:
     options: Value
     judge: str | None = None
 
+    def with_seats_of(self, others: Iterable["Team"]) -> "Team":
+        """Return this team with the seats of others beside its own, so that their engines and tools start too."""
+        seats = {name: seat for other in others for name, seat in other.seats.items()}
+        return replace(self, seats={**seats, **self.seats})
+
     def without_tools(self) -> "Team":
         """Return this team with seats that call no tools, for modelled engines, which do not know how to."""
         seats = {name: replace(seat, tools=()) for name, seat in self.seats.items()}
@@ -108,6 +113,10 @@ def assemble(config: Config) -> Team:
     workflow = _workflow(config)
     options = _options(config, workflow)
     needed = _needed(config, workflow, options)
+    if config.judge is not None and config.judge not in config.team:
+        raise ConfigError(
+            f"{config.source}: judge: there is no seat {config.judge!r}; {nearest(config.judge, config.team)}"
+        )
     for seat in needed:
         if seat not in config.team:
             raise ConfigError(
@@ -123,6 +132,11 @@ def _check_fit(config: Config, workflow: type[Workflow], options: Value, seats: 
     """Raise ConfigError if a role does not take what the workflow gives its seat, or names a tool that there is not."""
     for name, tasks in _needed(config, workflow, options).items():
         missing = [task.__name__ for task in tasks if task not in seats[name].role.takes]
+        if missing == [CompareTask.__name__] and name == config.judge:
+            raise ConfigError(
+                f"{config.source}: judge: the role of the seat {name!r}, {config.team[name].role!r}, does not take "
+                "CompareTask; use a seat with the role judge"
+            )
         if missing:
             takes = ", ".join(task.__name__ for task in seats[name].role.takes)
             raise ConfigError(

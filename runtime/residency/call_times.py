@@ -7,11 +7,11 @@ of the same kind, that is, of jobs whose workflow calls the same seats.
 import asyncio
 import heapq
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from runtime.events import Event, JobAdvanced, JobEnded
+from runtime.events import CallPaused, Event, JobAdvanced, JobEnded
 
 NEWEST_WEIGHT = 0.1
 """Weight of the newest value in a running mean."""
@@ -36,11 +36,15 @@ class _Kind:
 
 @dataclass
 class _Job:
-    """A running job: its kind, when its open calls of each seat were made (the oldest first), and its certain calls."""
+    """A running job: its kind, when its open calls of each seat were made (the oldest first), and its certain calls.
+
+    `paused` counts the open calls that wait for a tool.
+    """
 
     kind: frozenset[str]
     began_s: float
     since_s: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+    paused: Counter[str] = field(default_factory=Counter)
     ahead: Mapping[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
 
@@ -68,6 +72,8 @@ class CallTimes:
         match event:
             case JobAdvanced():
                 self._advance(event)
+            case CallPaused() if paused_job := self._jobs.get(event.job):
+                paused_job.paused[event.seat] += 1 if event.paused else -1
             case JobEnded() if job := self._jobs.pop(event.job, None):
                 self._kinds[job.kind].has_ended |= event.error is None
 
@@ -77,7 +83,8 @@ class CallTimes:
         A call is expected to end when it has taken as long as earlier calls of its seat did on average. Calls of
         `absent` engines, which do not serve, count from now. A seat is expected to be called if its calls probably
         follow on the open ones, directly or not. Seats of which no job has shown that are expected after the next
-        reply: those that a job is certain to call, and all seats of a job that is the first of its kind.
+        reply: those that a job is certain to call, and all seats of a job that is the first of its kind. A call that
+        waits for a tool is expected back at any time.
         """
         now_s = self._clock()
         jobs_of: defaultdict[frozenset[str], list[_Job]] = defaultdict(list)
@@ -122,7 +129,8 @@ class CallTimes:
             expected |= name
         shown = {seat for followers in kind.followers.values() for seat in followers}
         soonest_s = min(ends_s.values(), default=0.0)
-        return {**dict.fromkeys(expected - shown - calls.keys(), soonest_s), **called_s}
+        in_tools = {seat for job in jobs for seat, count in job.paused.items() if count > 0}
+        return {**dict.fromkeys(expected - shown - calls.keys(), soonest_s), **called_s, **dict.fromkeys(in_tools, 0.0)}
 
     def _follow(self, kind: _Kind, ends_s: Mapping[str, float], calls: Mapping[str, int]) -> dict[str, float]:
         """Return when seats will be called, given when a call of each seat ends: a search for the shortest paths."""

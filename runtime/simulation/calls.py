@@ -48,11 +48,13 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
 def reply(request: GenerateRequest) -> str:
     """Return a reply to a role's chat: the correct one of the embedded team's models, or one that fits the schema.
 
-    A text that no schema binds is "1". The lengths of modelled replies do not depend on their text.
+    Samples of one task differ, so that debaters do not always agree. The lengths of modelled replies do not depend on
+    their text.
     """
+    character = str(1 + (request.seed or 0) % 2)
     if request.schema is not None:
-        return json.dumps(json_example.example(request.schema))
+        return json.dumps(json_example.example(request.schema, character))
     try:
         return oracle.reply(request.messages[-1].content)
     except (ValueError, LookupError, SyntaxError, AssertionError):
-        return "1"
+        return character

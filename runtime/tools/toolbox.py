@@ -11,7 +11,7 @@ from jsonschema.exceptions import best_match
 from agents.names import nearest
 from agents.tool import ToolSpec
 from agents.tool_protocol import ToolCall, ToolUse
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, PluginError
 from runtime.tools.tool import Tool, ToolError, ToolSource
 
 
@@ -51,7 +51,10 @@ class Toolbox:
         self._names[name] = tuple(tool.spec.name for tool in tools)
 
     def specs(self, names: Sequence[str]) -> tuple[ToolSpec, ...]:
-        """Return what a model is told of the tools that a seat names."""
+        """Return what a model is told of the tools that a seat names. Raise PluginError for one that did not start."""
+        for name in names:
+            if name not in self._names:
+                raise PluginError(f"the tool {name!r} was not started with the team")
         return tuple(self._tools[tool].spec for name in names for tool in self._names[name])
 
     def may_repeat(self, tool: str) -> bool:

@@ -83,6 +83,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "schema is invalid": ({"schema": lambda *_: {"type": "objekt"}}, "an invalid JSON schema"),
     "schema is not JSON": ({"schema": lambda *_: {"default": {1}}}, "schema() raised TypeError"),
     "parse raises on rubbish": ({"parse": raising(ValueError("bad"))}, "parse('') raised ValueError: bad"),
+    "max_tokens raises": ({"max_tokens": raising(KeyError("x"))}, "max_tokens() raised KeyError: 'x'"),
+    "max_tokens is None": ({"max_tokens": lambda *_: None}, "max_tokens() returned None"),
+    "needs is text": ({"needs": "facts"}, "needs is 'facts': it must be a tuple of names"),
     "parse returns another type": (
         {"parse": lambda *_: Verdict(accepted=True)},
         "the reply to AnswerTask must be Answer",

@@ -23,6 +23,7 @@ JSON = st.recursive(
         ('{"work": "12+7=19", "result":', {"work": "12+7=19"}),
         ('{"work": "a", "result": "269', {"work": "a"}),
         ('{"work": "a\\', {}),
+        ('{"steps": ["a\n\tb", "c', {"steps": ["a\n\tb"]}),
         ('{"order": [2, 13', {"order": [2]}),
         ('{"value": -1.5e', {}),
         ('{"accepted": tr', {}),

@@ -1,7 +1,8 @@
 """A workflow with a judge at its end, who compares the answer with the expected one."""
 
+from agents.role import Reply
 from agents.tasks import Answer, CompareTask, Verdict
-from agents.workflow import Outcome, Unusable
+from agents.workflow import Outcome, RoleCall, Unusable
 from agents.workflows.judged import Judged
 from agents.workflows.solo import Solo
 
@@ -44,3 +45,22 @@ def test_answer_stays_if_the_judge_cannot_be_read() -> None:
         calls = workflow.take(calls[0], Unusable("dots"))
         tries += 1
     assert (tries, workflow.outcome) == (3, Outcome("1 h 25 min", None, 0))
+
+
+class Hasty(Solo):
+    """A workflow that asks twice and answers with the first reply."""
+
+    def begin(self) -> list[RoleCall]:
+        return [*super().begin(), *super().begin()]
+
+    def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
+        return [] if self.outcome else super().take(call, reply)
+
+
+def test_judge_is_asked_once_if_calls_are_open_when_the_answer_comes() -> None:
+    workflow = Judged(Hasty("How long?", Solo.Options()), "judge", "85 minutes")
+    first, second = workflow.begin()
+    [comparison] = workflow.take(first, Answer(answer="85"))
+    assert workflow.take(second, Answer(answer="65")) == []
+    assert workflow.take(comparison, Verdict(accepted=True)) == []
+    assert workflow.outcome == Outcome("85", None, 0, correct=True)

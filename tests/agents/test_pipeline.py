@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from agents.role import Role
 from agents.tasks import Text, WriteTask
 from agents.workflow import Outcome, Unusable
@@ -43,6 +45,14 @@ def test_answer_is_the_property_of_that_name() -> None:
     assert workflow.outcome == Outcome("42", None, 0)
 
 
+@pytest.mark.parametrize(("answer", "text"), [(True, "true"), (None, "whole"), ("", "whole"), ([1, 2], "1\n2")])
+def test_answer_of_any_type_becomes_text(answer: object, text: str) -> None:
+    workflow = pipeline("writer")
+    [call] = workflow.begin()
+    workflow.take(call, Text(text="whole", values={"answer": answer}))
+    assert workflow.outcome == Outcome(text, None, 0)
+
+
 def test_seat_can_work_again() -> None:
     workflow = pipeline("writer", "editor", "writer")
     [call] = workflow.begin()
@@ -69,3 +79,18 @@ def test_role_that_needs_what_no_seat_before_it_gives_does_not_fit() -> None:
         "team.writer.role: it needs 'facts', which no seat before it in the pipeline gives; known: none",
         "team.writer.role: it needs 'researcher', which no seat before it in the pipeline gives; known: none",
     ]
+
+
+def test_names_that_clash_do_not_fit() -> None:
+    roles = {"researcher": role("{problem}", facts=TEXT, writer=TEXT), "writer": role("{problem}", facts=TEXT)}
+    assert list(Pipeline.misfits(Pipeline.Options(seats=("researcher", "writer", "researcher")), roles)) == [
+        "team.researcher.role: it gives 'writer', which is also a seat, or given by another one; rename it",
+        "team.writer.role: it gives 'facts', which is also a seat, or given by another one; rename it",
+        "team.researcher.role: it gives 'writer', which is also a seat, or given by another one; rename it",
+    ]
+
+
+def test_property_that_may_be_missing_is_not_given() -> None:
+    mapping = {"name": "part", "task": "write", "prompt": "{problem}"}
+    schema = {"type": "object", "properties": {"facts": TEXT, "notes": TEXT}, "required": ["facts"]}
+    assert from_mapping({**mapping, "reply": schema}, "part.yaml").gives == ("facts",)

@@ -20,11 +20,17 @@ def schema(**properties: Any) -> dict[str, Any]:
 
 
 def test_budget_is_that_of_ordinary_text() -> None:
-    assert reply_budget.tokens(schema(answer=TEXT)) == (300 + 6 + 6) // 3 + reply_budget.SPARE_TOKENS
+    assert reply_budget.tokens(schema(answer=TEXT)) == 300 + len("answer") + 6 + reply_budget.SPARE_TOKENS
     listed = {"type": "array", "maxItems": 10, "items": TEXT}
-    assert reply_budget.tokens(schema(steps=listed)) == 1023 + 1 + reply_budget.SPARE_TOKENS
+    characters = 10 * (300 + 6) + len("steps") + 6
+    assert reply_budget.tokens(schema(steps=listed)) == 400 + (characters - 400) // 3 + 1 + reply_budget.SPARE_TOKENS
     referring = {**schema(answer={"$ref": "#/$defs/Text"}), "$defs": {"Text": TEXT}}
     assert reply_budget.tokens(referring) == reply_budget.tokens(schema(answer=TEXT))
+
+
+def test_schema_that_contains_itself_has_no_budget() -> None:
+    tree = {"$ref": "#/$defs/Tree", "$defs": {"Tree": schema(child={"$ref": "#/$defs/Tree"})}}
+    assert reply_budget.tokens(tree) is None
 
 
 @pytest.mark.parametrize(
@@ -51,5 +57,5 @@ def test_shipped_roles_are_bounded_well_below_their_schema(role: Any, task: Any)
         part.get("maxLength", 0) + part.get("maxItems", 0) * part.get("items", {}).get("maxLength", 0)
         for part in asked["properties"].values()
     )
-    assert role.max_tokens(task) <= characters / 2
+    assert role.max_tokens(task) <= 500 + characters / 3
     assert role.max_tokens(task) < role.sampling.max_tokens

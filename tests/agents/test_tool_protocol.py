@@ -74,6 +74,55 @@ def test_chat_has_the_offer_and_the_calls_so_far() -> None:
     assert last[-1].content.startswith("python failed:\nno memory\n\nYou have used all")
 
 
+@pytest.mark.parametrize("pointer", ["#", "#/properties/value", "#/definitions/Unit", "#/$defs/Unit"])
+def test_references_of_a_tool_s_schema_stay_within_it(pointer: str) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"value": {"type": "integer"}, "more": {"$ref": pointer}},
+        "additionalProperties": False,
+        "definitions": {"Unit": {"type": "integer"}},
+        "$defs": {"Unit": {"type": "integer"}},
+    }
+    schema = tool_protocol.schema([ToolSpec("reply", "A name of ours.", parameters)], REPLY, 1)
+    right = {"value": 1} if pointer == "#" else 1
+    is_valid = Draft202012Validator(schema).is_valid
+    assert is_valid({"tool": "reply", "arguments": {"more": right}})
+    assert not is_valid({"tool": "reply", "arguments": {"more": "text"}})
+    assert is_valid({"reply": {"unit": "mine"}})
+
+
+def test_examples_of_a_chat_become_replies_of_the_protocol() -> None:
+    chat = [
+        Message("user", "1+1="),
+        Message("assistant", '{"answer": "2"}'),
+        Message("user", "name it"),
+        Message("assistant", "two"),
+        Message("user", "2+2="),
+    ]
+    shown = tool_protocol.messages(chat, [PYTHON], [], 1)
+    assert [m.content for m in shown if m.role == "assistant"] == ['{"reply": {"answer": "2"}}', '{"reply": "two"}']
+
+
+@pytest.mark.parametrize(
+    ("text", "reply"),
+    [
+        ('{"reply": "a long text that', "a long text that"),
+        ('{"reply": {"result": "19", "work": "12+', '{"result": "19"}'),
+        ('{"reply": "whole"}', "whole"),
+    ],
+)
+def test_reply_that_ended_early_keeps_what_is_whole(text: str, reply: str) -> None:
+    assert tool_protocol.read(text, ended_early=True) == reply
+
+
+@pytest.mark.parametrize(
+    "text", ['{"tool": "python", "arguments": {"code": "1", "more": [1, 2', '{"tool": "py', "{", "", '{"reply": "']
+)
+def test_call_that_ended_early_is_not_made(text: str) -> None:
+    with pytest.raises(ReplyUnusable, match="not whole"):
+        tool_protocol.read(text, ended_early=True)
+
+
 def test_replies_are_read() -> None:
     text = '{"tool": "python", "arguments": {"code": "1"}}'
     assert tool_protocol.read(text) == ToolCall("python", {"code": "1"}, text)

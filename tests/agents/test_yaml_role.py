@@ -261,7 +261,7 @@ def test_role_that_writes_gives_the_properties_of_its_reply() -> None:
         text='{"facts": ["a", "b"]}', values={"facts": ["a", "b"]}
     )
     assert from_mapping(spec("write"), "mine.yaml").parse('{"text": "t", "notes": "n"}', WriteTask("p")) == Text(
-        text="t", values={"text": "t", "notes": "n"}
+        text="t", values={"notes": "n"}
     )
 
 
@@ -305,6 +305,11 @@ def test_examples_come_before_the_task() -> None:
             {"examples": [{"step": "s", "reply": {"result": "", "work": ""}}]},
             "example 0: its reply does not fit: result: string should have at least 1 character",
         ),
+        (
+            {"examples": [{"step": ["s"], "reply": {"result": "1", "work": ""}}]},
+            "example 0: step must be text, not ['s']",
+        ),
+        ({"tools": [""]}, "tools.0: string should have at least 1 character"),
         ({"task": "nowhere.at:All"}, "task: task 'nowhere.at:All' of this file cannot be used: importing"),
         ({"task": 3}, "task: input should be a subclass of Task"),
     ],

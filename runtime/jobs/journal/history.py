@@ -29,7 +29,7 @@ def resumed(events: Sequence[JobEvent]) -> tuple[list[StoredReply], dict[int, li
                 tools.clear()
             case records.TOOL_CALLED:
                 tools[event.data["number"]].append(ToolRecord.from_json(event.data))
-            case records.TOOL_RETURNED:
+            case records.TOOL_RETURNED if tools.get(event.data["number"]):
                 called = tools[event.data["number"]]
                 use = ToolUse(called[-1].call, event.data["output"], event.data["failed"])
                 called[-1] = replace(called[-1], use=use)

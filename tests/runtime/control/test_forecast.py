@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.control.forecast import Forecast
-from runtime.events import JobAdvanced, JobEnded
+from runtime.events import CallPaused, JobAdvanced, JobEnded
 
 SEATS = {"planner": "p", "solver": "s", "critic": "c", "second": "c"}
 ALL_RUN = {"p": 1.0, "s": 1.0, "c": 1.0}
@@ -64,3 +64,29 @@ def test_ended_jobs_leave_no_expected_calls(forecast: Forecast) -> None:
     assert not any(forecast.coming().values())
     assert not any(forecast.soon(ALL_RUN).values())
     forecast.on_event(JobEnded("never heard of", None, None, 0))
+
+
+def test_calls_that_wait_for_tools_are_coming_and_not_open(forecast: Forecast) -> None:
+    forecast.on_event(JobAdvanced("j", "", {"solver": 3}, {"critic": 1}))
+    for waiting in (1, 2):
+        forecast.on_event(CallPaused("j", "solver", True))
+        assert forecast.open_calls() == {"s": 3 - waiting}
+        assert forecast.coming() == {"s": waiting, "c": 1}
+    forecast.on_event(JobAdvanced("j", "solver", {}, {"critic": 1}))
+    assert (forecast.open_calls(), forecast.coming()) == ({"s": 0}, {"s": 2, "c": 1})
+    forecast.on_event(CallPaused("j", "solver", False))
+    assert (forecast.open_calls(), forecast.coming()) == ({"s": 1}, {"s": 1, "c": 1})
+    forecast.on_event(JobEnded("j", None, "cancelled", 1.0))
+    assert not any(forecast.open_calls().values())
+    assert not any(forecast.coming().values())
+
+
+def test_waiting_for_a_tool_teaches_nothing_about_followers(forecast: Forecast) -> None:
+    play(forecast)
+    before = forecast.soon(ALL_RUN)
+    forecast.on_event(JobAdvanced("k", "", {"solver": 1}, {}))
+    one = forecast.soon(ALL_RUN)
+    forecast.on_event(CallPaused("k", "solver", True))
+    assert forecast.soon(ALL_RUN) == before
+    forecast.on_event(CallPaused("k", "solver", False))
+    assert forecast.soon(ALL_RUN) == one

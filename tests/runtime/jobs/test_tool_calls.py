@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from agents.workflows.pipeline import Pipeline
 from runtime.engines.fake import FakeEngine
 from runtime.engines.handle import EngineHandle
 from runtime.engines.request import GenerateRequest
-from runtime.events import Event, JobAdvanced, RoleReplied, ToolCalled, ToolReturned
+from runtime.engines.usage import Usage
+from runtime.events import CallPaused, Event, JobAdvanced, RoleReplied, ToolCalled, ToolReturned
 from runtime.jobs import run as run_bounds
 from runtime.jobs.caller import INTERRUPTED
 from runtime.jobs.job import Job, JobState
@@ -25,6 +27,7 @@ from runtime.jobs.orchestrator import Orchestrator
 from runtime.jobs.service import JobService
 from runtime.jobs.submission import Submission
 from runtime.jobs.team import Seat, Team
+from runtime.jobs.tool_record import ToolRecord
 from runtime.tools.tool import Tool, ToolError
 from runtime.tools.toolbox import Toolbox
 
@@ -114,18 +117,24 @@ async def test_model_gets_the_output_of_its_tool_and_the_transcript_shows_it() -
     assert result.usage["writer"].completion_tokens > replied.usage.completion_tokens
 
 
-async def test_forecast_is_told_that_the_call_comes_back_after_its_tool() -> None:
+async def test_listeners_are_told_that_a_call_waits_for_its_tool() -> None:
     events: list[Event] = []
     orchestrator = Orchestrator(
         team(seats=("writer", "editor")), await engine(calls_first(1)), events.append, toolbox=await toolbox(Counter())
     )
     await orchestrator.run(Job("j", "How many?"))
-    advanced = [(e.replied, dict(e.due), dict(e.ahead or {})) for e in events if isinstance(e, JobAdvanced)]
-    assert advanced[:4] == [
-        ("", {"writer": 1}, {"editor": 1}),
-        ("writer", {}, {"editor": 1, "writer": 1}),
+    kinds = (JobAdvanced, CallPaused, ToolCalled, ToolReturned)
+    told = [event for event in events if isinstance(event, kinds)]
+    assert [type(event) for event in told[:5]] == [JobAdvanced, ToolCalled, CallPaused, ToolReturned, CallPaused]
+    assert [event for event in told if isinstance(event, CallPaused)][:2] == [
+        CallPaused("j", "writer", True),
+        CallPaused("j", "writer", False),
+    ]
+    advanced = [(e.replied, dict(e.due), dict(e.ahead or {})) for e in told if isinstance(e, JobAdvanced)]
+    assert advanced == [
         ("", {"writer": 1}, {"editor": 1}),
         ("writer", {"editor": 1}, {}),
+        ("editor", {}, {}),
     ]
 
 
@@ -134,13 +143,63 @@ async def test_model_must_reply_once_its_calls_are_used() -> None:
 
     def reply(request: GenerateRequest) -> str:
         schemas.append(request.schema)
-        return call(by=1) if "anyOf" in (request.schema or {}) else '{"reply": "enough"}'
+        return call(by=1) if len(schemas[-1]["anyOf"]) > 1 else '{"reply": "enough"}'
 
     tool = Counter()
     orchestrator = Orchestrator(team(tool_calls_max=3), await engine(reply), toolbox=await toolbox(tool))
     result = await orchestrator.run(Job("j", "How many?"))
     assert (result.answer, len(tool.calls)) == ("enough", 3)
-    assert [("anyOf" in schema) for schema in schemas] == [True, True, True, False]
+    assert [len(schema["anyOf"]) for schema in schemas] == [2, 2, 2, 1]
+
+
+async def test_call_beyond_the_last_is_not_made() -> None:
+    tool = Counter()
+    orchestrator = Orchestrator(team(tool_calls_max=2), await engine(lambda _: call(by=1)), toolbox=await toolbox(tool))
+    result = await orchestrator.run(Job("j", "How many?"))
+    assert "it has used its 2 calls of tools" in str(result.error)
+    assert len(tool.calls) == 2
+
+
+async def test_call_that_is_cut_off_is_not_made() -> None:
+    tool = Counter()
+    cut = '{"tool": "count", "arguments": {"by": 1, "more": "and so on and on"'
+    made = team()
+    seats = {name: replace(seat, max_tokens=7) for name, seat in made.seats.items()}
+    orchestrator = Orchestrator(replace(made, seats=seats), await engine(lambda _: cut), toolbox=await toolbox(tool))
+    result = await orchestrator.run(Job("j", "How many?"))
+    assert tool.calls == []
+    assert str(result.error).endswith("the call of a tool or the reply is not whole (cut off at 7 tokens)")
+
+
+async def test_next_try_after_an_unreadable_reply_does_not_repeat_the_tools() -> None:
+    tool, asked = Counter(), list[int]()
+
+    def reply(request: GenerateRequest) -> str:
+        asked.append(len(outputs(request)))
+        if not outputs(request):
+            return call(by=1)
+        return "dots" if len(asked) == 2 else '{"reply": "done"}'
+
+    result = await Orchestrator(team(), await engine(reply), toolbox=await toolbox(tool)).run(Job("j", "How many?"))
+    assert (result.answer, len(tool.calls), asked) == ("done", 1, [0, 1, 1])
+    assert result.steps[0].output == "count is 1"
+    assert len(result.steps) == 3
+
+
+async def test_tools_of_a_call_that_fails_are_in_the_transcript() -> None:
+    orchestrator = Orchestrator(team(), await engine(lambda _: call(by=1)), toolbox=await toolbox(Counter()))
+    result = await orchestrator.run(Job("j", "How many?", max_tokens=100))
+    assert "its max_tokens is 100" in str(result.error)
+    assert result.steps
+    assert all(entry.output.startswith("count is") for entry in result.steps)
+
+
+async def test_calls_of_another_task_s_tools_are_not_taken_over() -> None:
+    stale = ToolRecord(1, "writer", "of another task", ToolCall("count", {"by": 9}, ""), Usage(), None)
+    tool = Counter()
+    orchestrator = Orchestrator(team(), await engine(calls_first(1)), toolbox=await toolbox(tool))
+    result = await orchestrator.run(Job("j", "How many?"), tools={1: [stale]})
+    assert (result.answer, tool.calls) == ("count is 1", [{"by": 0}])
 
 
 @pytest.mark.parametrize(
@@ -244,9 +303,13 @@ async def test_finished_call_is_not_repeated(tmp_path: Path) -> None:
         await until(lambda: len(tool.calls) == 2)
     again = Counter(idempotent=True)
     result = await restarted(path, calls_first(2), again)
+    whole = await Orchestrator(team(), await engine(calls_first(2)), toolbox=await toolbox(Counter())).run(
+        Job("j", "How many?")
+    )
     assert again.calls == [{"by": 1}]
     assert [entry["output"] for entry in result["steps"]] == ["count is 1", "count is 1", "count is 1"]
-    assert result["usage"]["writer"]["completion_tokens"] > 0
+    for key in ("completion_tokens", "prompt_tokens"):
+        assert result["usage"]["writer"][key] == getattr(whole.usage["writer"], key)
 
 
 async def test_toolbox_repeats_what_its_tools_allow() -> None:

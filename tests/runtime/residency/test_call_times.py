@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.events import JobAdvanced, JobEnded
+from runtime.events import CallPaused, JobAdvanced, JobEnded
 from runtime.residency.call_times import CallTimes
 
 KIND = frozenset({"planner", "solver", "critic"})
@@ -98,3 +98,17 @@ def test_lead_is_the_time_from_a_jobs_beginning_to_its_first_call(times: CallTim
     assert times.lead_s() == {}
     play(times, clock)
     assert times.lead_s() == pytest.approx({"p": 0, "s": 1, "c": 5})
+
+
+def test_call_that_waits_for_a_tool_is_expected_back_at_any_time(times: CallTimes, clock: Clock) -> None:
+    play(times, clock)
+    times.on_event(JobAdvanced("j", "", {"solver": 1}, {"critic": 1}, KIND))
+    assert times.next_call_s() == pytest.approx({"c": 4})
+    times.on_event(CallPaused("j", "solver", True))
+    clock.now_s += 1
+    assert times.next_call_s() == pytest.approx({"s": 0, "c": 3})
+    times.on_event(CallPaused("j", "solver", False))
+    assert times.next_call_s() == pytest.approx({"c": 3})
+    times.on_event(CallPaused("unknown", "solver", True))
+    times.on_event(JobEnded("j", None, "cancelled", 1.0))
+    assert times.next_call_s() == {}

@@ -76,7 +76,7 @@ async def test_call_of_a_tool_shows_while_it_runs_and_then_its_output(start: Sta
     await journal.write(lambda transaction: transaction.accept("tooled", Submission(problem="2**64?")))
     call = ToolCall("python", {"code": "2**64"}, "")
     for number, use in ((1, ToolUse(call, "18446744073709551616")), (2, ToolUse(call, "no memory", failed=True))):
-        record = ToolRecord(number, "coder", call, Usage())
+        record = ToolRecord(number, "coder", "", call, Usage())
         await journal.write(lambda transaction, record=record: transaction.add_tool_call("tooled", record))  # type: ignore[misc]
         job = page.locator("#jobs > li", has_text="2**64?")
         await expect(job).to_contain_text(f"queued 2**64? {number} steps")
