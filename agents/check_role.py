@@ -11,6 +11,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
+from agents import json_example
 from agents.role import Message, Reply, ReplyUnusable, Role, Sampling, Task, TaskRefused
 from agents.tasks import WriteTask
 
@@ -138,7 +139,7 @@ def _schema(role: Role, task: Task) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iterator[str]:
     expected = type(task).reply_type
-    for text in (*RUBBISH, *_examples(schema)):
+    for text in (*RUBBISH, *_example_texts(schema)):
         try:
             reply: object = role.parse(text, task)
         except ReplyUnusable:
@@ -159,32 +160,12 @@ def _has_number_or_boolean(schema: dict[str, Any]) -> bool:
     return any(part.get("items", part).get("type") in ("boolean", "integer", "number") for part in required)
 
 
-def _examples(schema: dict[str, Any] | None) -> list[str]:
+def _example_texts(schema: dict[str, Any] | None) -> list[str]:
     """Return one JSON text that the schema allows, in a list. The list is empty if the schema is too complex."""
     if schema is None:
         return []
     try:
-        example = _example(schema, schema.get("$defs", {}))
+        example = json_example.example(schema)
         return [json.dumps(example)] if Draft202012Validator(schema).is_valid(example) else []
     except Exception:  # noqa: BLE001  dangling references, endless recursion, invalid patterns
         return []
-
-
-def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
-    """Return a simple value that fits a schema as pydantic and YAML roles write it, without anyOf and the like."""
-    match schema:
-        case {"$ref": str(place)}:
-            return _example(definitions[place.removeprefix("#/$defs/")], definitions)
-        case {"const": value} | {"enum": [value, *_]}:
-            return value
-        case {"type": "object"}:
-            fields = schema.get("properties", {})
-            return {key: _example(fields.get(key, {}), definitions) for key in schema.get("required", fields)}
-        case {"type": "array"}:
-            return [_example(schema.get("items", {}), definitions)] * max(1, schema.get("minItems", 1))
-        case {"type": "integer" | "number"}:
-            return schema.get("minimum", 1)
-        case {"type": "boolean"}:
-            return True
-        case _:
-            return "1" * max(1, schema.get("minLength", 1))

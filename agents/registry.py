@@ -90,6 +90,10 @@ class Registered:
             raise self.broken(f"{workflow.__name__}.Options must be a subclass of agents.Value")
         return workflow
 
+    def load_object(self) -> object:
+        """Import whatever the entry point names. Raise BrokenPlugin if that fails."""
+        return self._import()
+
     def load_subclass(self, base: type[T], place: str) -> type[T]:
         """Import the class. Raise BrokenPlugin unless it is a concrete subclass of `base`; errors call that `place`."""
         loaded = self._import()

@@ -53,10 +53,15 @@ def spec_of(name: str, function: object) -> ToolSpec:
     description = inspect.getdoc(function)
     if not description:
         raise NotATool(f"{_name(function)} has no docstring, so a model cannot know what it does; write one")
-    return ToolSpec(name, description, _parameters(function), bool(getattr(function, _IDEMPOTENT, False)))
+    try:
+        parameters = form_of(function).model_json_schema()
+    except (PydanticSchemaGenerationError, TypeError, ValueError) as error:
+        raise _not_json(function, error) from None
+    return ToolSpec(name, description, parameters, bool(getattr(function, _IDEMPOTENT, False)))
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+def form_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """Return a pydantic model that has a field for each parameter of a function. Raise NotATool if there is none."""
     fields: dict[str, Any] = {}
     try:
         signature = inspect.signature(function, eval_str=True)
@@ -71,10 +76,14 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
         fields[parameter.name] = (parameter.annotation, default)
     try:
         form: type[BaseModel] = create_model(_name(function), __config__=ConfigDict(extra="forbid"), **fields)
-        return form.model_json_schema()
     except (PydanticSchemaGenerationError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise NotATool(f"{_name(function)}: its parameters cannot be written as JSON: {reason}") from None
+        raise _not_json(function, error) from None
+    return form
+
+
+def _not_json(function: Callable[..., Any], error: Exception) -> NotATool:
+    reason = str(error).partition("\n")[0]
+    return NotATool(f"{_name(function)}: its parameters cannot be written as JSON: {reason}")
 
 
 def _name(function: object) -> str:

@@ -18,7 +18,7 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec, oversubscribe
 from runtime.engines.step_time import StepTime
-from runtime.errors import EngineError
+from runtime.errors import ConfigError, EngineError, PluginError
 from runtime.events import EngineChanged, Event, JobAdvanced, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
@@ -28,6 +28,9 @@ from runtime.residency.keeper import Keeper, Rules
 from runtime.residency.policy import ResidencyPolicy
 from runtime.telemetry.reading import Reading
 from runtime.telemetry.sampler import Sampler, best_source
+from runtime.tools import catalogue as tool_catalogue
+from runtime.tools.tool import ToolSource
+from runtime.tools.toolbox import Toolbox
 
 Publish = Callable[[Record], None]
 """A function that the controller calls with the record of each decision."""
@@ -54,8 +57,10 @@ class RunningTeam:
         log: DecisionLog | None = None,
         residency: ResidencyPolicy | None = None,
         may_sleep: Collection[str] = (),
+        toolbox: Toolbox | None = None,
     ) -> None:
         self.team = team
+        self.toolbox = toolbox or Toolbox()
         self.engines = engines
         self.sharing = sharing
         self._price = control.price_per_gpu_hour
@@ -108,7 +113,7 @@ class RunningTeam:
         engine_of = {seat.name: seat.engine for seat in team.seats.values()}
         self._forecast.seat(engine_of)
         self._call_times.seat(engine_of)
-        return Orchestrator(team, self.engines, self._on_event, self._price, stream_interval)
+        return Orchestrator(team, self.engines, self._on_event, self._price, stream_interval, self.toolbox)
 
     def use_policy(self, choice: PolicyChoice) -> None:
         """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
@@ -144,8 +149,8 @@ async def start_team(
     """Start a team's engines, telemetry and controller; stop them when the context is left.
 
     The engines log to `folder`, and the controller writes its decisions to `decisions.jsonl` in it. Engines in
-    `step_times` take turns on an emulated device, for their step time. Raises ConfigError or PluginError if a policy
-    cannot be used, before any engine starts, and EngineError if an engine does not start.
+    `step_times` take turns on an emulated device, for their step time. Raises ConfigError or PluginError if a policy or
+    a tool cannot be used, before any engine starts, and EngineError if an engine does not start.
     """
 
     def on_state(engine: str, state: EngineState, seconds: float) -> None:
@@ -154,6 +159,7 @@ async def start_team(
     async with AsyncExitStack() as owned:
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         residency = catalogue.make(config.residency.policy.name, config.residency.policy.options)
+        toolbox = await owned.enter_async_context(Toolbox(needed_tools(config, team)))
         specs = needed_engines(config, team)
         may_sleep = [name for name in specs if config.may_sleep(name)]
         fleet = await owned.enter_async_context(
@@ -185,6 +191,7 @@ async def start_team(
             log=log,
             residency=residency,
             may_sleep=may_sleep,
+            toolbox=toolbox,
         )
         await owned.enter_async_context(running)
         yield running
@@ -208,6 +215,19 @@ def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
 def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:
     """Return the engines that the team's seats use. An engine that only a left-out seat names is not started."""
     return {name: config.engines[name] for name in dict.fromkeys(seat.engine for seat in team.seats.values())}
+
+
+def needed_tools(config: Config, team: Team) -> dict[str, ToolSource]:
+    """Return the sources of the tools that the team's seats name.
+
+    Raises ConfigError or PluginError if one cannot be used.
+    """
+    names = dict.fromkeys(name for seat in team.seats.values() for name in seat.tools)
+    tools = {name: config.tools[name] for name in names}
+    try:
+        return {name: tool_catalogue.make(name, tool.function, tool.mcp, tool.options) for name, tool in tools.items()}
+    except (ConfigError, PluginError) as error:
+        raise type(error)(f"{config.source}: {error}") from error
 
 
 def engine_requirements(team: Team) -> dict[str, EngineRequirements]:

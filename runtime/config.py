@@ -6,7 +6,7 @@ own key by key. Every error names the file, the key and what would be right.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from agents.names import nearest
 from agents.role import Sampling
 from runtime.engines.spec import EngineSpec
 from runtime.errors import ConfigError
+from runtime.tools.mcp_settings import McpSettings
 
 DEFAULT = "embedded"
 _HERE = Path(__file__).parent
@@ -148,7 +149,7 @@ class WorkflowChoice(Choice):
     name: str = Field(
         default="deliberate",
         min_length=1,
-        description="Name of a registered workflow. Built in are `deliberate`, `vote` and `solo`.",
+        description="Name of a registered workflow. Built in are `deliberate`, `vote`, `debate`, `pipeline` and `solo`.",
     )
 
 
@@ -205,15 +206,32 @@ class ResidencyChoice(Choice):
     )
 
 
-class Tool(Section):
-    """A tool that models may call. A tool that is not here is off.
+class Tool(BaseModel):
+    """A tool that models may call, or an MCP server with several. Every tool that is not here is off.
 
     Without `function` and `mcp`, the key is the name of a registered tool: `python`, or one that a package registers.
+    Every other key is an option of that tool. Functions have `timeout_s` and `output_max_bytes`.
     """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     function: str | None = Field(
         default=None, pattern=r"^[\w.]+:[\w.]+$", description="A Python function, as `module:function`."
     )
+    mcp: McpSettings | None = Field(
+        default=None, description="An MCP server. Models know its tools as `<name>_<tool>`."
+    )
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Return every key but `function` and `mcp`."""
+        return self.model_extra or {}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.function is not None and self.mcp is not None:
+            raise ValueError("set either `function` or `mcp`")
+        return self
 
 
 class Residency(Section):
@@ -321,7 +339,9 @@ class Config(Section):
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
-    tools: Mapping[str, Tool] = Field(default={}, description="The tools that seats may use, by name.")
+    tools: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")], Tool] = Field(
+        default={}, description="The tools that seats may use, by name: letters, digits, `_` and `-`."
+    )
     control: Control = Field(default=Control(), description="How the controller moves memory between engines.")
     residency: Residency = Field(default=Residency(), description="Which engines are on the device.")
     service: Service = Field(default=Service(), description="How `troupe serve` is reached and what it accepts.")

@@ -290,7 +290,7 @@ async def fleet() -> AsyncIterator[dict[str, EngineHandle]]:
 
 
 def job(problem: problems.Problem) -> Job:
-    return Job(problem.id, problem.problem, problem.expected)
+    return Job(problem.id, problem.problem, problem.expected, compare=problem.compare)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -16,10 +16,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.logs": (),
     "runtime.engines": ("agents", "runtime.errors"),
     "runtime.telemetry": ("runtime.daemon_thread",),
-    "runtime.config": ("agents", "runtime.engines.spec", "runtime.errors"),
+    "runtime.tools": ("agents", "runtime.errors"),
+    "runtime.config": ("agents", "runtime.engines.spec", "runtime.errors", "runtime.tools.mcp_settings"),
     "runtime.events": ("agents", "runtime.engines.handle", "runtime.engines.usage"),
     "runtime.doctor": ("runtime.telemetry",),
-    "runtime.tools": ("agents", "runtime.errors"),
     "runtime.paths": ("runtime.config",),
     "runtime.run_folder": ("runtime.errors", "runtime.paths"),
     "runtime.control": (
@@ -32,7 +32,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.telemetry",
     ),
     "runtime.residency": ("runtime.control", "runtime.engines", "runtime.errors", "runtime.events"),
-    "runtime.jobs": ("agents", "runtime.config", "runtime.engines", "runtime.errors", "runtime.events"),
+    "runtime.jobs": (
+        "agents",
+        "runtime.config",
+        "runtime.engines",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.tools",
+    ),
     "runtime.assembly": (
         "runtime.config",
         "runtime.control",
@@ -42,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.jobs",
         "runtime.residency",
         "runtime.telemetry",
+        "runtime.tools",
     ),
     "runtime.bench": (
         "runtime.assembly",

@@ -70,7 +70,7 @@ class Player:
 
     async def _job(self, arrival: Arrival) -> None:
         problem = arrival.problem
-        job = Job(f"{self.name}/{next(self._numbers)}", problem.problem, problem.expected)
+        job = Job(f"{self.name}/{next(self._numbers)}", problem.problem, problem.expected, compare=problem.compare)
         calls = self._calls.setdefault(job.id, [])
         try:
             result = await self.orchestrators[arrival.phase].run(job)

@@ -104,7 +104,8 @@ class Workload(Section):
     phases: tuple[Phase, ...] = Field(default=(), description="The phases, in order.")
     trace: str | None = Field(
         default=None,
-        description='File of arrivals instead of phases, one JSON object a line: {"at_s", "problem", "answer"}.',
+        description="File of arrivals instead of phases, one JSON object a line: "
+        '{"at_s", "problem", "answer", "compare"}.',
     )
     cycles: int = Field(default=1, ge=1, le=10_000, description="How often the phases are repeated.")
     loads: tuple[float, ...] = Field(
@@ -274,17 +275,19 @@ def _trace_line(text: str, place: str, number: int) -> Arrival:
         data = json.loads(text)
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from None
-    if not isinstance(data, dict) or (unknown := sorted(set(data) - {"at_s", "problem", "answer", "id"})):
+    if not isinstance(data, dict) or (unknown := sorted(set(data) - {"at_s", "problem", "answer", "compare", "id"})):
         complaint = f"unknown key {unknown[0]!r}" if isinstance(data, dict) else "not an object"
-        raise InputError(f"{place}: {complaint}; give an object with the keys at_s, problem, answer and id")
-    at_s, problem, answer = data.get("at_s"), data.get("problem"), data.get("answer")
+        raise InputError(f"{place}: {complaint}; give an object with the keys at_s, problem, answer, compare and id")
+    at_s, problem = data.get("at_s"), data.get("problem")
     if isinstance(at_s, bool) or not isinstance(at_s, int | float) or not 0 <= at_s < 1e9:
         raise InputError(f"{place}: at_s: give the seconds from the start, at least 0, not {at_s!r}")
     if not isinstance(problem, str) or not problem.strip():
         raise InputError(f"{place}: problem: give a text, not {problem!r}")
-    return Arrival(
-        at_s, "trace", Problem(str(data.get("id", number)), problem, None if answer is None else str(answer))
-    )
+    try:
+        expected, compare = problems.expectation(data.get("answer"), data.get("compare"))
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+    return Arrival(at_s, "trace", Problem(str(data.get("id", number)), problem, expected, compare=compare))
 
 
 def _complaint(error: dict[str, Any]) -> str:

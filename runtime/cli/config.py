@@ -1,12 +1,15 @@
 """`troupe config`: checks and shows configurations."""
 
+import asyncio
 import json
 
 import click
 
 from runtime import config as configuration
+from runtime.assembly import needed_tools
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.jobs import team as teams
+from runtime.tools.toolbox import Toolbox
 
 
 @click.group()
@@ -24,7 +27,8 @@ def config() -> None:
 def check(file: str) -> None:
     """Check FILE, a configuration or the name of a shipped one, without starting an engine.
 
-    The check covers keys and values, the folders of models, roles, the workflow and policies. If something is wrong,
+    The check covers keys and values, the folders of models, roles, the workflow, policies and tools. It starts the MCP
+    servers of the team, and ends them. If something is wrong,
     the command prints the file and the key, and exits with code 2.
 
     \b
@@ -32,6 +36,7 @@ def check(file: str) -> None:
     """
     found = configuration.load(file)
     team = teams.assemble(found)
+    asyncio.run(_start_tools(found, team))
     ContainedPolicies(found.control.policy, found.control.shadow, threads=False)
     click.echo(f"{found.source}: OK ({len(found.engines)} engines; {', '.join(team.seats)}; {found.workflow.name})")
 
@@ -52,3 +57,9 @@ def show(name: str, as_json: bool) -> None:
     click.echo(
         json.dumps(found.model_dump(mode="json"), indent=2) if as_json else configuration.as_yaml(found), nl=as_json
     )
+
+
+async def _start_tools(found: configuration.Config, team: teams.Team) -> None:
+    """Start the tools that the team names, and end them."""
+    async with Toolbox(needed_tools(found, team)):
+        pass

@@ -16,8 +16,9 @@ from runtime.jobs.problems import Problem
 def read_kept(path: Path, resume: bool, asked: Sequence[Problem]) -> dict[str, JobResult]:
     """Return the results that a run keeps, by id. There are none unless the run resumes.
 
-    It keeps results with an answer, unless `asked` has another problem with the same id. Expected answers are those of
-    `asked`. Raises InputError if the file exists and the run does not resume, or if the file cannot be written to.
+    It keeps results with an answer, unless `asked` has another problem with the same id. Expected answers and
+    comparisons are those of `asked`. Raises InputError if the file exists and the run does not resume, or if the file
+    cannot be written to.
     """
     if path.exists() and not resume:
         raise InputError(f"--out: {path} already exists; give --resume to continue it, or another file")
@@ -31,7 +32,9 @@ def read_kept(path: Path, resume: bool, asked: Sequence[Problem]) -> dict[str, J
         problem = by_id.get(result.id)
         if result.error is not None or (problem is not None and problem.problem != result.problem):
             continue
-        kept[result.id] = result if problem is None else replace(result, expected=problem.expected)
+        kept[result.id] = (
+            result if problem is None else replace(result, expected=problem.expected, compare=problem.compare)
+        )
     return kept
 
 

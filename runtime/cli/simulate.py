@@ -114,7 +114,8 @@ def load(
 ) -> None:
     """Run WORKLOAD over modelled engines under each policy, and print and write the same as `troupe bench`.
 
-    Only the embedded team can be simulated: the modelled engines give its correct replies.
+    The modelled engines reply correctly to the embedded team. To other roles they give replies that fit the role's
+    schema, at once or after lengths that WORKLOAD draws; they call no tools.
     """
     chosen = configuration.load(config)
     engines = model.read(constants)
@@ -130,14 +131,14 @@ def load(
         raise ConfigError(f"--residency: the engines of {constants} cannot sleep; use constants with device_bytes")
     chosen_rivals = residency_rivals(residency, chosen) if residency else rivals(policies)
     plan = Plan(chosen, source, chosen_rivals, parse_loads(loads, source), repeats, limit, out)
-    teams = phase_teams(chosen, source)
+    teams = {phase: team.without_tools() for phase, team in phase_teams(chosen, source).items()}
     budget_bytes = engines.device_bytes or engines.kv_cache_bytes or chosen.device.kv_cache_memory_bytes
     if budget_bytes is None:
         raise ConfigError(
             f"{chosen.source}: device.kv_cache_memory_bytes: this key is required for a simulation; "
             "give the KV cache of all engines together, such as 18MiB"
         )
-    simulated = Simulated(assemble(chosen), teams, engines, reply, budget_bytes, lengths)
+    simulated = Simulated(assemble(chosen).without_tools(), teams, engines, reply, budget_bytes, lengths)
     _run(plan, simulated, as_json)
 
 
@@ -207,7 +208,9 @@ def fit(config: str, count: int, out: Path | None) -> None:
     """Measure the engines of a configuration, and write the constants of their model as YAML."""
     chosen = configuration.load(config)
     asked = problems.read(SHIPPED / "problems" / "held-out.jsonl")[:count]
-    fitted, measurements = interrupt.run(_fit(chosen, [Job(p.id, p.problem, p.expected) for p in asked]))
+    fitted, measurements = interrupt.run(
+        _fit(chosen, [Job(p.id, p.problem, p.expected, compare=p.compare) for p in asked])
+    )
     worst = max(abs(fitted.engines[m.engine].decode_step_s(m.sequences) - m.step_s) / m.step_s for m in measurements)
     machine = " ".join(f"{key} {value}" for key, value in output_machine().items())
     _write(fitted.model_copy(update={"fitted": f"troupe simulate fit --config {config}; {machine}"}), out)
@@ -244,7 +247,8 @@ def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path 
         )
     if source.trace:
         raise ConfigError(f"workload {source.name}: trace: give phases instead; a trace has no rate to scale")
-    calls = virtual_time.run(calls_per_s(source, phase_teams(chosen, source)))
+    phases = {phase: team.without_tools() for phase, team in phase_teams(chosen, source).items()}
+    calls = virtual_time.run(calls_per_s(source, phases))
     lengths = {name: lengths[name] for name in chosen.engines}
     sleeping = any(map(chosen.may_sleep, chosen.engines))
     derived = rooflines.derive(regime, source.name, lengths, calls, SharingMode(sharing), sleeping)

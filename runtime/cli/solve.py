@@ -21,6 +21,7 @@ from runtime.errors import InputError, PluginError
 from runtime.events import EngineChanged, Event, RoleReplied
 from runtime.jobs import problems
 from runtime.jobs.batch import work_all
+from runtime.jobs.comparison import Comparison
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.problems import Problem
 from runtime.jobs.team import Team, assemble
@@ -40,7 +41,7 @@ class Options:
 
     def job(self, problem: Problem) -> Job:
         """Return the job that works a problem."""
-        return Job(problem.id, problem.problem, problem.expected, self.temperature, self.seed)
+        return Job(problem.id, problem.problem, problem.expected, self.temperature, self.seed, compare=problem.compare)
 
 
 @click.command()
@@ -49,7 +50,13 @@ class Options:
     "--file",
     "-f",
     type=click.Path(path_type=Path),
-    help='Solve the problems in this file: a JSON object a line, {"id", "problem", "answer"}.',
+    help='Solve the problems in this file: a JSON object a line, {"id", "problem", "answer", "compare"}.',
+)
+@click.option(
+    "--compare",
+    type=click.Choice([str(comparison) for comparison in Comparison]),
+    help="Compare answers in this way if a problem names none. By default, expected numbers are compared as numbers, "
+    "and other answers as text.",
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the results here, a JSON object a line.")
 @click.option("--resume", is_flag=True, help="Keep the answers in --out; solve the other problems, failed ones too.")
@@ -71,6 +78,7 @@ class Options:
 def solve(
     problem: str | None,
     file: Path | None,
+    compare: str | None,
     out: Path | None,
     resume: bool,
     concurrency: int,
@@ -93,6 +101,8 @@ def solve(
         raise click.UsageError("give one PROBLEM or --file")
     if resume and not out:
         raise click.UsageError("--resume needs --out, the file of results to continue")
+    if compare and not file:
+        raise click.UsageError("--compare needs --file, whose problems have expected answers")
     if out and not file:
         raise click.UsageError("--out needs --file")
     chosen = configuration.load(config)
@@ -104,7 +114,8 @@ def solve(
         code = interrupt.run(_solve_one(chosen, team, options.job(Problem("1", problem)), options))
     else:
         assert file is not None
-        code = _solve_file(chosen, team, problems.read(file), options)
+        asked = problems.read(file, Comparison(compare) if compare else None)
+        code = _solve_file(chosen, team, asked, options)
     raise SystemExit(code)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Self
 from agents.workflow import Entry
 from runtime.engines.request import PRIORITY
 from runtime.engines.usage import Usage
+from runtime.jobs import comparison
+from runtime.jobs.comparison import Comparison
 
 
 class JobState(StrEnum):
@@ -42,9 +44,11 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 class Job:
     """A problem for a team, and how to work it.
 
-    `temperature` overrides that of every seat; `seed` makes sampling repeatable. Once the job's calls have used
-    `max_tokens` (prompts and replies), the job makes no further call and fails. Engines serve the calls of jobs with a
-    lower `priority` number first, and among equals those of the job that started first.
+    `expected` is the right answer, and `compare` says how answers are compared with it. Without `compare`, the default
+    in comparison.py applies. `temperature` overrides that of every seat; `seed` makes sampling repeatable.
+
+    Once the job's calls have used `max_tokens` (prompts and replies), the job makes no further call and fails. Engines
+    serve the calls of jobs with a lower `priority` number first, and among equals those of the job that started first.
     """
 
     id: str
@@ -54,6 +58,7 @@ class Job:
     seed: int | None = 0
     max_tokens: int | None = None
     priority: int = PRIORITY
+    compare: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,14 @@ class JobResult:
     expected: str | None = None
     error: str | None = None
     transient: bool = False
+    compare: Comparison | None = None
 
     @property
     def correct(self) -> bool | None:
         """True if the answer is the expected one; None if none was expected."""
-        return None if self.expected is None else self.answer is not None and _same(self.answer, self.expected)
+        if self.expected is None:
+            return None
+        return self.answer is not None and comparison.matches(self.answer, self.expected, self.compare)
 
     def as_json(self) -> dict[str, Any]:
         """Return the result as JSON for the API, the journal and files of results."""
@@ -93,12 +101,16 @@ class JobResult:
             "usage": {seat: asdict(usage) for seat, usage in self.usage.items()},
             "elapsed_s": round(self.elapsed_s, 4),
             **({"expected": self.expected, "correct": self.correct} if self.expected is not None else {}),
+            **({"compare": str(self.compare)} if self.compare is not None else {}),
             **({"error": self.error} if self.error is not None else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the result that `as_json` wrote. Raises KeyError, TypeError or AttributeError for anything else."""
+        """Return the result that `as_json` wrote.
+
+        Raises KeyError, TypeError, ValueError or AttributeError for anything else.
+        """
         return cls(
             id=data["id"],
             problem=data["problem"],
@@ -113,6 +125,7 @@ class JobResult:
             elapsed_s=data["elapsed_s"],
             expected=data.get("expected"),
             error=data.get("error"),
+            compare=Comparison(data["compare"]) if "compare" in data else None,
         )
 
 
@@ -126,8 +139,3 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
         "round": entry.round,
         **({"note": entry.note} if entry.note else {}),
     }
-
-
-def _same(answer: str, expected: str) -> bool:
-    """Compare without surrounding blanks, case, or a final full stop."""
-    return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()

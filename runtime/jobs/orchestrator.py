@@ -199,6 +199,7 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
         expected=run.job.expected,
         error=str(failure) if failure else (outcome.failure if outcome else None),
         transient=isinstance(failure, EngineError) and not isinstance(failure, RequestRefused),
+        compare=run.job.compare,
     )
 
 

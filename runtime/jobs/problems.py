@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import InputError
+from runtime.jobs import comparison
+from runtime.jobs.comparison import Comparison
 from runtime.jobs.job import JobResult
 
 
@@ -21,18 +23,20 @@ class Problem:
     problem: str
     expected: str | None = None
     fault: str | None = None
+    compare: Comparison | None = None
 
 
-def read(path: Path) -> list[Problem]:
+def read(path: Path, compare: Comparison | None = None) -> list[Problem]:
     """Read every line of a file of problems, including wrong ones.
 
+    `compare` is the comparison of lines that have an answer and name no comparison.
     Raises InputError if the file cannot be read or has no problems.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    parsed = [_read_line(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
+    parsed = [_read_line(line, number, path, compare) for number, line in enumerate(lines, start=1) if line.strip()]
     if not parsed:
         raise InputError(f'{path}: no problems; write a line such as {{"id": "1", "problem": "12+7"}}')
     line_of_id: dict[str, int] = {}
@@ -42,7 +46,10 @@ def read(path: Path) -> list[Problem]:
             line.id = ""
         elif line.id:
             line_of_id[line.id] = line.number
-    return [Problem(line.id or _free_id(line, line_of_id), line.problem, line.expected, line.fault) for line in parsed]
+    return [
+        Problem(line.id or _free_id(line, line_of_id), line.problem, line.expected, line.fault, line.compare)
+        for line in parsed
+    ]
 
 
 def done(path: Path) -> Iterator[JobResult]:
@@ -81,6 +88,7 @@ class _Line:
     problem: str = ""
     expected: str | None = None
     fault: str | None = None
+    compare: Comparison | None = None
 
 
 def _free_id(line: _Line, used: Mapping[str, int]) -> str:
@@ -91,7 +99,29 @@ def _free_id(line: _Line, used: Mapping[str, int]) -> str:
     return name
 
 
-def _read_line(raw: bytes, number: int, path: Path) -> _Line:
+def expectation(
+    answer: object, compare: object, default: Comparison | None = None
+) -> tuple[str | None, Comparison | None]:
+    """Return the expected answer and the comparison that the values of "answer" and "compare" mean in a line.
+
+    `default` is the comparison of lines that have an answer and name no comparison. Raises InputError that names the
+    key and what would be right.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        raise InputError('"answer" is neither text nor a number')
+    expected = None if answer is None else str(answer)
+    if compare is None and (default is None or expected is None):
+        return expected, None
+    try:
+        chosen = default if compare is None else Comparison(str(compare))
+    except ValueError:
+        raise InputError(f'"compare" is {compare!r}; use {", ".join(Comparison)}') from None
+    if chosen and (fault := comparison.fault(expected, chosen)):
+        raise InputError(f'"compare" is {chosen}, but {fault}')
+    return expected, chosen
+
+
+def _read_line(raw: bytes, number: int, path: Path, compare: Comparison | None) -> _Line:
     place = f"{path}, line {number}"
     try:
         data = json.loads(raw)
@@ -105,22 +135,24 @@ def _read_line(raw: bytes, number: int, path: Path) -> _Line:
         return _Line(number, fault=f'{place}: not an object such as {{"id": "1", "problem": "12+7"}}')
     if fault := _fault(data):
         return _Line(number, fault=f"{place}: {fault}")
-    id, expected = data.get("id"), data.get("answer")
-    return _Line(number, "" if id is None else str(id), data["problem"], None if expected is None else str(expected))
+    try:
+        expected, chosen = expectation(data.get("answer"), data.get("compare"), compare)
+    except InputError as error:
+        return _Line(number, fault=f"{place}: {error}")
+    id = data.get("id")
+    return _Line(number, "" if id is None else str(id), data["problem"], expected, compare=chosen)
 
 
 def _fault(data: Mapping[str, object]) -> str | None:
     """Return what is wrong with the keys or values of a line, or None."""
-    unknown = sorted(set(data) - {"id", "problem", "answer"})
-    problem, id, answer = data.get("problem"), data.get("id"), data.get("answer")
+    unknown = sorted(set(data) - {"id", "problem", "answer", "compare"})
+    problem, id = data.get("problem"), data.get("id")
     if unknown:
-        return f"unknown key {unknown[0]!r}; known keys are id, problem and answer"
+        return f"unknown key {unknown[0]!r}; known keys are id, problem, answer and compare"
     if problem is None:
         return '"problem" is missing'
     if not isinstance(problem, str):
         return '"problem" is not text'
     if isinstance(id, bool) or not isinstance(id, str | int | None):
         return '"id" is neither text nor a whole number'
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        return '"answer" is neither text nor a number'
     return None

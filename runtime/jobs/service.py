@@ -354,4 +354,5 @@ def _check_same(record: JobRecord, submission: Submission) -> JobRecord:
 
 
 def _failed(record: JobRecord, why: str) -> JobResult:
-    return JobResult(record.id, record.submission.problem, None, error=why, expected=record.submission.expected)
+    asked = record.submission
+    return JobResult(record.id, asked.problem, None, error=why, expected=asked.expected, compare=asked.compare)

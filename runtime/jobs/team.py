@@ -5,7 +5,7 @@ once.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +51,11 @@ class Team:
     seats: Mapping[str, Seat]
     workflow: type[Workflow]
     options: Value
+
+    def without_tools(self) -> "Team":
+        """Return this team with seats that call no tools, for modelled engines, which do not know how to."""
+        seats = {name: replace(seat, tools=()) for name, seat in self.seats.items()}
+        return replace(self, seats=seats)
 
     def begin(self, problem: str) -> Workflow:
         """Return a new workflow for a problem."""

@@ -35,6 +35,7 @@ async def start_modelled_team(
     scripts = dict.fromkeys(constants.engines, _reply)
     async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale) as (engines, sharing):
         with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
+            team = team.without_tools()
             running = RunningTeam(team, engines, sharing, config.control, policies, listener=listener, publish=publish)
             for name in engines:
                 listener(EngineChanged(name, EngineState.READY, 0.0))

@@ -1,7 +1,9 @@
 """Counts the calls that a workload makes to each engine, over modelled engines that reply at once."""
 
+import json
 from collections.abc import Mapping
 
+from agents import json_example
 from agents.arithmetic import oracle
 from runtime.bench.workload import Source
 from runtime.engines.request import GenerateRequest
@@ -44,5 +46,13 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
 
 
 def reply(request: GenerateRequest) -> str:
-    """Return the correct reply of the embedded team's models to a role's chat."""
-    return oracle.reply(request.messages[-1].content)
+    """Return a reply to a role's chat: the correct one of the embedded team's models, or one that fits the schema.
+
+    A text that no schema binds is "1". The lengths of modelled replies do not depend on their text.
+    """
+    if request.schema is not None:
+        return json.dumps(json_example.example(request.schema))
+    try:
+        return oracle.reply(request.messages[-1].content)
+    except (ValueError, LookupError, SyntaxError, AssertionError):
+        return "1"

@@ -76,6 +76,7 @@ def test_faulty_lines_fail_alone(troupe: Command) -> None:
         (["solve", "1+2", "--config", "nowhere.yaml"], "embedded"),
         (["solve", "1+2", "--temperature", "9"], "--temperature"),
         (["solve", "1+2", "--out", "r.jsonl"], "--out needs --file"),
+        (["solve", "1+2", "--compare", "exact"], "--compare needs --file"),
         (["solve", "--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["solve", "1+2", "--resume"], "--resume"),
         (["slove", "1+2"], "slove"),

@@ -72,11 +72,12 @@ def test_closed_loop_concurrency_scales_with_the_load(tmp_path: Path) -> None:
 
 
 def test_trace_arrivals_scale_with_the_load(tmp_path: Path) -> None:
-    lines = [{"at_s": 4, "problem": "1+1", "answer": 2}, {"at_s": 1.5, "problem": "2+2"}]
+    lines = [{"at_s": 4, "problem": "1+1", "answer": 2, "compare": "exact"}, {"at_s": 1.5, "problem": "2+2"}]
     (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = read(tmp_path, phases=[], trace="trace.jsonl")
     assert [arrival.at_s for arrival in source.draw(2, 0).arrivals] == [0.75, 2]
-    assert source.draw(1, 0).arrivals[1].problem.expected == "2"
+    late = source.draw(1, 0).arrivals[1].problem
+    assert (late.expected, late.compare) == ("2", "exact")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,8 @@ def test_trace_arrivals_scale_with_the_load(tmp_path: Path) -> None:
         ('{"at_s": "now", "problem": "1+1"}', "line 2: at_s"),
         ('{"at_s": 1}', "line 2: problem: give a text, not None"),
         ('{"at_s": 1, "problem": "1+1", "when": 2}', "line 2: unknown key 'when'"),
+        ('{"at_s": 1, "problem": "1+1", "answer": [2]}', 'line 2: "answer" is neither text nor a number'),
+        ('{"at_s": 1, "problem": "1+1", "compare": "exact"}', 'line 2: "compare" is exact, but there is no expected'),
     ],
 )
 def test_wrong_trace_line_is_named(tmp_path: Path, line: str, message: str) -> None:

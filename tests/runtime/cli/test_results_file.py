@@ -7,6 +7,7 @@ import pytest
 from runtime.cli.results_file import ResultsFile, read_kept
 from runtime.errors import InputError
 from runtime.jobs import problems
+from runtime.jobs.comparison import Comparison
 from runtime.jobs.job import JobResult
 from runtime.jobs.problems import Problem
 
@@ -25,6 +26,13 @@ def test_a_resumed_run_keeps_answers_and_drops_failures(tmp_path: Path) -> None:
     kept = read_kept(out, resume=True, asked=asked)
     assert list(kept) == ["a"]
     assert kept["a"].correct
+
+
+def test_a_kept_answer_is_compared_as_the_problem_says_now(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    write(out, JobResult("a", "1+1", "It is 2.", expected="2", compare=Comparison.EXACT))
+    kept = read_kept(out, resume=True, asked=[Problem("a", "1+1", "2", compare=Comparison.CONTAINS)])
+    assert (kept["a"].correct, kept["a"].compare) == (True, Comparison.CONTAINS)
 
 
 def test_an_answer_to_another_problem_with_the_same_id_is_dropped(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from agents.workflow import Entry
 from runtime.engines.usage import Usage
 from runtime.errors import InputError
 from runtime.jobs import problems
+from runtime.jobs.comparison import Comparison
 from runtime.jobs.job import JobResult
 
 LINES = [
@@ -28,6 +29,18 @@ LINES = [
     ('{"id": "line-3", "problem": "1"}', None),
     ('{"id": 17, "problem": "1"}', None),
     ('{"problem": "1"}', None),
+    ('{"id": "i", "problem": "1", "answer": 1, "compare": "contains"}', None),
+    ('{"id": "j", "problem": "1", "answer": 1, "compare": null}', None),
+    (
+        '{"id": "k", "problem": "1", "answer": 1, "compare": "same"}',
+        "line 20: \"compare\" is 'same'; use exact, number,",
+    ),
+    ('{"id": "l", "problem": "1", "answer": 1, "compare": [1]}', 'line 21: "compare" is [1]; use exact, number,'),
+    ('{"id": "m", "problem": "1", "compare": "exact"}', 'line 22: "compare" is exact, but there is no expected answer'),
+    (
+        '{"id": "n", "problem": "1", "answer": "(", "compare": "regex"}',
+        'line 23: "compare" is regex, but not a pattern',
+    ),
 ]
 
 
@@ -40,9 +53,23 @@ def test_lines_are_read_and_wrong_ones_reported_by_number(tmp_path: Path) -> Non
         assert (problem.fault is None) == (fault is None), line
         assert fault is None or fault in str(problem.fault)
     assert [(p.id, p.expected) for p in read if not p.fault] == [
-        *(("a", "3"), ("2", None), ("f", None), ("line-3", None), ("17", None), ("line-17", None))
+        *(("a", "3"), ("2", None), ("f", None), ("line-3", None), ("17", None), ("line-17", None)),
+        *(("i", "1"), ("j", "1")),
     ]
+    assert {p.id: p.compare for p in read if p.compare} == {"i": Comparison.CONTAINS}
     assert len({p.id for p in read}) == len(read)
+
+
+def test_a_comparison_for_the_file_applies_to_lines_that_name_none(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"problem": "a", "answer": "x"}\n{"problem": "b", "answer": "1", "compare": "number"}\n{"problem": "c"}\n'
+        '{"problem": "d", "answer": ""}\n'
+    )
+    a, b, c, d = problems.read(path, Comparison.CONTAINS)
+    assert (a.compare, b.compare, c.compare) == (Comparison.CONTAINS, Comparison.NUMBER, None)
+    assert "line 4" in str(d.fault)
+    assert "has no words" in str(d.fault)
 
 
 def test_line_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
@@ -70,6 +97,19 @@ def test_results_are_read_without_a_cut_off_last_line(tmp_path: Path) -> None:
     path.write_text(f"{line}\n{line}\n{line[:20]}")
     assert list(problems.done(path)) == [result, result]
     assert list(problems.done(tmp_path / "nowhere")) == []
+
+
+def test_a_result_keeps_its_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    named = JobResult("a", "Where?", "In Paris.", expected="Paris", compare=Comparison.CONTAINS)
+    by_default = JobResult("b", "1+2", "It is 3.", expected="3")
+    path.write_text("".join(f"{problems.line(result)}\n" for result in (named, by_default)))
+    assert list(problems.done(path)) == [named, by_default]
+    assert [result.as_json()["correct"] for result in (named, by_default)] == [True, True]
+    assert "compare" not in by_default.as_json()
+    path.write_text(problems.line(named).replace("contains", "guess") + "\n\n")
+    with pytest.raises(InputError, match="line 1: not a result"):
+        list(problems.done(path))
 
 
 @pytest.mark.parametrize("content", ["{\n{}\n", '{"id": 1}\n', "1\n", "[]\n"])

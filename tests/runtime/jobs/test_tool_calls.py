@@ -32,19 +32,19 @@ Script = Callable[[GenerateRequest], str]
 
 
 class Counter(Tool):
-    """A tool that counts its calls. It waits for `open` before it returns, and fails if it is told to."""
+    """A tool that counts its calls. The call number `hangs_at` never returns, and all fail if there is an `error`."""
 
-    def __init__(self, name: str = "count", idempotent: bool = False) -> None:
+    def __init__(self, name: str = "count", idempotent: bool = False, hangs_at: int = 0) -> None:
         parameters = {"type": "object", "properties": {"by": {"type": "integer"}}, "required": ["by"]}
         self.spec = ToolSpec(name, "Count.", parameters, idempotent)
         self.calls: list[Mapping[str, Any]] = []
-        self.open = asyncio.Event()
-        self.open.set()
+        self.hangs_at = hangs_at
         self.error: Exception | None = None
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
         self.calls.append(arguments)
-        await self.open.wait()
+        if len(self.calls) == self.hangs_at:
+            await asyncio.Event().wait()
         if self.error is not None:
             raise self.error
         return f"count is {len(self.calls)}"
@@ -225,8 +225,7 @@ def all_jobs(connection: Any) -> list[str]:
 async def test_interrupted_call_is_repeated_only_if_it_may_be(
     tmp_path: Path, idempotent: bool, calls: int, answer: str
 ) -> None:
-    path, tool = tmp_path / "jobs.db", Counter(idempotent=idempotent)
-    tool.open.clear()
+    path, tool = tmp_path / "jobs.db", Counter(idempotent=idempotent, hangs_at=1)
     async with JobService(path, team()) as jobs:
         jobs.use(Orchestrator(team(), await engine(calls_first(1)), jobs.on_event, toolbox=await toolbox(tool)))
         await jobs.submit(Submission(problem="How many?"))
@@ -238,12 +237,10 @@ async def test_interrupted_call_is_repeated_only_if_it_may_be(
 
 
 async def test_finished_call_is_not_repeated(tmp_path: Path) -> None:
-    path, tool = tmp_path / "jobs.db", Counter()
+    path, tool = tmp_path / "jobs.db", Counter(hangs_at=2)
     async with JobService(path, team()) as jobs:
         jobs.use(Orchestrator(team(), await engine(calls_first(2)), jobs.on_event, toolbox=await toolbox(tool)))
         await jobs.submit(Submission(problem="How many?"))
-        await until(lambda: len(tool.calls) == 1)
-        tool.open.clear()
         await until(lambda: len(tool.calls) == 2)
     again = Counter(idempotent=True)
     result = await restarted(path, calls_first(2), again)

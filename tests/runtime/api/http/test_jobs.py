@@ -51,14 +51,27 @@ async def test_job_is_accepted_solved_and_listed(served: Served) -> None:
     assert cancelled.json()["state"] == "done"
 
 
+async def test_the_comparison_decides_whether_the_answer_is_correct(served: Served) -> None:
+    correct = {}
+    for compare, expected in ((None, "17.0"), ("exact", "17.0"), ("regex", "^1[67]$")):
+        body = {"problem": PROBLEM, "expected": expected, "compare": compare}
+        job = (await served.client.post("/jobs", json=body)).json()
+        assert job["compare"] == compare
+        ended = (await served.client.get(f"/jobs/{job['id']}/result", params={"wait_s": 10})).json()
+        correct[compare] = ended["result"]["correct"]
+        assert ended["result"].get("compare") == compare
+    assert correct == {None: True, "exact": False, "regex": True}
+
+
 async def test_submissions_with_one_idempotency_key_are_one_job(served: Served) -> None:
     body = {"problem": PROBLEM, "idempotency_key": "k"}
     first, second = [await served.client.post("/jobs", json=body) for _ in range(2)]
     assert (first.status_code, second.status_code) == (202, 200)
     assert first.json()["id"] == second.json()["id"]
-    other = await served.client.post("/jobs", json={**body, "problem": "1+1"})
-    assert other.status_code == 400
-    assert other.json()["error"]["param"] == "idempotency_key"
+    for change in ({"problem": "1+1"}, {"expected": "17", "compare": "exact"}):
+        other = await served.client.post("/jobs", json={**body, **change})
+        assert other.status_code == 400
+        assert other.json()["error"]["param"] == "idempotency_key"
 
 
 async def test_pages_list_every_job_once(served: Served) -> None:
@@ -111,6 +124,9 @@ async def test_running_job_is_cancelled(start: Start) -> None:
         ({"problem": 3}, "problem", "string"),
         ({"problem": "1+1", "priority": 0}, "priority", "greater than or equal to 1"),
         ({"problem": "1+1", "deadline_s": -1}, "deadline_s", "greater than 0"),
+        ({"problem": "1+1", "expected": "2", "compare": "same"}, "compare", "'exact', 'number', 'contains' or 'regex'"),
+        ({"problem": "1+1", "expected": "(", "compare": "regex"}, "compare", "unclosed group"),
+        ({"problem": "1+1", "compare": "exact"}, "compare", "no expected answer"),
         ({"problem": "1+1", "colour": "red"}, "colour", "not permitted"),
         ({"problem": "1000+1"}, None, "999"),
         ([], None, "dictionary"),

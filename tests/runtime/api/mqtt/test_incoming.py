@@ -33,6 +33,7 @@ async def test_repeated_submissions_are_one_job(tmp_path: Path, mqtt: Mqtt) -> N
         (b"[]", "object", None),
         (b'{"problem": "1+1"}', "correlation_id: field required", None),
         (b'{"problem": "1+1", "correlation_id": "c", "colour": 1}', "colour", "c"),
+        (b'{"problem": "1+1", "compare": "exact", "correlation_id": "c"}', "compare: there is no expected answer", "c"),
         (b'{"problem": "1000+1", "correlation_id": "c"}', "999", "c"),
         (b'{"problem": 1, "correlation_id": 7}', "problem", None),
     ],

@@ -1,0 +1,79 @@
+"""Decides whether an answer is the expected one. README.md has a table of the comparisons."""
+
+import re
+import unicodedata
+from enum import StrEnum
+
+from runtime.jobs import pattern, quantity
+
+ANSWER_MAX_CHARACTERS = 10_000
+"""A number or a pattern is looked for in this many characters at the end of an answer, which bounds the time."""
+
+
+class Comparison(StrEnum):
+    """How an answer is compared with the expected answer.
+
+    - EXACT: the same text, apart from blanks around it, case, and a final full stop.
+    - NUMBER: the same number, exactly, however the two are written. Answers that are EXACT are right as well.
+    - CONTAINS: the answer contains the expected words, apart from case and the width of blanks.
+    - REGEX: the expected answer is a pattern, and is found in the answer.
+    """
+
+    EXACT = "exact"
+    NUMBER = "number"
+    CONTAINS = "contains"
+    REGEX = "regex"
+
+
+def default(expected: str) -> Comparison:
+    """Return the comparison of a problem that names none: NUMBER if a number is expected, otherwise EXACT."""
+    return Comparison.NUMBER if quantity.whole(expected) else Comparison.EXACT
+
+
+def fault(expected: str | None, comparison: Comparison) -> str | None:
+    """Return why an expected answer cannot be compared in this way, and what would be right, or None."""
+    if expected is None:
+        return "there is no expected answer to compare with; give one, or leave the comparison out"
+    match comparison:
+        case Comparison.EXACT:
+            return None
+        case Comparison.NUMBER:
+            is_number = quantity.final(expected) is not None
+            return None if is_number else "the expected answer has no number; give one, or compare in another way"
+        case Comparison.CONTAINS:
+            return None if _words(expected) else "the expected answer has no words; give some"
+        case Comparison.REGEX:
+            return pattern.fault(expected)
+
+
+def matches(answer: str, expected: str, comparison: Comparison | None = None) -> bool:
+    """Return True if an answer is the expected one. Without a comparison, the default one applies.
+
+    Nothing matches an expected answer that has a `fault`.
+    """
+    match comparison or default(expected):
+        case Comparison.EXACT:
+            return _same_text(answer, expected)
+        case Comparison.NUMBER:
+            return _same_text(answer, expected) or _same_number(answer, expected)
+        case Comparison.CONTAINS:
+            words = _words(expected)
+            return bool(words) and f"\0{words}\0" in f"\0{_words(answer)}\0"
+        case Comparison.REGEX:
+            return pattern.found(expected, answer.strip()[-ANSWER_MAX_CHARACTERS:])
+
+
+def _same_text(answer: str, expected: str) -> bool:
+    return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()
+
+
+def _same_number(answer: str, expected: str) -> bool:
+    wanted = quantity.whole(expected) or quantity.final(expected)
+    given = quantity.final(answer[-ANSWER_MAX_CHARACTERS:])
+    return wanted is not None and given is not None and given.equals(wanted)
+
+
+def _words(text: str) -> str:
+    r"""Return the words and signs of a text, separated by \0, without case, blanks or a final full stop."""
+    folded = unicodedata.normalize("NFKC", text).casefold().strip().rstrip(".")
+    return "\0".join(re.findall(r"\w+|[^\w\s\0]", folded))

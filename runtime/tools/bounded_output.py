@@ -1,0 +1,51 @@
+"""Output of a tool, kept up to a bound."""
+
+READ_BYTES = 1 << 16
+"""The most that is read from a process at a time."""
+
+
+class BoundedOutput:
+    """Keeps the first `max_bytes` of what is added and counts the rest.
+
+    `total_bytes` is the size of all that was added.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.total_bytes = 0
+        self._max_bytes = max_bytes
+        self._kept = bytearray()
+
+    def add(self, chunk: bytes) -> None:
+        """Add a part of the output."""
+        self.total_bytes += len(chunk)
+        self._kept += chunk[: self._max_bytes - len(self._kept)]
+
+    def text(self, notice: str = "") -> str:
+        """Return the kept output as text, then a line about what was cut, if any, then the notice, if any."""
+        return with_notices(self._kept.decode(errors="replace"), self.total_bytes - len(self._kept), notice)
+
+
+class LastOutput:
+    """Keeps the last `max_bytes` of what is added."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept = b""
+
+    def add(self, chunk: bytes) -> None:
+        """Add a part of the output."""
+        self._kept = (self._kept + chunk)[-self._max_bytes :]
+
+    def last_line(self) -> str:
+        """Return the last line that is not blank, or nothing."""
+        lines = self._kept.decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+
+
+def with_notices(text: str, cut_bytes: int, notice: str = "") -> str:
+    """Return text with a line that says how much was cut from its end, if any, and a last line, if any."""
+    notices = [f"... {cut_bytes} more bytes of output were cut"] if cut_bytes else []
+    notices += [notice] if notice else []
+    if not notices:
+        return text
+    return "\n".join([text.removesuffix("\n"), *notices] if text else notices)

@@ -1,0 +1,56 @@
+"""Programs under the guard: their lines, their status, and their end."""
+
+import os
+import sys
+
+import psutil
+import pytest
+
+from runtime.tools.guarded_process import GuardedProcess, LineTooLong
+
+STUBBORN = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(3600)
+"""
+
+
+def python(code: str, line_max_bytes: int = 1 << 20) -> GuardedProcess:
+    return GuardedProcess("program", (sys.executable, "-c", code), {"PATH": os.environ["PATH"]}, line_max_bytes)
+
+
+async def test_program_that_ignores_its_input_and_sigterm_is_ended() -> None:
+    async with python(STUBBORN) as process:
+        pid = int(await anext(process.lines()))
+        assert psutil.pid_exists(pid)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+async def test_lines_and_status_are_the_programs() -> None:
+    async with python("import sys; print(sys.stdin.readline() * 2 + 'x', end=''); sys.exit(7)") as process:
+        await process.write("ä\n".encode())
+        assert [line async for line in process.lines()] == ["ä".encode(), "ä".encode()]  # the last line has no end
+        assert await process.exited(30)
+        assert process.status == 7
+
+
+async def test_program_that_is_killed_counts_as_in_a_shell() -> None:
+    async with python("import os; os.kill(os.getpid(), 9)") as process:
+        assert await process.exited(30)
+        assert process.status == 128 + 9
+
+
+async def test_too_long_line_is_refused() -> None:
+    async with python("print('x' * 200_000)", line_max_bytes=100_000) as process:
+        with pytest.raises(LineTooLong):
+            _ = [line async for line in process.lines()]
+
+
+async def test_last_words_are_bounded() -> None:
+    code = "import sys\nfor n in range(100): print(n, 'e' * 10_000, file=sys.stderr)"
+    async with python(code) as process:
+        assert await process.exited(30)
+    words = process.last_words()
+    assert "99 e" in words
+    assert len(words) < 10_000
