@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from agents import reply_budget
+
 
 class TaskRefused(ValueError):
     """The role cannot handle this task. The message says what it can handle."""
@@ -138,6 +140,10 @@ class Role(ABC):
         """Return the JSON schema that the engine forces the model's text to follow, or None for free text."""
         return None
 
+    def max_tokens(self, task: Task) -> int:
+        """Return the most tokens of a reply to this task, unless the configuration sets `max_tokens`."""
+        return self.sampling.max_tokens
+
     def check(self, problem: str) -> None:
         """Raise TaskRefused if the role can never handle this problem. Called before any request to an engine."""
         return
@@ -149,11 +155,15 @@ Forms = Mapping[type[Task], type[BaseModel]]
 class SchemaRole(Role):
     """A role whose model replies in JSON. `forms` maps each kind of task to the pydantic model of its reply.
 
-    Limit the length of every string and list, and set `max_tokens` to four times the sum of the limits in characters.
-    Then a reply always ends before `max_tokens` cuts it, even if the model needs four tokens for a rare character.
+    Limit the length of every string and list. A reply then may have as many tokens as ordinary text of that length
+    needs, and at most `sampling.max_tokens`. A reply that is cut off keeps the properties that the model has reached.
     """
 
     forms: ClassVar[Forms]
+
+    def max_tokens(self, task: Task) -> int:
+        budget = reply_budget.tokens(self.schema(task))
+        return self.sampling.max_tokens if budget is None else min(budget, self.sampling.max_tokens)
 
     def schema(self, task: Task) -> dict[str, Any]:
         return self.forms[type(task)].model_json_schema()

@@ -278,6 +278,25 @@ class JudgeTask(Task):
         return cls("(12+7)*3", ("57", "33")), cls(_TRAVEL, ("85 minutes", "65 minutes", "1:25"))
 
 
+@dataclass(frozen=True)
+class CompareTask(Task):
+    """A request to say whether an answer means the same as the expected one."""
+
+    kind: ClassVar[str] = "compare"
+    reply_type: ClassVar[type[Reply]] = Verdict
+    essential: ClassVar[str] = "answer"
+
+    answer: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.answer}, where {self.expected} is expected"
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return cls("12+7", "It is 19.", "19"), cls(_TRAVEL, "85 minutes", "1 h 25 min"), cls(_TRAVEL, "1:05", "1:25")
+
+
 def result_lines(results: Mapping[str, str], steps: tuple[Step, ...] = ()) -> list[str]:
     """Return one line for each result, with the instruction of its step if `steps` holds that step."""
     instructions = {step.name: f" ({step.instruction})" for step in steps}

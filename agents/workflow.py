@@ -60,13 +60,14 @@ class Outcome:
 
     `confirmed` is True if the critics accepted every step, False if the result of some step stayed rejected, and None
     if no critic judged anything. `rounds` is the most revisions that any step needed. `failure` is set if `answer` is
-    None.
+    None. `correct` is set if a judge compared the answer with the expected one.
     """
 
     answer: str | None
     confirmed: bool | None
     rounds: int
     failure: str | None = None
+    correct: bool | None = None
 
 
 class Workflow(ABC):

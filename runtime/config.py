@@ -60,7 +60,9 @@ class Member(Section):
         "default is the role's own.",
     )
     max_tokens: int | None = Field(
-        default=None, ge=1, description="Maximum length of one reply, in tokens. The default is the role's own."
+        default=None,
+        ge=1,
+        description="Maximum length of one reply, in tokens. By default the role decides for each task.",
     )
     tools: tuple[str, ...] | None = Field(
         default=None,
@@ -149,7 +151,8 @@ class WorkflowChoice(Choice):
     name: str = Field(
         default="deliberate",
         min_length=1,
-        description="Name of a registered workflow. Built in are `deliberate`, `vote`, `debate`, `pipeline` and `solo`.",
+        description="Name of a registered workflow. Built in are `deliberate`, `vote`, `debate`, `pipeline` and "
+        "`solo`.",
     )
 
 
@@ -339,6 +342,11 @@ class Config(Section):
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
+    judge: str | None = Field(
+        default=None,
+        description="Seat that compares answers with expected ones, for problems with `compare: judge`. Its role must "
+        "take `CompareTask`, as `judge` does. By default no seat does.",
+    )
     tools: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")], Tool] = Field(
         default={}, description="The tools that seats may use, by name: letters, digits, `_` and `-`."
     )

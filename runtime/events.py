@@ -26,7 +26,8 @@ class EngineChanged:
 class RoleReplied:
     """A seat replied to a call of a job.
 
-    `number` identifies the call, `usage` is what it used, and `entries` are what the reply added to the transcript.
+    `number` identifies the call, `usage` is what it used, and `entries` are what the reply added to the transcript,
+    without the calls of tools before it.
     `note` says why the reply ended early, if it did. A job that resumes does not repeat the events of the replies that
     it replays.
     """

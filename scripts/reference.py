@@ -36,15 +36,19 @@ from runtime.config import (
     Residency,
     ResidencyChoice,
     Service,
+    Tool,
     WorkflowChoice,
 )
 from runtime.engines.spec import EngineSpec
+from runtime.tools.mcp_settings import McpSettings
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "device": Device,
     "engines.<name>": EngineSpec,
     "team.<name>": Member,
     "workflow": WorkflowChoice,
+    "tools.<name>": Tool,
+    "tools.<name>.mcp": McpSettings,
     "control": Control,
     "control.policy": PolicyChoice,
     "residency": Residency,
@@ -82,6 +86,8 @@ def config() -> str:
             lines += _choices("policy", "troupe.policies")
         elif model is ResidencyChoice:
             lines += _choices("policy", "troupe.residency")
+        elif model is Tool:
+            lines += _choices("tool", "troupe.tools")
     return _joined(lines)
 
 

@@ -27,7 +27,7 @@ class Coder(Solver):
     takes = (SolveTask, AnswerTask, DebateTask, WriteTask)
     forms: ClassVar[Forms] = {**Solver.forms, WriteTask: ProgramForm}
     gives = ("text", "code")
-    sampling = Sampling(temperature=0.2, max_tokens=8192)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
     tools = ("python",)
 
     def messages(self, task: Task) -> list[Message]:

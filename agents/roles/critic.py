@@ -25,7 +25,7 @@ class Critic(SchemaRole):
 
     takes = (CritiqueTask,)
     forms: ClassVar[Forms] = {CritiqueTask: VerdictForm}
-    sampling = Sampling(temperature=0.2, max_tokens=8192)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def messages(self, task: Task) -> list[Message]:
         assert isinstance(task, CritiqueTask)

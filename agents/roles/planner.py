@@ -25,7 +25,7 @@ class Planner(SchemaRole):
 
     takes = (PlanTask,)
     forms: ClassVar[Forms] = {PlanTask: PlanForm}
-    sampling = Sampling(temperature=0.2, max_tokens=8192)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def messages(self, task: Task) -> list[Message]:
         return [Message("system", PROMPT), Message("user", str(task))]

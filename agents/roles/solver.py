@@ -41,7 +41,7 @@ class Solver(SchemaRole):
 
     takes: ClassVar[tuple[type[Task], ...]] = (SolveTask, AnswerTask, DebateTask)
     forms: ClassVar[Forms] = {SolveTask: SolutionForm, AnswerTask: AnswerForm, DebateTask: ArgumentForm}
-    sampling = Sampling(temperature=0.2, max_tokens=8192)
+    sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def messages(self, task: Task) -> list[Message]:
         match task:

@@ -279,7 +279,7 @@ def phase_teams(config: Config, source: Source) -> dict[str, Team]:
         except ConfigError as error:
             raise ConfigError(f"workload {source.name}: phases.{phase.name}.workflow: {error}") from None
         for problem in source.problems:
-            teams[phase.name].check(problem.problem)
+            teams[phase.name].check(problem.problem, problem.compare)
     return teams
 
 

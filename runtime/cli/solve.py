@@ -18,13 +18,14 @@ from runtime.cli.results_file import read_kept
 from runtime.cli.solve_report import Report
 from runtime.config import Config
 from runtime.errors import InputError, PluginError
-from runtime.events import EngineChanged, Event, RoleReplied
+from runtime.events import EngineChanged, Event, RoleReplied, ToolCalled, ToolReturned
 from runtime.jobs import problems
 from runtime.jobs.batch import work_all
 from runtime.jobs.comparison import Comparison
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.problems import Problem
 from runtime.jobs.team import Team, assemble
+from runtime.jobs.tool_record import tool_entry
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,10 @@ async def _solve_one(config: Config, team: Team, job: Job, options: Options) -> 
             status.update(text="working")
             for entry in event.entries:
                 output.print(solve_screen.entry_line(entry), soft_wrap=True)
+        elif isinstance(event, ToolCalled):
+            status.update(text=f"{event.seat} uses {event.call.tool}")
+        elif isinstance(event, ToolReturned):
+            output.print(solve_screen.entry_line(tool_entry(event.seat, event.use)), soft_wrap=True)
 
     with watch.live(screen, status, lambda: running, options.watching):
         async with start_team(config, team, folder, show) as running:
@@ -175,7 +180,7 @@ def _check(team: Team, problem: Problem) -> Problem:
     if problem.fault is not None:
         return problem
     try:
-        team.check(problem.problem)
+        team.check(problem.problem, problem.compare)
     except (InputError, PluginError) as error:
         return replace(problem, fault=str(error))
     return problem

@@ -38,8 +38,9 @@ class EngineProgress:
 
 def entry_line(entry: Entry) -> str:
     """Return a step or verdict of the transcript."""
-    mark = {"accepted": "[green]✓[/]", "rejected": "[red]✗[/]"}.get(str(entry.verdict), " ")
-    return f"{mark} [cyan]{escape(f'{entry.seat:<10}')}[/] {escape(entry.input)}  →  {escape(entry.output)}"
+    mark = {"accepted": "[green]✓[/]", "rejected": "[red]✗[/]", "failed": "[red]✗[/]"}.get(str(entry.verdict), " ")
+    note = f"  [yellow]({escape(entry.note)})[/]" if entry.note else ""
+    return f"{mark} [cyan]{escape(f'{entry.seat:<10}')}[/] {escape(entry.input)}  →  {escape(entry.output)}{note}"
 
 
 def answer_line(result: JobResult) -> str:

@@ -26,6 +26,8 @@ from runtime.tools.toolbox import Toolbox
 
 INTERRUPTED = "the call was interrupted when the runtime stopped; it may or may not have had its effect"
 """What a model reads of a call that must not be repeated and whose output is lost."""
+TOOL_CALL_TOKENS = 1024
+"""The most tokens of a reply that may be a call of a tool, if the role allows fewer for its replies."""
 _ENDED_EARLY = {"length": "cut off at {} tokens", "repetition": "ended because it repeated itself"}
 
 
@@ -78,7 +80,7 @@ class Caller:
                 text, finish = await self._generate(run.job.id, seat, request, used)
             finally:
                 run.add(seat.name, used)
-            note = _ENDED_EARLY.get(finish or "", "").format(seat.sampling.max_tokens)
+            note = _ENDED_EARLY.get(finish or "", "").format(request.max_tokens)
             if note and request.schema is not None:
                 text = cut_json.closed(text)
             try:
@@ -158,16 +160,19 @@ class Caller:
             temperature = max(temperature, sampling.retry_temperature)
         messages = call_plugin(f"the role at {seat.name}: messages()", lambda: _messages(seat.role, call.task))
         schema = call_plugin(f"the role at {seat.name}: schema()", lambda: seat.role.schema(call.task))
+        max_tokens = call_plugin(f"the role at {seat.name}: max_tokens()", lambda: seat.role.max_tokens(call.task))
+        max_tokens = min(max_tokens, sampling.max_tokens)
         if tools:
             left = max(seat.tool_calls_max - len(uses), 0)
             messages = tuple(tool_protocol.messages(messages, tools, uses, left))
             schema = tool_protocol.schema(tools, schema, left)
+            max_tokens = max(max_tokens, TOOL_CALL_TOKENS) if left else max_tokens
         return GenerateRequest(
             request_id=f"{job.id}/{call.number}/{next(self._requests)}",
             messages=messages,
             temperature=temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
+            max_tokens=seat.max_tokens or max_tokens,
             stop=sampling.stop,
             seed=None if job.seed is None or not temperature else _seed(job.seed, call, len(uses)),
             schema=schema,

@@ -17,12 +17,14 @@ class Comparison(StrEnum):
     - NUMBER: the same number, exactly, however the two are written. Answers that are EXACT are right as well.
     - CONTAINS: the answer contains the expected words, apart from case and the width of blanks.
     - REGEX: the expected answer is a pattern, and is found in the answer.
+    - JUDGE: a seat of the team says that the answer means the same as the expected one.
     """
 
     EXACT = "exact"
     NUMBER = "number"
     CONTAINS = "contains"
     REGEX = "regex"
+    JUDGE = "judge"
 
 
 def default(expected: str) -> Comparison:
@@ -35,7 +37,7 @@ def fault(expected: str | None, comparison: Comparison) -> str | None:
     if expected is None:
         return "there is no expected answer to compare with; give one, or leave the comparison out"
     match comparison:
-        case Comparison.EXACT:
+        case Comparison.EXACT | Comparison.JUDGE:
             return None
         case Comparison.NUMBER:
             is_number = quantity.final(expected) is not None
@@ -49,7 +51,7 @@ def fault(expected: str | None, comparison: Comparison) -> str | None:
 def matches(answer: str, expected: str, comparison: Comparison | None = None) -> bool:
     """Return True if an answer is the expected one. Without a comparison, the default one applies.
 
-    Nothing matches an expected answer that has a `fault`.
+    Nothing matches an expected answer that has a `fault`. Raise ValueError for JUDGE: only the team can compare so.
     """
     match comparison or default(expected):
         case Comparison.EXACT:
@@ -59,6 +61,8 @@ def matches(answer: str, expected: str, comparison: Comparison | None = None) ->
         case Comparison.CONTAINS:
             words = _words(expected)
             return bool(words) and f"\0{words}\0" in f"\0{_words(answer)}\0"
+        case Comparison.JUDGE:
+            raise ValueError("a judge's comparison is part of the job")
         case Comparison.REGEX:
             return pattern.found(expected, answer.strip()[-ANSWER_MAX_CHARACTERS:])
 

@@ -66,7 +66,8 @@ class JobResult:
     """How a job ended: with an answer or with an error.
 
     `confirmed` is True if the critics accepted the result of every step, False if one stayed rejected, and None if no
-    critic judged. `transient` is True if an engine caused the error, so that another try may succeed.
+    critic judged. `judged` is the verdict of the judge who compared the answer with the expected one. `transient` is
+    True if an engine caused the error, so that another try may succeed.
     """
 
     id: str
@@ -81,12 +82,15 @@ class JobResult:
     error: str | None = None
     transient: bool = False
     compare: Comparison | None = None
+    judged: bool | None = None
 
     @property
     def correct(self) -> bool | None:
-        """True if the answer is the expected one; None if none was expected."""
+        """True if the answer is the expected one; None if none was expected, or if the judge did not say."""
         if self.expected is None:
             return None
+        if self.compare is Comparison.JUDGE:
+            return self.judged
         return self.answer is not None and comparison.matches(self.answer, self.expected, self.compare)
 
     def as_json(self) -> dict[str, Any]:
@@ -126,6 +130,7 @@ class JobResult:
             expected=data.get("expected"),
             error=data.get("error"),
             compare=Comparison(data["compare"]) if "compare" in data else None,
+            judged=data.get("correct") if data.get("compare") == Comparison.JUDGE else None,
         )
 
 

@@ -20,7 +20,7 @@ from runtime.jobs.plugin_calls import call_plugin
 from runtime.jobs.reply_record import ReplyRecord, StoredReply
 from runtime.jobs.run import Run, ToolLog, no_log
 from runtime.jobs.team import Seat, Team
-from runtime.jobs.tool_record import ToolRecord
+from runtime.jobs.tool_record import ToolRecord, tool_entry
 from runtime.tools.toolbox import Toolbox
 
 STREAM_INTERVAL = 64
@@ -70,7 +70,7 @@ class Orchestrator:
         workflow: Workflow | None = None
         failure: Exception | None = None
         try:
-            self.team.check(job.problem)
+            self.team.check(job.problem, job.compare)
             workflow, due, tools = self._begin(run, past, tools or {})
             await self._work(run, workflow, due, tools)
         except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as error:
@@ -108,7 +108,7 @@ class Orchestrator:
 
     def _start(self, run: Run) -> tuple[Workflow, dict[int, RoleCall]]:
         """Return a new workflow and its first calls by number."""
-        workflow = call_plugin("the workflow", self.team.begin, run.job.problem)
+        workflow = call_plugin("the workflow", self.team.begin, run.job)
         calls = call_plugin("the workflow's begin()", lambda: list(workflow.begin()))
         return workflow, {call.number: call for call in calls}
 
@@ -146,7 +146,7 @@ class Orchestrator:
 
     def _take(self, job: Job, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
         """Give a reply to the workflow and tell the listeners. Return the calls that are due now."""
-        known_entries = len(workflow.transcript)
+        known_entries = len(workflow.transcript) + len(recorded.tools)
         due = _following(workflow, call, recorded)
         entries = tuple(replace(entry) for entry in workflow.transcript[known_entries:])
         reply = RoleReplied(
@@ -200,12 +200,13 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
         error=str(failure) if failure else (outcome.failure if outcome else None),
         transient=isinstance(failure, EngineError) and not isinstance(failure, RequestRefused),
         compare=run.job.compare,
+        judged=outcome.correct if outcome else None,
     )
 
 
 def _following(workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
     """Give a reply to the workflow and return the next calls. The transcript gets the reply's tools before it."""
-    workflow.transcript += [record.entry() for record in recorded.tools]
+    workflow.transcript += [tool_entry(record.seat, record.use) for record in recorded.tools if record.use is not None]
     known_entries = len(workflow.transcript)
     calls = call_plugin("the workflow's take()", lambda: list(workflow.take(call, recorded.reply)))
     for entry in workflow.transcript[known_entries:][:1]:

@@ -137,7 +137,7 @@ class JobService:
             if known is None:
                 raise
             return _check_same(known, submission), False
-        self._team.check(submission.problem)
+        self._team.check(submission.problem, submission.compare)
         id = uuid.uuid4().hex
         self._accepting += 1
         accepting = self.journal.post(lambda transaction: transaction.accept(id, submission))

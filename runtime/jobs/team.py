@@ -14,9 +14,13 @@ from pydantic import ValidationError
 from agents import registry, yaml_role
 from agents.names import nearest
 from agents.role import Role, Sampling, Task, TaskRefused, Value, explain
+from agents.tasks import CompareTask
 from agents.workflow import Workflow
+from agents.workflows.judged import Judged
 from runtime.config import Config, Member, is_role_file, read_yaml
 from runtime.errors import ConfigError, InputError, PluginError
+from runtime.jobs.comparison import Comparison
+from runtime.jobs.job import Job
 
 T = TypeVar("T")
 
@@ -27,14 +31,16 @@ PROBLEM_MAX_CHARACTERS = 100_000
 class Seat:
     """A place in the team: a role, its engine and its sampling, and the tools that its model may call.
 
-    The model may call tools up to `tool_calls_max` times for one reply. `priority` and the fields after it are for the
-    policies; runtime.config.Member describes them.
+    A reply has at most `max_tokens`. If that is None, it has as many as the role allows for the task. The model may
+    call tools up to `tool_calls_max` times for one reply. `priority` and the fields after it are for the policies;
+    runtime.config.Member describes them.
     """
 
     name: str
     role: Role
     engine: str
     sampling: Sampling
+    max_tokens: int | None = None
     tools: tuple[str, ...] = ()
     tool_calls_max: int = 8
     priority: int = 1
@@ -46,26 +52,40 @@ class Seat:
 
 @dataclass(frozen=True)
 class Team:
-    """The seats by name, and the class and options of the workflow that calls on them."""
+    """The seats by name, and the class and options of the workflow that calls on them.
+
+    `judge` is the seat that compares answers with expected ones, if there is one.
+    """
 
     seats: Mapping[str, Seat]
     workflow: type[Workflow]
     options: Value
+    judge: str | None = None
 
     def without_tools(self) -> "Team":
         """Return this team with seats that call no tools, for modelled engines, which do not know how to."""
         seats = {name: replace(seat, tools=()) for name, seat in self.seats.items()}
         return replace(self, seats=seats)
 
-    def begin(self, problem: str) -> Workflow:
-        """Return a new workflow for a problem."""
-        return self.workflow(problem, self.options)
+    def begin(self, job: Job) -> Workflow:
+        """Return a new workflow for a job's problem. It ends with the judge if the job asks for one."""
+        workflow = self.workflow(job.problem, self.options)
+        if job.compare is not Comparison.JUDGE:
+            return workflow
+        assert self.judge is not None
+        assert job.expected is not None
+        return Judged(workflow, self.judge, job.expected)
 
-    def check(self, problem: str) -> None:
-        """Check that every role can work a problem, without using an engine.
+    def check(self, problem: str, compare: Comparison | None = None) -> None:
+        """Check that every role can work a problem, without using an engine, and that its answer can be compared.
 
         Raises InputError if one cannot, or PluginError if a role's own check fails.
         """
+        if compare is Comparison.JUDGE and self.judge is None:
+            raise InputError(
+                "compare: the team has no judge; set `judge` in the configuration to a seat whose role takes "
+                "CompareTask, such as judge, or compare in another way"
+            )
         if not problem.strip():
             raise InputError("the problem is empty")
         if len(problem) > PROBLEM_MAX_CHARACTERS:
@@ -96,7 +116,7 @@ def assemble(config: Config) -> Team:
             )
     seats = {name: _seat(config, name, member) for name, member in config.team.items() if name in needed}
     _check_fit(config, workflow, options, seats)
-    return Team(seats, workflow, options)
+    return Team(seats, workflow, options, config.judge)
 
 
 def _check_fit(config: Config, workflow: type[Workflow], options: Value, seats: Mapping[str, Seat]) -> None:
@@ -138,7 +158,10 @@ def _workflow(config: Config) -> type[Workflow]:
 
 
 def _needed(config: Config, workflow: type[Workflow], options: Value) -> Mapping[str, tuple[type[Task], ...]]:
-    return _plugin(config, "seats()", lambda: workflow.seats(options))
+    needed = _plugin(config, "seats()", lambda: workflow.seats(options))
+    if config.judge is None:
+        return needed
+    return {**needed, config.judge: (*needed.get(config.judge, ()), CompareTask)}
 
 
 def _options(config: Config, workflow: type[Workflow]) -> Value:
@@ -157,6 +180,7 @@ def _seat(config: Config, name: str, member: Member) -> Seat:
         role,
         member.engine,
         sampling,
+        max_tokens=member.max_tokens,
         tools=role.tools if member.tools is None else member.tools,
         tool_calls_max=member.tool_calls_max,
         priority=member.priority,

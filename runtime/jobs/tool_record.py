@@ -32,8 +32,7 @@ class ToolRecord:
         call = ToolCall(data["tool"], data["arguments"], data["text"])
         return cls(data["number"], data["seat"], call, Usage(**data["used"]))
 
-    def entry(self) -> Entry:
-        """Return the line of the transcript."""
-        if self.use is None:
-            return Entry(self.seat, str(self.call), "", None)
-        return Entry(self.seat, str(self.call), self.use.output, "failed" if self.use.failed else None)
+
+def tool_entry(seat: str, use: ToolUse) -> Entry:
+    """Return the line of the transcript for a call of a tool."""
+    return Entry(seat, str(use.call), use.output, "failed" if use.failed else None)

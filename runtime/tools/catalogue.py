@@ -23,7 +23,7 @@ def make(name: str, function: str | None, mcp: McpSettings | None, options: Mapp
     """
     place = f"tools.{name}"
     if mcp is not None:
-        from runtime.tools.mcp_tool import McpServer  # noqa: PLC0415  takes half a second, and few need it
+        from runtime.tools.mcp_tool import McpServer  # takes half a second, and few need it
 
         _options(place, Value, options)
         return McpServer(name, mcp, mcp.output_max_bytes)

@@ -61,7 +61,7 @@ class Toolbox:
     async def use(self, call: ToolCall) -> ToolUse:
         """Make a call. A wrong call, and a tool that fails, give a failed use, whose output says why."""
         try:
-            return ToolUse(call, await self._tool(call).call(call.arguments))
+            return ToolUse(call, (await self._tool(call).call(call.arguments)).rstrip("\n"))
         except ToolError as error:
             return ToolUse(call, str(error), failed=True)
         except Exception as error:  # a defect of a tool's implementation costs this call only

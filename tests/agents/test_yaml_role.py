@@ -46,6 +46,7 @@ def spec(task: str, **changes: Any) -> dict[str, Any]:
         "write": "{problem}\n{results}",
         "debate": "{problem}\n{own}\n{others}",
         "judge": "{problem}\n{candidates}",
+        "compare": "{problem}\n{answer}\n{expected}",
     }
     replies = {
         "plan": reply(steps={"type": "array", "items": TEXT}),
@@ -55,6 +56,7 @@ def spec(task: str, **changes: Any) -> dict[str, Any]:
         "write": reply(text=TEXT, notes=TEXT),
         "debate": reply(reasoning=TEXT, answer=TEXT),
         "judge": reply(order={"type": "array", "items": {"type": "integer"}}),
+        "compare": reply(accepted={"type": "boolean"}),
     }
     return {"name": "mine", "task": task, "prompt": prompts[task], "reply": replies[task], **changes}
 

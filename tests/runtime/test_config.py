@@ -91,6 +91,15 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nteam: {solver: {priority: 0}}\n", ["team.solver.priority", "1"]),
     ("extends: embedded\nteam: {solver: {minimum_share: 2}}\n", ["team.solver.minimum_share"]),
     ("extends: embedded\ndevice: {kv_cache_memory_bytes: 0}\n", ["device.kv_cache_memory_bytes"]),
+    ("extends: embedded\nworkflow: {name: pipeline, seats: [solver]}\n", ["team.solver.role", "gives this seat WriteTask"]),
+    ("extends: embedded\nworkflow: {name: pipeline, seats: [poet]}\n", ["needs a 'poet'; the team has planner"]),
+    ("extends: embedded\nworkflow: {name: pipeline}\n", ["workflow.seats: field required"]),
+    ("extends: embedded\nworkflow: {name: debate}\n", ["needs a 'judge'"]),
+    ("extends: embedded\njudge: critic\n", ["team.critic.role", "CompareTask"]),
+    ("extends: embedded\nteam: {solver: {tools: [python]}}\n", ["team.solver.tools", "add `tools: {python: {}}`"]),
+    ("extends: embedded\ntools: {'a b': {}}\n", ["tools", "a b"]),
+    ("extends: embedded\ntools: {x: {function: y}}\n", ["tools.x.function"]),
+    ("extends: embedded\ntools: {x: {mcp: {}}}\n", ["tools.x.mcp", "set exactly one of `command` and `url`"]),
 ]  # fmt: skip
 
 

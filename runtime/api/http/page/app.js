@@ -261,6 +261,13 @@ function onJobEvent(_, event) {
   const job = jobs.get(event.job) ?? { id: event.job, at: event.at, steps: [] };
   if (job.complete) return; // loadJobs has loaded its result already
   if (event.kind === "replied") job.steps.push(...event.entries);
+  else if (event.kind === "tool called") {
+    const input = `${event.tool} ${JSON.stringify(event.arguments)}`;
+    job.steps.push({ role: event.seat, input, output: "running", call: event.number });
+  } else if (event.kind === "tool returned") {
+    const step = job.steps.findLast((known) => known.call === event.number);
+    if (step) Object.assign(step, { output: event.output, verdict: event.failed ? "failed" : null });
+  }
   else if (event.kind === "anew") job.steps = [];
   else Object.assign(job, { state: event.kind, error: event.why });
   job.problem = event.problem ?? job.problem;

@@ -1,0 +1,41 @@
+"""How many tokens a reply to a JSON schema may have, so that a model that never stops does not fill every string."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+CHARACTERS_PER_TOKEN = 3
+"""Fewer than English text has on average (about 4), and more than a model that pads its strings writes."""
+SPARE_TOKENS = 32
+_NUMBER_CHARACTERS = 20
+_PUNCTUATION_CHARACTERS = 6  # around a property: quotes, colon, comma, blanks
+
+
+def tokens(schema: Mapping[str, Any]) -> int | None:
+    """Return the tokens that ordinary text needs to fill the schema's strings and lists, or None if one is unbounded.
+
+    The schema itself allows about three times as many: a token may be a single character.
+    """
+    characters = _characters(schema, schema.get("$defs", {}))
+    return None if characters is None else math.ceil(characters / CHARACTERS_PER_TOKEN) + SPARE_TOKENS
+
+
+def _characters(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> int | None:
+    match schema:
+        case {"$ref": str(place)}:
+            return _characters(definitions[place.removeprefix("#/$defs/")], definitions)
+        case {"enum": values}:
+            return max(len(str(value)) for value in values)
+        case {"type": "object", "properties": properties}:
+            parts = [_characters(part, definitions) for part in properties.values()]
+            names = sum(len(name) + _PUNCTUATION_CHARACTERS for name in properties)
+            return None if None in parts else names + sum(part for part in parts if part is not None)
+        case {"type": "array", "maxItems": int(items), "items": item}:
+            each = _characters(item, definitions)
+            return None if each is None else items * (each + _PUNCTUATION_CHARACTERS)
+        case {"type": "string", "maxLength": int(length)}:
+            return length
+        case {"type": "integer" | "number" | "boolean"}:
+            return _NUMBER_CHARACTERS
+        case _:
+            return None
