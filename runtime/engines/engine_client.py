@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from vllm import RequestOutput, SamplingParams
@@ -25,6 +25,7 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sampling import with_params
 from runtime.errors import InputError, TroupeError
 
+T = TypeVar("T")
 Generate = Callable[[GenerateRequest], AsyncGenerator[Chunk, None]]
 CHOICES_MAX = 16
 """The most choices of one request."""
@@ -37,8 +38,8 @@ WHOLE_INTERVAL = 64
 class Replies:
     """The replies that one API request asks for, in one or several calls of `EngineClient.generate`.
 
-    No reply yields anything before all of them have their first token. So if the engine refuses one of them, the answer
-    to the client has not begun. `error` is what the engine raised, or None.
+    No call yields anything before every reply has its first token. So if the engine refuses one of them, the answer to
+    the client has not begun. `error` is what the engine raised, or None.
     """
 
     def __init__(self) -> None:
@@ -57,12 +58,19 @@ class Replies:
         self._calls.append(call)
         self._unstarted += replies
 
-    async def wait_for_others(self) -> None:
-        """Note that a reply has its first token. Return once all have."""
+    def note_start(self) -> None:
+        """Note that one more reply has its first token."""
         self._unstarted -= 1
         if self._unstarted <= 0:
             self._started.set()
-        await self._started.wait()
+
+    async def hold(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yield the items of a call once every reply has started."""
+        async with aclosing(items):
+            async for item in items:
+                if not self.have_started:
+                    await self._started.wait()
+                yield item
 
     async def close(self) -> None:
         """Abort what still runs. vLLM's handlers leave it to the garbage collector to close what they iterate."""
@@ -135,7 +143,8 @@ class EngineClient:
         if whole:
             request = replace(request, stream_interval=WHOLE_INTERVAL)
         choices = range(sampling_params.n)
-        call = merge([self._reply(request_id, choice, _nth(request, choice), replies) for choice in choices])
+        parts = merge([self._reply(request_id, choice, _nth(request, choice), replies) for choice in choices])
+        call = replies.hold(parts)
         if whole:
             call = _whole(call)
         replies.expect(call, len(choices))
@@ -144,13 +153,13 @@ class EngineClient:
     async def _reply(
         self, request_id: str, choice: int, request: GenerateRequest, replies: Replies
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream the reply to a request as vLLM's outputs, once all replies have started."""
+        """Stream the reply to a request as vLLM's outputs."""
         started = False
         try:
             async with aclosing(self._generate(request)) as chunks:
                 async for chunk in chunks:
                     if not started:
-                        await replies.wait_for_others()
+                        replies.note_start()
                         started = True
                     yield _output(request_id, choice, request, chunk)
         except TroupeError as error:
