@@ -1,5 +1,6 @@
 """`troupe serve`: run the team as a service."""
 
+import gc
 import json
 from functools import partial
 
@@ -60,6 +61,15 @@ def _with_options(config: Config, host: str | None, port: int | None, mqtt: str 
     return config.model_copy(update={"mqtt": broker})
 
 
+def _freeze_objects() -> None:
+    """Keep the garbage collector from examining what exists now, which mostly lives as long as the service.
+
+    vLLM's own server does the same. Otherwise a full collection stops all streams while it examines vLLM's modules.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interrupt.Stop, as_json: bool) -> None:
     from runtime.api.serve import drain, serving  # takes long to import, and other commands do not need it
 
@@ -95,6 +105,7 @@ async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interr
         async with serving(config, team, open_engines, on_listening, on_event, embedded_broker, on_broker) as backend:
             for seat in team.seats:
                 await backend.seat_model(seat)  # so that no request has to wait for it
+            _freeze_objects()
             spinner.stop()
             report("ready", "ready")
             stop.ready = True

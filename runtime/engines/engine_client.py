@@ -9,8 +9,8 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import msgspec
 from vllm import RequestOutput, SamplingParams
@@ -25,6 +25,7 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sampling import with_params
 from runtime.errors import InputError, TroupeError
 
+T = TypeVar("T")
 Generate = Callable[[GenerateRequest], AsyncGenerator[Chunk, None]]
 CHOICES_MAX = 16
 """The most choices of one request."""
@@ -52,17 +53,24 @@ class Replies:
         """Return True if every reply has its first token."""
         return self._started.is_set()
 
-    def expect(self, call: AsyncGenerator[Any, None]) -> None:
-        """Count a call. All calls are made before the first of them is iterated."""
+    def expect(self, call: AsyncGenerator[Any, None], replies: int) -> None:
+        """Count the replies of a call. All calls are made before the first of them is iterated."""
         self._calls.append(call)
-        self._unstarted += 1
+        self._unstarted += replies
 
-    async def wait_for_others(self) -> None:
-        """Note that the replies of one call have started. Return once those of all calls have."""
+    def note_start(self) -> None:
+        """Note that one more reply has its first token."""
         self._unstarted -= 1
         if self._unstarted <= 0:
             self._started.set()
-        await self._started.wait()
+
+    async def hold(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yield the items of a call once every reply has started."""
+        async with aclosing(items):
+            async for item in items:
+                if not self.have_started:
+                    await self._started.wait()
+                yield item
 
     async def close(self) -> None:
         """Abort what still runs. vLLM's handlers leave it to the garbage collector to close what they iterate."""
@@ -73,22 +81,6 @@ class Replies:
 
 replies_of_request: ContextVar[Replies] = ContextVar("replies_of_request")
 """The replies of the API request that is being handled. It must be set when a handler is called."""
-
-
-@dataclass
-class _Whole:
-    """A reply put together from its chunks."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Mapping[int, Any]] = field(default_factory=list)
-    last: Chunk | None = None
-
-    def append(self, chunk: Chunk) -> None:
-        self.text += chunk.text
-        self.token_ids += chunk.token_ids
-        self.logprobs += chunk.logprobs
-        self.last = chunk
 
 
 class EngineClient:
@@ -145,63 +137,44 @@ class EngineClient:
             ),
             sampling_params,
         )
-        requests = [_nth(request, choice) for choice in range(sampling_params.n)]
         _check_encodable(request.generate_options)
         replies = replies_of_request.get()
-        if sampling_params.output_kind is RequestOutputKind.FINAL_ONLY:
-            requests = [replace(each, stream_interval=WHOLE_INTERVAL) for each in requests]
-            call = self._whole(request_id, requests, replies)
-        else:
-            call = self._streamed(request_id, requests, replies)
-        replies.expect(call)
+        whole = sampling_params.output_kind is RequestOutputKind.FINAL_ONLY
+        if whole:
+            request = replace(request, stream_interval=WHOLE_INTERVAL)
+        choices = range(sampling_params.n)
+        parts = merge([self._reply(request_id, choice, _nth(request, choice), replies) for choice in choices])
+        call = replies.hold(parts)
+        if whole:
+            call = _whole(call)
+        replies.expect(call, len(choices))
         return call
 
-    async def _whole(
-        self, request_id: str, requests: list[GenerateRequest], replies: Replies
+    async def _reply(
+        self, request_id: str, choice: int, request: GenerateRequest, replies: Replies
     ) -> AsyncGenerator[RequestOutput, None]:
-        wholes = [_Whole() for _ in requests]
-        async with aclosing(self._chunks(requests, replies)) as chunks:
-            async for choice, chunk in chunks:
-                wholes[choice].append(chunk)
-        outputs = []
-        for choice, whole in enumerate(wholes):
-            assert whole.last is not None
-            outputs.append(_output(choice, whole.text, whole.token_ids, whole.logprobs, whole.last))
-        assert wholes[0].last is not None
-        yield _request_output(request_id, requests[0], outputs, True, wholes[0].last)
-
-    async def _streamed(
-        self, request_id: str, requests: list[GenerateRequest], replies: Replies
-    ) -> AsyncGenerator[RequestOutput, None]:
-        unfinished = len(requests)
-        async with aclosing(self._chunks(requests, replies)) as chunks:
-            async for choice, chunk in chunks:
-                if chunk.finish is not None:
-                    unfinished -= 1
-                output = _output(choice, chunk.text, list(chunk.token_ids), list(chunk.logprobs), chunk)
-                yield _request_output(request_id, requests[0], [output], not unfinished, chunk)
-
-    async def _chunks(
-        self, requests: list[GenerateRequest], replies: Replies
-    ) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """Yield the chunks of all requests, each with the index of its request, once all replies have started."""
-        held: list[tuple[int, Chunk]] = []
-        unstarted = set(range(len(requests)))
+        """Stream the reply to a request as vLLM's outputs."""
+        started = False
         try:
-            async with aclosing(merge([self._generate(request) for request in requests])) as chunks:
-                async for choice, chunk in chunks:
-                    if not unstarted:
-                        yield choice, chunk
-                        continue
-                    held.append((choice, chunk))
-                    unstarted.discard(choice)
-                    if not unstarted:
-                        await replies.wait_for_others()
-                        for item in held:
-                            yield item
+            async with aclosing(self._generate(request)) as chunks:
+                async for chunk in chunks:
+                    if not started:
+                        replies.note_start()
+                        started = True
+                    yield _output(request_id, choice, request, chunk)
         except TroupeError as error:
             replies.error = error
             raise
+
+
+async def _whole(parts: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+    """Yield one output, put together from the streamed parts of all choices."""
+    async with aclosing(parts):
+        whole = await anext(parts)
+        async for part in parts:
+            whole.add(part, aggregate=True)
+    whole.outputs.sort(key=lambda output: output.index)
+    yield whole
 
 
 def _check_encodable(options: Mapping[str, Any]) -> None:
@@ -218,34 +191,24 @@ def _nth(request: GenerateRequest, choice: int) -> GenerateRequest:
     return replace(request, request_id=uuid.uuid4().hex, seed=seed)
 
 
-def _output(
-    choice: int, text: str, token_ids: list[int], logprobs: list[Mapping[int, Any]], last: Chunk
-) -> CompletionOutput:
-    return CompletionOutput(
-        index=choice,
-        text=text,
-        token_ids=token_ids,
-        cumulative_logprob=None,
-        logprobs=logprobs or None,
-        finish_reason=last.finish,
-        stop_reason=last.stop,
-    )
-
-
-def _request_output(
-    request_id: str,
-    request: GenerateRequest,
-    outputs: list[CompletionOutput],
-    finished: bool,
-    chunk: Chunk,
-) -> RequestOutput:
+def _output(request_id: str, choice: int, request: GenerateRequest, chunk: Chunk) -> RequestOutput:
+    """Return a chunk of a choice as vLLM's output. It is `finished` if the choice is."""
     assert request.rendered is not None
+    output = CompletionOutput(
+        index=choice,
+        text=chunk.text,
+        token_ids=list(chunk.token_ids),
+        cumulative_logprob=None,
+        logprobs=list(chunk.logprobs) or None,
+        finish_reason=chunk.finish,
+        stop_reason=chunk.stop,
+    )
     return RequestOutput(
         request_id=request_id,
         prompt=request.rendered.get("prompt"),
         prompt_token_ids=request.rendered["prompt_token_ids"],
         prompt_logprobs=None,
-        outputs=outputs,
-        finished=finished,
+        outputs=[output],
+        finished=chunk.finish is not None,
         num_cached_tokens=chunk.cached_tokens,
     )

@@ -1,29 +1,28 @@
-"""Merges the streamed replies to several requests into one stream."""
+"""Merges streams into one."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TypeVar
 
-from runtime.engines.request import Chunk
+T = TypeVar("T")
 
 
-async def merge(replies: list[AsyncGenerator[Chunk, None]]) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Yield the chunks of all replies as they arrive, each with the index of its reply.
+def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Return a stream of the items of all streams as they arrive.
 
-    Raises the first failure. After a failure, or if this generator is closed early, it closes the other replies, which
-    aborts their requests.
+    It raises the first failure. After a failure, or if it is closed early, it closes the other streams.
     """
-    if len(replies) == 1:  # the usual case needs no tasks
-        async with aclosing(replies[0]) as chunks:
-            async for chunk in chunks:
-                yield 0, chunk
-        return
-    arrived: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
-    forwarding = asyncio.create_task(_forward_all(replies, arrived), name="choices")
+    return streams[0] if len(streams) == 1 else _merged(streams)  # the usual case, one stream, needs no tasks
+
+
+async def _merged(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    arrived: asyncio.Queue[tuple[T] | None] = asyncio.Queue()  # None marks the end
+    forwarding = asyncio.create_task(_forward_all(streams, arrived), name="choices")
     forwarding.add_done_callback(lambda _: arrived.put_nowait(None))
     try:
         while (item := await arrived.get()) is not None:
-            yield item
+            yield item[0]
         try:
             forwarding.result()
         except BaseExceptionGroup as failures:
@@ -33,17 +32,13 @@ async def merge(replies: list[AsyncGenerator[Chunk, None]]) -> AsyncGenerator[tu
         await asyncio.wait([forwarding])
 
 
-async def _forward_all(
-    replies: list[AsyncGenerator[Chunk, None]], arrived: "asyncio.Queue[tuple[int, Chunk] | None]"
-) -> None:
+async def _forward_all(streams: list[AsyncGenerator[T, None]], arrived: "asyncio.Queue[tuple[T] | None]") -> None:
     async with asyncio.TaskGroup() as group:
-        for index, reply in enumerate(replies):
-            group.create_task(_forward(index, reply, arrived), name=f"choice {index}")
+        for index, stream in enumerate(streams):
+            group.create_task(_forward(stream, arrived), name=f"choice {index}")
 
 
-async def _forward(
-    index: int, reply: AsyncGenerator[Chunk, None], arrived: "asyncio.Queue[tuple[int, Chunk] | None]"
-) -> None:
-    async with aclosing(reply) as chunks:
-        async for chunk in chunks:
-            arrived.put_nowait((index, chunk))
+async def _forward(stream: AsyncGenerator[T, None], arrived: "asyncio.Queue[tuple[T] | None]") -> None:
+    async with aclosing(stream) as items:
+        async for item in items:
+            arrived.put_nowait((item,))

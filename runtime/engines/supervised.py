@@ -104,37 +104,32 @@ class SupervisedEngine(EngineHandle):
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        with self.usage.request(request.rank(asyncio.get_running_loop().time())):
-            async with aclosing(self._serve(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-
-    async def _serve(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream a reply from one engine after another until one of them completes it."""
         if not request.resumable and request.seed is None and request.temperature:
             request = replace(request, seed=secrets.randbits(31))  # a replay repeats a sampled reply only with a seed
         call, restarts = Call(), 0
-        while True:
-            async with self._quarantine.turn(call):
-                engine = await self._ready_engine()
-                if self._quarantine.must_wait(call):
-                    continue
-                self._quarantine.sent(call)
-                try:
-                    with self._serving():
-                        async with aclosing(self._rest_of_reply(engine, request, call, restarts)) as chunks:
-                            async for chunk in chunks:
-                                self._quarantine.streamed(call, chunk)
-                                yield chunk
-                    return
-                except EngineDead as error:
-                    restarts += 1
-                    self._report_death(engine, error.death)
-                    if call.poison:
-                        raise RequestQuarantined(
-                            f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not sent "
-                            "again"
-                        ) from error
+        with self.usage.request(request.rank(asyncio.get_running_loop().time())):
+            while True:
+                async with self._quarantine.turn(call):
+                    engine = await self._ready_engine()
+                    if self._quarantine.must_wait(call):
+                        continue
+                    self._quarantine.sent(call)
+                    try:
+                        with self._serving():
+                            async with aclosing(self._rest_of_reply(engine, request, call, restarts)) as chunks:
+                                async for chunk in chunks:
+                                    self._quarantine.streamed(call, chunk)
+                                    yield chunk
+                        return
+                    except EngineDead as error:
+                        restarts += 1
+                        self._report_death(engine, error.death)
+                        if call.poison:
+                            raise RequestQuarantined(
+                                f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not "
+                                "sent again"
+                            ) from error
 
     @contextmanager
     def _serving(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from runtime.telemetry.reading import DeviceReading, Kind, Reading, Source
 class HostSource(Source):
     """A source with one device, the host.
 
-    `processes` holds this process's descendants and their resident bytes. Memory that processes share counts for each.
+    Its readings list no processes: to find the engines, each one would have to look at every process of the machine.
     """
 
     kind: Kind = "host"
@@ -30,17 +30,5 @@ class HostSource(Source):
             total_bytes=memory.total,
             used_bytes=memory.total - memory.available,
             utilization=psutil.cpu_percent() / 100,
-            processes=_descendants(),
         )
         return Reading("host", (device,), time_s=time.monotonic())
-
-
-def _descendants() -> dict[int, int]:
-    """Return the resident bytes of each descendant of this process, by process id."""
-    resident_bytes = {}
-    for process in psutil.Process().children(recursive=True):
-        try:
-            resident_bytes[process.pid] = int(process.memory_info().rss)
-        except psutil.NoSuchProcess:  # it ended after it was listed
-            continue
-    return resident_bytes

@@ -93,7 +93,7 @@ class Backend:
                     yield chunk
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:  # FastAPI would call a plain function in a thread
     backend: Backend = request.app.state.backend
     return backend
 
