@@ -22,6 +22,19 @@ _OFFER = """You may use tools. Reply with one JSON object: either a call of a to
 {{"tool": "<name>", "arguments": {{...}}}}, whose output you are then given, or your reply, {{"reply": {reply}}}.
 The tools:
 {tools}"""
+_NOT_IN_GRAMMARS = frozenset(
+    {
+        "multipleOf",
+        "uniqueItems",
+        "contains",
+        "minContains",
+        "maxContains",
+        "format",
+        "propertyNames",
+        "patternProperties",
+    }
+)
+_NAMED_SCHEMAS = frozenset({"properties", "$defs", "definitions"})
 _LAST = 'You have used all your calls of tools. Reply now: {"reply": ...}'
 
 
@@ -84,7 +97,7 @@ def schema(tools: Sequence[ToolSpec], reply: Mapping[str, Any] | None, left: int
     """Return the JSON schema of a call of one of the tools, if `left` is not 0, or of a reply."""
     parts: dict[str, Mapping[str, Any]] = {"reply": reply or {"type": "string", "minLength": 1}}
     if left:
-        parts |= {f"tool{number}": tool.parameters for number, tool in enumerate(tools)}
+        parts |= {f"tool{number}": _enforceable(tool.parameters) for number, tool in enumerate(tools)}
     forms = [_object({"reply": {"$ref": "#/$defs/reply"}})]
     forms += [
         _object({"tool": {"const": tool.name}, "arguments": {"$ref": f"#/$defs/tool{number}"}})
@@ -157,3 +170,22 @@ def _embedded(part: Mapping[str, Any], place: str) -> dict[str, Any]:
                 return value
 
     return {key: moved(value) for key, value in part.items()}
+
+
+def _enforceable(schema: Any) -> Any:
+    """Return a tool's schema without the keywords that make vLLM refuse a grammar. The runtime checks those itself."""
+    match schema:
+        case dict():
+            kept = {key: value for key, value in schema.items() if key not in _NOT_IN_GRAMMARS}
+            if "pattern" in kept:
+                kept = {key: value for key, value in kept.items() if key not in ("minLength", "maxLength")}
+            return {
+                key: {name: _enforceable(inner) for name, inner in value.items()}
+                if key in _NAMED_SCHEMAS and isinstance(value, dict)
+                else _enforceable(value)
+                for key, value in kept.items()
+            }
+        case list():
+            return [_enforceable(inner) for inner in schema]
+        case _:
+            return schema

@@ -38,8 +38,11 @@ async def calls_per_s(source: Source, teams: Mapping[str, Team]) -> dict[str, di
                     f"workload {source.name}: phases.{phase.name}.jobs_per_s: this key is required; "
                     "a closed loop has no rate to scale"
                 )
-            problems = [arrival.problem.problem for arrival in arrivals if arrival.phase == phase.name][:COUNTED_JOBS]
-            jobs = [Job(str(number), problem) for number, problem in enumerate(problems)]
+            problems = [arrival.problem for arrival in arrivals if arrival.phase == phase.name][:COUNTED_JOBS]
+            jobs = [
+                Job(str(number), problem.problem, problem.expected, compare=problem.compare)
+                for number, problem in enumerate(problems)
+            ]
             requests = await record(teams[phase.name], engines, jobs) if jobs else {}
             calls[phase.name] = {name: phase.jobs_per_s * len(sent) / len(jobs) for name, sent in requests.items()}
     return calls

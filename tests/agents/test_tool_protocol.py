@@ -5,8 +5,10 @@ import json
 from typing import Any
 
 import pytest
+import xgrammar
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
+from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
 from agents import tool_protocol
 from agents.role import Message, ReplyUnusable
@@ -84,11 +86,27 @@ def test_references_of_a_tool_s_schema_stay_within_it(pointer: str) -> None:
         "$defs": {"Unit": {"type": "integer"}},
     }
     schema = tool_protocol.schema([ToolSpec("reply", "A name of ours.", parameters)], REPLY, 1)
+    xgrammar.Grammar.from_json_schema(json.dumps(schema))
     right = {"value": 1} if pointer == "#" else 1
     is_valid = Draft202012Validator(schema).is_valid
     assert is_valid({"tool": "reply", "arguments": {"more": right}})
     assert not is_valid({"tool": "reply", "arguments": {"more": "text"}})
     assert is_valid({"reply": {"unit": "mine"}})
+
+
+def test_keywords_that_grammars_lack_are_left_to_the_runtime() -> None:
+    text = {"type": "string", "format": "uri", "pattern": "^h", "maxLength": 9}
+    parameters = {
+        "type": "object",
+        "properties": {"format": text, "some": {"type": "array", "items": text, "uniqueItems": True}},
+        "required": ["format"],
+        "propertyNames": {"pattern": "^[a-z]+$", "maxLength": 9},
+    }
+    schema = tool_protocol.schema([ToolSpec("fetch", "Fetch a page.", parameters)], REPLY, 1)
+    assert not has_xgrammar_unsupported_json_features(schema)
+    left = {"type": "string", "pattern": "^h"}
+    assert schema["$defs"]["tool0"]["properties"] == {"format": left, "some": {"type": "array", "items": left}}
+    assert has_xgrammar_unsupported_json_features(parameters)
 
 
 def test_examples_of_a_chat_become_replies_of_the_protocol() -> None:

@@ -12,6 +12,7 @@ import prometheus_client
 import pytest
 from vllm import SamplingParams, envs
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.core.sched.utils import check_sequence_repetition
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu.sample import logit_bias
 
@@ -140,3 +141,24 @@ async def test_a_gpu_refuses_to_emulate_a_device(tmp_path: Path, monkeypatch: py
     engine = vllm_engine.VllmEngine("solver", spec, tmp_path / "log", tmp_path, step_time=StepTime(8))
     with pytest.raises(EngineError, match=r"engine solver did not start: .* leave out --emulate"):
         await engine.start()
+
+
+STUCK = [7, 8, 9] * 64
+NUMBERS = {"a third": [3] * 20, "a list of zeros": [0, 1] * 40, "a power of ten": [5] * 60}
+
+
+def test_reply_that_repeats_itself_is_stopped() -> None:
+    params = sampling(stop_repetition=True)
+    assert params.repetition_detection is not None
+    assert check_sequence_repetition([1, 2, *STUCK], params.repetition_detection)
+    assert not check_sequence_repetition([1, 2, *STUCK[:-1]], params.repetition_detection)
+    assert sampling().repetition_detection is None
+
+
+@pytest.mark.parametrize("tokens", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_with_equal_digits_are_not_stopped(tokens: list[int]) -> None:
+    params = sampling(stop_repetition=True)
+    assert params.repetition_detection is not None
+    assert not any(
+        check_sequence_repetition(tokens[:length], params.repetition_detection) for length in range(len(tokens) + 1)
+    )

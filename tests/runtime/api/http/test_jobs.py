@@ -124,7 +124,11 @@ async def test_running_job_is_cancelled(start: Start) -> None:
         ({"problem": 3}, "problem", "string"),
         ({"problem": "1+1", "priority": 0}, "priority", "greater than or equal to 1"),
         ({"problem": "1+1", "deadline_s": -1}, "deadline_s", "greater than 0"),
-        ({"problem": "1+1", "expected": "2", "compare": "same"}, "compare", "'exact', 'number', 'contains', 'regex' or 'judge'"),
+        (
+            {"problem": "1+1", "expected": "2", "compare": "same"},
+            "compare",
+            "'exact', 'number', 'contains', 'regex' or 'judge'",
+        ),
         ({"problem": "1+1", "expected": "(", "compare": "regex"}, "compare", "unclosed group"),
         ({"problem": "1+1", "compare": "exact"}, "compare", "no expected answer"),
         ({"problem": "1+1", "colour": "red"}, "colour", "not permitted"),
