@@ -1,5 +1,6 @@
 """Programs under the guard: their lines, their status, and their end."""
 
+import asyncio
 import os
 import sys
 
@@ -54,3 +55,17 @@ async def test_last_words_are_bounded() -> None:
     words = process.last_words()
     assert "99 e" in words
     assert len(words) < 10_000
+
+
+FLOOD = """
+import os, threading
+threading.Thread(target=lambda: [os.write(2, bytes(1 << 16)) for _ in iter(int, 1)]).start()
+while True: os.write(1, bytes(1 << 16))
+"""
+
+
+async def test_leaving_does_not_wait_for_output_that_nobody_reads() -> None:
+    for _ in range(3):
+        async with asyncio.timeout(60), python(FLOOD) as process:
+            await asyncio.sleep(0.5)  # the buffers of both pipes are full
+    assert process.status is not None
