@@ -40,8 +40,8 @@ def caller(tools: Sequence[Tool]) -> Call:
 
 
 @asynccontextmanager
-async def running(settings: McpSettings, **options: Any) -> AsyncIterator[Call]:
-    async with McpServer("s", settings, **options) as tools:
+async def running(settings: McpSettings) -> AsyncIterator[Call]:
+    async with McpServer("s", settings) as tools:
         yield caller(tools)
 
 
