@@ -24,7 +24,7 @@ from agents.names import nearest
 from agents.role import Sampling
 from runtime.engines.spec import EngineSpec
 from runtime.errors import ConfigError
-from runtime.tools.mcp_settings import McpSettings
+from runtime.tools.mcp.settings import McpSettings
 
 DEFAULT = "embedded"
 _HERE = Path(__file__).parent

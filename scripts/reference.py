@@ -40,7 +40,7 @@ from runtime.config import (
     WorkflowChoice,
 )
 from runtime.engines.spec import EngineSpec
-from runtime.tools.mcp_settings import McpSettings
+from runtime.tools.mcp.settings import McpSettings
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "device": Device,

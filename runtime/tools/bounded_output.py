@@ -1,5 +1,7 @@
 """Output of a tool, kept up to a bound."""
 
+import codecs
+
 READ_BYTES = 1 << 16
 """The most that is read from a process at a time."""
 
@@ -21,8 +23,19 @@ class BoundedOutput:
         self._kept += chunk[: self._max_bytes - len(self._kept)]
 
     def text(self, notice: str = "") -> str:
-        """Return the kept output as text, then a line about what was cut, if any, then the notice, if any."""
-        return with_notices(self._kept.decode(errors="replace"), self.total_bytes - len(self._kept), notice)
+        """Return the kept output as text, then a line about what was cut, if any, then the notice, if any.
+
+        The lines come on top of `max_bytes`. The output is cut between two characters.
+        """
+        cut_bytes = self.total_bytes - len(self._kept)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(self._kept, final=not cut_bytes)
+        cut_bytes += len(decoder.getstate()[0])
+        notices = [f"... {cut_bytes} more bytes were cut"] if cut_bytes else []
+        notices += [notice] if notice else []
+        if not notices:
+            return text
+        return "\n".join([text.removesuffix("\n"), *notices] if text else notices)
 
 
 class LastOutput:
@@ -42,10 +55,8 @@ class LastOutput:
         return lines[-1].strip() if lines else ""
 
 
-def with_notices(text: str, cut_bytes: int, notice: str = "") -> str:
-    """Return text with a line that says how much was cut from its end, if any, and a last line, if any."""
-    notices = [f"... {cut_bytes} more bytes of output were cut"] if cut_bytes else []
-    notices += [notice] if notice else []
-    if not notices:
-        return text
-    return "\n".join([text.removesuffix("\n"), *notices] if text else notices)
+def cut(text: str, max_bytes: int) -> str:
+    """Return the first `max_bytes` of a text, in UTF-8, then a line about what was cut, if any."""
+    output = BoundedOutput(max_bytes)
+    output.add(text.encode(errors="replace"))
+    return output.text()

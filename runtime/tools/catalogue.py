@@ -12,8 +12,8 @@ from agents import registry
 from agents.role import Value, explain
 from agents.tool import NotATool, spec_of
 from runtime.errors import ConfigError, PluginError
-from runtime.tools.function_tool import FunctionTool
-from runtime.tools.mcp_settings import McpSettings
+from runtime.tools.function.function_tool import FunctionTool
+from runtime.tools.mcp.settings import McpSettings
 from runtime.tools.tool import Tool, ToolSource
 
 
@@ -25,10 +25,10 @@ def make(name: str, function: str | None, mcp: McpSettings | None, options: Mapp
     """
     place = f"tools.{name}"
     if mcp is not None:
-        from runtime.tools.mcp_tool import McpServer  # takes half a second, and few need it
+        from runtime.tools.mcp.server import McpServer  # takes half a second, and few need it
 
         _options(place, Value, options)
-        return McpServer(name, mcp, mcp.output_max_bytes)
+        return McpServer(name, mcp)
     entry = _entry(place, name, function)
     target = _load(place, entry)
     if isinstance(target, type) and issubclass(target, Tool):

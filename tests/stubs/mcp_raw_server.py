@@ -31,6 +31,8 @@ def misbehave(id: int) -> None:
         case "image":
             content = [{"type": "image", "data": "QUJD", "mimeType": "image/png"}]
             send(id=id, result={"content": content, "structuredContent": {"ä": 1}})
+        case "fail":
+            send(id=id, result={**result("r" * 1000), "isError": True})
         case "refuse":
             send(id=id, error={"code": -32000, "message": "no such luck"})
         case "rubbish":

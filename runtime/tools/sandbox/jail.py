@@ -17,8 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runtime.tools import linux
-from runtime.tools.sandbox import files, landlock, limits, namespaces, seccomp, user_code
+from runtime.tools.sandbox import files, landlock, limits, linux, namespaces, seccomp, user_code
 
 _ROOT = Path(__file__).resolve().parents[3]
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.tools.sandbox import jail; jail.main(sys.argv[2])"

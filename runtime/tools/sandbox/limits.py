@@ -4,7 +4,7 @@ import os
 import resource
 import struct
 
-from runtime.tools import linux
+from runtime.tools.sandbox import linux
 
 NOBODY = 65534
 _OPEN_FILES = 64

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.tools import linux
+from runtime.tools.sandbox import linux
 
 NEW_USER = 0x10000000
 OWN_FOLDER = Path("/sandbox")

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from runtime.tools import linux
+from runtime.tools.sandbox import linux
 
 # fmt: off
 ALLOWED = {

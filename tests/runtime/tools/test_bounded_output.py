@@ -1,16 +1,20 @@
 import pytest
 
-from runtime.tools.bounded_output import BoundedOutput, LastOutput, with_notices
+from runtime.tools.bounded_output import BoundedOutput, LastOutput, cut
 
 
 @pytest.mark.parametrize(
     ("chunks", "notice", "text"),
     [
         ((b"ab", b"cde"), "", "abcde"),
-        ((b"ab", b"cdef", b"gh"), "", "abcde\n... 3 more bytes of output were cut"),
+        ((b"ab", b"cdef", b"gh"), "", "abcde\n... 3 more bytes were cut"),
         ((b"ab\n",), "ended", "ab\nended"),
+        ((b"ab\n", b"cdef"), "ended", "ab\ncd\n... 2 more bytes were cut\nended"),
         ((), "ended", "ended"),
         ((b"abcd\xff",), "", "abcd�"),
+        ((b"abcd\xc3",), "", "abcd�"),
+        ((b"abcd\xc3", b"\xa9"), "", "abcd\n... 2 more bytes were cut"),
+        ((b"ab\n\xff", b"cde"), "", "ab\n�c\n... 2 more bytes were cut"),
     ],
 )
 def test_bounded_output(chunks: tuple[bytes, ...], notice: str, text: str) -> None:
@@ -29,6 +33,7 @@ def test_last_output_keeps_the_end() -> None:
     assert LastOutput(8).last_line() == ""
 
 
-def test_notices_follow_the_text() -> None:
-    assert with_notices("a", 0) == "a"
-    assert with_notices("a\n", 2, "b") == "a\n... 2 more bytes of output were cut\nb"
+def test_text_is_cut_between_characters() -> None:
+    assert cut("ééé", 6) == "ééé"
+    assert cut("ééé", 5) == "éé\n... 2 more bytes were cut"
+    assert cut("\ud800", 5) == "?"

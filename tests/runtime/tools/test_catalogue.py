@@ -8,10 +8,10 @@ import pytest
 from agents.tool_protocol import ToolCall
 from runtime.errors import ConfigError, PluginError, TroupeError
 from runtime.tools import catalogue
-from runtime.tools.mcp_settings import McpSettings
+from runtime.tools.mcp.settings import McpSettings
 from runtime.tools.toolbox import Toolbox
 from tests.plugins import lay_out
-from tests.runtime.tools import functions
+from tests.runtime.tools.function import functions
 
 HERE = functions.__name__
 

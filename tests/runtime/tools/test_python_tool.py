@@ -351,7 +351,7 @@ async def test_cpu_time_is_limited_too(layers: Protections) -> None:
 
 async def test_long_output_is_cut(python: PythonTool) -> None:
     output = await run(python, "print('x' * 10_000)")
-    assert output == "x" * 8192 + "\n... 1809 more bytes of output were cut"
+    assert output == "x" * 8192 + "\n... 1809 more bytes were cut"
 
 
 async def test_endless_output_ends_the_code_and_takes_no_memory_here(python: PythonTool) -> None:

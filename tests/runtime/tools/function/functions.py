@@ -63,6 +63,18 @@ def opaque() -> object:
     return object()
 
 
+def surrogate(fail: bool) -> str:
+    """Return, or raise, text that UTF-8 cannot hold."""
+    if fail:
+        raise ValueError("\ud800")
+    return "\ud800"
+
+
+def controls(size: int) -> str:
+    """Return the characters that are longest in JSON."""
+    return "\0" * size
+
+
 def long(size: int) -> str:
     """Return a long text."""
     return "é" * size
@@ -139,7 +151,7 @@ def writes_to_the_connection() -> str:
     return "ok"
 
 
-def stops_its_supervisor() -> str:
+def stops_its_guard() -> str:
     """Stop the process that would end this one, and hang."""
     os.kill(os.getppid(), signal.SIGSTOP)
     time.sleep(1000)

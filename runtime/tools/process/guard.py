@@ -26,6 +26,12 @@ GIVE_UP_S = 10.0
 CANNOT_RUN = 127
 """The exit status if the program cannot be run, as in a shell."""
 
+SIGNALLED = 128
+"""The exit status is this plus the signal's number if a signal ended the program, as in a shell.
+
+So the guard itself ends by a signal only if it was killed.
+"""
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -82,7 +88,7 @@ def _let_go_of_streams() -> None:
 
 
 def _wait(program_pid: int, lifeline_fd: int, wakeup_fd: int) -> int:
-    """Wait until the program exits, the lifeline closes or SIGTERM arrives. Return the program's status, else 1."""
+    """Wait until the program exits, or must end because the lifeline closes or SIGTERM arrives. Return its status."""
     while True:
         readable, _, _ = select.select([lifeline_fd, wakeup_fd], [], [])
         numbers = os.read(wakeup_fd, 4096) if wakeup_fd in readable else b""
@@ -90,16 +96,16 @@ def _wait(program_pid: int, lifeline_fd: int, wakeup_fd: int) -> int:
         if program_pid in statuses:
             return statuses[program_pid]
         if lifeline_fd in readable or signal.SIGTERM in numbers:
-            return 1
+            return SIGNALLED + signal.SIGTERM
 
 
 def _reap() -> dict[int, int]:
-    """Return the exit statuses of the children that have ended, by process id. A signal counts as 128 and more."""
+    """Return the exit statuses of the children that have ended, by process id."""
     statuses = {}
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             code = os.waitstatus_to_exitcode(ended[1])
-            statuses[ended[0]] = code if code >= 0 else 128 - code
+            statuses[ended[0]] = code if code >= 0 else SIGNALLED - code
     except ChildProcessError:
         pass
     return statuses

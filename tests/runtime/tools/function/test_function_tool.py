@@ -10,12 +10,12 @@ import pytest
 from pydantic import ByteSize
 
 from agents.tool import spec_of
-from runtime.tools.function_tool import WORKERS, FunctionTool
+from runtime.tools.function.function_tool import WORKERS, FunctionTool
 from runtime.tools.tool import ToolError
-from tests.runtime.tools import functions
+from tests.runtime.tools.function import functions
 from tests.runtime.tools.processes import LONG_S, all_end, below, until
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def tool(name: str, timeout_s: float = LONG_S, output_max_bytes: int = 1000) -> FunctionTool:
@@ -91,8 +91,17 @@ async def test_function_that_forks_answers_once() -> None:
 async def test_long_output_is_cut_between_characters_and_says_so() -> None:
     async with tool("long", output_max_bytes=65) as long:
         assert await long.call({"size": 32}) == "é" * 32
-        assert await long.call({"size": 33}) == "é" * 32 + "\n... 2 more bytes of output were cut"
-        assert (await long.call({"size": 10_000_000})).endswith("\n... 19999936 more bytes of output were cut")
+        assert await long.call({"size": 33}) == "é" * 32 + "\n... 2 more bytes were cut"
+        assert (await long.call({"size": 10_000_000})).endswith("\n... 19999936 more bytes were cut")
+
+
+async def test_any_text_arrives() -> None:
+    async with tool("surrogate") as surrogate:
+        assert await surrogate.call({"fail": False}) == "?"
+        with pytest.raises(ToolError, match=r"^ValueError: \?$"):
+            await surrogate.call({"fail": True})
+    async with tool("controls", output_max_bytes=1 << 20) as controls:
+        assert await controls.call({"size": 1 << 20}) == "\0" * (1 << 20)
 
 
 async def test_printing_for_ever_takes_no_memory_here() -> None:
@@ -118,9 +127,9 @@ async def test_timeout_ends_daemons_too_and_leaves_other_calls_alone(tmp_path: P
         await all_end(await read_pids(tmp_path / "pids"))
 
 
-async def test_stopped_supervisor_is_killed_with_its_worker() -> None:
+async def test_stopped_guard_is_killed_with_its_worker() -> None:
     before = below(os.getpid())
-    async with tool("stops_its_supervisor", timeout_s=2) as stops:
+    async with tool("stops_its_guard", timeout_s=2) as stops:
         with pytest.raises(ToolError, match="did not end within 2 s"):
             await stops.call({})
         assert below(os.getpid()) == before
@@ -164,7 +173,7 @@ async def test_missing_function_is_a_tool_error() -> None:
 async def test_workers_end_if_the_runtime_is_killed(tmp_path: Path) -> None:
     program = f"""
 import asyncio
-from tests.runtime.tools.test_function_tool import tool
+from tests.runtime.tools.function.test_function_tool import tool
 async def main():
     async with tool("hangs") as hangs:
         await hangs.call({{"file": {str(tmp_path / "pids")!r}}})

@@ -8,8 +8,8 @@ from pydantic import ByteSize, Field
 
 from agents.role import Value
 from agents.tool import ToolSpec
+from runtime.tools.function.worker_process import WorkerProcess
 from runtime.tools.tool import Tool, ToolError
-from runtime.tools.worker_process import WorkerProcess
 
 WORKERS = 4
 """The most calls of a tool at a time, each in a worker of its own. Further calls wait."""
@@ -96,7 +96,7 @@ class FunctionTool(Tool):
             if worker.alive:
                 return worker
             await self._end(worker)
-        worker = await WorkerProcess.start(self._target, self._output_max_bytes)
+        worker = await WorkerProcess.start(self.spec.name, self._target, self._output_max_bytes)
         self._workers.add(worker)
         loaded = False
         try:

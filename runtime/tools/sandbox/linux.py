@@ -1,4 +1,4 @@
-"""Linux system calls that Python has no name for, and how the processes of tools begin and end with their parents."""
+"""Linux system calls that Python has no name for, and how the sandbox's processes end with each other."""
 
 import ctypes
 import os
@@ -25,7 +25,6 @@ class Prctl(IntEnum):
 
     SET_PDEATHSIG = 1
     SET_SECCOMP = 22
-    SET_CHILD_SUBREAPER = 36
     SET_NO_NEW_PRIVS = 38
 
 
@@ -46,9 +45,9 @@ def use_one_malloc_arena() -> None:
     _libc.mallopt(m_arena_max, 1)
 
 
-def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends. A change of user undoes it."""
-    prctl(Prctl.SET_PDEATHSIG, by)
+def die_with_parent() -> None:
+    """Have the kernel send this process SIGKILL when its parent ends. A change of user undoes it."""
+    prctl(Prctl.SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_like(exit_code: int) -> NoReturn:

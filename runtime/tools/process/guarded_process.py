@@ -1,7 +1,6 @@
 """A program that talks in lines over its standard streams, run under a guard that ends it with all its descendants.
 
-The environment of the program is what the caller gives, and nothing else. Its standard error goes to the log at debug
-level, bounded, and its last lines are kept for an error message.
+Its standard error goes to the log at debug level, bounded, and its last lines are kept for an error message.
 """
 
 import asyncio
@@ -14,16 +13,22 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Self
 
-from runtime.tools import guard
+from runtime.tools.bounded_output import READ_BYTES
+from runtime.tools.process import guard
 
-CHUNK_BYTES = 64 << 10
 STDERR_BYTES_PER_S = 4 << 20
 """A program that writes more to its standard error is slowed down to this, so that it cannot occupy the event loop."""
 
 STDERR_LINE_CHARS = 500
 STDERR_LINES_KEPT = 10
+STDERR_REST_S = 0.2
+"""How long to read what a program that has ended had written to its standard error."""
+
 STDIN_GRACE_S = 2.0
 """The time that a program has to exit after its standard input is closed."""
+
+KILLED_S = 2.0
+"""How long to wait for the exit status of a guard that was killed."""
 
 _POLL_S = 0.01
 
@@ -38,10 +43,12 @@ class GuardedProcess:
     """An async context manager that owns a program and its descendants.
 
     They end when it is left or when this process ends, by SIGKILL too. Leaving it takes up to 4 s for a program that
-    ignores the end of its standard input and SIGTERM.
+    ignores the end of its standard input and SIGTERM. Leaving does not wait for anyone to read the program's output.
+
+    The program inherits no environment but `env`, or this process's if `env` is None.
     """
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], line_max_bytes: int) -> None:
+    def __init__(self, name: str, command: Sequence[str], line_max_bytes: int, env: Mapping[str, str] | None) -> None:
         self._name = name
         self._command = command
         self._env = env
@@ -62,7 +69,7 @@ class GuardedProcess:
                 env=self._env,
                 pass_fds=(lifeline_read,),
                 start_new_session=True,  # the terminal's Ctrl-C must reach Troupe only
-                limit=CHUNK_BYTES,
+                limit=READ_BYTES,
             )
         except BaseException:
             self.end()
@@ -78,16 +85,14 @@ class GuardedProcess:
                 self._process.stdin.close()
             if self._lifeline is not None:
                 await self.exited(STDIN_GRACE_S)
+            self.end()
+            if not await self.exited(guard.GRACE_S + guard.GIVE_UP_S + 1):
+                self._kill_if_unguarded()
+                await self.exited(KILLED_S)
         finally:
             self.end()
-        try:
-            if not await self.exited(guard.GRACE_S + 1):
-                await self.exited(guard.GIVE_UP_S)
-        finally:
             self._stderr_task.cancel()
-            if self.status in (None, -signal.SIGKILL):  # the guard did not do its work
-                with suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_if_unguarded()
             # asyncio offers no other way to close the pipes while a descendant in another session holds them.
             self._process._transport.close()  # type: ignore[attr-defined]
 
@@ -98,19 +103,34 @@ class GuardedProcess:
             self._lifeline = None
 
     @property
+    def running(self) -> bool:
+        """Return False if the program is known to have ended or to have closed its standard output."""
+        assert self._process.stdout is not None
+        return self.status is None and not self._process.stdout.at_eof()
+
+    @property
     def status(self) -> int | None:
-        """The exit status, or None while the program or one of its descendants runs."""
+        """The exit status as in a shell, or None while the program or one of its descendants runs."""
         return self._process.returncode
 
+    def ending(self) -> str | None:
+        """Return how the program ended, such as "with exit status 1" or "by SIGSEGV", or None if it has not ended."""
+        if self.status is None:
+            return None
+        number = -self.status if self.status < 0 else self.status - guard.SIGNALLED
+        with suppress(ValueError):
+            return f"by {signal.Signals(number).name}"
+        return f"with exit status {self.status}"
+
     def last_words(self) -> str:
-        """Return the last lines of the standard error."""
+        """Return the last lines of the standard error. They are complete once `exited` has returned True."""
         return "\n".join(self._stderr)
 
     async def lines(self) -> AsyncIterator[bytes]:
         """Yield the lines of the standard output, without their ends. Raise LineTooLong after one that is too long."""
         assert self._process.stdout is not None
         line = bytearray()
-        while chunk := await self._process.stdout.read(CHUNK_BYTES):
+        while chunk := await self._process.stdout.read(READ_BYTES):
             *complete, rest = chunk.split(b"\n")
             for part in complete:
                 yield bytes(line + part)
@@ -128,20 +148,30 @@ class GuardedProcess:
     async def exited(self, within_s: float) -> bool:
         """Wait until the program and its descendants have ended. Return False if they have not in this time.
 
-        `Process.wait` would also wait until all pipes are closed, which a descendant can delay.
+        `Process.wait` would also wait until all pipes are closed. A descendant can delay that, and so does output that
+        nobody reads: asyncio stops reading while its buffer is full, and does not see the end of the pipe.
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + within_s
         while self._process.returncode is None and loop.time() < until_s:  # noqa: ASYNC110 (asyncio has no event)
             await asyncio.sleep(_POLL_S)
-        return self._process.returncode is not None
+        if self._process.returncode is None:
+            return False
+        await asyncio.wait({self._stderr_task}, timeout=STDERR_REST_S)
+        return True
+
+    def _kill_if_unguarded(self) -> None:
+        """Kill the process group if the guard hangs, or was killed itself."""
+        if self.status in (None, -signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
         loop = asyncio.get_running_loop()
         second, read_bytes = int(loop.time()), 0
         rest = b""
-        while chunk := await self._process.stderr.read(CHUNK_BYTES):
+        while chunk := await self._process.stderr.read(READ_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
             rest = rest[:STDERR_LINE_CHARS]
             for line in lines[-STDERR_LINES_KEPT:]:

@@ -1,7 +1,7 @@
 """The process that runs a tool's function, one call at a time.
 
-It reads the arguments of each call as a line of JSON from stdin, and writes an Answer to stdout. The function gets
-neither: its stdin is empty, and what it prints goes to stderr.
+It reads the arguments of each call as a line of JSON from stdin, and writes an Answer as a line of JSON to stdout. The
+function gets neither: its stdin is empty, and what it prints goes to stderr.
 """
 
 import asyncio
@@ -20,26 +20,28 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from agents.role import Value, explain
 from agents.tool import form_of
+from runtime.tools.bounded_output import cut
 
 MESSAGE_MAX_BYTES = 2000
 """The most of an exception's message that is reported."""
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from runtime.tools import worker; worker.main(*sys.argv[2:])"
+    "from runtime.tools.function import worker; worker.main(*sys.argv[2:])"
 )
 
 
-class Header(Value):
-    """The line of JSON before the text of an answer: whether the call failed, and the size of the text.
+class Answer(Value):
+    """The output of a call, or the message of its error if it failed."""
 
-    `cut_bytes` counts what was cut from the end of the text.
-    """
-
+    text: str
     failed: bool
-    text_bytes: int
-    cut_bytes: int = 0
+
+
+def answer_max_bytes(output_max_bytes: int) -> int:
+    """Return the most that the line of an answer takes: JSON writes some characters in six bytes."""
+    return 6 * (max(output_max_bytes, MESSAGE_MAX_BYTES) + 200)
 
 
 def command(target: str, output_max_bytes: int) -> list[str]:
@@ -54,16 +56,16 @@ def main(target: str, output_max_bytes: str) -> None:
     try:
         function = _Function.loaded(target)
     except BaseException as error:  # noqa: BLE001  importing a third party's module may raise anything
-        _send(responses, f"{target} cannot be loaded: {_line(error)}", True, MESSAGE_MAX_BYTES)
+        _send(responses, _failure(f"{target} cannot be loaded: {_line(error)}"))
         return
-    _send(responses, "", False, 0)
+    _send(responses, Answer(text="", failed=False))
     pid = os.getpid()
     with asyncio.Runner() as runner:
         for line in requests:
-            text, failed = function.answer(line, runner)
+            answer = function.answer(line, runner, int(output_max_bytes))
             if os.getpid() != pid:  # the function forked, and this is the copy
                 os._exit(0)
-            _send(responses, text, failed, MESSAGE_MAX_BYTES if failed else int(output_max_bytes))
+            _send(responses, answer)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -72,6 +74,10 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     return requests, responses
+
+
+class _CallFailed(Exception):
+    """The call failed. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +90,29 @@ class _Function:
         function = pkgutil.resolve_name(target)
         return cls(function, form_of(function))
 
-    def answer(self, line: bytes, runner: asyncio.Runner) -> tuple[str, bool]:
-        """Run the function with the arguments in a line of JSON. Return its output or its error, and if it failed."""
+    def answer(self, line: bytes, runner: asyncio.Runner, output_max_bytes: int) -> Answer:
+        """Run the function with the arguments in a line of JSON. Return its output or its error, cut to the bounds."""
+        try:
+            return Answer(text=cut(self._output(line, runner), output_max_bytes), failed=False)
+        except _CallFailed as failed:
+            return _failure(str(failed))
+
+    def _output(self, line: bytes, runner: asyncio.Runner) -> str:
         try:
             form = self.form.model_validate_json(line)
         except ValidationError as error:
-            return f"the arguments do not fit: {explain(error)}", True
+            raise _CallFailed(f"the arguments do not fit: {explain(error)}") from None
         try:
             value = self.function(**{name: getattr(form, name) for name in self.form.model_fields})
             if inspect.isawaitable(value):
                 value = runner.run(_awaited(value))
         except BaseException as error:  # noqa: BLE001  the model reads any exception, SystemExit too
-            return _line(error), True
+            raise _CallFailed(_line(error)) from None
         try:
-            return (str(value) if isinstance(value, str) else to_json(value, inf_nan_mode="strings").decode()), False
+            return str(value) if isinstance(value, str) else to_json(value, inf_nan_mode="strings").decode()
         except (PydanticSerializationError, ValueError, RecursionError) as error:
-            return f"it returned a {type(value).__name__}, which cannot be written as JSON: {_line(error)}", True
+            reason = f"it returned a {type(value).__name__}, which cannot be written as JSON: {_line(error)}"
+            raise _CallFailed(reason) from None
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:
@@ -115,10 +128,10 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _send(responses: BinaryIO, text: str, failed: bool, max_bytes: int) -> None:
-    """Write an answer, cut to the bound between two characters."""
-    whole = text.encode(errors="replace")
-    kept = whole[:max_bytes].decode(errors="ignore").encode()
-    header = Header(failed=failed, text_bytes=len(kept), cut_bytes=len(whole) - len(kept))
-    responses.write(header.model_dump_json().encode() + b"\n" + kept)
+def _failure(message: str) -> Answer:
+    return Answer(text=cut(message, MESSAGE_MAX_BYTES), failed=True)
+
+
+def _send(responses: BinaryIO, answer: Answer) -> None:
+    responses.write(answer.model_dump_json().encode() + b"\n")
     responses.flush()

@@ -1,0 +1,1 @@
+"""Runs Python functions as tools, each call in a worker process."""

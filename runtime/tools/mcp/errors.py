@@ -1,0 +1,10 @@
+"""What a user or a model reads of an error that the MCP client raised."""
+
+REASON_MAX_CHARS = 2000
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, in one short line. Of a group, the first error counts."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return " ".join(str(error).split())[:REASON_MAX_CHARS] or type(error).__name__

@@ -1,0 +1,1 @@
+"""Runs a program and ends it with all its descendants, also if the runtime itself is killed."""
