@@ -581,7 +581,8 @@ def _complaint(error: dict[str, Any]) -> str:
         return f"{place}: {message}" if place else message
     if error["type"] == "missing":
         return f"{place}: this key is required"
-    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+    given = "" if "env" in error["loc"] else f", not {error['input']!r}"  # which may be a secret
+    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{given}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import click
-from pydantic import BaseModel, ByteSize
+from pydantic import BaseModel, ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
 from runtime.cli.main import cli
@@ -62,6 +62,7 @@ TYPE_NAMES: Mapping[Any, str] = {
     float: "number",
     bool: "true or false",
     ByteSize: "size",
+    SecretStr: "text",
     Any: "anything",
 }
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -185,3 +185,19 @@ def test_an_engine_with_a_minimum_share_never_sleeps(tmp_path: Path) -> None:
     assert [name for name in loaded.engines if loaded.may_sleep(name)] == ["solver", "critic"]
     with pytest.raises(ConfigError, match=r"engines\.planner\.sleep: .*minimum_share \(team\.planner\) never sleeps"):
         config.load(write(tmp_path, SLEEPY + keeps + "engines: {planner: {sleep: auto}}\n"))
+
+
+SECRET = """
+extends: embedded
+tools: {docs: {mcp: {command: docs, env: {TOKEN: hunter2}}}}
+"""
+
+
+def test_environment_of_a_server_is_never_shown(tmp_path: Path) -> None:
+    loaded = config.load(write(tmp_path, SECRET))
+    assert "TOKEN" in config.as_yaml(loaded)
+    assert "hunter2" not in config.as_yaml(loaded) + str(loaded.model_dump(mode="json")) + repr(loaded)
+    with pytest.raises(ConfigError) as raised:
+        config.load(write(tmp_path, SECRET.replace("hunter2", "12345678")))
+    assert "tools.docs.mcp.env.TOKEN" in str(raised.value)
+    assert "12345678" not in str(raised.value)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 
 from agents.role import Value
 
@@ -20,9 +20,8 @@ class McpSettings(Value):
         default=None, min_length=1, description="The program that is the server, which talks over its standard streams."
     )
     args: tuple[str, ...] = Field(default=(), description="The arguments of `command`.")
-    env: Mapping[str, str] = Field(
+    env: Mapping[str, SecretStr] = Field(
         default_factory=dict,
-        repr=False,
         description="Environment variables of `command`, beside HOME, LOGNAME, PATH, SHELL, TERM and USER. "
         "It inherits no others, so put what it needs here.",
     )

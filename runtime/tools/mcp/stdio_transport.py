@@ -34,7 +34,10 @@ class StdioTransport(Transport):
         super().__init__()
         assert settings.command is not None
         command = (settings.command, *settings.args)
-        environment = {**get_default_environment(), **settings.env}
+        environment = {
+            **get_default_environment(),
+            **{name: value.get_secret_value() for name, value in settings.env.items()},
+        }
         self._name = name
         self._command = settings.command
         self._process = GuardedProcess(f"mcp-{name}", command, MESSAGE_MAX_BYTES, environment)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from runtime.tools.mcp.settings import McpSettings
 
@@ -28,4 +28,4 @@ def test_wrong_settings_are_refused(fields: dict[str, Any], message: str) -> Non
 
 
 def test_settings_do_not_show_the_environment() -> None:
-    assert "secret" not in repr(McpSettings(command="a", env={"KEY": "secret"}))
+    assert "secret" not in repr(McpSettings(command="a", env={"KEY": SecretStr("secret")}))
