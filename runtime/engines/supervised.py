@@ -26,6 +26,11 @@ MakeEngine = Callable[[Grant | None], EngineHandle]
 """Makes a new engine that starts with a grant. None stands for the grant in the engine's specification."""
 OnState = Callable[[EngineState], None]
 
+
+class _Recalled(Exception):
+    """A request was taken back from an engine that drains."""
+
+
 DRAIN_S = 60.0
 """An engine that has not drained after this many seconds continues to serve."""
 UNLIMITED_BYTES = 1 << 62
@@ -88,6 +93,7 @@ class SupervisedEngine(EngineHandle):
         self._being_served = 0
         self._none_served = asyncio.Event()
         self._none_served.set()
+        self._without_token: set[asyncio.Timeout] = set()
         self._rest: EngineState | None = None  # DRAINING, ASLEEP, COLD or WAKING; None for an engine that is awake
         self._sleep_s: float | None = None
         self._start_s: float | None = None
@@ -107,7 +113,7 @@ class SupervisedEngine(EngineHandle):
         """Stream a reply from one engine after another until one of them completes it."""
         if not request.resumable and request.seed is None and request.temperature:
             request = replace(request, seed=secrets.randbits(31))  # a replay repeats a sampled reply only with a seed
-        call, restarts = Call(), 0
+        call, sends = Call(), 0
         with self.usage.request(request.rank(asyncio.get_running_loop().time())):
             while True:
                 async with self._quarantine.turn(call):
@@ -117,13 +123,17 @@ class SupervisedEngine(EngineHandle):
                     self._quarantine.sent(call)
                     try:
                         with self._serving():
-                            async with aclosing(self._rest_of_reply(engine, request, call, restarts)) as chunks:
-                                async for chunk in chunks:
+                            async with aclosing(self._rest_of_reply(engine, request, call, sends)) as chunks:
+                                chunk = await self._first_chunk(chunks, call)
+                                while chunk is not None:
                                     self._quarantine.streamed(call, chunk)
                                     yield chunk
+                                    chunk = await anext(chunks, None)
                         return
+                    except _Recalled:
+                        sends += 1
                     except EngineDead as error:
-                        restarts += 1
+                        sends += 1
                         self._report_death(engine, error.death)
                         if call.poison:
                             raise RequestQuarantined(
@@ -143,12 +153,25 @@ class SupervisedEngine(EngineHandle):
             if not self._being_served:
                 self._none_served.set()
 
+    async def _first_chunk(self, chunks: AsyncGenerator[Chunk, None], call: Call) -> Chunk | None:
+        """Return the first chunk of a reply. Raise _Recalled if the engine begins to drain before it has a token."""
+        if call.tokens:
+            return await anext(chunks, None)
+        try:
+            async with asyncio.timeout(None) as recall:
+                self._without_token.add(recall)
+                return await anext(chunks, None)
+        except TimeoutError:
+            raise _Recalled from None
+        finally:
+            self._without_token.discard(recall)
+
     def _rest_of_reply(
-        self, engine: EngineHandle, request: GenerateRequest, call: Call, restarts: int
+        self, engine: EngineHandle, request: GenerateRequest, call: Call, sends: int
     ) -> AsyncGenerator[Chunk, None]:
         """Return a stream of the part of the reply that the caller does not have yet."""
-        if restarts:  # a new id tells the attempts apart in vLLM's logs and traces
-            request = replace(request, request_id=f"{request.request_id}~{restarts}")
+        if sends:  # a new id tells the attempts apart in vLLM's logs and traces
+            request = replace(request, request_id=f"{request.request_id}~{sends}")
         if not call.tokens:
             return engine.generate(request)
         if request.resumable:
@@ -280,10 +303,11 @@ class SupervisedEngine(EngineHandle):
         self._on_state(EngineState.READY)
 
     async def sleep(self, deep: bool = False) -> None:
-        """Hold new requests, let the engine finish its running ones, then give its memory back.
+        """Hold new requests, let the engine finish those that have a token, then give its memory back.
 
-        Requests are held until the engine wakes. If the call is cancelled while the engine drains, or if it drains for
-        longer than DRAIN_S, it continues to serve. In the second case this raises EngineError.
+        Requests without a token, queued ones above all, are taken back and held until the engine wakes. If the call is
+        cancelled while the engine drains, or if it drains for longer than DRAIN_S, it continues to serve. In the second
+        case this raises EngineError.
         An engine that does not give its memory back is ended, which frees it too.
         """
         state = self.stats().state
@@ -384,6 +408,8 @@ class SupervisedEngine(EngineHandle):
 
     async def _drain(self) -> None:
         """Wait until no request is served. Raise EngineError after DRAIN_S: a caller may have stopped reading."""
+        for recall in self._without_token:
+            recall.reschedule(0)
         await self._admit_again()
         try:
             async with asyncio.timeout(DRAIN_S):

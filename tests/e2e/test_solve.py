@@ -72,7 +72,7 @@ def test_faulty_lines_fail_alone(troupe: Command) -> None:
         (["solve", ""], "the problem is empty"),
         (["solve", "1000+1"], "operand 1000"),
         (["solve", "1 + \N{SNOWMAN}"], "'\N{SNOWMAN}'"),
-        (["solve", "1+2", "--workflow", "debate"], "deliberate"),
+        (["solve", "1+2", "--workflow", "delibrate"], "deliberate"),
         (["solve", "1+2", "--config", "nowhere.yaml"], "embedded"),
         (["solve", "1+2", "--temperature", "9"], "--temperature"),
         (["solve", "1+2", "--out", "r.jsonl"], "--out needs --file"),

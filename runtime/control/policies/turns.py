@@ -248,7 +248,8 @@ class _Demand:
             if part < 1:
                 sequences[index] = min(max(int(part * count), 1), limits.seqs_ceiling)
             if cost.prompt_token_s:
-                prompt_tokens = max(int(prompts_s / cost.prompt_token_s), LEAST_PROMPT_TOKENS)
+                most = 2.0 * limits.step_tokens_ceiling  # a cost of almost nothing would allow any number
+                prompt_tokens = max(int(min(prompts_s / cost.prompt_token_s, most)), LEAST_PROMPT_TOKENS)
                 rounded = 1 << prompt_tokens.bit_length() - 1  # so that it rarely changes
                 step_tokens[index] = min(limits.seqs_ceiling + rounded, limits.step_tokens_ceiling)
         return sequences, step_tokens

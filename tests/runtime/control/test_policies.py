@@ -280,6 +280,11 @@ def test_turns_limits_step_tokens_so_that_prompts_keep_the_objective_of_any_engi
     assert {g.max_active_seqs for g in decided.grants.values()} == {LIMITS.seqs_ceiling}
 
 
+def test_prompts_that_cost_almost_nothing_have_all_step_tokens() -> None:
+    seen = changed(team(StepCost(0.005, 0.0001, 5e-324, confidence=0.9), a=10, b=10), "a", tpot_slo_s=0.020)
+    assert {g.max_step_tokens for g in catalogue.make("turns").decide(seen).grants.values()} == {2048}
+
+
 def test_turns_keeps_minimum_shares_in_every_turn() -> None:
     seen = team(a=50, b=90, c=60)
     assert decide("turns", seen)["c"] == 10

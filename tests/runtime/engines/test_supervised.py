@@ -426,11 +426,13 @@ async def test_a_cancelled_sleep_leaves_the_engine_serving(engine: SupervisedEng
 async def test_an_engine_whose_admission_is_paused_finishes_its_requests_before_it_sleeps(
     engine: SupervisedEngine,
 ) -> None:
-    await engine.resize(Grant(1.0, 0, 2048))
-    waiting = asyncio.create_task(reply(engine))
-    await asyncio.sleep(1)
-    await engine.sleep()
-    assert text(await waiting) == WORDS
+    running = engine.generate(REQUEST)
+    chunks = [await anext(running)]
+    await engine.resize(Grant(1.0, 0, 2048, preempt=True))
+    asleep = asyncio.create_task(engine.sleep())
+    chunks += [chunk async for chunk in running]
+    assert text(chunks) == WORDS
+    await asleep
 
 
 async def test_an_engine_that_dies_while_it_drains_is_not_restarted_until_it_wakes(
@@ -583,7 +585,29 @@ async def test_a_pause_that_arrives_while_the_engine_begins_to_drain_does_not_st
     await asyncio.sleep(0.01)
     await engine.sleep()
     await pausing
+    await engine.wake()
     assert [text(each) for each in await asyncio.gather(*replies)] == [WORDS] * 3
+
+
+async def test_requests_without_a_token_are_held_while_the_engine_drains(engine: SupervisedEngine, made: Made) -> None:
+    await engine.resize(Grant(1.0, 1, 2048))
+    running = engine.generate(REQUEST)
+    chunks = [await anext(running)]
+    queued = [asyncio.create_task(reply(engine)) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    assert engine.stats().waiting == 5
+    asleep = asyncio.create_task(engine.sleep())
+    chunks += [chunk async for chunk in running]
+    assert text(chunks) == WORDS
+    await asleep
+    assert engine.stats().state is EngineState.COLD
+    assert not any(task.done() for task in queued)
+    sent = [request.request_id for request in made.requests]
+    assert len(sent) == 6
+    await engine.wake()
+    assert [text(each) for each in await asyncio.gather(*queued)] == [WORDS] * 5
+    assert len(made.requests) == 11
+    assert {request.request_id for request in made.requests[6:]} == {f"{REQUEST.request_id}~1"}
 
 
 async def test_an_engine_that_drains_for_too_long_goes_on_serving(
