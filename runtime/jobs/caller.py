@@ -55,7 +55,7 @@ class Caller:
     async def ask(self, run: Run, seat: Seat, call: RoleCall, past: Sequence[ToolRecord] = ()) -> ReplyRecord:
         """Make a call and return its reply. `past` are its calls of tools before the runtime stopped, in order."""
         records = run.tools.setdefault(call.number, [])
-        earlier = run.earlier_uses.get(task_id(call), ())
+        earlier = run.earlier_uses.get(task_id(call), ()) if run.earlier_uses else ()
         for record in past:
             if record.belongs_to(call):
                 records.append(await self._finished(run, record))
