@@ -1,6 +1,6 @@
-"""The check of a role against its contract, over sample tasks and without a model.
+"""Checks a role against its contract with sample tasks, without a model.
 
-The check never raises: however the role fails, the faults come back as a list of lines.
+The check never raises. It returns the role's faults as a list of lines.
 """
 
 import json
@@ -16,16 +16,16 @@ from agents.role import Message, Reply, ReplyUnusable, Role, Sampling, Task, Tas
 from agents.tasks import WriteTask
 
 RUBBISH = ("", "}{", "[]", "null", '{"":')
-"""Texts that no role should accept as a reply."""
+"""Texts that a role must refuse. A role that reads free text may accept those that are not empty."""
 
 _SPEAKERS = ("system", "user", "assistant")
 
 
 def check_role(role: Role, samples: Mapping[type[Task], Sequence[Task]] | None = None) -> list[str]:
-    """Return what is wrong with a role, one line for each fault. The list is empty if the role keeps its contract.
+    """Return one line for each fault of a role. The list is empty if the role keeps its contract.
 
-    `samples` holds tasks by their class; by default they are the class's `examples`. A role may refuse some samples
-    with TaskRefused, but not all samples of a kind that it takes.
+    `samples` maps each class of tasks to sample tasks. The default is the `examples` of each class. A role may refuse
+    some samples with TaskRefused, but must accept at least one sample of each kind that it takes.
     """
     try:
         return class_faults(type(role)) or list(dict.fromkeys(_faults(role, samples)))
@@ -44,7 +44,7 @@ def _faults(role: Role, samples: Mapping[type[Task], Sequence[Task]] | None) -> 
 
 
 def class_faults(role: type[Role]) -> list[str]:
-    """Return what is wrong with the class attributes of a role: `takes`, `needs`, `gives`, `tools` and `sampling`."""
+    """Return the faults of a role's class attributes: `takes`, `needs`, `gives`, `tools` and `sampling`."""
     faults = []
     takes: object = getattr(role, "takes", None)
     if not isinstance(takes, tuple) or not takes:
@@ -62,7 +62,7 @@ def class_faults(role: type[Role]) -> list[str]:
 
 
 def task_faults(task: object) -> list[str]:
-    """Return what is wrong with a kind of task."""
+    """Return the faults of a kind of task."""
     if not isinstance(task, type) or not issubclass(task, Task):
         return [f"{task!r} is not a kind of task: it must be a subclass of agents.Task"]
     faults = []
@@ -86,7 +86,7 @@ def described(error: BaseException) -> str:
 
 
 def _with_needs(role: Role, tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks with a text for each result that the role needs."""
+    """Return the tasks. Add a text to each WriteTask for each result that the role needs."""
     needs = dict.fromkeys(role.needs, "85 minutes")
     return [replace(task, results={**task.results, **needs}) if isinstance(task, WriteTask) else task for task in tasks]
 
@@ -131,7 +131,7 @@ def _message_faults(role: Role, task: Task, messages: object) -> Iterator[str]:
 
 
 def _schema(role: Role, task: Task) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return the role's schema if it is valid, else None, and what is wrong with it."""
+    """Return the role's schema and its faults. The schema is None if the role has none, or an invalid one."""
     try:
         schema: object = role.schema(task)
         if schema is None:
@@ -167,7 +167,7 @@ def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iter
         except Exception as error:  # noqa: BLE001  a plug-in may raise anything
             yield f"parse({text!r}) raised {described(error)}; to refuse a text, raise ReplyUnusable"
             continue
-        # Any text but an empty one can be a result in free text; a verdict or a ranking must be recognisable.
+        # Any text that is not empty can be a free-text reply, unless the reply needs a number or a boolean.
         acceptable = text and schema is None and not _has_number_or_boolean(expected.form_schema())
         if not isinstance(reply, expected):
             yield f"parse({text!r}) returned {reply!r}: the reply to {type(task).__name__} must be {expected.__name__}"
@@ -181,7 +181,7 @@ def _has_number_or_boolean(schema: dict[str, Any]) -> bool:
 
 
 def _example_texts(schema: dict[str, Any] | None) -> list[str]:
-    """Return one JSON text that the schema allows, in a list. The list is empty if the schema is too complex."""
+    """Return a list of one JSON text that fits the schema, or an empty list if the schema is too complex."""
     if schema is None:
         return []
     try:

@@ -1,4 +1,4 @@
-"""Reads a JSON text that was cut off, so that what a model wrote before its limit is not lost."""
+"""Reads a JSON text that was cut off, so that a role can use what a model wrote before its token limit."""
 
 import re
 from typing import Any
@@ -11,10 +11,10 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in range(32)}
 
 
 def closed(text: str) -> str:
-    """Return the JSON text of the values that are whole in the beginning of one. Lists and objects end after them.
+    """Return a JSON text that was cut off as valid JSON: keep the complete values and close lists and objects.
 
-    The value in which the text ends is left out, even if it could be whole: 269 may be the beginning of 26905. A text
-    that is whole, or not the beginning of a JSON value, is returned unchanged.
+    Leave out the value in which the text ends, even if it looks complete: 269 may be the beginning of 26905. Return the
+    text unchanged if it is complete, or if it is not the beginning of a JSON value.
     """
     strict = _without_control_characters(text)
     try:
@@ -28,7 +28,7 @@ def closed(text: str) -> str:
 
 
 def beginning(text: str) -> Any:
-    """Return the JSON value that a text begins, or None for no JSON. A string in which it ends counts up to there."""
+    """Return the JSON value that a text begins, or None if it is not JSON. Keep a string that is cut off."""
     try:
         return from_json(_without_control_characters(text), allow_partial="trailing-strings")
     except ValueError:
@@ -36,5 +36,5 @@ def beginning(text: str) -> Any:
 
 
 def _without_control_characters(text: str) -> str:
-    """Escape control characters in strings: a grammar that limits a string's length does not exclude them."""
+    """Escape control characters in strings, because a grammar that limits a string's length does not exclude them."""
     return _STRING.sub(lambda string: string[0].translate(_ESCAPED), text)

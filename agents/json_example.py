@@ -1,14 +1,14 @@
-"""Makes an example of what a JSON schema allows, to check roles with and for modelled engines."""
+"""Makes a value that fits a JSON schema, for the check of roles and for modelled engines."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def example(schema: Mapping[str, Any], character: str = "1") -> Any:
-    """Return a simple value that fits a schema as pydantic and YAML roles write it. Texts consist of `character`.
+    """Return a simple value that fits a schema of a pydantic model or a YAML role. Strings consist of `character`.
 
-    The value may not fit a schema with patterns, `allOf` and the like. Raise KeyError for a dangling reference, and
-    RecursionError for a schema that contains itself.
+    The value may not fit a schema with keywords such as `pattern` and `allOf`. Raise KeyError for a dangling reference,
+    and RecursionError for a schema that contains itself.
     """
     return _example(schema, schema.get("$defs", {}), character)
 

@@ -1,13 +1,13 @@
-"""How many tokens a reply to a JSON schema may have, so that a model that never stops does not fill every string."""
+"""Limits the tokens of a reply to a JSON schema, so that a model that never stops does not fill every string."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 CHARACTERS_PER_TOKEN = 3
-"""Fewer than English text has on average (about 4), and more than a model that pads its strings writes."""
+"""English text has about 4 characters per token. A model that pads its strings writes fewer than 3."""
 DENSE_CHARACTERS = 400
-"""So many characters may take a token each, as digits and some scripts do."""
+"""The number of characters that may take one token each, such as digits and the letters of some scripts."""
 SPARE_TOKENS = 32
 _NUMBER_CHARACTERS = 20
 _PUNCTUATION_CHARACTERS = 6  # around a property: quotes, colon, comma, blanks
@@ -16,7 +16,7 @@ _PUNCTUATION_CHARACTERS = 6  # around a property: quotes, colon, comma, blanks
 def tokens(schema: Mapping[str, Any]) -> int | None:
     """Return the tokens that ordinary text needs to fill the schema's strings and lists, or None if one is unbounded.
 
-    The schema of a long text itself allows about three times as many: a token may be a single character.
+    The limits of a schema alone admit about three times as many tokens, because a token may be a single character.
     """
     try:
         characters = _characters(schema, schema.get("$defs", {}))

@@ -1,7 +1,7 @@
 """The contract of a role: it turns a task into chat messages, and the model's text into a typed reply.
 
 A role does no I/O and keeps no state, so the same task always gives the same messages. It raises TaskRefused for a task
-that it cannot handle, and ReplyUnusable for a text that does not hold the reply it asked for.
+that it cannot handle, and ReplyUnusable for a text from which it cannot read a reply.
 """
 
 import json
@@ -16,11 +16,11 @@ from agents import reply_budget
 
 
 class TaskRefused(ValueError):
-    """The role cannot handle this task. The message says what it can handle."""
+    """The role cannot handle this task. The message says what the role can handle."""
 
 
 class ReplyUnusable(ValueError):
-    """The model's text does not hold the reply that the role asked for. The message says what is wrong with it."""
+    """The role cannot read a reply from the model's text. The message says what is wrong with the text."""
 
 
 class Value(BaseModel):
@@ -40,7 +40,7 @@ class Message:
 class Sampling(Value):
     """The sampling parameters of a role's replies.
 
-    A retry, or a further sample of the same task, uses `retry_temperature` or `temperature`, whichever is higher.
+    A retry uses the higher one of `retry_temperature` and `temperature`. So does every further sample of a task.
     """
 
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -51,9 +51,10 @@ class Sampling(Value):
 
 
 class Reply(Value):
-    """The base of replies: pydantic models that a role reads from a model's text. `str(reply)` is for the transcript.
+    """The base class of replies: pydantic models that a role reads from a model's text.
 
-    A role in YAML asks for a JSON object. `form_schema` says which properties it needs; `from_form` reads them.
+    The transcript shows `str(reply)`. A role in YAML asks for a JSON object. `form_schema` is the schema that the
+    object must fit, and `from_form` reads the object.
     """
 
     def __str__(self) -> str:
@@ -61,24 +62,25 @@ class Reply(Value):
 
     @classmethod
     def form_schema(cls) -> dict[str, Any]:
-        """Return the JSON schema of an object from which `from_form` makes a reply: by default the reply's own."""
+        """Return the JSON schema of the objects that `from_form` reads. The default is the reply's own schema."""
         return cls.model_json_schema()
 
     @classmethod
     def from_form(cls, form: Mapping[str, Any]) -> Self:
-        """Return the reply in an object that fits `form_schema` and may have more properties.
+        """Return the reply that an object describes. The object fits `form_schema` and may have more properties.
 
-        Raise pydantic's ValidationError for values that the reply cannot have.
+        Raise pydantic's ValidationError if a value is invalid.
         """
         return cls.model_validate({name: form[name] for name in cls.model_fields if name in form})
 
 
 @dataclass(frozen=True)
 class Task:
-    """The base of tasks: frozen dataclasses that say what a workflow asks of a seat.
+    """The base class of tasks: frozen dataclasses that say what a workflow asks of a seat.
 
-    `kind` is the name that configurations and roles in YAML use. `reply_type` is the type of the reply. A prompt in
-    YAML has a placeholder for each field and must use `essential`. `str(task)` is for the transcript.
+    `kind` is the name of the task in configurations and in YAML roles. `reply_type` is the type of the reply. A prompt
+    in YAML may use each field as a placeholder, and must use the field that `essential` names. The transcript shows
+    `str(task)`.
     """
 
     kind: ClassVar[str]
@@ -92,16 +94,16 @@ class Task:
 
     @classmethod
     def placeholders(cls) -> tuple[str, ...]:
-        """Return the names of the fields, which are the placeholders of a prompt in YAML."""
+        """Return the names of the fields. A prompt in YAML uses them as placeholders."""
         return tuple(part.name for part in fields(cls))
 
     def texts(self) -> dict[str, str]:
-        """Return the text of each field, for the placeholders of a prompt. Several values take one line each."""
+        """Return the text for each placeholder of a prompt. A list or mapping has one line for each value."""
         return {name: _lines(getattr(self, name)) for name in self.placeholders()}
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
-        """Return some tasks of this kind, to check roles with. Without any, `troupe roles check` checks less."""
+        """Return sample tasks of this kind, with which `troupe roles check` checks roles. The default is none."""
         return ()
 
 
@@ -115,8 +117,8 @@ class Role(ABC):
     """The base class of roles. A role asks a model to handle tasks and reads the model's replies.
 
     `takes` lists the kinds of task that the role handles. For tasks of the kind `write`, `needs` names the results that
-    the role must find in a task, and `gives` names the values of its replies. `sampling` and `tools`, the names of the
-    tools that its model may call, are defaults that a configuration can override. A role is created without arguments.
+    the role must find in a task, and `gives` names the values of the role's replies. `tools` names the tools that the
+    model may call. A configuration can override `sampling` and `tools`. Troupe creates a role without arguments.
     """
 
     takes: ClassVar[tuple[type[Task], ...]]
@@ -131,9 +133,9 @@ class Role(ABC):
 
     @abstractmethod
     def parse(self, text: str, task: Task) -> Reply:
-        """Return the reply in the model's text, of the type that the task names as `reply_type`.
+        """Return the reply in the model's text. Its type is the task's `reply_type`.
 
-        Raise ReplyUnusable if the text does not hold one.
+        Raise ReplyUnusable if the text does not hold such a reply.
         """
 
     def schema(self, task: Task) -> dict[str, Any] | None:
@@ -141,11 +143,11 @@ class Role(ABC):
         return None
 
     def max_tokens(self, task: Task) -> int:
-        """Return the most tokens of a reply to this task, unless the configuration sets `max_tokens`."""
+        """Return the maximum number of tokens of a reply. A `max_tokens` in the configuration overrides it."""
         return self.sampling.max_tokens
 
     def check(self, problem: str) -> None:
-        """Raise TaskRefused if the role can never handle this problem. Called before any request to an engine."""
+        """Raise TaskRefused if the role can never handle this problem. Troupe calls this before any engine request."""
         return
 
 
@@ -155,8 +157,9 @@ Forms = Mapping[type[Task], type[BaseModel]]
 class SchemaRole(Role):
     """A role whose model replies in JSON. `forms` maps each kind of task to the pydantic model of its reply.
 
-    Limit the length of every string and list. A reply then may have as many tokens as ordinary text of that length
-    needs, and at most `sampling.max_tokens`. A reply that is cut off keeps the properties that the model has reached.
+    Limit the length of every string and list in a form. `max_tokens` then is the number of tokens that ordinary text of
+    that length needs, and at most `sampling.max_tokens`. If a reply is cut off, the role reads the properties that the
+    model has completed.
     """
 
     forms: ClassVar[Forms]
@@ -166,9 +169,9 @@ class SchemaRole(Role):
         return self.sampling.max_tokens if budget is None else min(budget, self.sampling.max_tokens)
 
     def schema(self, task: Task) -> dict[str, Any]:
-        """Return the schema of the task's form. The model must write every property, also those with a default.
+        """Return the schema of the task's form. The model must write every property, even one with a default.
 
-        A default is for a reply that is cut off before the property.
+        The default applies if the reply is cut off before the property.
         """
         schema = self.forms[type(task)].model_json_schema()
         return {**schema, "required": list(schema["properties"])}
@@ -181,11 +184,11 @@ class SchemaRole(Role):
 
     @abstractmethod
     def reply(self, form: Any, task: Task) -> Reply:
-        """Return the reply that a filled form holds. `form` is an instance of `forms[type(task)]`."""
+        """Return the reply for a filled form. `form` is an instance of `forms[type(task)]`."""
 
 
 def explain(error: ValidationError) -> str:
-    """Return all complaints of a pydantic validation in one line, each with its field and what would be right."""
+    """Return all errors of a pydantic validation in one line. Each error names its field and the valid values."""
     return "; ".join(
         f"{'.'.join(map(str, e['loc'])) or 'the reply'}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
     )
@@ -194,7 +197,7 @@ def explain(error: ValidationError) -> str:
 def read_json(text: str) -> Any:
     """Return the JSON value in a model's text. Raise ReplyUnusable if the text is not JSON.
 
-    Strings may hold control characters: a grammar that limits a string's length does not exclude them.
+    Strings may hold control characters, because a grammar that limits a string's length does not exclude them.
     """
     try:
         return json.loads(text, strict=False)

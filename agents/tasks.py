@@ -1,7 +1,7 @@
 """The kinds of task that come with Troupe, and the reply to each.
 
-They are ordinary tasks: a package adds others by deriving from `Task` and `Reply`, and registers them by entry points
-of the group `troupe.tasks`.
+A package can add kinds of task: it derives classes from `Task` and `Reply`, and registers the tasks as entry points of
+the group `troupe.tasks`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _TRAVEL = "A train leaves at 9:40 and arrives at 11:05. How long does it travel?
 
 
 class Step(Value):
-    """One step of a plan. `needs` lists the names of the earlier steps whose results it uses."""
+    """One step of a plan. `needs` lists the names of the earlier steps whose results this step uses."""
 
     name: str = Field(min_length=1)
     instruction: str = Field(min_length=1)
@@ -60,7 +60,7 @@ class Plan(Reply):
 
 
 class Solution(Reply):
-    """The result of a step, and the work that led to it."""
+    """The result of a step, and the work that led to the result."""
 
     result: str = Field(min_length=1)
     work: str = ""
@@ -89,7 +89,7 @@ class Answer(Reply):
 
 
 class Text(Reply):
-    """Free text. If the role asked for a JSON object, `values` holds its properties."""
+    """Free text. If the role asked for a JSON object, `values` holds the properties of the object."""
 
     text: str = Field(min_length=1)
     values: Mapping[str, Any] = {}
@@ -99,7 +99,7 @@ class Text(Reply):
 
 
 class Argument(Reply):
-    """A debater's answer, and the reasoning for it."""
+    """A debater's answer and reasoning."""
 
     answer: str = Field(min_length=1)
     reasoning: str = ""
@@ -113,7 +113,7 @@ class Argument(Reply):
 
 
 class Ranking(Reply):
-    """An order of candidates: their numbers, which start at 1, with the best one first."""
+    """The numbers of the candidates, best first. Numbers start at 1."""
 
     order: tuple[int, ...] = Field(min_length=1)
     reason: str = ""
@@ -198,7 +198,7 @@ class CritiqueTask(Task):
 
 @dataclass(frozen=True)
 class AnswerTask(Task):
-    """A request to state the answer: from the results of the steps, or directly if there are no steps."""
+    """A request to state the answer, from the results of the steps if there are steps."""
 
     kind: ClassVar[str] = "answer"
     reply_type: ClassVar[type[Reply]] = Answer
@@ -222,9 +222,9 @@ class AnswerTask(Task):
 
 @dataclass(frozen=True)
 class WriteTask(Task):
-    """A request for any text: a draft, a summary, a program, notes.
+    """A request for any text, such as a draft, a summary or a program.
 
-    `results` holds what other seats wrote, by the name of the seat or of the property of its reply.
+    `results` holds what other seats wrote. A key is the name of a seat, or of a property of a seat's reply.
     """
 
     kind: ClassVar[str] = "write"
@@ -240,9 +240,10 @@ class WriteTask(Task):
 
 @dataclass(frozen=True)
 class DebateTask(Task):
-    """A request to answer, or to revise an answer after a look at those of the others.
+    """A request to answer the problem, or to revise an answer.
 
-    `own` and `others` are empty in the first round.
+    `own` is the debater's last answer, and `others` are the last answers of the other debaters. Both are empty in the
+    first round.
     """
 
     kind: ClassVar[str] = "debate"
@@ -298,7 +299,7 @@ class CompareTask(Task):
 
 
 def result_lines(results: Mapping[str, str], steps: tuple[Step, ...] = ()) -> list[str]:
-    """Return one line for each result, with the instruction of its step if `steps` holds that step."""
+    """Return one line for each result. The line has the instruction of the result's step if `steps` holds that step."""
     instructions = {step.name: f" ({step.instruction})" for step in steps}
     return [f"Result of step {name}{instructions.get(name, '')}: {result}" for name, result in results.items()]
 

@@ -1,7 +1,7 @@
 """The contract of tools: functions that a role's model may call while it works on a task.
 
-A tool's author writes a plain function, registers it by an entry point of the group `troupe.tools`, and may mark it
-with `@tool`. The runtime runs it, in a process of its own; `runtime/tools/` has the rest.
+A tool is a plain function. Its author may mark the function with `@tool`, and may register it as an entry point of the
+group `troupe.tools`. The package `runtime.tools` runs the function in a separate process.
 """
 
 import inspect
@@ -17,14 +17,15 @@ _IDEMPOTENT = "__troupe_idempotent__"
 
 
 class NotATool(ValueError):
-    """An object that cannot be a tool. The message says why and what would be right."""
+    """The object cannot be a tool. The message says why and what would be right."""
 
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """What a model is told about a tool: its name, what it does, and the JSON schema of its arguments, an object.
+    """The description of a tool that a model reads.
 
-    The runtime may run an `idempotent` tool again if a crash interrupted it. It never repeats any other call.
+    `parameters` is the JSON schema of the arguments, and describes an object. After a crash, the runtime repeats an
+    interrupted call only if the tool is `idempotent`.
     """
 
     name: str
@@ -34,7 +35,7 @@ class ToolSpec:
 
 
 def tool(*, idempotent: bool) -> Callable[[F], F]:
-    """Mark a function as a tool that may, or may not, be run again after a crash. Without the mark, it may not."""
+    """Mark a function as a tool. The runtime repeats a call that a crash interrupted only if `idempotent` is True."""
 
     def mark(function: F) -> F:
         setattr(function, _IDEMPOTENT, idempotent)
@@ -44,9 +45,9 @@ def tool(*, idempotent: bool) -> Callable[[F], F]:
 
 
 def spec_of(name: str, function: object) -> ToolSpec:
-    """Return the specification of a function as a tool: its docstring and the types of its parameters.
+    """Return the specification of a function as a tool, from its docstring and the types of its parameters.
 
-    Raise NotATool if it is no function, has no docstring, or has a parameter that JSON cannot hold.
+    Raise NotATool if the object is not a function, has no docstring, or has a parameter that JSON cannot hold.
     """
     if not callable(function) or inspect.isclass(function):
         raise NotATool(f"{function!r} is not a function")
@@ -61,7 +62,7 @@ def spec_of(name: str, function: object) -> ToolSpec:
 
 
 def form_of(function: Callable[..., Any]) -> type[BaseModel]:
-    """Return a pydantic model that has a field for each parameter of a function. Raise NotATool if there is none."""
+    """Return a pydantic model with a field for each parameter. Raise NotATool if a parameter fits no such field."""
     fields: dict[str, Any] = {}
     try:
         signature = inspect.signature(function, eval_str=True)

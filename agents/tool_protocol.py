@@ -1,12 +1,12 @@
-"""How a role's model calls tools: as JSON that a grammar enforces, so any chat model can, without a parser of its own.
+"""The protocol by which a role's model calls tools: JSON that a grammar enforces.
 
-While tools are offered, the model replies with one object of two forms:
+Any chat model can follow the protocol. While tools are offered, the model replies with one of two objects:
 
     {"tool": "python", "arguments": {"code": "print(2**64)"}}
-    {"reply": ...}                          # what the role's schema asks for, or a text
+    {"reply": ...}                          # a value that fits the role's schema; a string if the role has none
 
-The schema of a request admits nothing else. Models with a native form of tool calls get the same; `troupe serve` speaks
-the native forms to clients that bring their own tools.
+The schema of the request admits nothing else. Troupe uses the protocol even for models that have a native format for
+tool calls. `troupe serve` uses the native formats for clients that bring their own tools.
 """
 
 import json
@@ -40,7 +40,7 @@ _LAST = 'You have used all your calls of tools. Reply now: {"reply": ...}'
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A model's call of a tool. `text` is the whole message with which the model made it."""
+    """A tool call. `text` is the whole message in which the model made the call."""
 
     tool: str
     arguments: Mapping[str, Any]
@@ -52,7 +52,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """A finished call of a tool: its output, or the error if it `failed`."""
+    """A finished tool call. `output` is the tool's output, or the error message if the call `failed`."""
 
     call: ToolCall
     output: str
@@ -60,9 +60,9 @@ class ToolUse:
 
 
 def messages(chat: Sequence[Message], tools: Sequence[ToolSpec], past: Sequence[ToolUse], left: int) -> list[Message]:
-    """Return a role's chat with the offer of tools, the calls so far and their outputs.
+    """Return a role's chat with a description of the tools, and with the past tool calls and their outputs.
 
-    `left` is how many more calls the model may make.
+    `left` is the number of tool calls that the model may still make.
     """
     listed = "\n".join(
         f"- {tool.name}: {tool.description}\n  arguments: {json.dumps(dict(tool.parameters), ensure_ascii=False)}"
@@ -83,7 +83,7 @@ def messages(chat: Sequence[Message], tools: Sequence[ToolSpec], past: Sequence[
 
 
 def _as_reply(message: Message) -> Message:
-    """Return a message of the chat. The model's own, which are examples, become replies of the protocol."""
+    """Return a message of the chat. Write an assistant message, which is an example, as a reply of the protocol."""
     if message.role != "assistant":
         return message
     try:
@@ -94,7 +94,7 @@ def _as_reply(message: Message) -> Message:
 
 
 def schema(tools: Sequence[ToolSpec], reply: Mapping[str, Any] | None, left: int) -> dict[str, Any]:
-    """Return the JSON schema of a call of one of the tools, if `left` is not 0, or of a reply."""
+    """Return the JSON schema that admits a reply, and also a tool call unless `left` is 0."""
     parts: dict[str, Mapping[str, Any]] = {"reply": reply or {"type": "string", "minLength": 1}}
     if left:
         parts |= {f"tool{number}": _enforceable(tool.parameters) for number, tool in enumerate(tools)}
@@ -109,10 +109,10 @@ def schema(tools: Sequence[ToolSpec], reply: Mapping[str, Any] | None, left: int
 
 
 def read(text: str, ended_early: bool = False) -> ToolCall | str:
-    """Return the call in a model's text, or the text of its reply. Raise ReplyUnusable if it is neither.
+    """Return the tool call in a model's text, or the text of its reply. Raise ReplyUnusable if the text is neither.
 
-    Of a reply that ended early, the values that are whole count, and a reply in free text counts up to its end. A call
-    that ended early is unusable, because arguments may be missing.
+    If a reply ended early, return the values that are complete, or all of a free text. A tool call that ended early is
+    unusable, because arguments may be missing.
     """
     if ended_early and not _is_whole(text):
         return _beginning(text)
@@ -136,7 +136,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _beginning(text: str) -> str:
-    """Return the text of a reply that ended early."""
+    """Return the text of a reply that ended early. Raise ReplyUnusable if the text is a tool call, or too short."""
     match cut_json.beginning(text):
         case {"reply": str(reply)} if reply.strip():
             return reply
@@ -156,7 +156,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _embedded(part: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return a schema as it is below `place`, a JSON pointer: its references to itself start from there."""
+    """Return a schema that is valid below `place`, a JSON pointer: rewrite its references to start from there."""
 
     def moved(value: Any) -> Any:
         match value:
@@ -173,7 +173,7 @@ def _embedded(part: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _enforceable(schema: Any) -> Any:
-    """Return a tool's schema without the keywords that make vLLM refuse a grammar. The runtime checks those itself."""
+    """Return a tool's schema without the keywords that make vLLM refuse a grammar. The runtime checks these itself."""
     match schema:
         case dict():
             kept = {key: value for key, value in schema.items() if key not in _NOT_IN_GRAMMARS}

@@ -1,8 +1,9 @@
-"""Workflows: state machines that decide whom to ask next while a team solves a problem.
+"""The contract of a workflow: a state machine that decides which seat to ask next.
 
 A Workflow object belongs to one problem. `begin` and `take` return the calls to make next. Any number of calls can be
-open at once; when no call is open, `outcome` is set. A workflow uses no clock, no I/O and no randomness, so the same
-replies in the same order lead to the same state. The runtime resumes a job by feeding it its recorded replies again.
+open at once. When no call is open, `outcome` is set. A workflow uses no clock, no I/O and no randomness, so the same
+replies in the same order lead to the same state. The runtime resumes a job by giving its recorded replies to a new
+Workflow.
 """
 
 from abc import ABC, abstractmethod
@@ -17,10 +18,10 @@ UNUSABLE_MAX = 3
 
 @dataclass(frozen=True)
 class RoleCall:
-    """One question to one seat of the team.
+    """One task for one seat of the team.
 
-    `number` identifies the call within its workflow. If `variation` is above 0, the reply is sampled at a higher
-    temperature, to get another one than the most likely. `retries` counts the unusable replies to this call so far.
+    `number` identifies the call within its workflow. If `variation` is above 0, the engine samples the reply at a
+    higher temperature, so that replies differ. `retries` counts the unusable replies to this call so far.
     """
 
     number: int
@@ -32,18 +33,18 @@ class RoleCall:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A stand-in for a reply whose text could not be read. `why` is the reason."""
+    """The result of a call that has no usable reply. `why` is the reason."""
 
     why: str
 
 
 @dataclass
 class Entry:
-    """One line of the transcript: what a seat was asked and what it replied, or a tool that its model called.
+    """One line of the transcript: a task of a seat and the reply, or a tool call of the seat's model and its output.
 
-    `verdict` is None until the output is judged, then "accepted" or "rejected"; a tool's call can have "failed".
-    `round` counts the revisions of the step before this entry, or the tries before an unusable reply. `note` says why a
-    reply ended early, if it did.
+    `verdict` is None until a critic judges the output, and then "accepted" or "rejected". For a tool call that failed,
+    `verdict` is "failed". `round` counts the revisions of the step before this entry. For an unusable reply, `round`
+    counts the tries before this one. If a reply ended early, `note` says why.
     """
 
     seat: str
@@ -56,11 +57,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a problem: an answer, or the reason why there is none.
+    """The end of a problem: an answer, or the reason for which there is no answer.
 
     `confirmed` is True if the critics accepted every step, False if the result of some step stayed rejected, and None
-    if no critic judged anything. `rounds` is the most revisions that any step needed. `failure` is set if `answer` is
-    None. `correct` is set if a judge compared the answer with the expected one.
+    if no critic judged anything. `rounds` is the highest number of revisions of any step. If `answer` is None,
+    `failure` says why. If a judge compared the answer with the expected answer, `correct` is the judge's verdict.
     """
 
     answer: str | None
@@ -73,12 +74,13 @@ class Outcome:
 class Workflow(ABC):
     """The base class of workflows. An object holds the state of one problem.
 
-    `Options` describes the workflow's settings in a configuration. `transcript` and `outcome` are what users see.
-    Subclasses use `ask`, `retry` and `fail` to create what `begin` and `take` return, and `record` for the transcript.
+    `Options` describes the workflow's settings in a configuration. Users see `transcript` and `outcome`. Subclasses
+    create the calls that `begin` and `take` return with `ask`, `retry` and `fail`, and add to the transcript with
+    `record`.
     """
 
     class Options(Value):
-        """The settings of a workflow that has none."""
+        """The settings of a workflow. The default is no settings."""
 
     def __init__(self, problem: str, options: Value) -> None:
         self.problem = problem
@@ -95,7 +97,7 @@ class Workflow(ABC):
 
     @classmethod
     def misfits(cls, options: Value, roles: Mapping[str, Role]) -> Iterator[str]:
-        """Yield what else is wrong with the roles at the seats. Each fault begins with its key, `team.<seat>...`."""
+        """Yield further faults of the roles at the seats. Each fault begins with a key of the form `team.<seat>...`."""
         yield from ()
 
     @abstractmethod
@@ -106,13 +108,13 @@ class Workflow(ABC):
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         """Accept the reply to an open call and return the calls to make next.
 
-        The reply is of the type that the call's task names, or Unusable.
+        `reply` has the task's `reply_type`, or is Unusable.
         """
 
     def ahead(self) -> Mapping[str, int] | None:
-        """Return how many more calls, by seat, are certain to follow the open ones, or None if that is unknown.
+        """Return how many calls of each seat are certain to follow the open calls, or None if that is unknown.
 
-        The controller moves memory to the engines of these seats before the calls are made.
+        The controller moves memory to the engines of these seats before the workflow makes the calls.
         """
         return None
 
@@ -122,13 +124,13 @@ class Workflow(ABC):
         return RoleCall(self._last_number, seat, task, variation)
 
     def record(self, call: RoleCall, reply: Reply, verdict: str | None = None, revisions: int = 0) -> Entry:
-        """Append a reply to the transcript and return its entry. `revisions` counts those of the step so far."""
+        """Append a reply to the transcript and return its entry. `revisions` counts the step's revisions so far."""
         entry = Entry(call.seat, str(call.task), str(reply), verdict, revisions)
         self.transcript.append(entry)
         return entry
 
     def retry(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
-        """Return the same call again after an unusable reply, or fail the problem if that was the last try."""
+        """Return the same call again after an unusable reply. After the last try, fail the problem."""
         self.transcript.append(Entry(call.seat, str(call.task), f"unusable: {reply.why}", "rejected", call.retries))
         if call.retries + 1 >= UNUSABLE_MAX:
             return self.fail(f"the {call.seat}'s reply could not be read {UNUSABLE_MAX} times: {reply.why}")
@@ -136,13 +138,13 @@ class Workflow(ABC):
         return [replace(call, number=self._last_number, variation=call.variation + 1, retries=call.retries + 1)]
 
     def fail(self, why: str) -> list[RoleCall]:
-        """End the problem without an answer, unless it has ended already. Return no calls."""
+        """End the problem without an answer, unless the problem has ended already. Return no calls."""
         self.outcome = self.outcome or Outcome(None, None, self.rounds, why)
         return []
 
 
 def wrong_type(task: Task, reply: object) -> TypeError:
-    """Return the error for a reply of another type than the task asks for."""
+    """Return the error for a reply whose type is not the task's `reply_type`."""
     return TypeError(
         f"the reply to {type(task).__name__} must be {task.reply_type.__name__}, not {type(reply).__name__}"
     )

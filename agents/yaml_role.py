@@ -1,24 +1,24 @@
 """Roles without code: a prompt template and a reply schema, usually read from a YAML file.
 
     name: proof-reader
-    task: critique                      # a kind of task, or module:Class of one that is not registered
+    task: critique                      # a kind of task, or module:Class for a task that is not registered
     system: You are a careful reader.   # optional; has no placeholders
     prompt: |
       Step: {step}
       Its result: {result}
       Reply in JSON: {{"accepted": true or false, "reason": "..."}}
-    reply:                              # optional if any text is a reply
+    reply:                              # optional if the reply is free text
       type: object
       properties: {accepted: {type: boolean}, reason: {type: string}}
       required: [accepted]
-    needs: []                           # optional, for the task `write`: results of others, as placeholders
-    examples:                           # optional: a text for each placeholder, and the reply
+    needs: []                           # optional, for the task `write`: results of other seats, as placeholders
+    examples:                           # optional: a text for each placeholder of the prompt, and the reply
       - {step: Add 2 and 2., result: "5", reply: {accepted: false, reason: It is 4.}}
     tools: [python]                     # optional: the tools that the model may call
     sampling: {temperature: 0.2}        # optional
 
-A mapping that could only fail later is refused when it is read: an unknown placeholder, a reply schema without the
-needed properties, an example that does not fit.
+`parse_spec` reports every fault of a mapping before the role is used, such as an unknown placeholder, a reply schema
+without a property that the task needs, or an example that does not fit the schema.
 """
 
 import json
@@ -39,7 +39,7 @@ from agents.tasks import Text, WriteTask
 
 
 class SpecError(ValueError):
-    """A mapping that does not describe a role. The message has a line for each fault: place, key and remedy."""
+    """The mapping does not describe a role. The message has a line for each fault, with its source, key and remedy."""
 
 
 _BRACES = "to write a literal brace, double it: {{ or }}"
@@ -53,7 +53,7 @@ def _task_type(name: object) -> object:
 
 
 class TemplateSpec(Value):
-    """A role as its author wrote it. The module's docstring has an example."""
+    """The specification of a role. The module's docstring has an example."""
 
     name: str = Field(min_length=1)
     task: Annotated[type[Task], BeforeValidator(_task_type)]
@@ -81,7 +81,7 @@ class TemplateSpec(Value):
 
 
 class YamlRole(Role):
-    """The base of roles that a TemplateSpec describes. `role_class` creates the subclass."""
+    """The base class of roles that a TemplateSpec describes. `role_class` creates the subclasses."""
 
     spec: ClassVar[TemplateSpec]
 
@@ -114,12 +114,15 @@ class YamlRole(Role):
 
 
 def from_mapping(mapping: object, place: str) -> YamlRole:
-    """Return the role that a mapping describes. `place` is its source, such as a file. Raise SpecError."""
+    """Return the role that a mapping describes. `place` is the mapping's source, such as a file. Raise SpecError."""
     return role_class(parse_spec(mapping, place))()
 
 
 def parse_spec(mapping: object, place: str) -> TemplateSpec:
-    """Return the specification in a mapping. `place` is its source, such as a file. Raise SpecError with all faults."""
+    """Return the specification in a mapping. `place` is its source, such as a file.
+
+    Raise SpecError with all faults.
+    """
     keys = ", ".join(TemplateSpec.model_fields)
     if not isinstance(mapping, dict):
         raise SpecError(f"{place}: a role must be a mapping with the keys {keys}, not a {type(mapping).__name__}")
@@ -130,7 +133,7 @@ def parse_spec(mapping: object, place: str) -> TemplateSpec:
 
 
 def role_class(template: TemplateSpec) -> type[YamlRole]:
-    """Return the role class that a specification describes. Like any role, it is created without arguments."""
+    """Return the role class that a specification describes. Its constructor takes no arguments, as for every role."""
     required = template.reply.get("required", []) if template.reply else []
 
     class Described(YamlRole):
@@ -146,7 +149,7 @@ def role_class(template: TemplateSpec) -> type[YamlRole]:
 
 
 def _read(text: str, schema: Mapping[str, Any] | None, reply_type: type[Reply]) -> Reply:
-    """Return the typed reply in a model's text. Raise ReplyUnusable or ValidationError if it does not fit."""
+    """Return the typed reply in a model's text. Raise ReplyUnusable or ValidationError if the text does not fit."""
     if schema is None:
         if not text.strip():
             raise ReplyUnusable("the reply is empty")
@@ -166,7 +169,7 @@ def _reply_text(reply: Any) -> str:
 
 
 def _text_property(reply_type: type[Reply]) -> str:
-    """Return the only property that a reply requires if it is a text, so that free text can be the reply; else ""."""
+    """Return the property that free text fills: the only required property, if it is a string. Otherwise return ""."""
     schema = reply_type.form_schema()
     match schema.get("required", []):
         case [name] if schema["properties"][name].get("type") == "string":
@@ -184,7 +187,7 @@ def _needs_faults(names: tuple[str, ...], data: Mapping[str, Any]) -> Iterator[s
         yield f"only the task write has results by name; this one has {', '.join(data['task'].placeholders())}"
     for name in names:
         if name in data["task"].placeholders():
-            yield f"{name} is a placeholder anyway; leave it out"
+            yield f"{name} is a placeholder of this task already; remove {name} from needs"
 
 
 def _system_faults(text: str | None, data: Mapping[str, Any]) -> Iterator[str]:
@@ -238,7 +241,7 @@ def _reply_faults(schema: dict[str, Any] | None, data: Mapping[str, Any]) -> Ite
 
 def _example_faults(examples: tuple[Mapping[str, Any], ...], data: Mapping[str, Any]) -> Iterator[str]:
     if "prompt" not in data or "reply" not in data:
-        return  # a fault in one of these has been reported
+        return  # a fault of `prompt` or `reply` has been reported already
     used = {name for _, name, _, _ in Formatter().parse(data["prompt"]) if name is not None}
     for number, example in enumerate(examples):
         for name in sorted(used - set(example)):
@@ -260,7 +263,7 @@ def _example_faults(examples: tuple[Mapping[str, Any], ...], data: Mapping[str, 
 
 
 def _schema_fault(schema: dict[str, Any]) -> str | None:
-    """Return why a schema cannot be used, or None. It must be valid JSON, a JSON schema of an object, without $ref."""
+    """Return why a schema is invalid, or None. It must be a JSON schema of an object, without $ref."""
     try:
         text = json.dumps(schema)
         if json.loads(text) != schema:
@@ -284,13 +287,13 @@ def _has_type(schema: object, needed: Mapping[str, Any]) -> bool:
 
 
 def _bare(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the types in a property's schema without its limits."""
+    """Return a property's schema with its types only, without limits such as maxLength."""
     bare = {key: schema[key] for key in ("type",) if key in schema}
     return {**bare, "items": _bare(schema["items"])} if "items" in schema else bare
 
 
 def _complaint(error: ErrorDetails) -> str:
-    """Return one fault as text: the key, what is wrong with it, and what would be right."""
+    """Return one fault as text: the key, what is wrong, and what would be right."""
     key = ".".join(map(str, error["loc"]))
     match error["type"]:
         case "extra_forbidden":

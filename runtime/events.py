@@ -1,6 +1,6 @@
 """Owns the typed events that engines and jobs send to listeners.
 
-A listener is called directly in the event loop, before the sender continues. It must not block.
+The sender calls each listener in the event loop before it continues. A listener must not block.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,10 +26,9 @@ class EngineChanged:
 class RoleReplied:
     """A seat replied to a call of a job.
 
-    `number` identifies the call, `usage` is what it used, and `entries` are what the reply added to the transcript,
-    without the calls of tools before it.
-    `note` says why the reply ended early, if it did. A job that resumes does not repeat the events of the replies that
-    it replays.
+    `number` identifies the call, and `usage` is the usage of the request for the reply. `entries` holds what the reply
+    added to the transcript, without the tool calls before the reply. If the reply ended early, `note` says why. A job
+    that resumes does not send events for the replies that it replays.
     """
 
     job: str
@@ -43,9 +42,10 @@ class RoleReplied:
 
 @dataclass(frozen=True)
 class ToolCalled:
-    """A seat's model calls a tool, which runs now.
+    """A seat's model called a tool. The tool runs next.
 
-    `number` is the call of the job, `task` identifies that call's task, and `usage` is what asking for the tool used.
+    `number` identifies the workflow's call, and `task` is the call's `task_id`. `usage` is the usage of the request in
+    which the model made the tool call.
     """
 
     job: str
@@ -58,7 +58,7 @@ class ToolCalled:
 
 @dataclass(frozen=True)
 class ToolReturned:
-    """The tool that a seat's model called has returned."""
+    """A tool that a seat's model called has returned. `number` identifies the workflow's call."""
 
     job: str
     number: int
@@ -77,9 +77,9 @@ class JobRestarted:
 class JobAdvanced:
     """A job started, or took a reply.
 
-    `replied` is the seat that replied, empty at the start. `due` counts the calls that are made now, by seat. `ahead`
-    counts the calls that are certain to follow those that are open, by seat; it is None if the workflow cannot tell.
-    `seats` are all seats that the job's workflow may call.
+    `replied` is the seat that replied, or empty at the start. `due` counts the calls that the job makes now, by seat.
+    `ahead` counts the calls that are certain to follow the open calls, by seat. It is None if the workflow cannot tell.
+    `seats` holds all seats that the job's workflow may call.
     """
 
     job: str
@@ -91,7 +91,7 @@ class JobAdvanced:
 
 @dataclass(frozen=True)
 class CallPaused:
-    """An open call of a job waits for a tool if it is `paused`, and otherwise needs its engine again."""
+    """An open call of a job started to wait for a tool (`paused`), or needs its engine again (not `paused`)."""
 
     job: str
     seat: str
@@ -102,8 +102,8 @@ class CallPaused:
 class CallEnded:
     """A seat's call to its engine has ended.
 
-    Times are seconds on the event loop's clock. The reply came in chunks: `chunk_times_s` and `chunk_tokens` have one
-    value for each.
+    Times are seconds on the event loop's clock. The engine sent the reply in chunks. `chunk_times_s` and `chunk_tokens`
+    have one value for each chunk.
     """
 
     job: str
@@ -117,7 +117,7 @@ class CallEnded:
 
 @dataclass(frozen=True)
 class JobEnded:
-    """A job ended after `seconds`: with an answer, or with an error, which is "cancelled" for a cancelled job."""
+    """A job ended after `seconds` with an answer or an error. The error of a cancelled job is "cancelled"."""
 
     job: str
     answer: str | None

@@ -1,1 +1,1 @@
-"""The roles for any chat model that come with Troupe."""
+"""The roles for any chat model that Troupe ships."""

@@ -1,4 +1,4 @@
-"""The coder for chat models: a solver that writes Python programs and has them run."""
+"""The coder for chat models: a solver that writes Python programs and runs them with a tool."""
 
 from typing import Any, ClassVar
 
@@ -15,14 +15,14 @@ Reply in JSON: {"text": "...", "code": "..."}. Leave code empty if the request a
 
 
 class ProgramForm(Value):
-    """The coder's reply to a request for text: what to say about it, and the program."""
+    """The coder's reply to a request for text: the text, and a program."""
 
     text: str = Field(min_length=1, max_length=1600)
     code: str = Field(max_length=4000)
 
 
 class Coder(Solver):
-    """A solver for any chat model that writes Python programs and has them run by the tool `python`."""
+    """A solver for any chat model. It writes Python programs and runs them with the tool `python`."""
 
     takes = (SolveTask, AnswerTask, DebateTask, WriteTask)
     forms: ClassVar[Forms] = {**Solver.forms, WriteTask: ProgramForm}

@@ -1,4 +1,4 @@
-"""The critic for chat models: it checks the result of one step and says why it rejects it."""
+"""The critic for chat models. It checks the result of one step and gives a reason for its verdict."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ Reply in JSON: {"check": "...", "accepted": true or false, "reason": "..."}"""
 
 
 class VerdictForm(Value):
-    """The critic's reply. The check comes first, so that the model reasons before it commits to a verdict."""
+    """The critic's reply. `check` is first, so that the model reasons before it commits to a verdict."""
 
     check: str = Field(max_length=1600)
     accepted: bool
@@ -21,7 +21,7 @@ class VerdictForm(Value):
 
 
 class Critic(SchemaRole):
-    """A critic for any chat model. It checks the result of one step in another way than the obvious one."""
+    """A critic for any chat model. It checks the result of one step with an independent method."""
 
     takes = (CritiqueTask,)
     forms: ClassVar[Forms] = {CritiqueTask: VerdictForm}

@@ -1,4 +1,4 @@
-"""The judge for chat models: it ranks whole answers, and compares an answer with the expected one."""
+"""The judge for chat models. It ranks answers, and compares an answer with the expected answer."""
 
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ CANDIDATES_MAX = 100
 
 
 class RankingForm(Value):
-    """The judge's reply. The check comes first, so that the model reasons before it commits to an order."""
+    """The judge's reply to a ranking. `check` is first, so that the model reasons before it commits to an order."""
 
     check: str = Field(max_length=1600)
     order: list[int] = Field(min_length=1, max_length=CANDIDATES_MAX)
@@ -26,21 +26,21 @@ class RankingForm(Value):
 
 
 class ComparisonForm(Value):
-    """The judge's reply to a comparison."""
+    """The judge's reply to a comparison. `reason` is first, so that the model reasons before it decides."""
 
     reason: str = Field(max_length=300)
     accepted: bool
 
 
 class Judge(SchemaRole):
-    """A judge for any chat model. It ranks whole answers, and compares an answer with the expected one."""
+    """A judge for any chat model. It ranks answers, and compares an answer with the expected answer."""
 
     takes = (JudgeTask, CompareTask)
     forms: ClassVar[Forms] = {JudgeTask: RankingForm, CompareTask: ComparisonForm}
     sampling = Sampling(temperature=0.2, max_tokens=2048)
 
     def schema(self, task: Task) -> dict[str, Any]:
-        """Return the form's schema, in which an order can only hold the numbers of the candidates."""
+        """Return the form's schema. In a ranking, limit `order` to the numbers of the candidates."""
         schema = super().schema(task)
         if not isinstance(task, JudgeTask):
             return schema

@@ -1,4 +1,4 @@
-"""The planner for chat models: it splits a problem into a few steps in plain language."""
+"""The planner for chat models. It splits a problem into a few steps in plain language."""
 
 from typing import Annotated, Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""The solver for chat models: it solves one step at a time, states the answer at the end, and debates."""
+"""The solver for chat models. It solves one step of a plan, states the answer, or takes part in a debate."""
 
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ Reply in JSON: {"reasoning": "...", "answer": "..."}"""
 
 
 class SolutionForm(Value):
-    """The solver's reply to a step. The work comes first, so that the model reasons before it commits to a result."""
+    """The solver's reply to a step. `work` is first, so that the model reasons before it commits to a result."""
 
     work: str = Field(max_length=1600)
     result: str = Field(min_length=1, max_length=400)
@@ -30,14 +30,14 @@ class AnswerForm(Value):
 
 
 class ArgumentForm(Value):
-    """The solver's reply in a debate."""
+    """The solver's reply in a debate. `reasoning` is first, so that the model reasons before it answers."""
 
     reasoning: str = Field(max_length=1600)
     answer: str = Field(min_length=1, max_length=400)
 
 
 class Solver(SchemaRole):
-    """A solver for any chat model. It solves one step of a plan, states the answer, or debates it."""
+    """A solver for any chat model. It solves one step of a plan, states the answer, or debates."""
 
     takes: ClassVar[tuple[type[Task], ...]] = (SolveTask, AnswerTask, DebateTask)
     forms: ClassVar[Forms] = {SolveTask: SolutionForm, AnswerTask: AnswerForm, DebateTask: ArgumentForm}

@@ -1,4 +1,4 @@
-"""The summarizer for chat models: it condenses what other seats wrote."""
+"""The summarizer for chat models. It condenses what other seats wrote."""
 
 from agents.role import Message, Reply, ReplyUnusable, Role, Sampling, Task
 from agents.tasks import Text, WriteTask

@@ -1,1 +1,1 @@
-"""The workflows that come with Troupe."""
+"""The workflows that Troupe ships."""

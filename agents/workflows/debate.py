@@ -1,4 +1,4 @@
-"""A debate: several seats answer, read each other's answers and revise their own; a judge decides."""
+"""The workflow `debate`."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,10 @@ from agents.workflows.planned import most_common
 
 
 class Debate(Workflow):
-    """A debate: several seats answer, read each other's answers and revise their own; a judge decides.
+    """A debate: several seats answer, read each other's answers and revise their own, and a judge decides.
 
-    The outcome is confirmed if all debaters give the same answer in the end; then the judge is not asked.
+    If all debaters give the same answer in a round, that answer is the confirmed outcome. Otherwise the judge, or the
+    majority if there is no judge, chooses an answer of the last round, and the outcome is not confirmed.
     """
 
     class Options(Value):
@@ -52,7 +53,7 @@ class Debate(Workflow):
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         if self.outcome:
-            return []  # the problem failed while this call was open
+            return []  # the problem failed while the call was open
         if isinstance(reply, Ranking) and not 1 <= reply.order[0] <= len(self._candidates):
             reply = Unusable(f"candidate {reply.order[0]} does not exist; there are {len(self._candidates)}")
         if isinstance(reply, Unusable):
@@ -72,7 +73,7 @@ class Debate(Workflow):
         return {}  # the debaters may agree after any round
 
     def _ask_round(self) -> list[RoleCall]:
-        """Ask every debater, who sees what all said in the round before."""
+        """Ask every debater. From the second round on, a debater reads all answers of the previous round."""
         said, self._said = self._said, {}
         calls = []
         for place, seat in enumerate(self.options.debaters):
@@ -84,7 +85,7 @@ class Debate(Workflow):
         return calls
 
     def _ask_again(self, call: RoleCall, reply: Unusable) -> list[RoleCall]:
-        """Repeat a call whose reply could not be read, for the same debater."""
+        """Repeat a call after an unusable reply, for the same debater."""
         calls = self.retry(call, reply)
         if call.number in self._debaters:
             place = self._debaters.pop(call.number)

@@ -1,4 +1,4 @@
-"""Deliberation: critics judge the result of each step, and the solver revises what they reject."""
+"""The workflow `deliberate`."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from agents.workflows.planned import PlannedWorkflow, StepState, most_common, ve
 
 
 class Deliberate(PlannedWorkflow):
-    """Deliberation: plan, solve each step, let critics judge the result, revise what they reject, answer.
+    """A deliberation: plan, solve each step, let critics judge the result, revise rejected results, answer.
 
-    Independent steps are solved at the same time. A result is accepted if every critic accepts it. If the result of the
-    last round is rejected too, the workflow continues with the most frequent result and ends unconfirmed.
+    The solver works on independent steps at the same time. A result is accepted if every critic accepts it. If a critic
+    rejects the result of the last round, the workflow continues with the most frequent result and ends unconfirmed.
     """
 
     class Options(PlannedWorkflow.Options):

@@ -1,4 +1,4 @@
-"""Another workflow, with a judge at its end that compares the answer with the expected one."""
+"""Adds a judge to a workflow: the judge compares the answer with the expected answer."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from agents.workflow import RoleCall, Unusable, Workflow, wrong_type
 
 
 class Judged(Workflow):
-    """Another workflow, with a judge at its end that compares the answer with the expected one.
+    """A workflow that runs another workflow and then asks a judge to compare the answer with the expected answer.
 
-    The verdict is the outcome's `correct`. It stays None if there is no answer, or if the judge's replies cannot be
-    read. The judge never sees the problem's work, and the other seats never see the expected answer.
+    `correct` of the outcome is the judge's verdict. It is None if there is no answer, or if the judge's replies are
+    unusable. The judge reads the problem and the two answers only. The other seats never read the expected answer.
     """
 
     def __init__(self, inner: Workflow, judge: str, expected: str) -> None:
@@ -26,8 +26,8 @@ class Judged(Workflow):
 
     @classmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:
-        """Raise TypeError: the seats are those of the other workflow, and the judge's."""
-        raise TypeError("Judged is made from a workflow and has no options of its own")
+        """Raise TypeError. The seats depend on the inner workflow, which a class method does not know."""
+        raise TypeError("Judged has no seats without the workflow that it wraps")
 
     def begin(self) -> list[RoleCall]:
         return self._following(self._inner.begin())
@@ -54,12 +54,12 @@ class Judged(Workflow):
         return None if inner is None else Counter(inner) + Counter([self._judge])
 
     def _following(self, calls: list[RoleCall]) -> list[RoleCall]:
-        """Return the other workflow's next calls, or the judge's once there is an answer."""
+        """Return the next calls: those of the inner workflow, or the judge's call when there is an answer."""
         outcome = self._inner.outcome
         if outcome is None:
             return calls
         if self._comparison is not None:
-            return []  # the reply to a call that was open when the answer came
+            return []  # the reply belongs to a call that was open when the inner workflow ended
         if outcome.answer is None:
             self.outcome = outcome
             return []

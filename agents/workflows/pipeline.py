@@ -1,4 +1,4 @@
-"""A pipeline: an ordered list of seats, each of which reads what the seats before it wrote."""
+"""The workflow `pipeline`."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,9 @@ from agents.workflow import Outcome, RoleCall, Unusable, Workflow, wrong_type
 
 
 class Pipeline(Workflow):
-    """A pipeline: an ordered list of seats, each of which reads what the seats before it wrote.
+    """A pipeline: an ordered list of seats. Each seat reads what the seats before it wrote.
 
-    The answer is the property `answer` of the last reply, or its whole text if it has none.
+    The answer is the property `answer` of the last reply, or the whole text if the reply has no such property.
     """
 
     class Options(Value):
@@ -81,7 +81,7 @@ class Pipeline(Workflow):
 
 
 def _text(value: Any) -> str:
-    """Return a JSON value as text: each element of a list, or property of an object, on a line; nothing for null."""
+    """Return a JSON value as text. Write each element or property on its own line, and nothing for null."""
     if value is None:
         return ""
     if isinstance(value, bool):

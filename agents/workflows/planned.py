@@ -1,4 +1,4 @@
-"""The base of the workflows that follow a plan: plan, solve each step once the steps that it needs are done, answer."""
+"""The base class of the workflows that follow a plan."""
 
 from abc import abstractmethod
 from collections import Counter
@@ -27,7 +27,11 @@ T = TypeVar("T")
 
 @dataclass
 class StepState:
-    """The progress of one step of the plan."""
+    """The progress of one step of the plan.
+
+    `accepted` is the result with which the workflow continues, or None while the step is open. `tried` holds all
+    results so far, in order. `judged` holds the verdicts on each result.
+    """
 
     step: Step
     round: int = 0
@@ -39,9 +43,9 @@ class StepState:
 
 
 class PlannedWorkflow(Workflow):
-    """The base of Deliberate and Vote: plan, solve each step once the steps that it needs are accepted, answer.
+    """The base class of Deliberate and Vote: plan, solve the steps, answer.
 
-    Subclasses decide how a step is solved and judged.
+    A step starts when the steps that it needs have results. Subclasses decide how a step is solved and judged.
     """
 
     class Options(Value):
@@ -83,7 +87,7 @@ class PlannedWorkflow(Workflow):
 
     def take(self, call: RoleCall, reply: Reply | Unusable) -> list[RoleCall]:
         if self.outcome:
-            return []  # the problem failed while this call was open
+            return []  # the problem failed while the call was open
         if isinstance(reply, Plan):
             fault = plan_fault(reply)
             reply = Unusable(fault) if fault else reply
@@ -106,7 +110,7 @@ class PlannedWorkflow(Workflow):
                 raise wrong_type(call.task, reply)
 
     def _planned(self, plan: Plan) -> list[RoleCall]:
-        """Accept a plan. Once all plans are there, start the most frequent one."""
+        """Accept a plan. When all plans have arrived, start the most frequent one."""
         self._plans.append(plan)
         if len(self._plans) < self.options.plans:
             return []
@@ -116,11 +120,11 @@ class PlannedWorkflow(Workflow):
 
     @abstractmethod
     def _start(self, state: StepState) -> list[RoleCall]:
-        """Return the first calls of a step whose needs are met."""
+        """Return the first calls of a step whose needed steps have results."""
 
     @abstractmethod
     def _certain(self, state: StepState) -> Mapping[str, int]:
-        """Return how many more calls of an unfinished step, by seat, are certain to follow the open ones."""
+        """Return how many calls of each seat are certain to follow the open calls, for an unfinished step."""
 
     def ahead(self) -> Mapping[str, int] | None:
         if self._plan is None:
@@ -142,7 +146,7 @@ class PlannedWorkflow(Workflow):
         """Accept a verdict on one of the step's results and return the next calls."""
 
     def _start_ready(self) -> list[RoleCall]:
-        """Start every step whose needs are met. If all steps are finished, answer."""
+        """Start every step whose needed steps have results. If all steps have results, answer."""
         assert self._plan is not None
         calls = []
         for state in self._steps.values():
@@ -182,7 +186,7 @@ class PlannedWorkflow(Workflow):
 
 
 def plan_fault(plan: Plan) -> str | None:
-    """Return what is wrong with the names in a plan, or None if it can be followed."""
+    """Return what is wrong with the step names in a plan, or None if the workflow can follow the plan."""
     earlier: set[str] = set()
     for step in plan.steps:
         if step.name in earlier:
@@ -200,5 +204,5 @@ def verdict_word(accepted: bool) -> str:
 
 
 def most_common(values: list[T]) -> T:
-    """Return the most frequent value. Among equally frequent ones, return the one that occurs last."""
+    """Return the most frequent value. If several are equally frequent, return the one that occurs last."""
     return max(reversed(values), key=values.count)

@@ -1,4 +1,4 @@
-"""One seat alone: the baseline that a team has to beat."""
+"""The workflow `solo`."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from agents.workflow import Outcome, RoleCall, Unusable, Workflow, wrong_type
 
 
 class Solo(Workflow):
-    """The solver alone, which answers without plan or critic: the baseline that a team has to beat."""
+    """A single call: the solver answers without a plan or a critic. Solo is the baseline for teams."""
 
     @classmethod
     def seats(cls, options: Value) -> Mapping[str, tuple[type[Task], ...]]:

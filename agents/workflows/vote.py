@@ -1,4 +1,4 @@
-"""A vote on each step: several samples, of which the majority among the accepted ones wins."""
+"""The workflow `vote`."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from agents.workflows.planned import PlannedWorkflow, StepState, most_common, ve
 class Vote(PlannedWorkflow):
     """A vote: plan, solve each step several times, let critics judge each distinct result, take the majority.
 
-    The critics judge each distinct result once. The workflow continues with the most frequent result among those that
-    every critic accepts. If none is accepted, it continues with the most frequent of all and ends unconfirmed.
+    The critics judge each distinct result once. The workflow continues with the most frequent result that every critic
+    accepts. If the critics accept no result, the workflow continues with the most frequent one and ends unconfirmed.
     """
 
     class Options(PlannedWorkflow.Options):

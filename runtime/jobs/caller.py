@@ -25,16 +25,16 @@ from runtime.jobs.tool_record import ToolRecord, task_id
 from runtime.tools.toolbox import Toolbox
 
 INTERRUPTED = "the call was interrupted when the runtime stopped; it may or may not have had its effect"
-"""What a model reads of a call that must not be repeated and whose output is lost."""
+"""The output that a model reads if its tool call was interrupted and must not be repeated."""
 TOOL_CALL_TOKENS = 1024
-"""The most tokens of a reply that may be a call of a tool, if the role allows fewer for its replies."""
+"""The lowest token limit of a reply that may be a tool call. A seat's `max_tokens` overrides it."""
 _ENDED_EARLY = {"length": "cut off at {} tokens", "repetition": "ended because it repeated itself"}
 
 
 class Caller:
-    """Makes the calls of all jobs, on the engines and with the tools of the team.
+    """Makes the calls of all jobs, with the engines and tools of the team.
 
-    `price` is the cost of the whole device per hour, of which a call is charged for its share of the memory over time.
+    `price` is the cost of the whole device per hour. A call is charged for its share of the device's memory over time.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Caller:
         self._requests = count()
 
     async def ask(self, run: Run, seat: Seat, call: RoleCall, past: Sequence[ToolRecord] = ()) -> ReplyRecord:
-        """Make a call and return its reply. `past` are its calls of tools before the runtime stopped, in order."""
+        """Make a call and return its reply. `past` holds the call's tool calls before the runtime stopped, in order."""
         records = run.tools.setdefault(call.number, [])
         earlier = run.earlier_uses.get(task_id(call), ()) if run.earlier_uses else ()
         for record in past:
@@ -78,13 +78,13 @@ class Caller:
             except ReplyUnusable as error:
                 unusable = Unusable(f"{error} ({note})" if note else str(error))
                 return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
-            if len(uses) >= seat.tool_calls_max:  # its grammar did not admit another call
+            if len(uses) >= seat.tool_calls_max:  # the engine did not enforce the schema
                 unusable = Unusable(f"it has used its {seat.tool_calls_max} calls of tools")
                 return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
             records.append(await self._use_tool(run, ToolRecord(call.number, seat.name, task_id(call), step, used)))
 
     async def _use_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
-        """Write a call of a tool down, make it, and write its output down."""
+        """Log a tool call, make the call, and log its output."""
         run.begin_call()
         called = ToolCalled(run.job.id, record.number, record.seat, record.task, record.call, record.used)
         await run.log(called)
@@ -92,7 +92,7 @@ class Caller:
         return await self._run_tool(run, record)
 
     async def _finished(self, run: Run, record: ToolRecord) -> ToolRecord:
-        """Return a past call with its output. Repeat it if it was interrupted and may be repeated."""
+        """Return a past tool call with its output. Repeat an interrupted call if its tool is idempotent."""
         if record.use is not None:
             return record
         if self._toolbox.may_repeat(record.call.tool):
@@ -100,7 +100,7 @@ class Caller:
         return await self._returned(run, record, ToolUse(record.call, INTERRUPTED, failed=True))
 
     async def _run_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
-        """Run a tool. Meanwhile its call needs no engine, which the listeners are told."""
+        """Run a tool. Tell the listeners that its call needs no engine until the tool returns."""
         self._tell(CallPaused(run.job.id, record.seat, True))
         returned = await self._returned(run, record, await self._toolbox.use(record.call))
         self._tell(CallPaused(run.job.id, record.seat, False))
@@ -113,7 +113,7 @@ class Caller:
         return replace(record, use=use)
 
     async def _generate(self, job: str, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
-        """Return the whole text of a reply and its finish reason. Add what it used to `usage`, even if it fails."""
+        """Return the text of a reply and its finish reason. Add the request's usage to `usage`, even if it fails."""
         clock = asyncio.get_running_loop().time
         engine = self._engines[seat.engine]
         asked_s, charged_before = clock(), engine.usage.charged()
@@ -140,7 +140,7 @@ class Caller:
         return "".join(pieces), finish
 
     def _cost(self, charge: Charge, engine: EngineHandle) -> float | None:
-        """Return the price of the memory that a call was charged for, or None if the device has no price."""
+        """Return the cost of the memory that a call used, or None if the device has no price."""
         if self._price is None:
             return None
         return self._price / 3600 * charge.byte_seconds / engine.limits.device_bytes
@@ -148,7 +148,7 @@ class Caller:
     def request(
         self, run: Run, seat: Seat, call: RoleCall, tools: Sequence[ToolSpec] = (), uses: Sequence[ToolUse] = ()
     ) -> GenerateRequest:
-        """Return the request for a reply. `tools` are offered, and `uses` are the calls of tools that were made."""
+        """Return the request for a reply. The model may call `tools`. `uses` are the finished tool calls."""
         job, sampling = run.job, seat.sampling
         temperature = sampling.temperature if job.temperature is None else job.temperature
         if call.variation:
@@ -179,9 +179,9 @@ class Caller:
 
 
 def _step(text: str, with_tools: bool, with_schema: bool, ended_early: bool) -> ToolCall | str:
-    """Return the call of a tool in a model's text, or the text of its reply. Raise ReplyUnusable if it is neither.
+    """Return the tool call in a model's text, or the text of its reply. Raise ReplyUnusable if the text is neither.
 
-    Of a reply in JSON that ended early, the values that are whole count.
+    If a JSON reply ended early, return the values that are complete.
     """
     if with_tools:
         return tool_protocol.read(text, ended_early)
@@ -207,6 +207,6 @@ def _messages(role: Role, task: Task) -> tuple[Message, ...]:
 
 
 def _seed(seed: int, call: RoleCall, tool_uses: int) -> int:
-    """Derive a call's seed from its content, so that jobs that run at the same time do not change its reply."""
+    """Derive a call's seed from its content, so that the reply does not depend on jobs that run at the same time."""
     text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}/{call.retries}" + f"/{tool_uses}" * (tool_uses > 0)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

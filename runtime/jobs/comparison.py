@@ -1,4 +1,4 @@
-"""Decides whether an answer is the expected one. README.md has a table of the comparisons."""
+"""Compares an answer with the expected answer. README.md has a table of the comparisons."""
 
 import re
 import unicodedata
@@ -7,17 +7,17 @@ from enum import StrEnum
 from runtime.jobs import pattern, quantity
 
 ANSWER_MAX_CHARACTERS = 10_000
-"""A number or a pattern is looked for in this many characters at the end of an answer, which bounds the time."""
+"""NUMBER and REGEX search only this many characters at the end of an answer, to bound the time."""
 
 
 class Comparison(StrEnum):
     """How an answer is compared with the expected answer.
 
-    - EXACT: the same text, apart from blanks around it, case, and a final full stop.
-    - NUMBER: the same number, exactly, however the two are written. Answers that are EXACT are right as well.
-    - CONTAINS: the answer contains the expected words, apart from case and the width of blanks.
-    - REGEX: the expected answer is a pattern, and is found in the answer.
-    - JUDGE: a seat of the team says that the answer means the same as the expected one.
+    - EXACT: the texts are equal, except for surrounding blanks, case, and a final full stop.
+    - NUMBER: the numbers are exactly equal, whatever their notation, or the texts are EXACT.
+    - CONTAINS: the answer contains the expected words, except for case and the width of blanks.
+    - REGEX: the expected answer is a pattern that occurs in the answer.
+    - JUDGE: a seat of the team decides that the answer means the same as the expected answer.
     """
 
     EXACT = "exact"
@@ -28,12 +28,12 @@ class Comparison(StrEnum):
 
 
 def default(expected: str) -> Comparison:
-    """Return the comparison of a problem that names none: NUMBER if a number is expected, otherwise EXACT."""
+    """Return the comparison of a problem that names no comparison: NUMBER if a number is expected, otherwise EXACT."""
     return Comparison.NUMBER if quantity.whole(expected) else Comparison.EXACT
 
 
 def fault(expected: str | None, comparison: Comparison) -> str | None:
-    """Return why an expected answer cannot be compared in this way, and what would be right, or None."""
+    """Return why a comparison cannot use an expected answer, and what would be right, or None."""
     if expected is None:
         return "there is no expected answer to compare with; give one, or leave the comparison out"
     match comparison:
@@ -49,9 +49,9 @@ def fault(expected: str | None, comparison: Comparison) -> str | None:
 
 
 def matches(answer: str, expected: str, comparison: Comparison | None = None) -> bool:
-    """Return True if an answer is the expected one. Without a comparison, the default one applies.
+    """Return True if an answer matches the expected answer. If `comparison` is None, use the `default`.
 
-    Nothing matches an expected answer that has a `fault`. Raise ValueError for JUDGE: only the team can compare so.
+    No answer matches an expected answer that has a `fault`. Raise ValueError for JUDGE, which needs the team.
     """
     match comparison or default(expected):
         case Comparison.EXACT:
@@ -78,6 +78,6 @@ def _same_number(answer: str, expected: str) -> bool:
 
 
 def _words(text: str) -> str:
-    r"""Return the words and signs of a text, separated by \0, without case, blanks or a final full stop."""
+    r"""Return the words and signs of a text, separated by \0. Ignore case, blanks and a final full stop."""
     folded = unicodedata.normalize("NFKC", text).casefold().strip().rstrip(".")
     return "\0".join(re.findall(r"\w+|[^\w\s\0]", folded))

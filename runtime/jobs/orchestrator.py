@@ -1,6 +1,6 @@
-"""Runs a job's workflow: makes the calls that it asks for, and gives each reply back to it.
+"""Runs a job's workflow: makes the calls that the workflow returns, and gives the workflow each reply.
 
-Keeps no state between jobs. The orchestrator reports a job's error in its result; other jobs continue.
+The orchestrator keeps no state between jobs. It reports a job's error in the job's result, and other jobs continue.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from runtime.tools.toolbox import Toolbox
 STREAM_INTERVAL = 64
 """Tokens that an engine sends at once.
 
-A job only uses whole replies, and with small models, receiving a token costs as much as generating it. If the engine
-dies, the reply resumes from the last tokens received.
+A job uses whole replies only. With small models, receiving a token costs as much processor time as generating it. If
+the engine crashes, the reply resumes from the last tokens received.
 """
 
 
 class Orchestrator:
-    """Runs any number of jobs at once with one team, on the engines that its seats name.
+    """Runs any number of jobs at once with one team, on the engines that the team's seats name.
 
-    `price` is the cost of the whole device per hour, of which a call is charged for its share of the memory over time.
-    `stream_interval` is the number of tokens that an engine sends at once; benchmarks use 1, to time every token.
-    `toolbox` has the tools that seats name, and has been entered.
+    `price` is the cost of the whole device per hour. A call is charged for its share of the device's memory over time.
+    `stream_interval` is the number of tokens that an engine sends at once. Benchmarks use 1, to time every token.
+    `toolbox` holds the tools that the seats name. The caller enters it before the first job.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Orchestrator:
         tools: Mapping[int, Sequence[ToolRecord]] | None = None,
         log: ToolLog = no_log,
     ) -> JobResult:
-        """Run a job to its end and return its result. Cancelling this aborts the job's open requests.
+        """Run a job to its end and return its result. A cancellation aborts the job's open requests.
 
-        The job resumes from an earlier run: `past` are its replies, and `tools` the calls of tools that belong to calls
-        without a reply, by the number of the call. `log` makes the calls of tools of this run durable.
+        `past` and `tools` hold the state from which the job resumes: its earlier replies, and the tool calls of each
+        call without a reply, by the number of the call. `log` makes the tool calls of this run durable.
         """
         clock = asyncio.get_running_loop().time
         started = clock()
@@ -85,11 +85,11 @@ class Orchestrator:
     def _begin(
         self, run: Run, past: Sequence[StoredReply], tools: Mapping[int, Sequence[ToolRecord]]
     ) -> tuple[Workflow, list[RoleCall], Mapping[int, Sequence[ToolRecord]]]:
-        """Replay the past replies in a new workflow. Return it with the calls that are due now, and their past tools.
+        """Replay the past replies in a new workflow. Return the workflow, the calls due now, and their past tool calls.
 
-        Start from the beginning if a reply does not fit, because the configuration names another workflow now, or
-        because the workflow is not deterministic. What past calls used counts towards the job's usage even if the job
-        starts over.
+        If a reply does not fit, start the job from its beginning. A reply does not fit if the configuration now names
+        another workflow, or if the workflow is not deterministic. The usage of past calls counts even if the job starts
+        from its beginning.
         """
         for recorded in past:
             run.add(recorded.seat, recorded.used)
@@ -110,7 +110,7 @@ class Orchestrator:
         return workflow, list(due.values()), tools
 
     def _start(self, run: Run) -> tuple[Workflow, dict[int, RoleCall]]:
-        """Return a new workflow and its first calls by number."""
+        """Return a new workflow and its first calls, by number."""
         workflow = call_plugin("the workflow", self.team.begin, run.job)
         calls = call_plugin("the workflow's begin()", lambda: list(workflow.begin()))
         return workflow, {call.number: call for call in calls}
@@ -118,13 +118,13 @@ class Orchestrator:
     async def _work(
         self, run: Run, workflow: Workflow, due: list[RoleCall], tools: Mapping[int, Sequence[ToolRecord]]
     ) -> None:
-        """Make the calls that are due and take their replies as they come, until the workflow has an outcome."""
+        """Make the calls that are due and give the workflow each reply, until the workflow has an outcome."""
         job = run.job
         self._advanced(job, workflow, "", due)
         open_calls: dict[asyncio.Task[ReplyRecord], RoleCall] = {}
         try:
             while workflow.outcome is None:
-                if len(due) == 1 and not open_calls:  # the usual case, which needs no task
+                if len(due) == 1 and not open_calls:  # the usual case; it needs no asyncio task
                     call = due.pop()
                     due = self._take(run, workflow, call, await self._ask(run, call, tools))
                     continue
@@ -135,7 +135,7 @@ class Orchestrator:
                 if not open_calls:
                     raise PluginError("the workflow has no outcome and asks for no call")
                 done, _ = await asyncio.wait(open_calls, return_when=asyncio.FIRST_COMPLETED)
-                # Sorted by call number, because sets are unordered and the same replies must lead to the same state.
+                # Sort by call number: `done` is an unordered set, and the same replies must lead to the same state.
                 due = [
                     next_call
                     for task in sorted(done, key=lambda task: open_calls[task].number)
@@ -165,7 +165,7 @@ class Orchestrator:
         self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead, frozenset(self.team.seats)))
 
     async def _ask(self, run: Run, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]) -> ReplyRecord:
-        """Make one call. `tools` are the calls of tools before the runtime stopped, by the number of the call."""
+        """Make one call. `tools` holds the tool calls before the runtime stopped, by the number of the call."""
         seat = call_plugin("the workflow's call", self.team.seats.get, call.seat)
         if seat is None:
             raise PluginError(
@@ -175,7 +175,7 @@ class Orchestrator:
 
 
 def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elapsed_s: float) -> JobResult:
-    """Return a job's result. `workflow` is None if it could not be made; `failure` is None if the workflow ended."""
+    """Return a job's result. `workflow` is None if it did not start. `failure` is None if the workflow ended."""
     outcome = workflow.outcome if workflow else None
     return JobResult(
         id=run.job.id,
@@ -195,13 +195,13 @@ def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elap
 
 
 def _open_tools(run: Run) -> list[Entry]:
-    """Return the transcript's lines for the tools of calls that have no reply, because the job failed before."""
+    """Return the transcript entries for the tool calls of calls that have no reply because the job failed."""
     records = chain(*(run.tools[number] for number in sorted(run.tools)))
     return [tool_entry(record.seat, record.use) for record in records if record.use is not None]
 
 
 def _following(run: Run, workflow: Workflow, call: RoleCall, recorded: ReplyRecord) -> list[RoleCall]:
-    """Give a reply to the workflow and return the next calls. The transcript gets the reply's tools before it."""
+    """Give a reply to the workflow and return the next calls. Add the reply's tool calls to the transcript first."""
     run.end_call(call, recorded.tools, readable=not isinstance(recorded.reply, Unusable))
     workflow.transcript += [tool_entry(record.seat, record.use) for record in recorded.tools if record.use is not None]
     known_entries = len(workflow.transcript)

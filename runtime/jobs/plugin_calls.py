@@ -1,4 +1,4 @@
-"""Calls the code of roles and workflows, which a third party may have written."""
+"""Calls the code of roles and workflows. A third party may have written it."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 def call_plugin(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a role or a workflow. Raise its errors as PluginError."""
+    """Call a function of a role or a workflow.
+
+    Raise its errors as PluginError. TaskRefused and ReplyUnusable are part of the contract, and stay as they are.
+    """
     try:
         return function(*args, **kwargs)
     except (TaskRefused, ReplyUnusable):

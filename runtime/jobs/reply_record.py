@@ -15,10 +15,10 @@ from runtime.jobs.tool_record import ToolRecord
 
 @dataclass(frozen=True)
 class ReplyRecord:
-    """The reply to one call of a workflow, identified by the call's number, and what the seat used for it.
+    """The reply to the call `number` of a workflow, and the usage of the request for it.
 
-    `note` says why the reply ended early, if it did. `tools` are the calls of tools that led to the reply; what those
-    used is not in `used`.
+    If the reply ended early, `note` says why. `tools` holds the tool calls before the reply. Their usage is
+    not part of `used`.
     """
 
     number: int
@@ -30,7 +30,7 @@ class ReplyRecord:
 
     @classmethod
     def of(cls, event: RoleReplied) -> Self:
-        """Return the record of a reply that has just come, without its tools, which have records of their own."""
+        """Return the record of a reply, without its tool calls, which have their own records."""
         return cls(event.number, event.seat, event.reply, event.usage, event.note)
 
     def as_json(self) -> dict[str, Any]:
@@ -48,9 +48,10 @@ class ReplyRecord:
 
 @dataclass(frozen=True)
 class StoredReply:
-    """A reply as the journal has it. Its type is known once the workflow has made the call that it answers.
+    """A reply as stored in the journal. Its type is unknown until the workflow makes the call that it answers.
 
-    `kind` is the name of the type and `fields` are the reply's. The others are as in ReplyRecord.
+    `kind` is the name of the reply's type, and `fields` holds the reply's fields. The other attributes are those of
+    ReplyRecord.
     """
 
     number: int
@@ -63,13 +64,13 @@ class StoredReply:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the reply that `ReplyRecord.as_json` wrote. Raises KeyError or TypeError for anything else."""
+        """Return the reply that `ReplyRecord.as_json` wrote. Raise KeyError or TypeError for other data."""
         fields = dict(data["reply"])
         kind = fields.pop("kind")
         return cls(data["number"], data["seat"], kind, fields, Usage(**data["used"]), data.get("note", ""))
 
     def to(self, call: RoleCall) -> ReplyRecord | None:
-        """Return the record of this reply to a call, or None if it answers another call or does not fit the task."""
+        """Return this reply as the record of a call, or None if the reply does not fit the call's seat or task."""
         reply = self._typed(call.task)
         if self.seat != call.seat or reply is None:
             return None

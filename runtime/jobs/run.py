@@ -1,4 +1,4 @@
-"""Owns what a running job has used so far, and its bounds."""
+"""Owns the state of a running job: its usage, its tool calls, and its limits."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,22 +12,22 @@ from runtime.jobs.job import Job
 from runtime.jobs.tool_record import ToolRecord, task_id
 
 CALLS_MAX = 1000
-"""The most calls of seats and tools that a job may make, so that no workflow and no model keeps it running for ever."""
+"""The most calls of seats and tools that a job may make. The limit ends jobs whose workflow or model never stops."""
 
 ToolLog = Callable[[ToolCalled | ToolReturned], Awaitable[None]]
-"""Writes down that a tool is about to be called, or has returned, and returns when that is durable."""
+"""Records the start or the end of a tool call, and returns when the record is durable."""
 
 
 async def no_log(event: ToolCalled | ToolReturned) -> None:
-    """Write nothing down: for jobs that no crash resumes."""
+    """Record nothing, for jobs that do not resume after a crash."""
 
 
 @dataclass
 class Run:
-    """A job that runs: its start on the event loop's clock, and what each seat has used so far.
+    """A running job: its start on the event loop's clock, and each seat's usage so far.
 
-    `tools` holds the calls of tools of each open call, by the call's number. `earlier_uses` holds those of tries whose
-    reply could not be read, by the task, so that the next try does not repeat them.
+    `tools` maps the number of each open call to the call's tool calls. `earlier_uses` maps the `task_id` of a call to
+    the tool calls of its tries with an unusable reply, so that the next try does not repeat them.
     """
 
     job: Job
@@ -48,11 +48,11 @@ class Run:
         self.calls += 1
 
     def add(self, seat: str, used: Usage) -> None:
-        """Add what a seat used for a call."""
+        """Add the usage of a call to the usage of its seat."""
         self.usage.setdefault(seat, Usage()).add(used)
 
     def end_call(self, call: RoleCall, tools: Sequence[ToolRecord], readable: bool) -> None:
-        """Forget the tools of a call that has a reply. If it was not readable, keep their outputs for the next try."""
+        """Forget the tool calls of a call that has a reply. If the reply is unusable, keep them for the next try."""
         self.tools.pop(call.number, None)
         if tools and not readable:
             uses = tuple(record.use for record in tools if record.use is not None)

@@ -1,7 +1,7 @@
 """Assembles a team from a configuration: the role, engine and sampling of each seat, and their workflow.
 
-A team is assembled before any engine starts, so an unknown role, a broken plug-in or an unfilled seat is reported at
-once.
+The runtime assembles the team before any engine starts, so that it reports an unknown role, a broken plug-in or a
+missing seat at once.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,10 +29,10 @@ PROBLEM_MAX_CHARACTERS = 100_000
 
 @dataclass(frozen=True)
 class Seat:
-    """A place in the team: a role, its engine and its sampling, and the tools that its model may call.
+    """A place in the team: a role, its engine, its sampling, and the tools that its model may call.
 
-    A reply has at most `max_tokens`. If that is None, it has as many as the role allows for the task. The model may
-    call tools up to `tool_calls_max` times for one reply. `priority` and the fields after it are for the policies;
+    A reply has at most `max_tokens` tokens. If `max_tokens` is None, the role sets the limit for each task. The model
+    may make `tool_calls_max` tool calls for one reply. The policies use `priority` and the fields after it;
     runtime.config.Member describes them.
     """
 
@@ -52,9 +52,9 @@ class Seat:
 
 @dataclass(frozen=True)
 class Team:
-    """The seats by name, and the class and options of the workflow that calls on them.
+    """The seats by name, and the class and options of the workflow that calls them.
 
-    `judge` is the seat that compares answers with expected ones, if there is one.
+    `judge` names the seat that compares answers with expected answers. It is None if the team has no judge.
     """
 
     seats: Mapping[str, Seat]
@@ -63,17 +63,17 @@ class Team:
     judge: str | None = None
 
     def with_seats_of(self, others: Iterable["Team"]) -> "Team":
-        """Return this team with the seats of others beside its own, so that their engines and tools start too."""
+        """Return this team with the seats of other teams added, so that their engines and tools start too."""
         seats = {name: seat for other in others for name, seat in other.seats.items()}
         return replace(self, seats={**seats, **self.seats})
 
     def without_tools(self) -> "Team":
-        """Return this team with seats that call no tools, for modelled engines, which do not know how to."""
+        """Return this team with seats that call no tools, for modelled engines, which cannot call tools."""
         seats = {name: replace(seat, tools=()) for name, seat in self.seats.items()}
         return replace(self, seats=seats)
 
     def begin(self, job: Job) -> Workflow:
-        """Return a new workflow for a job's problem. It ends with the judge if the job asks for one."""
+        """Return a new workflow for a job's problem. If the comparison is JUDGE, the judge makes the last reply."""
         workflow = self.workflow(job.problem, self.options)
         if job.compare is not Comparison.JUDGE:
             return workflow
@@ -82,9 +82,9 @@ class Team:
         return Judged(workflow, self.judge, job.expected)
 
     def check(self, problem: str, compare: Comparison | None = None) -> None:
-        """Check that every role can work a problem, without using an engine, and that its answer can be compared.
+        """Check that every role can handle a problem and that the team can compare its answer. Use no engine.
 
-        Raises InputError if one cannot, or PluginError if a role's own check fails.
+        Raise InputError if a check fails, or PluginError if a role's `check` raises any other error than TaskRefused.
         """
         if compare is Comparison.JUDGE and self.judge is None:
             raise InputError(
@@ -107,8 +107,8 @@ class Team:
 def assemble(config: Config) -> Team:
     """Find the roles and the workflow that a configuration names, and check that they fit each other.
 
-    Seats that the workflow does not call on are left out. Raises ConfigError that names the key, or PluginError if a
-    third party's role or workflow cannot be used.
+    Leave out the seats that the workflow does not call. Raise ConfigError, which names the key, or PluginError if a
+    third party's role or workflow is broken.
     """
     workflow = _workflow(config)
     options = _options(config, workflow)
@@ -129,7 +129,7 @@ def assemble(config: Config) -> Team:
 
 
 def _check_fit(config: Config, workflow: type[Workflow], options: Value, seats: Mapping[str, Seat]) -> None:
-    """Raise ConfigError if a role does not take what the workflow gives its seat, or names a tool that there is not."""
+    """Raise ConfigError if a role does not take a task of its seat, or if a seat names an unknown tool."""
     for name, tasks in _needed(config, workflow, options).items():
         missing = [task.__name__ for task in tasks if task not in seats[name].role.takes]
         if missing == [CompareTask.__name__] and name == config.judge:

@@ -1,4 +1,4 @@
-"""Makes the tools that a configuration names: functions, registered tools, and MCP servers."""
+"""Creates the tools that a configuration names: functions, registered tools, and MCP servers."""
 
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,12 +20,12 @@ from runtime.tools.tool import Tool, ToolSource
 def make(name: str, function: str | None, mcp: McpSettings | None, options: Mapping[str, Any]) -> ToolSource:
     """Return a source of tools: an MCP server, a function given as module:function, or the tool registered as `name`.
 
-    Raises ConfigError if the name or an option is wrong, and PluginError if a third party's tool cannot be used. Errors
-    name the key, below `tools.<name>`.
+    Raise ConfigError if the name or an option is wrong, and PluginError if a third party's tool is broken. Errors name
+    the key below `tools.<name>`.
     """
     place = f"tools.{name}"
     if mcp is not None:
-        from runtime.tools.mcp.server import McpServer  # takes half a second, and few need it
+        from runtime.tools.mcp.server import McpServer  # the import takes half a second, and few configurations need it
 
         _options(place, Value, options)
         return McpServer(name, mcp)
@@ -52,7 +52,7 @@ def _entry(place: str, name: str, function: str | None) -> registry.Registered:
 
 
 def _importable(function: str) -> str:
-    """Return a function as module:function. Make the folder of a file.py:function importable, also for the workers."""
+    """Return a function as module:function. For file.py:function, add its folder to `sys.path`, which workers copy."""
     path, is_file, name = function.partition(".py:")
     if not is_file:
         return function

@@ -1,4 +1,4 @@
-"""The seam between a job and the tools that it calls: an object that runs one tool and bounds what it may do."""
+"""The interface between a job and its tools: an object that runs one tool and limits what the tool may do."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,14 @@ from runtime.errors import TroupeError
 
 
 class ToolError(TroupeError):
-    """A call of a tool failed. The message says why; the model reads it in place of the output."""
+    """A tool call failed. The message says why. The model reads the message in place of the output."""
 
 
 class Tool(ABC):
-    """An async context manager that runs one tool. Entering it starts what it needs; leaving it ends every process.
+    """An async context manager that runs one tool.
 
-    Calls may overlap. A call ends in time, whatever the tool does, and cancelling it ends what it started.
+    Entering it starts what the tool needs. Leaving it ends every process. Calls may overlap. Every call ends within the
+    tool's time limit. A cancelled call ends the processes that it started.
     """
 
     spec: ToolSpec
@@ -36,4 +37,4 @@ class Tool(ABC):
 
 
 ToolSource = AbstractAsyncContextManager[Sequence[Tool]]
-"""What a configuration calls a tool: it starts one tool, or a server of several. Entering it may raise ToolError."""
+"""An entry of the configuration's `tools`: one tool, or a server of several. Entering it may raise ToolError."""

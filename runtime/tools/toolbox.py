@@ -1,4 +1,4 @@
-"""The tools of a service by name: what models are told of them, and every call's bounds."""
+"""The tools of a service by name: their specifications, and checked calls of them."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from runtime.tools.tool import Tool, ToolError, ToolSource
 
 
 class Toolbox:
-    """An async context manager over the tools that a configuration names. A name can stand for several tools.
+    """An async context manager over the tools that a configuration names. A name can provide several tools.
 
-    Entering it starts every source of tools, and raises ConfigError if one cannot start.
+    Entering it starts every source of tools. It raises ConfigError if a source cannot start.
     """
 
     def __init__(self, sources: Mapping[str, ToolSource] | None = None) -> None:
@@ -51,23 +51,23 @@ class Toolbox:
         self._names[name] = tuple(tool.spec.name for tool in tools)
 
     def specs(self, names: Sequence[str]) -> tuple[ToolSpec, ...]:
-        """Return what a model is told of the tools that a seat names. Raise PluginError for one that did not start."""
+        """Return the specifications of the tools that a seat names. Raise PluginError if one was not started."""
         for name in names:
             if name not in self._names:
                 raise PluginError(f"the tool {name!r} was not started with the team")
         return tuple(self._tools[tool].spec for name in names for tool in self._names[name])
 
     def may_repeat(self, tool: str) -> bool:
-        """Return True if a call that a crash interrupted may be made again."""
+        """Return True if the tool is idempotent, so that a call that a crash interrupted may be repeated."""
         return tool in self._tools and self._tools[tool].spec.idempotent
 
     async def use(self, call: ToolCall) -> ToolUse:
-        """Make a call. A wrong call, and a tool that fails, give a failed use, whose output says why."""
+        """Make a tool call. If the call is invalid or the tool fails, return a failed use whose output says why."""
         try:
             return ToolUse(call, (await self._tool(call).call(call.arguments)).rstrip("\n"))
         except ToolError as error:
             return ToolUse(call, str(error), failed=True)
-        except Exception as error:  # a defect of a tool's implementation costs this call only
+        except Exception as error:  # a defect of a tool fails this call only
             logging.getLogger(__name__).exception("tool %s", call.tool)
             return ToolUse(call, f"an internal error: {error!r}", failed=True)
 

@@ -1,6 +1,6 @@
-"""Derives from a job's events what its next run needs: the replies to replay, and the time already worked.
+"""Derives the state from which a job resumes: the replies to replay, their tool calls, and the time already worked.
 
-Pure functions of all events of one job, in order.
+The functions are pure. They take all events of one job, in order.
 """
 
 from collections import defaultdict
@@ -16,9 +16,9 @@ from runtime.jobs.tool_record import ToolRecord
 
 
 def resumed(events: Sequence[JobEvent]) -> tuple[list[StoredReply], dict[int, list[ToolRecord]]]:
-    """Return the replies that the job's workflow takes again before it makes its next call, with their tools.
+    """Return the replies to replay, with their tool calls, and the tool calls of each call without a reply.
 
-    The second value holds the calls of tools that belong to calls without a reply, by the number of the call.
+    The keys of the second value are the numbers of the workflow's calls.
     """
     replies: list[StoredReply] = []
     tools: defaultdict[int, list[ToolRecord]] = defaultdict(list)
@@ -42,8 +42,8 @@ def resumed(events: Sequence[JobEvent]) -> tuple[list[StoredReply], dict[int, li
 def worked_s(events: Sequence[JobEvent]) -> float:
     """Return the seconds for which the job ran before it was last queued.
 
-    A run lasts until the event that ends it. If a stop or a crash of the runtime ended it, it counts until its last
-    reply, because the journal does not say how long the run lasted after that.
+    A run lasts until the event that ends it. If a stop or a crash of the runtime ended the run, count the run until its
+    last event, because the journal does not say how long the run lasted after that event.
     """
     total_s, started_at, previous_at = 0.0, None, 0.0
     for event in events:

@@ -1,4 +1,4 @@
-"""Owns what the rows of the journal mean: a job, an event, and the state from which a job resumes."""
+"""Owns the records of the journal: a job, an event, and the state from which a job resumes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from runtime.jobs.tool_record import ToolRecord
 REPLIED = "replied"
 """The kind of an event that records a reply."""
 TOOL_CALLED = "tool called"
-"""The kind of an event before a tool runs."""
+"""The kind of an event that records a tool call before the tool runs."""
 TOOL_RETURNED = "tool returned"
-"""The kind of an event after a tool has run."""
+"""The kind of an event that records the output of a tool call."""
 RESTARTED = "anew"
-"""The kind of an event after which a job starts from its beginning: replies before it are not replayed."""
+"""The kind of an event after which a job starts from its beginning. The job does not replay earlier replies."""
 INTERRUPTED = "the runtime was started anew"
-"""The `why` of a QUEUED event for a job that another runtime left RUNNING. It is stored, so it must not change."""
+"""The `why` of a QUEUED event for a job that another runtime left RUNNING. Journals hold it, so do not change it."""
 
 
 @dataclass(frozen=True)
 class JobRecord:
     """A job as stored in the journal.
 
-    Times are seconds since 1970. `number` orders jobs by acceptance. `attempts` counts how often the job has started to
-    run.
+    Times are seconds since 1970. `number` is the order in which jobs were accepted. `attempts` counts the runs of the
+    job.
     """
 
     number: int
@@ -57,11 +57,12 @@ class JobRecord:
 class JobEvent:
     """One change to a job. Events are ordered by `id`; `at` is seconds since 1970.
 
-    `kind` is the name of the state that the job entered, or REPLIED, or RESTARTED. `data` depends on it:
+    `kind` is the name of the state that the job entered, or REPLIED, TOOL_CALLED, TOOL_RETURNED or RESTARTED. `data`
+    depends on `kind`:
 
     - a new job: the beginning of its `problem`
     - DONE: the `answer`
-    - another end, or another try: `why`
+    - another end, or another try: the reason, as `why`
     - REPLIED: the fields of ReplyRecord, and the `entries` that the reply added to the transcript
     - TOOL_CALLED: the fields of ToolRecord
     - TOOL_RETURNED: the call's `number`, the `seat`, the `tool`, its `output`, and whether it `failed`
@@ -80,9 +81,9 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class StartedJob:
-    """A job that has just entered RUNNING, what it resumes from, and the seconds it was worked before.
+    """A job that has just entered RUNNING, the state from which it resumes, and the seconds for which it ran before.
 
-    `tools` holds the calls of tools that belong to calls without a reply, by the number of the call.
+    `replies` holds the replies to replay. `tools` maps the number of each call without a reply to its tool calls.
     """
 
     record: JobRecord
