@@ -66,7 +66,7 @@ def task_faults(task: object) -> list[str]:
     if not isinstance(task, type) or not issubclass(task, Task):
         return [f"{task!r} is not a kind of task: it must be a subclass of agents.Task"]
     faults = []
-    if not getattr(getattr(task, "__dataclass_params__", None), "frozen", False):
+    if not getattr(vars(task).get("__dataclass_params__"), "frozen", False):
         faults.append(f"{task.__name__} must be a dataclass(frozen=True)")
     kind: object = getattr(task, "kind", None)
     if not isinstance(kind, str) or not kind:

@@ -32,8 +32,15 @@ def _characters(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> in
     match schema:
         case {"$ref": str(place)}:
             return _characters(definitions[place.removeprefix("#/$defs/")], definitions)
+        case {"const": value}:
+            return len(str(value))
         case {"enum": values}:
             return max(len(str(value)) for value in values)
+        case {"anyOf": forms}:
+            parts = [_characters(form, definitions) for form in forms]
+            return None if None in parts else max(part for part in parts if part is not None)
+        case {"type": "null"}:
+            return len("null")
         case {"type": "object", "properties": properties}:
             parts = [_characters(part, definitions) for part in properties.values()]
             names = sum(len(name) + _PUNCTUATION_CHARACTERS for name in properties)

@@ -18,7 +18,7 @@ from agents import cut_json
 from agents.role import Message, ReplyUnusable, read_json
 from agents.tool import ToolSpec
 
-_OFFER = """You may use tools. Reply with one JSON object: either a call of a tool,
+_OFFER = """You may use tools. Reply with one JSON object: either a tool call,
 {{"tool": "<name>", "arguments": {{...}}}}, whose output you are then given, or your reply, {{"reply": {reply}}}.
 The tools:
 {tools}"""
@@ -35,7 +35,7 @@ _NOT_IN_GRAMMARS = frozenset(
     }
 )
 _NAMED_SCHEMAS = frozenset({"properties", "$defs", "definitions"})
-_LAST = 'You have used all your calls of tools. Reply now: {"reply": ...}'
+_LAST = 'You have used all your tool calls. Reply now: {"reply": ...}'
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def read(text: str, ended_early: bool = False) -> ToolCall | str:
         case {"reply": reply}:
             return json.dumps(reply, ensure_ascii=False)
         case _:
-            raise ReplyUnusable('neither a call of a tool, {"tool": ..., "arguments": ...}, nor {"reply": ...}')
+            raise ReplyUnusable('neither a tool call, {"tool": ..., "arguments": ...}, nor {"reply": ...}')
 
 
 def _is_whole(text: str) -> bool:
@@ -143,7 +143,7 @@ def _beginning(text: str) -> str:
         case {"reply": dict() | list()}:
             return json.dumps(json.loads(cut_json.closed(text))["reply"], ensure_ascii=False)
         case _:
-            raise ReplyUnusable("the call of a tool or the reply is not whole")
+            raise ReplyUnusable("the tool call or the reply is incomplete")
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

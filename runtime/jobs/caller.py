@@ -70,18 +70,32 @@ class Caller:
             finally:
                 run.add(seat.name, used)
             note = _ENDED_EARLY.get(finish or "", "").format(request.max_tokens)
-            try:
-                step = _step(text, bool(tools), request.schema is not None, bool(note))
-                if isinstance(step, str):
-                    reply = _parsed(seat, step, call.task)
-                    return ReplyRecord(call.number, seat.name, reply, used, note, tuple(records))
-            except ReplyUnusable as error:
-                unusable = Unusable(f"{error} ({note})" if note else str(error))
-                return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
-            if len(uses) >= seat.tool_calls_max:  # the engine did not enforce the schema
-                unusable = Unusable(f"it has used its {seat.tool_calls_max} calls of tools")
-                return ReplyRecord(call.number, seat.name, unusable, used, "", tuple(records))
+            step = self._read(seat, call, request, text, note, bool(tools))
+            if isinstance(step, ToolCall) and len(uses) >= seat.tool_calls_max:  # the engine did not enforce the schema
+                step = Unusable(f"the model has made all its {seat.tool_calls_max} tool calls")
+            if not isinstance(step, ToolCall):
+                note = "" if isinstance(step, Unusable) else note
+                return ReplyRecord(call.number, seat.name, step, used, note, tuple(records))
             records.append(await self._use_tool(run, ToolRecord(call.number, seat.name, task_id(call), step, used)))
+
+    def _read(
+        self, seat: Seat, call: RoleCall, request: GenerateRequest, text: str, note: str, with_tools: bool
+    ) -> ToolCall | Reply | Unusable:
+        """Return the tool call or the reply in a model's text. `note` says why the text ended early, if it did.
+
+        If a JSON reply ended early, read the values that are complete.
+        """
+        try:
+            if with_tools:
+                step = tool_protocol.read(text, ended_early=bool(note))
+                if isinstance(step, ToolCall):
+                    return step
+                text = step
+            elif note and request.schema is not None:
+                text = cut_json.closed(text)
+            return _parsed(seat, text, call.task)
+        except ReplyUnusable as error:
+            return Unusable(f"{error} ({note})" if note else str(error))
 
     async def _use_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
         """Log a tool call, make the call, and log its output."""
@@ -102,9 +116,10 @@ class Caller:
     async def _run_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
         """Run a tool. Tell the listeners that its call needs no engine until the tool returns."""
         self._tell(CallPaused(run.job.id, record.seat, True))
-        returned = await self._returned(run, record, await self._toolbox.use(record.call))
-        self._tell(CallPaused(run.job.id, record.seat, False))
-        return returned
+        try:
+            return await self._returned(run, record, await self._toolbox.use(record.call))
+        finally:
+            self._tell(CallPaused(run.job.id, record.seat, False))
 
     async def _returned(self, run: Run, record: ToolRecord, use: ToolUse) -> ToolRecord:
         returned = ToolReturned(run.job.id, record.number, record.seat, use)
@@ -176,16 +191,6 @@ class Caller:
             since_s=run.since_s,
             stream_interval=self._stream_interval,
         )
-
-
-def _step(text: str, with_tools: bool, with_schema: bool, ended_early: bool) -> ToolCall | str:
-    """Return the tool call in a model's text, or the text of its reply. Raise ReplyUnusable if the text is neither.
-
-    If a JSON reply ended early, return the values that are complete.
-    """
-    if with_tools:
-        return tool_protocol.read(text, ended_early)
-    return cut_json.closed(text) if with_schema and ended_early else text
 
 
 def _parsed(seat: Seat, text: str, task: Task) -> Reply:

@@ -279,7 +279,7 @@ class JobService:
                 budget_timer.cancel()
 
     async def _log_tool(self, event: ToolCalled | ToolReturned) -> None:
-        """Write a call of a tool, or its output, to the journal. Return once it is on the disk."""
+        """Write a tool call, or its output, to the journal. Return once it is on the disk."""
         match event:
             case ToolCalled():
                 call = ToolRecord(event.number, event.seat, event.task, event.call, event.usage)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agents.check_role import RUBBISH, check_role
+from agents.check_role import RUBBISH, check_role, task_faults
 from agents.registry import registered
 from agents.role import Message, Reply, ReplyUnusable, Role, Task, TaskRefused
 from agents.tasks import Answer, AnswerTask, CritiqueTask, SolveTask, Verdict
@@ -154,3 +154,10 @@ def test_samples_include_feedback_and_results() -> None:
     solve = SolveTask.examples()
     assert any(task.feedback for task in solve)
     assert any(task.results for task in solve)
+
+
+def test_task_that_is_no_dataclass_of_its_own_is_reported() -> None:
+    class Longer(AnswerTask):
+        extra: str = ""
+
+    assert task_faults(Longer) == ["Longer must be a dataclass(frozen=True)"]

@@ -28,6 +28,11 @@ def test_budget_is_that_of_ordinary_text() -> None:
     assert reply_budget.tokens(referring) == reply_budget.tokens(schema(answer=TEXT))
 
 
+def test_choices_count_with_the_longest() -> None:
+    choice = {"anyOf": [{"type": "null"}, {"const": "word"}, {"type": "string", "maxLength": 30}]}
+    assert reply_budget.tokens(schema(answer=choice)) == 30 + len("answer") + 6 + reply_budget.SPARE_TOKENS
+
+
 def test_schema_that_contains_itself_has_no_budget() -> None:
     tree = {"$ref": "#/$defs/Tree", "$defs": {"Tree": schema(child={"$ref": "#/$defs/Tree"})}}
     assert reply_budget.tokens(tree) is None

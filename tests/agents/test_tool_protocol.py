@@ -137,7 +137,7 @@ def test_reply_that_ended_early_keeps_what_is_whole(text: str, reply: str) -> No
     "text", ['{"tool": "python", "arguments": {"code": "1", "more": [1, 2', '{"tool": "py', "{", "", '{"reply": "']
 )
 def test_call_that_ended_early_is_not_made(text: str) -> None:
-    with pytest.raises(ReplyUnusable, match="not whole"):
+    with pytest.raises(ReplyUnusable, match="incomplete"):
         tool_protocol.read(text, ended_early=True)
 
 

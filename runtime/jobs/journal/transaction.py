@@ -119,7 +119,7 @@ class Transaction:
         self._add_event(id, time.time(), TOOL_CALLED, call.as_json())
 
     def add_tool_use(self, id: str, number: int, seat: str, use: ToolUse) -> None:
-        """Record the output of the last call of a tool that belongs to the job's call `number`."""
+        """Record the output of the last tool call that belongs to the job's call `number`."""
         data = {"number": number, "seat": seat, "tool": use.call.tool, "output": use.output, "failed": use.failed}
         self._add_event(id, time.time(), TOOL_RETURNED, data)
 

@@ -156,7 +156,7 @@ async def test_call_beyond_the_last_is_not_made() -> None:
     tool = Counter()
     orchestrator = Orchestrator(team(tool_calls_max=2), await engine(lambda _: call(by=1)), toolbox=await toolbox(tool))
     result = await orchestrator.run(Job("j", "How many?"))
-    assert "it has used its 2 calls of tools" in str(result.error)
+    assert "the model has made all its 2 tool calls" in str(result.error)
     assert len(tool.calls) == 2
 
 
@@ -168,7 +168,7 @@ async def test_call_that_is_cut_off_is_not_made() -> None:
     orchestrator = Orchestrator(replace(made, seats=seats), await engine(lambda _: cut), toolbox=await toolbox(tool))
     result = await orchestrator.run(Job("j", "How many?"))
     assert tool.calls == []
-    assert str(result.error).endswith("the call of a tool or the reply is not whole (cut off at 7 tokens)")
+    assert str(result.error).endswith("the tool call or the reply is incomplete (cut off at 7 tokens)")
 
 
 async def test_next_try_after_an_unreadable_reply_does_not_repeat_the_tools() -> None:
