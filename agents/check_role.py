@@ -169,7 +169,7 @@ def _parse_faults(role: Role, task: Task, schema: dict[str, Any] | None) -> Iter
             continue
         # Any text that is not empty can be a free-text reply, unless the reply needs a number or a boolean.
         acceptable = text and schema is None and not _has_number_or_boolean(expected.form_schema())
-        if not isinstance(reply, expected):
+        if type(reply) is not expected:
             yield f"parse({text!r}) returned {reply!r}: the reply to {type(task).__name__} must be {expected.__name__}"
         elif text in RUBBISH and not acceptable:
             yield f"parse({text!r}) returned {reply!r}: to refuse a text, raise ReplyUnusable"

@@ -99,7 +99,7 @@ class Task:
 
     def texts(self) -> dict[str, str]:
         """Return the text for each placeholder of a prompt. A list or mapping has one line for each value."""
-        return {name: _lines(getattr(self, name)) for name in self.placeholders()}
+        return {name: as_text(getattr(self, name)) for name in self.placeholders()}
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -107,10 +107,17 @@ class Task:
         return ()
 
 
-def _lines(value: object) -> str:
+def as_text(value: object) -> str:
+    """Return a value for a prompt. Write each element or property on its own line, and nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {part}" for name, part in value.items())
-    return "\n".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        return "\n".join(f"{name}: {as_text(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return "\n".join(map(as_text, value))
+    return str(value)
 
 
 class Role(ABC):

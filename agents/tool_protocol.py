@@ -19,9 +19,8 @@ from agents.role import Message, ReplyUnusable, read_json
 from agents.tool import ToolSpec
 
 _OFFER = """You may use tools. Reply with one JSON object: either a tool call,
-{{"tool": "<name>", "arguments": {{...}}}}, whose output you are then given, or your reply, {{"reply": {reply}}}.
-The tools:
-{tools}"""
+{"tool": "<name>", "arguments": {...}}, whose output you are then given, or your reply,
+{"reply": what you are asked for}. The tools:"""
 _NOT_IN_GRAMMARS = frozenset(
     {
         "multipleOf",
@@ -64,11 +63,11 @@ def messages(chat: Sequence[Message], tools: Sequence[ToolSpec], past: Sequence[
 
     `left` is the number of tool calls that the model may still make.
     """
-    listed = "\n".join(
+    listed = [
         f"- {tool.name}: {tool.description}\n  arguments: {json.dumps(dict(tool.parameters), ensure_ascii=False)}"
         for tool in tools
-    )
-    offer = _OFFER.format(reply="what you are asked for", tools=listed)
+    ]
+    offer = "\n".join([_OFFER, *listed])
     system = [message for message in chat if message.role == "system"]
     others = [_as_reply(message) for message in chat if message.role != "system"]
     texts = [*(message.content for message in system), offer]

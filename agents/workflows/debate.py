@@ -93,7 +93,8 @@ class Debate(Workflow):
         return calls
 
     def _end_round(self) -> list[RoleCall]:
-        answers = [self._said[place].answer for place in sorted(self._said)]
+        arguments = [self._said[place] for place in sorted(self._said)]
+        answers = [argument.answer for argument in arguments]
         if len(set(answers)) == 1:
             return self._end(answers[0], confirmed=True)
         if self.rounds < self.options.rounds:
@@ -101,7 +102,6 @@ class Debate(Workflow):
             return self._ask_round()
         if self.options.judge is None:
             return self._end(most_common(answers), confirmed=False)
-        arguments = [self._said[place] for place in sorted(self._said)]
         self._candidates = list({argument.answer: argument for argument in arguments}.values())
         candidates = tuple(argument.stated() for argument in self._candidates)
         return [self.ask(self.options.judge, JudgeTask(self.problem, candidates))]

@@ -2,12 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from pydantic import Field
 
 from agents.names import nearest
-from agents.role import Reply, Role, Task, Value
+from agents.role import Reply, Role, Task, Value, as_text
 from agents.tasks import Text, WriteTask
 from agents.workflow import Outcome, RoleCall, Unusable, Workflow, wrong_type
 
@@ -65,10 +64,10 @@ class Pipeline(Workflow):
         if not isinstance(reply, Text):
             raise wrong_type(call.task, reply)
         self.record(call, reply)
-        self._results |= {call.seat: reply.text, **{name: _text(value) for name, value in reply.values.items()}}
+        self._results |= {call.seat: reply.text, **{name: as_text(value) for name, value in reply.values.items()}}
         if self._next < len(self.options.seats):
             return self._ask_next()
-        self.outcome = Outcome(_text(reply.values.get("answer")) or reply.text, None, self.rounds)
+        self.outcome = Outcome(as_text(reply.values.get("answer")) or reply.text, None, self.rounds)
         return []
 
     def ahead(self) -> Mapping[str, int]:
@@ -78,16 +77,3 @@ class Pipeline(Workflow):
         seat = self.options.seats[self._next]
         self._next += 1
         return [self.ask(seat, WriteTask(self.problem, dict(self._results)))]
-
-
-def _text(value: Any) -> str:
-    """Return a JSON value as text. Write each element or property on its own line, and nothing for null."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {_text(part)}" for name, part in value.items())
-    if isinstance(value, list | tuple):
-        return "\n".join(map(_text, value))
-    return str(value)

@@ -267,13 +267,8 @@ def phase_teams(config: Config, source: Source) -> dict[str, Team]:
 
     Raises ConfigError if a phase's workflow or option is wrong, and InputError if its team cannot work a problem.
     """
-    if source.trace:
-        teams = {"trace": assemble(config)}
-        for problem in source.problems:
-            teams["trace"].check(problem.problem, problem.compare)
-        return teams
-    teams = {}
-    for phase in source.workload.phases:
+    teams = {"trace": assemble(config)} if source.trace else {}
+    for phase in () if source.trace else source.workload.phases:
         name = phase.workflow.get("name", config.workflow.name)
         base = dict(config.workflow.options) if name == config.workflow.name else {}
         changed = type(config.workflow).model_validate({**base, **phase.workflow, "name": name})
@@ -281,8 +276,9 @@ def phase_teams(config: Config, source: Source) -> dict[str, Team]:
             teams[phase.name] = assemble(config.model_copy(update={"workflow": changed}))
         except ConfigError as error:
             raise ConfigError(f"workload {source.name}: phases.{phase.name}.workflow: {error}") from None
+    for team in teams.values():
         for problem in source.problems:
-            teams[phase.name].check(problem.problem, problem.compare)
+            team.check(problem.problem, problem.compare)
     return teams
 
 

@@ -28,8 +28,8 @@ def check(file: str) -> None:
     """Check FILE, a configuration or the name of a shipped one, without starting an engine.
 
     The check covers keys and values, the folders of models, roles, the workflow, policies and tools. It starts the MCP
-    servers of the team, and ends them. If something is wrong,
-    the command prints the file and the key, and exits with code 2.
+    servers of the team, and ends them. If something is wrong, the command prints the file and the key, and exits with
+    code 2.
 
     \b
     troupe config check team.yaml

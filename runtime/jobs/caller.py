@@ -195,8 +195,8 @@ class Caller:
 
 def _parsed(seat: Seat, text: str, task: Task) -> Reply:
     """Return the reply in a text. Raise ReplyUnusable if the role cannot read it, PluginError if the role is broken."""
-    reply: object = call_plugin(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, task))
-    if not isinstance(reply, task.reply_type) or type(reply) is not task.reply_type:
+    reply = call_plugin(f"the role at {seat.name}: parse()", lambda: seat.role.parse(text, task))
+    if type(reply) is not task.reply_type:  # the journal reads it back as exactly this type
         raise PluginError(
             f"the role at {seat.name}: parse() returned {reply!r}; the reply to {type(task).__name__} must be "
             f"{task.reply_type.__name__}"
@@ -213,5 +213,7 @@ def _messages(role: Role, task: Task) -> tuple[Message, ...]:
 
 def _seed(seed: int, call: RoleCall, tool_uses: int) -> int:
     """Derive a call's seed from its content, so that the reply does not depend on jobs that run at the same time."""
-    text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}/{call.retries}" + f"/{tool_uses}" * (tool_uses > 0)
+    text = f"{seed}/{call.seat}/{call.task!r}/{call.variation}/{call.retries}"
+    if tool_uses:
+        text = f"{text}/{tool_uses}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

@@ -11,7 +11,7 @@ ANSWER_MAX_CHARACTERS = 10_000
 
 
 class Comparison(StrEnum):
-    """How an answer is compared with the expected answer.
+    """The way to compare an answer with the expected answer.
 
     - EXACT: the texts are equal, except for surrounding blanks, case, and a final full stop.
     - NUMBER: the numbers are exactly equal, whatever their notation, or the texts are EXACT.

@@ -124,13 +124,16 @@ def assemble(config: Config) -> Team:
                 f"the team has {', '.join(config.team)}"
             )
     seats = {name: _seat(config, name, member) for name, member in config.team.items() if name in needed}
-    _check_fit(config, workflow, options, seats)
+    _check_fit(config, needed, seats)
+    roles = {name: seat.role for name, seat in seats.items()}
+    for fault in _plugin(config, "misfits()", lambda: list(workflow.misfits(options, roles))):
+        raise ConfigError(f"{config.source}: {fault}")
     return Team(seats, workflow, options, config.judge)
 
 
-def _check_fit(config: Config, workflow: type[Workflow], options: Value, seats: Mapping[str, Seat]) -> None:
-    """Raise ConfigError if a role does not take a task of its seat, or if a seat names an unknown tool."""
-    for name, tasks in _needed(config, workflow, options).items():
+def _check_fit(config: Config, needed: Mapping[str, tuple[type[Task], ...]], seats: Mapping[str, Seat]) -> None:
+    """Raise ConfigError if a role does not take a task that its seat needs, or if a seat names an unknown tool."""
+    for name, tasks in needed.items():
         missing = [task.__name__ for task in tasks if task not in seats[name].role.takes]
         if missing == [CompareTask.__name__] and name == config.judge:
             raise ConfigError(
@@ -143,9 +146,6 @@ def _check_fit(config: Config, workflow: type[Workflow], options: Value, seats: 
                 f"{config.source}: team.{name}.role: {config.team[name].role!r} takes {takes}; "
                 f"the workflow {config.workflow.name} also gives this seat {', '.join(missing)}"
             )
-    roles = {name: seat.role for name, seat in seats.items()}
-    for fault in _plugin(config, "misfits()", lambda: list(workflow.misfits(options, roles))):
-        raise ConfigError(f"{config.source}: {fault}")
     for name, seat in seats.items():
         for tool in seat.tools:
             if tool not in config.tools:

@@ -15,7 +15,7 @@ WORKERS = 4
 """The most calls of a tool at a time, each in a worker of its own. Further calls wait."""
 
 LOAD_S = 60
-"""How long a worker may take to import the function."""
+"""The most seconds that a worker may take to import the function."""
 
 
 class FunctionTool(Tool):

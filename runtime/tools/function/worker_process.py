@@ -13,7 +13,7 @@ from runtime.tools.process.guarded_process import GuardedProcess, LineTooLong
 from runtime.tools.tool import ToolError
 
 _EXIT_S = 2
-"""How long to wait for the exit status of a worker that closed its connection."""
+"""The most seconds to wait for the exit status of a worker that closed its connection."""
 
 
 class WorkerProcess:

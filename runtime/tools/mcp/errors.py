@@ -1,4 +1,4 @@
-"""What a user or a model reads of an error that the MCP client raised."""
+"""Turns the errors of the MCP client into messages for users and models."""
 
 REASON_MAX_CHARS = 2000
 

@@ -14,7 +14,7 @@ from runtime.tools.mcp.settings import SERVER_NAME, McpSettings
 from runtime.tools.tool import Tool, ToolError
 
 CONNECT_TRIES = 3
-"""How often one call tries to open a connection."""
+"""The number of times that one call tries to open a connection."""
 
 BACKOFF_S = 0.25
 BACKOFF_MAX_S = 8.0

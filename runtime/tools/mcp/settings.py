@@ -10,11 +10,11 @@ from pydantic import ByteSize, Field, SecretStr, field_validator, model_validato
 from agents.role import Value
 
 SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
-"""What a server's name must match in full. It begins the names of the server's tools."""
+"""The pattern that the whole name of a server must match. The names of the server's tools begin with it."""
 
 
 class McpSettings(Value):
-    """How to reach one MCP server, and which of its tools to offer. Either `command` or `url` is set."""
+    """The settings of one MCP server: how to reach it, and which tools to offer. Set either `command` or `url`."""
 
     command: str | None = Field(
         default=None, min_length=1, description="The program that is the server, which talks over its standard streams."

@@ -8,7 +8,7 @@ MESSAGE_MAX_BYTES = 16 << 20
 
 
 class Transport(ABC):
-    """How messages get to a server and back. An async context manager that gives the client its two streams."""
+    """An async context manager that connects the client to a server and gives the client its two streams."""
 
     def __init__(self) -> None:
         self.lost: str | None = None

@@ -22,13 +22,13 @@ STDERR_BYTES_PER_S = 4 << 20
 STDERR_LINE_CHARS = 500
 STDERR_LINES_KEPT = 10
 STDERR_REST_S = 0.2
-"""How long to read what a program that has ended had written to its standard error."""
+"""The most seconds to read the standard error of a program that has ended."""
 
 STDIN_GRACE_S = 2.0
 """The time that a program has to exit after its standard input is closed."""
 
 KILLED_S = 2.0
-"""How long to wait for the exit status of a guard that was killed."""
+"""The most seconds to wait for the exit status of a guard that was killed."""
 
 _POLL_S = 0.01
 

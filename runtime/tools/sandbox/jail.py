@@ -25,7 +25,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.tools.sandbox
 
 @dataclass(frozen=True)
 class Settings:
-    """What the launcher is told. `folder` is empty: the jail's own, or the mount point of its file system.
+    """The order to the launcher. `folder` is empty: the jail's own, or the mount point of its file system.
 
     Without `namespaces`, Landlock keeps the jail away from other files. There are the two together where possible.
     """

@@ -1,4 +1,4 @@
-"""What the sandbox can enforce on this machine, found out by trying it."""
+"""Finds out what the sandbox can enforce on this machine, by trying it."""
 
 import os
 import subprocess

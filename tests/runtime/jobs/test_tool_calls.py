@@ -30,6 +30,7 @@ from runtime.jobs.team import Seat, Team
 from runtime.jobs.tool_record import ToolRecord
 from runtime.tools.tool import Tool, ToolError
 from runtime.tools.toolbox import Toolbox
+from tests.runtime.jobs.test_service import wait_until
 
 Script = Callable[[GenerateRequest], str]
 
@@ -256,17 +257,12 @@ async def test_tools_use_the_tokens_of_the_job() -> None:
     assert "its max_tokens is 1" in str(result.error)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  conditions of any kind
-        await asyncio.sleep(0.01)
-
-
 async def restarted(path: Path, script: Script, *tools: Counter) -> dict[str, Any]:
     """Work the journal's only job to its end with a new service, and return its result."""
     async with JobService(path, team()) as jobs:
         jobs.use(Orchestrator(team(), await engine(script), jobs.on_event, toolbox=await toolbox(*tools)))
         [record] = await jobs.journal.read(all_jobs)
-        await until(lambda: not any(jobs.counts.values()))
+        await wait_until(lambda: not any(jobs.counts.values()))
         ended = await jobs.get(record)
         assert ended is not None
         assert ended.state is JobState.DONE
@@ -288,7 +284,7 @@ async def test_interrupted_call_is_repeated_only_if_it_may_be(
     async with JobService(path, team()) as jobs:
         jobs.use(Orchestrator(team(), await engine(calls_first(1)), jobs.on_event, toolbox=await toolbox(tool)))
         await jobs.submit(Submission(problem="How many?"))
-        await until(lambda: len(tool.calls) == 1)
+        await wait_until(lambda: len(tool.calls) == 1)
     again = Counter(idempotent=idempotent)
     result = await restarted(path, calls_first(1), again)
     assert (result["answer"], len(again.calls)) == (answer, calls)
@@ -300,7 +296,7 @@ async def test_finished_call_is_not_repeated(tmp_path: Path) -> None:
     async with JobService(path, team()) as jobs:
         jobs.use(Orchestrator(team(), await engine(calls_first(2)), jobs.on_event, toolbox=await toolbox(tool)))
         await jobs.submit(Submission(problem="How many?"))
-        await until(lambda: len(tool.calls) == 2)
+        await wait_until(lambda: len(tool.calls) == 2)
     again = Counter(idempotent=True)
     result = await restarted(path, calls_first(2), again)
     whole = await Orchestrator(team(), await engine(calls_first(2)), toolbox=await toolbox(Counter())).run(

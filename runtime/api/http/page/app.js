@@ -267,8 +267,7 @@ function onJobEvent(_, event) {
   } else if (event.kind === "tool returned") {
     const step = job.steps.findLast((known) => known.call === event.number);
     if (step) Object.assign(step, { output: event.output, verdict: event.failed ? "failed" : null });
-  }
-  else if (event.kind === "anew") job.steps = [];
+  } else if (event.kind === "anew") job.steps = [];
   else Object.assign(job, { state: event.kind, error: event.why });
   job.problem = event.problem ?? job.problem;
   job.answer = event.answer ?? job.answer;
