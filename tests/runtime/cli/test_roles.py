@@ -52,13 +52,13 @@ def test_list_shows_names_tasks_origins_and_summaries() -> None:
     assert rows["solver"] == [
         "solve, answer, debate",
         version,
-        "A solver for any chat model. It solves one step of a plan, states the answer, or debates it.",
+        "A solver for any chat model. It solves one step of a plan, states the answer, or debates.",
     ]
     assert rows["python"] == [
         version,
         "Runs the code of each call in a new process, which the sandbox isolates and limits.",
     ]
-    assert rows["write"] == [version, "A request for any text: a draft, a summary, a program, notes."]
+    assert rows["write"] == [version, "A request for any text, such as a draft, a summary or a program."]
     assert rows["vote"][0] == version
     assert rows["vote"][1].startswith("A vote: plan, solve each step several times")
 
