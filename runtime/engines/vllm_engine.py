@@ -21,10 +21,11 @@ from vllm.renderers.params import ChatParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
-from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+from vllm.v1.metrics.stats import SchedulerStats
 
 from runtime.engines import forkserver
 from runtime.engines.elastic.reports import (
+    PREEMPTIONS,
     WORK,
     ResizeApplied,
     ResizeDeferred,
@@ -162,11 +163,15 @@ class VllmEngine(EngineHandle):
         return Death.KILLED if killed else Death.CRASHED
 
     def _start(self) -> AsyncLLM:
-        return AsyncLLM.from_vllm_config(
+        llm = AsyncLLM.from_vllm_config(
             self._config(),
             stat_loggers=[lambda config, index: self._latest, NoPrometheus],
             disable_log_stats=True,
         )
+        if not llm.output_processor.tracing_enabled:  # traces contain the statistics
+            # The engine's process still sends the scheduler's figures. Of each token, this one keeps no statistics.
+            llm.log_stats = llm.output_processor.log_stats = False
+        return llm
 
     def _config(self) -> VllmConfig:
         if self._step_time is not None and not current_platform.is_cpu():
@@ -377,26 +382,19 @@ class VllmEngine(EngineHandle):
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
-    """A stat logger that keeps the scheduler's latest figures, its work included, instead of logging them."""
+    """A stat logger that keeps the scheduler's latest figures, our counts included, instead of logging them."""
 
     def __init__(self) -> None:
         self.scheduler: SchedulerStats | None = None
         self.preemptions = 0
         self.work = Work()
 
-    def record(
-        self,
-        scheduler_stats: SchedulerStats | None,
-        iteration_stats: IterationStats | None,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-        *unused: Any,
-        **further: Any,
-    ) -> None:
+    def record(self, scheduler_stats: SchedulerStats | None, *unused: Any, **further: Any) -> None:
         if scheduler_stats:
             self.scheduler = scheduler_stats
-            self.work = Work(*(scheduler_stats.kv_connector_stats or {}).get(WORK, ()))
-        self.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
+            counts = scheduler_stats.kv_connector_stats or {}
+            self.work = Work(*counts.get(WORK, ()))
+            self.preemptions = counts.get(PREEMPTIONS, 0)
 
     def all_preempted(self) -> None:
         """Count all running requests as waiting: the engine makes no step that would report it."""

@@ -204,6 +204,7 @@ async def test_preempted_requests_are_computed_again_and_their_replies_stay_the_
     grant = kv_grant(engine, 32 * engine.limits.kv_floor_bytes)
     await engine.resize(grant)
     undisturbed = await all_tokens(engine, 40)
+    preemptions = engine.stats().preemptions
     work = asyncio.create_task(all_tokens(engine, 40))
     await until_running(engine)
     stopped = kv_grant(engine, engine.limits.kv_floor_bytes, seqs=0)
@@ -214,6 +215,7 @@ async def test_preempted_requests_are_computed_again_and_their_replies_stay_the_
     assert not work.done()
     await engine.resize(grant)
     assert await work == undisturbed
+    assert engine.stats().preemptions >= preemptions + outcome.preempted
 
 
 async def test_work_counts_steps_their_time_sequences_and_prompt_tokens(fleet: Fleet) -> None:

@@ -59,6 +59,8 @@ ResizeReport = ResizeApplied | ResizeDeferred | ResizeRefused | ResizeSuperseded
 
 WORK = "troupe_work"
 """The key of an engine's Work, as a tuple, in vLLM's `kv_connector_stats`."""
+PREEMPTIONS = "troupe_preemptions"
+"""The key of the number of an engine's preemptions since it started, in the same place."""
 _LIMITS = TypeAdapter(EngineLimits)
 _REPORT: TypeAdapter[ResizeReport] = TypeAdapter(Annotated[ResizeReport, Field(discriminator="state")])
 

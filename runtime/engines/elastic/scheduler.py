@@ -14,15 +14,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from runtime.engines.elastic.pool import ElasticBlockPool
-from runtime.engines.elastic.reports import WORK
+from runtime.engines.elastic.reports import PREEMPTIONS, WORK
 from runtime.engines.handle import Work
 
 
 class ElasticScheduling:
     """A mixin that puts vLLM's scheduler, synchronous or asynchronous, over an elastic block pool.
 
-    The scheduler calls `after_step` after every step, if it is set. It counts in `work` what its steps do, and sends
-    the counts to the client with vLLM's own figures.
+    The scheduler calls `after_step` after every step, if it is set. It counts what its steps do in `work`, and its
+    preemptions, and sends the counts to the client with vLLM's own figures.
 
     Async scheduling keeps steps in flight. The mixin then sets vLLM's `defer_block_free`: a freed block counts as in
     use until the steps that may write to it have ended.
@@ -38,7 +38,6 @@ class ElasticScheduling:
         prev_step_scheduled_req_ids: set[str]
         max_num_running_reqs: int
         max_model_len: int
-        _preempt_request: Callable[[Request, float], None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _elastic_pools():
@@ -46,6 +45,7 @@ class ElasticScheduling:
         self.pool: ElasticBlockPool = self.kv_cache_manager.block_pool
         self.after_step: Callable[[], None] | None = None
         self.work = Work()
+        self.preemptions = 0
         self._last_step_ended_s = 0.0
         if self.vllm_config.max_concurrent_batches > 1:
             self.defer_block_free = True
@@ -80,6 +80,11 @@ class ElasticScheduling:
             self.prev_step_scheduled_req_ids.discard(request.request_id)
         return len(requests)
 
+    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
+        """Preempt a request as vLLM's Scheduler does, and count it. vLLM calls this too, when blocks run out."""
+        self.preemptions += 1
+        super()._preempt_request(*args, **kwargs)  # type: ignore[misc]
+
     def _block_ids(self, request: Request) -> set[int]:
         return {block for group in self.kv_cache_manager.get_block_ids(request.request_id) for block in group}
 
@@ -110,6 +115,7 @@ class ElasticScheduling:
                 output.scheduler_stats.num_running_reqs = running
                 output.scheduler_stats.num_waiting_reqs = waiting - len(self.deferred_waiting)
                 output.scheduler_stats.kv_cache_usage = self.kv_cache_manager.usage
+                output.scheduler_stats.kv_connector_stats[PREEMPTIONS] = self.preemptions
 
     def _count(self, step: SchedulerOutput) -> None:
         """Add a step that has just ended to `work`.
@@ -125,10 +131,11 @@ class ElasticScheduling:
             self.work = self.work.plus(now_s - began_s, sequences, tokens - sequences)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """Return vLLM's figures with `work` in them. The field is free: only a connector's logger would read it."""
+        """Return vLLM's figures with our counts in them. The field is free: only a connector's logger would read it."""
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
-            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), WORK: astuple(self.work)}
+            ours = {WORK: astuple(self.work), PREEMPTIONS: self.preemptions}
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), **ours}
         return stats
 
 
