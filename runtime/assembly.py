@@ -12,6 +12,7 @@ from runtime.control.controller import Controller
 from runtime.control.decision_log import DecisionLog, Record
 from runtime.control.forecast import Forecast
 from runtime.control.snapshotter import EngineRequirements, Snapshotter
+from runtime.engines import replicas
 from runtime.engines.fleet import Fleet
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk, GenerateRequest
@@ -62,6 +63,7 @@ class RunningTeam:
         self.team = team
         self.toolbox = toolbox or Toolbox()
         self.engines = engines
+        self._replicas = replicas.single(engines)
         self.sharing = sharing
         self._price = control.price_per_gpu_hour
         self._listener = listener
@@ -113,7 +115,7 @@ class RunningTeam:
         engine_of = {seat.name: seat.engine for seat in team.seats.values()}
         self._forecast.seat(engine_of)
         self._call_times.seat(engine_of)
-        return Orchestrator(team, self.engines, self._on_event, self._price, stream_interval, self.toolbox)
+        return Orchestrator(team, self._replicas, self._on_event, self._price, stream_interval, self.toolbox)
 
     def use_policy(self, choice: PolicyChoice) -> None:
         """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
@@ -126,7 +128,7 @@ class RunningTeam:
         """
         self.controller.look()
         self.keeper.look()
-        return self.engines[engine].generate(request)
+        return self._replicas[engine].generate(request)
 
     def _on_event(self, event: Event) -> None:
         self._forecast.on_event(event)

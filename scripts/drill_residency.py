@@ -24,8 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from agents.role import Message
 from runtime.control.forecast import Forecast
+from runtime.engines import replicas
 from runtime.engines.fleet import Fleet
-from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.handle import EngineState
+from runtime.engines.replicas import Replicas
 from runtime.engines.request import GenerateRequest
 from runtime.engines.spec import EngineSpec
 from runtime.engines.supervised import Patience
@@ -92,9 +94,10 @@ async def drill(fleet: Fleet, sleeps: int, seed: int = 1) -> Outcome:
     """Send requests to all engines and kill engines until they have slept `sleeps` times. Return what happened."""
     rng, outcome = random.Random(seed), Outcome(fleet.sharing.ledger.budget_bytes)
     async with Keeper(fleet.engines, fleet.sharing, Forecast(), CallTimes(), catalogue.make("lru")) as keeper:
-        expected = [await _tokens(fleet.engines["a"], number) for number in range(REQUESTS)]
+        served = replicas.single(fleet.engines)
+        expected = [await _tokens(served["a"], number) for number in range(REQUESTS)]
 
-        async def ask(engine: EngineHandle) -> None:
+        async def ask(engine: Replicas) -> None:
             while keeper.counts.sleeps < sleeps:
                 await asyncio.sleep(rng.expovariate(2))
                 number, began_s = rng.randrange(REQUESTS), time.monotonic()
@@ -106,7 +109,7 @@ async def drill(fleet: Fleet, sleeps: int, seed: int = 1) -> Outcome:
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(work(fleet, keeper, rng, outcome)) for work in (_kill, _watch)]
             async with asyncio.TaskGroup() as clients:
-                for engine in fleet.engines.values():
+                for engine in served.values():
                     for _ in range(CLIENTS):
                         clients.create_task(ask(engine))
             for task in beside:
@@ -115,7 +118,7 @@ async def drill(fleet: Fleet, sleeps: int, seed: int = 1) -> Outcome:
     return outcome
 
 
-async def _tokens(engine: EngineHandle, number: int) -> list[int]:
+async def _tokens(engine: Replicas, number: int) -> list[int]:
     """Return the reply to one of the requests. Only the request's id differs between two calls."""
     words = random.Random(number).choices(["plan", "solve", "check", "seven", "twelve"], k=number + 1)
     prompt = (Message("user", " ".join(words)),)

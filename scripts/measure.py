@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from agents.arithmetic import oracle, sampling
 from agents.workflow import RoleCall, Workflow
 from runtime import config, logs, run_folder
+from runtime.engines import replicas
 from runtime.engines.fake import FakeEngine
 from runtime.engines.fleet import Fleet
 from runtime.engines.handle import EngineHandle
@@ -124,7 +125,9 @@ async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
             sides: list[tuple[list[float], Callable[[], Coroutine[Any, Any, None]]]] = [
                 (
                     through,
-                    lambda: work_all(Orchestrator(team, engines), jobs, options.concurrency, lambda result: None),
+                    lambda: work_all(
+                        Orchestrator(team, replicas.single(engines)), jobs, options.concurrency, lambda result: None
+                    ),
                 ),
                 (straight, lambda: send_straight(engines, trees, options.concurrency)),
             ]
@@ -153,7 +156,7 @@ async def measure_streaming(options: argparse.Namespace) -> dict[str, Any]:
         for repeat in range(options.repeats + 1):
             for interval in seconds if repeat % 2 else reversed(seconds):
                 started = time.monotonic()
-                orchestrator = Orchestrator(team, engines, stream_interval=interval)
+                orchestrator = Orchestrator(team, replicas.single(engines), stream_interval=interval)
                 await work_all(orchestrator, jobs, options.concurrency, lambda result: None)
                 if repeat:  # the first of each warms up
                     seconds[interval].append(time.monotonic() - started)
@@ -214,7 +217,7 @@ async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
     }
     for engine in engines.values():
         await engine.start()
-    orchestrator = Orchestrator(team, engines)
+    orchestrator = Orchestrator(team, replicas.single(engines))
     rng = random.Random(0)
     jobs = [Job(str(n), sampling.draw_expression(rng).text) for n in range(1000)]
     rates, memory, calls = [], [], 0
@@ -250,7 +253,7 @@ async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
                 results: list[JobResult] = []
                 jobs = [replace(job(p), temperature=temperature) for p in asked]
                 started = time.monotonic()
-                await work_all(Orchestrator(team, engines), jobs, options.concurrency, results.append)
+                await work_all(Orchestrator(team, replicas.single(engines)), jobs, options.concurrency, results.append)
                 summary = summarise(results)
                 figures[f"{name}, {'greedy' if not temperature else 'temperature 1.0'}"] = {
                     "right": sum(bool(result.correct) for result in results),

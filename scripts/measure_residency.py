@@ -23,6 +23,7 @@ from agents.role import Message
 from runtime import config
 from runtime.engines.fleet import Fleet
 from runtime.engines.handle import EngineHandle
+from runtime.engines.replicas import Replicas
 from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec
@@ -76,7 +77,7 @@ async def _wake(engine: EngineHandle, sharing: Sharing, spec: EngineSpec, drop: 
     await sharing.admit(engine.name, engine.limits.smallest_bytes)
     await engine.wake()
     request = GenerateRequest(f"{began_s}", (Message("user", "12+7"),), 0.0, 1.0, 8)
-    async for _ in engine.generate(request):
+    async for _ in Replicas(engine.name, [engine]).generate(request):
         break
     first_s = time.perf_counter() - began_s
     began_s = time.perf_counter()

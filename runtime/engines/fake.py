@@ -213,28 +213,27 @@ class FakeEngine(EngineHandle):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self._check()
-        with self.usage.request(request.rank(asyncio.get_running_loop().time())):
-            sequence = self._sequence(request)
-            self._check()  # the script may have ended the engine
-            self._requests += 1
-            if self._times.call_s:
-                await self._front.spend(self._times.call_s * self._time_scale)
-                self._check()
-            self._enqueue(sequence)
-            self._begin_steps()
-            try:
-                if not self._time_scale and not self._waiting:  # one chunk, so that only the caller costs time
-                    yield self._chunk(sequence, len(sequence.pieces))
+        sequence = self._sequence(request)
+        self._check()  # the script may have ended the engine
+        self._requests += 1
+        if self._times.call_s:
+            await self._front.spend(self._times.call_s * self._time_scale)
+            self._check()
+        self._enqueue(sequence)
+        self._begin_steps()
+        try:
+            if not self._time_scale and not self._waiting:  # one chunk, so that only the caller costs time
+                yield self._chunk(sequence, len(sequence.pieces))
+                return
+            while True:
+                chunk = await sequence.chunks.get()
+                if chunk is None:
+                    raise self._dead()
+                yield chunk
+                if chunk.finish is not None:
                     return
-                while True:
-                    chunk = await sequence.chunks.get()
-                    if chunk is None:
-                        raise self._dead()
-                    yield chunk
-                    if chunk.finish is not None:
-                        return
-            finally:
-                self._remove(sequence)
+        finally:
+            self._remove(sequence)
 
     def _sequence(self, request: GenerateRequest) -> _Sequence:
         words = self._script(request).split(" ")

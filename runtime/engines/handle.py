@@ -4,7 +4,7 @@ Errors: RequestRefused if the engine refuses a request, EngineDead if its proces
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -12,6 +12,7 @@ from typing import Self
 from runtime.engines.grant import EngineLimits, Grant, ResizeOutcome
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.usage import UsageMeter
+from runtime.errors import Death, EngineDead
 
 
 class EngineState(StrEnum):
@@ -90,14 +91,20 @@ class EngineStats:
     wake_s: float = 0.0
 
 
+class Recalled(Exception):
+    """An engine took a request back before its first token, because it drains. The request can be sent again."""
+
+
 class EngineHandle(ABC):
     """One engine, as an async context manager: entering starts it, leaving always closes it.
 
-    `usage` counts its requests in flight and what each of them is charged.
+    `usage` counts its requests in flight and what each of them is charged. `Replicas`, which sends the requests, counts
+    them in it. `on_death` is called when a process that served requests has died, before another one serves.
     """
 
     name: str
     usage: UsageMeter
+    on_death: Callable[[Death], None] = staticmethod(lambda death: None)
 
     @abstractmethod
     async def start(self) -> None:
@@ -107,9 +114,14 @@ class EngineHandle(ABC):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the reply to a request. Closing the generator early aborts the request.
 
-        Raises RequestRefused if the engine refuses the request, for example because its prompt is too long, and
-        EngineDead if the engine is gone.
+        Raises RequestRefused if the engine refuses the request, for example because its prompt is too long, Recalled
+        if it drains before the first token, and EngineDead if its process is gone.
         """
+
+    async def until_ready(self) -> None:
+        """Wait until the engine serves requests. Raise EngineDead if it never will again."""
+        if (state := self.stats().state) is not EngineState.READY:
+            raise EngineDead(f"engine {self.name} is {state}")
 
     @property
     @abstractmethod

@@ -1,10 +1,10 @@
 """Finds the request that crashes its engine, so that it can be refused while the others are served.
 
-It keeps the suspicions against the requests of one engine over the engine's restarts:
+It keeps the suspicions against the requests of one engine over the restarts of all of the engine's replicas:
 
 - A request that crashes an engine usually does so before its first token. The suspects of a crash are therefore the
-  requests in the engine that had streamed nothing yet, or all requests in it if each had streamed something.
-- A request that was alone in the engine when it crashed is poison: it is refused and not sent again.
+  requests in the replica that had streamed nothing yet, or all requests in it if each had streamed something.
+- A request that was alone in the replica when it crashed is poison: it is refused and not sent again.
 - If there are several suspects, they are sent again one at a time, each after the previous one has its first token. New
   requests wait in the same line. The next crash then has only one suspect that was suspected before, and that one is
   poison. A suspect that crashed an engine after its first token keeps its turn until its reply ends.
@@ -13,7 +13,8 @@ It keeps the suspicions against the requests of one engine over the engine's res
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from runtime.errors import Death
 KILLS = 3
 """A request is poison if this many engines were killed while it was a suspect, the last time as the only one."""
 TURN_S = 10.0
-"""The longest turn, in seconds after the engine has received the request."""
+"""The longest turn, in seconds after a replica has received the request."""
 
 
 @dataclass(eq=False)
@@ -49,14 +50,10 @@ class Call:
 
 
 class Quarantine:
-    """The suspicions against the requests of one engine. Use it on the event loop only.
-
-    `waiting` is the number of requests in the line.
-    """
+    """The suspicions against the requests of one engine. Use it on the event loop only."""
 
     def __init__(self) -> None:
-        self.waiting = 0
-        self._sent: set[Call] = set()
+        self._sent: defaultdict[Hashable, set[Call]] = defaultdict(set)
         self._suspects: set[Call] = set()
         self._line = asyncio.Lock()
         self._turn: Call | None = None
@@ -72,16 +69,13 @@ class Quarantine:
                 await self._wait_in_line(call)
             yield
         finally:
-            self._sent.discard(call)
+            for calls in self._sent.values():
+                calls.discard(call)
             self._suspects.discard(call)
             self._end_turn(call)
 
     async def _wait_in_line(self, call: Call) -> None:
-        self.waiting += 1
-        try:
-            await self._line.acquire()
-        finally:
-            self.waiting -= 1
+        await self._line.acquire()
         self._turn = call
         if not self._suspects:
             self._end_turn(call)
@@ -90,10 +84,10 @@ class Quarantine:
         """Return True if suspects have appeared since the call was let through."""
         return bool(self._suspects) and self._turn is not call
 
-    def sent(self, call: Call) -> None:
-        """Note that the engine has the call from now on, until its turn ends or the engine dies."""
+    def sent(self, call: Call, replica: Hashable) -> None:
+        """Note that a replica has the call from now on, until its turn ends or the replica dies."""
         call.answered = False
-        self._sent.add(call)
+        self._sent[replica].add(call)
         if self._turn is call:
             # A reader that stops reading, or an engine that admits nothing, must not block the line for ever.
             self._timer = asyncio.get_running_loop().call_later(TURN_S, self._end_turn, call)
@@ -107,14 +101,14 @@ class Quarantine:
             call.suspected = False
             self._end_turn(call)
 
-    def died(self, death: Death) -> None:
-        """Judge the calls that the engine had when it died."""
-        unanswered = {call for call in self._sent if not call.answered}
+    def died(self, replica: Hashable, death: Death) -> None:
+        """Judge the calls that a replica had when it died."""
+        sent = self._sent.pop(replica, set())
+        unanswered = {call for call in sent if not call.answered}
         if death is Death.KILLED:
             self._judge_kill(unanswered)
         else:
-            self._judge_crash(unanswered or set(self._sent), death)
-        self._sent.clear()
+            self._judge_crash(unanswered or sent, len(sent) == 1, death)
 
     def _judge_kill(self, suspects: set[Call]) -> None:
         for call in suspects:
@@ -123,15 +117,14 @@ class Quarantine:
             if call.kills >= KILLS and len(suspects) == 1:
                 call.poison = Death.KILLED
 
-    def _judge_crash(self, suspects: set[Call], death: Death) -> None:
+    def _judge_crash(self, suspects: set[Call], alone: bool, death: Death) -> None:
         most_crashes = max((call.crashes for call in suspects), default=0)
         likeliest = [call for call in suspects if call.crashes == most_crashes]
         for call in suspects:
             call.crashes += 1
             call.suspected = True
             call.late = call.answered and call.crashes > 1
-        was_alone = len(self._sent) == 1 and death is Death.CRASHED
-        crashes_to_convict = 1 if was_alone else 2
+        crashes_to_convict = 1 if alone and death is Death.CRASHED else 2
         if len(likeliest) == 1 and likeliest[0].crashes >= crashes_to_convict:
             likeliest[0].poison = death
 

@@ -1,10 +1,11 @@
 """A request to an engine, and the chunks in which its reply is streamed."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from agents.role import Message
+from runtime.engines.usage import Account
 
 PRIORITY = 5
 """The default priority of a request. 1 is the most urgent."""
@@ -51,6 +52,7 @@ class GenerateRequest:
     - `since_s`: when the request's job began, on the event loop's clock. Among requests of equal priority, the one
       whose job began first is admitted first. None counts from when the engine receives the request.
     - `stream_interval`: tokens per chunk. The first and the last token are streamed immediately in any case.
+    - `account`: takes what the request is charged.
 
     Admission by job age lets the later calls of a job overtake the first calls of younger jobs. Admission by arrival
     would make every call of a job wait behind all other jobs, so that under load all jobs end late (Autellix,
@@ -74,6 +76,7 @@ class GenerateRequest:
     stream_interval: int = 1
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
     generate_options: Mapping[str, Any] = field(default_factory=dict)
+    account: Account = field(default_factory=Account, compare=False, repr=False)
 
     @property
     def resumable(self) -> bool:
@@ -113,3 +116,10 @@ class Chunk:
     stop: int | str | None = None
     logprobs: tuple[Mapping[int, Any], ...] = ()
     cached_tokens: int | None = None
+
+
+class Engine(Protocol):
+    """What generates replies: one engine, or all replicas of one."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """Stream the reply to a request. Closing the generator early aborts the request."""

@@ -1,12 +1,10 @@
 """An engine that is watched, restarted when it dies or hangs, and put to sleep and woken when it is told to.
 
-To callers it is one engine that is slow for a while: their requests wait during a restart or a sleep and are then
-served by the new engine. A reply continues after the tokens that were already streamed. A request that crashes its
-engines is refused (`quarantine`).
+Requests wait with `until_ready` during a restart or a sleep. A reply ends with EngineDead if the process dies:
+`replicas` sends its request again.
 """
 
 import asyncio
-import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -14,21 +12,15 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Recalled
 from runtime.engines.ledger import Ledger
-from runtime.engines.quarantine import Call, Quarantine
-from runtime.engines.reply_replay import ReplyReplay
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.usage import Held, UsageMeter
-from runtime.errors import Death, EngineDead, EngineError, RequestQuarantined
+from runtime.errors import Death, EngineDead, EngineError
 
 MakeEngine = Callable[[Grant | None], EngineHandle]
 """Makes a new engine that starts with a grant. None stands for the grant in the engine's specification."""
 OnState = Callable[[EngineState], None]
-
-
-class _Recalled(Exception):
-    """A request was taken back from an engine that drains."""
 
 
 DRAIN_S = 60.0
@@ -83,12 +75,10 @@ class SupervisedEngine(EngineHandle):
         self._engine = make(None)
         self._ready = asyncio.Event()
         self._check_now = asyncio.Event()
-        self._quarantine = Quarantine()
-        self._judged: EngineHandle | None = None
+        self._mourned: EngineHandle | None = None
         self._limits: EngineLimits | None = None
         self._failure: str | None = None
         self._restart_times_s: deque[float] = deque()
-        self._waiting_for_engine = 0
         self._held = 0
         self._being_served = 0
         self._none_served = asyncio.Event()
@@ -110,36 +100,17 @@ class SupervisedEngine(EngineHandle):
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream a reply from one engine after another until one of them completes it."""
-        if not request.resumable and request.seed is None and request.temperature:
-            request = replace(request, seed=secrets.randbits(31))  # a replay repeats a sampled reply only with a seed
-        call, sends = Call(), 0
-        with self.usage.request(request.rank(asyncio.get_running_loop().time())):
-            while True:
-                async with self._quarantine.turn(call):
-                    engine = await self._ready_engine()
-                    if self._quarantine.must_wait(call):
-                        continue
-                    self._quarantine.sent(call)
-                    try:
-                        with self._serving():
-                            async with aclosing(self._rest_of_reply(engine, request, call, sends)) as chunks:
-                                chunk = await self._first_chunk(chunks, call)
-                                while chunk is not None:
-                                    self._quarantine.streamed(call, chunk)
-                                    yield chunk
-                                    chunk = await anext(chunks, None)
-                        return
-                    except _Recalled:
-                        sends += 1
-                    except EngineDead as error:
-                        sends += 1
-                        self._report_death(engine, error.death)
-                        if call.poison:
-                            raise RequestQuarantined(
-                                f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not "
-                                "sent again"
-                            ) from error
+        engine = self._engine
+        try:
+            with self._serving():
+                async with aclosing(engine.generate(request)) as chunks:
+                    chunk = await self._first_chunk(chunks)
+                    while chunk is not None:
+                        yield chunk
+                        chunk = await anext(chunks, None)
+        except EngineDead as error:
+            self._report_death(engine, error.death)
+            raise
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
@@ -153,45 +124,22 @@ class SupervisedEngine(EngineHandle):
             if not self._being_served:
                 self._none_served.set()
 
-    async def _first_chunk(self, chunks: AsyncGenerator[Chunk, None], call: Call) -> Chunk | None:
-        """Return the first chunk of a reply. Raise _Recalled if the engine begins to drain before it has a token."""
-        if call.tokens:
-            return await anext(chunks, None)
+    async def _first_chunk(self, chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
+        """Return the first chunk of a reply. Raise Recalled if the engine begins to drain before it has a token."""
         try:
             async with asyncio.timeout(None) as recall:
                 self._without_token.add(recall)
                 return await anext(chunks, None)
         except TimeoutError:
-            raise _Recalled from None
+            raise Recalled from None
         finally:
             self._without_token.discard(recall)
 
-    def _rest_of_reply(
-        self, engine: EngineHandle, request: GenerateRequest, call: Call, sends: int
-    ) -> AsyncGenerator[Chunk, None]:
-        """Return a stream of the part of the reply that the caller does not have yet."""
-        if sends:  # a new id tells the attempts apart in vLLM's logs and traces
-            request = replace(request, request_id=f"{request.request_id}~{sends}")
-        if not call.tokens:
-            return engine.generate(request)
-        if request.resumable:
-            return engine.generate(replace(request, resume_tokens=tuple(call.tokens)))
-        return self._replay(engine, request, ReplyReplay(self.name, call.tokens, call.characters))
-
-    async def _replay(
-        self, engine: EngineHandle, request: GenerateRequest, replay: ReplyReplay
-    ) -> AsyncGenerator[Chunk, None]:
-        """Generate a reply again from its beginning, and stream what the caller does not have of it."""
-        async with aclosing(engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                if (new_part := replay.new_part(chunk)) is not None:
-                    yield new_part
-
     def _report_death(self, engine: EngineHandle, death: Death) -> None:
-        """Judge the requests of a dead engine once, and check the engine now. Do neither if it was closed."""
-        if self._failure is None and engine is self._engine and engine is not self._judged:
-            self._judged = engine
-            self._quarantine.died(death)
+        """Report the death of an engine once, and check the engine now. Do neither if it was closed."""
+        if self._failure is None and engine is self._engine and engine is not self._mourned:
+            self._mourned = engine
+            self.on_death(death)
             self._suspect()
 
     def _suspect(self) -> None:
@@ -199,23 +147,18 @@ class SupervisedEngine(EngineHandle):
         self._ready.clear()
         self._check_now.set()
 
-    async def _ready_engine(self) -> EngineHandle:
-        """Return the engine, once it is ready. Raise EngineDead if it failed or was closed."""
+    async def until_ready(self) -> None:
         self._held += self._rest is not None
-        self._waiting_for_engine += 1
-        try:
-            while True:
-                await self._ready.wait()
-                if self._failure is not None:
-                    raise EngineDead(self._failure)
-                if self._rest is not None:  # it has begun to drain since
-                    self._ready.clear()
-                    continue
-                if self._engine.stats().state is EngineState.READY:
-                    return self._engine
+        while True:
+            await self._ready.wait()
+            if self._failure is not None:
+                raise EngineDead(self._failure)
+            if self._rest is not None:  # it has begun to drain since
+                self._ready.clear()
+            elif self._engine.stats().state is EngineState.READY:
+                return
+            else:
                 self._suspect()
-        finally:
-            self._waiting_for_engine -= 1
 
     async def _watch(self) -> None:
         """Check the engine regularly and restart it if it is dead, until it has failed or is closed.
@@ -451,15 +394,16 @@ class SupervisedEngine(EngineHandle):
     def stats(self) -> EngineStats:
         stats = self._engine.stats()
         state = EngineState.FAILED if self._failure is not None else self._rest or stats.state
-        waiting = stats.waiting + self._waiting_for_engine + self._quarantine.waiting
+        if state is EngineState.CLOSED:
+            state = EngineState.DEAD  # it is being restarted
         if state is EngineState.COLD:
             stats = replace(stats, kv_cache_bytes=0, pid=None)
         if state in (EngineState.ASLEEP, EngineState.COLD):
-            stats = replace(stats, grant=None, kv_cache_usage=0.0, running=0)
+            stats = replace(stats, grant=None, kv_cache_usage=0.0, running=0, waiting=0)
         return replace(
             stats,
             state=state,
-            waiting=waiting,
+            waiting=max(self.usage.in_flight - stats.running, stats.waiting),
             held=self._held,
             sleep_s=self._sleep_s or 0.0,
             wake_s=self._expected_wake_s(),

@@ -55,6 +55,22 @@ class Charge:
 
 
 @dataclass
+class Account:
+    """What one request is charged by all engines that work on it.
+
+    `device_seconds` is its part of the devices' memory, from 0 to 1, times seconds.
+    """
+
+    charge: Charge = Charge()
+    device_seconds: float = 0.0
+
+    def add(self, charge: Charge, device_bytes: int) -> None:
+        """Add the charge of an engine on a device with this much memory."""
+        self.charge += charge
+        self.device_seconds += charge.byte_seconds / device_bytes
+
+
+@dataclass
 class Usage:
     """What one seat used in a job, summed over its calls.
 

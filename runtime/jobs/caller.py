@@ -12,9 +12,8 @@ from agents.role import Message, Reply, ReplyUnusable, Role, Task
 from agents.tool import ToolSpec
 from agents.tool_protocol import ToolCall, ToolUse
 from agents.workflow import RoleCall, Unusable
-from runtime.engines.handle import EngineHandle
-from runtime.engines.request import GenerateRequest
-from runtime.engines.usage import Charge, Usage
+from runtime.engines.request import Engine, GenerateRequest
+from runtime.engines.usage import Usage
 from runtime.errors import PluginError
 from runtime.events import CallEnded, CallPaused, Listener, ToolCalled, ToolReturned
 from runtime.jobs.plugin_calls import call_plugin
@@ -39,7 +38,7 @@ class Caller:
 
     def __init__(
         self,
-        engines: Mapping[str, EngineHandle],
+        engines: Mapping[str, Engine],
         toolbox: Toolbox,
         listener: Listener,
         price: float | None,
@@ -130,15 +129,14 @@ class Caller:
     async def _generate(self, job: str, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
         """Return the text of a reply and its finish reason. Add the request's usage to `usage`, even if it fails."""
         clock = asyncio.get_running_loop().time
-        engine = self._engines[seat.engine]
-        asked_s, charged_before = clock(), engine.usage.charged()
+        asked_s, account = clock(), request.account
         pieces: list[str] = []
         times_s: list[float] = []
         tokens: list[int] = []
         prompt_tokens = 0
         finish: str | None = None
         try:
-            async with aclosing(engine.generate(request)) as chunks:
+            async with aclosing(self._engines[seat.engine].generate(request)) as chunks:
                 async for chunk in chunks:
                     prompt_tokens = chunk.prompt_tokens
                     pieces.append(chunk.text)
@@ -146,19 +144,12 @@ class Caller:
                     tokens.append(len(chunk.token_ids))
                     finish = chunk.finish
         finally:
-            charge = engine.usage.charged() - charged_before
-            cost = self._cost(charge, engine)
-            seconds = clock() - asked_s
+            charge, seconds = account.charge, clock() - asked_s
+            cost = None if self._price is None else self._price / 3600 * account.device_seconds
             charged = charge.byte_seconds, charge.engine_seconds, cost, charge.waking_byte_seconds
             usage.add(Usage(prompt_tokens, sum(tokens), seconds, *charged))
         self._tell(CallEnded(job, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
         return "".join(pieces), finish
-
-    def _cost(self, charge: Charge, engine: EngineHandle) -> float | None:
-        """Return the cost of the memory that a call used, or None if the device has no price."""
-        if self._price is None:
-            return None
-        return self._price / 3600 * charge.byte_seconds / engine.limits.device_bytes
 
     def request(
         self, run: Run, seat: Seat, call: RoleCall, tools: Sequence[ToolSpec] = (), uses: Sequence[ToolUse] = ()

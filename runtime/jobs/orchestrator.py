@@ -11,7 +11,7 @@ from itertools import chain
 
 from agents.role import TaskRefused
 from agents.workflow import Entry, RoleCall, Unusable, Workflow
-from runtime.engines.handle import EngineHandle
+from runtime.engines.request import Engine
 from runtime.errors import BudgetSpent, EngineError, InputError, PluginError, RequestRefused
 from runtime.events import JobAdvanced, JobEnded, JobRestarted, Listener, RoleReplied, ignore
 from runtime.jobs.caller import Caller
@@ -42,7 +42,7 @@ class Orchestrator:
     def __init__(
         self,
         team: Team,
-        engines: Mapping[str, EngineHandle],
+        engines: Mapping[str, Engine],
         listener: Listener = ignore,
         price: float | None = None,
         stream_interval: int = STREAM_INTERVAL,

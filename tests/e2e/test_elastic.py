@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from runtime.engines import sharing
 from runtime.engines.fleet import Fleet
 from runtime.engines.grant import Applied, Deferred, Grant, Rejected, Superseded
 from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.replicas import Replicas
 from runtime.engines.request import GenerateRequest
 from runtime.engines.spec import EngineSpec
 from runtime.engines.supervised import Patience, SupervisedEngine
@@ -80,8 +82,14 @@ def numbered_request(number: int, **changes: Any) -> GenerateRequest:
     return GenerateRequest(f"{number}/{time.monotonic_ns()}", (Message("user", content),), **(values | changes))
 
 
+@cache
+def served(engine: EngineHandle) -> Replicas:
+    """Return an engine whose requests are sent again when it dies."""
+    return Replicas(engine.name, [engine])
+
+
 async def tokens(engine: EngineHandle, request: GenerateRequest) -> tuple[int, ...]:
-    return tuple([t async for chunk in engine.generate(request) for t in chunk.token_ids])
+    return tuple([t async for chunk in served(engine).generate(request) for t in chunk.token_ids])
 
 
 async def all_tokens(engine: EngineHandle, count: int) -> list[tuple[int, ...]]:
@@ -176,7 +184,7 @@ async def test_paused_engine_finishes_what_it_runs_admits_nothing_and_does_not_s
 
     async def tokens_after_begun(number: int) -> tuple[int, ...]:
         reply: list[int] = []
-        async for chunk in engine.generate(numbered_request(number)):
+        async for chunk in served(engine).generate(numbered_request(number)):
             begun[number].set()
             reply += chunk.token_ids
         return tuple(reply)
@@ -257,7 +265,7 @@ async def test_kv_cache_usage_refers_to_the_current_capacity(fleet: Fleet) -> No
     engine = fleet.engines["plain"]
     floor = engine.limits.kv_floor_bytes
     await engine.resize(kv_grant(engine, 2 * floor, seqs=1))
-    stream = engine.generate(numbered_request(1, max_tokens=400))
+    stream = served(engine).generate(numbered_request(1, max_tokens=400))
     for _ in range(150):
         await anext(stream)
     narrow = engine.stats().kv_cache_usage
@@ -397,7 +405,7 @@ async def test_a_request_that_was_alone_in_a_crash_is_quarantined(fleet: Fleet) 
     undisturbed = await all_tokens(engine, 20)
 
     async def crash_under(request: GenerateRequest) -> None:
-        async for _ in engine.generate(request):
+        async for _ in served(engine).generate(request):
             engine_process(fleet, "plain").send_signal(signal.SIGSEGV)
 
     with pytest.raises(RequestQuarantined, match="engine plain crashed; this request is the likeliest cause"):

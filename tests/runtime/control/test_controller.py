@@ -18,6 +18,7 @@ from runtime.control.forecast import Forecast
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import EngineRequirements, Snapshotter
+from runtime.engines import replicas
 from runtime.engines.fake import FakeEngine, FakeMemory, Processor, ServiceTime
 from runtime.engines.grant import Grant, ResizeOutcome
 from runtime.engines.handle import EngineHandle, EngineState
@@ -45,6 +46,7 @@ class Rig:
         processor = Processor(lanes=1)
         self.engines = {name: StallingEngine(name, 0.8 / len(names), times, processor) for name in names}
         self.handles: dict[str, EngineHandle] = {**self.engines}
+        self.replicas = replicas.single(self.handles)
         self.ledger = Ledger(800 * MIB)
         self.sharing = Sharing(self.handles, self.ledger)
         self.records: list[Record] = []
@@ -60,7 +62,7 @@ class Rig:
 
         async def send(number: int) -> None:
             request = GenerateRequest(f"{name}{number}", (Message("user", "hello"),), 0.0, 1.0, 50)
-            async for _ in self.engines[name].generate(request):
+            async for _ in self.replicas[name].generate(request):
                 pass
 
         await asyncio.gather(*(send(number) for number in range(count)))

@@ -173,7 +173,6 @@ async def test_requests_that_outgrow_the_memory_are_preempted_and_completed() ->
 
         assert await asyncio.gather(*(ask() for _ in range(5))) == [words] * 5
         assert engine.stats().preemptions > 0
-        assert engine.usage.in_flight == 0
 
 
 async def test_engines_on_one_processor_slow_each_other_down() -> None:

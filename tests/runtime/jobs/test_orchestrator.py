@@ -12,6 +12,7 @@ from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner
 from agents.role import Message, Reply, Task, Value
 from agents.tasks import PlanTask
 from agents.workflow import RoleCall, Unusable, Workflow
+from runtime.engines import replicas
 from runtime.engines.fake import FakeEngine
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.events import CallEnded, Event, JobAdvanced, JobEnded, RoleReplied
@@ -65,7 +66,8 @@ async def test_calls_announced_ahead_are_the_calls_made(workflow: str) -> None:
 async def test_call_is_reported_with_times_and_charged() -> None:
     events: list[Event] = []
     handles = await engines(time_scale=1)
-    result = await Orchestrator(embedded_team(), handles, events.append, price=3600.0).run(Job("j", PROBLEM))
+    orchestrator = Orchestrator(embedded_team(), replicas.single(handles), events.append, price=3600.0)
+    result = await orchestrator.run(Job("j", PROBLEM))
     calls = [event for event in events if isinstance(event, CallEnded)]
     for call in calls:
         assert call.asked_s <= call.chunk_times_s[0]

@@ -18,8 +18,8 @@ import pytest
 from agents.workflow import Unusable
 from runtime.config import Service
 from runtime.engines.fake import FakeEngine, ServiceTime
-from runtime.engines.handle import EngineHandle
-from runtime.engines.request import GenerateRequest
+from runtime.engines.replicas import Replicas
+from runtime.engines.request import Engine, GenerateRequest
 from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.usage import Usage
 from runtime.errors import Busy, EngineError, InputError, JournalError
@@ -40,7 +40,7 @@ STEPS = 9
 
 @asynccontextmanager
 async def service(
-    folder: Path, handles: Mapping[str, EngineHandle] | None = None, settings: Service | None = None
+    folder: Path, handles: Mapping[str, Engine] | None = None, settings: Service | None = None
 ) -> AsyncIterator[JobService]:
     team = embedded_team()
     async with JobService(folder / "jobs.db", team, settings) as jobs:
@@ -84,7 +84,7 @@ class Counting:
     requests were made, the next `failures` requests fail.
     """
 
-    def __init__(self, handles: Mapping[str, EngineHandle]) -> None:
+    def __init__(self, handles: Mapping[str, Engine]) -> None:
         self.requests = 0
         self.failures = self.failing_after = 0
         self.hold_after = 10**9
@@ -399,10 +399,10 @@ async def test_cancelled_submission_counts_as_waiting_until_it_is_written(tmp_pa
 
 async def test_job_survives_a_stop_that_closes_its_engine_first(tmp_path: Path) -> None:
     """The engines close first. A request that runs alone in one must not be taken for the cause of its end."""
-    handles = await engines()
     slow = FakeEngine("planner", lambda request: "word " * 1000, times=ServiceTime(step_s=0.01), time_scale=1)
-    handles["planner"] = planner = SupervisedEngine("planner", lambda grant: slow)
+    planner = SupervisedEngine("planner", lambda grant: slow)
     await planner.start()
+    handles: dict[str, Engine] = {**await engines(), "planner": Replicas("planner", [planner])}
     async with service(tmp_path, handles) as jobs:
         record, _ = await jobs.submit(PROBLEM)
         await wait_until(lambda: slow.stats().running > 0)

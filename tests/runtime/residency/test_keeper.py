@@ -16,11 +16,12 @@ from runtime.control.forecast import Forecast
 from runtime.control.policy import Decision, Policy
 from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import Snapshotter
-from runtime.engines import supervised
+from runtime.engines import replicas, supervised
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
 from runtime.engines.ledger import Ledger
+from runtime.engines.replicas import Replicas
 from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
@@ -105,6 +106,7 @@ class Rig:
     """Four engines, of which two fit the device together, with everything that moves them."""
 
     engines: dict[str, SupervisedEngine]
+    replicas: dict[str, Replicas]
     device: Device
     keeper: Keeper
     controller: Controller
@@ -116,7 +118,7 @@ class Rig:
             listener(event)
 
     async def ask(self, name: str) -> str:
-        request = self.engines[name].generate(REQUEST)
+        request = self.replicas[name].generate(REQUEST)
         self.keeper.look()
         return "".join([chunk.text async for chunk in request])
 
@@ -154,7 +156,8 @@ async def rig(
     chosen = catalogue.make(policy) if isinstance(policy, str) else policy
     keeper = Keeper(engines, sharing, forecast, call_times, chosen, rules, controller.wake)
     async with controller, keeper:
-        yield Rig(engines, device, keeper, controller, sharing, (forecast.on_event, call_times.on_event))
+        listeners = (forecast.on_event, call_times.on_event)
+        yield Rig(engines, replicas.single(engines), device, keeper, controller, sharing, listeners)
     await sharing.close()
     for engine in engines.values():
         await engine.close()
@@ -312,7 +315,7 @@ async def test_engines_wake_although_no_policy_divides_memory(how: str) -> None:
 async def test_a_caller_that_stops_reading_does_not_block_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervised, "DRAIN_S", 5.0)
     async with rig() as made:
-        stalled = made.engines["planner"].generate(REQUEST)
+        stalled = made.replicas["planner"].generate(REQUEST)
         made.keeper.look()
         assert (await anext(stalled)).text
         await made.ask("solver")
