@@ -95,8 +95,11 @@ def test_waiters_get_the_lock_in_the_order_of_their_arrival(contestants: Contest
 def test_a_process_that_asks_again_at_once_does_not_overtake_a_waiter(contestants: Contestants) -> None:
     """`flock` fails this: the process that releases the lock takes it again before a waiter has woken up."""
 
+    together = FORK.Barrier(3)
+
     def greedy(name: str) -> None:
         lock = FairLock(contestants.file)
+        together.wait(PATIENCE_S)
         for _ in range(100):
             with lock:
                 contestants.write(name)
