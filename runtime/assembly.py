@@ -1,60 +1,57 @@
 """Puts a running team together: its engines, the controller that resizes them, and the orchestrator that runs jobs."""
 
+import math
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
-from runtime.config import Config, Control, PolicyChoice
+from runtime.config import Config, Control
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.control.controller import Controller
-from runtime.control.decision_log import DecisionLog, Record
+from runtime.control.decision_log import DecisionLog
 from runtime.control.forecast import Forecast
-from runtime.control.snapshotter import EngineRequirements, Snapshotter
+from runtime.control.snapshotter import EngineRequirements
+from runtime.devices.controllers import Controllers
+from runtime.devices.device import Device, Policies, Publish, StartedEngines
+from runtime.devices.expected_calls import ExpectedCalls
+from runtime.devices.start import start_fleets
 from runtime.engines import replicas
-from runtime.engines.fleet import Fleet
-from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.handle import EngineState
+from runtime.engines.replicas import engine_of
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.engines.sharing import Sharing
-from runtime.engines.spec import EngineSpec, oversubscribe
+from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
-from runtime.errors import ConfigError, EngineError, PluginError
+from runtime.errors import ConfigError, PluginError
 from runtime.events import CallPaused, EngineChanged, Event, JobAdvanced, Listener, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
-from runtime.residency import catalogue
+from runtime.residency import catalogue as residency_catalogue
 from runtime.residency.call_times import CallTimes
-from runtime.residency.keeper import Keeper, Rules
+from runtime.residency.keeper import Counts
 from runtime.residency.policy import ResidencyPolicy
-from runtime.telemetry.reading import Reading
 from runtime.telemetry.sampler import Sampler, best_source
 from runtime.tools import catalogue as tool_catalogue
 from runtime.tools.tool import ToolSource
 from runtime.tools.toolbox import Toolbox
 
-Publish = Callable[[Record], None]
-"""A function that the controller calls with the record of each decision."""
-
 
 class RunningTeam:
-    """A team whose engines have started, with their controller, keeper and orchestrator.
+    """A team whose engines have started, on one or several devices, with all that controls them.
 
-    The engines may be real or modelled. While the team's context is entered, `controller` resizes the engines, and
-    `keeper` puts them to sleep and wakes them. `orchestrator` runs jobs of `team`.
+    The engines may be real or modelled. While the team's context is entered, each of `devices` is controlled.
+    `orchestrator` runs jobs of `team`. `engines` are those of all devices, by the name of the replica.
     """
 
     def __init__(
         self,
         team: Team,
-        engines: Mapping[str, EngineHandle],
-        sharing: Sharing,
+        started: Mapping[str, StartedEngines],
         control: Control,
         policies: ContainedPolicies,
         *,
         listener: Listener = ignore,
         publish: Publish = lambda record: None,
-        reading: Callable[[], Reading] | None = None,
         log: DecisionLog | None = None,
         residency: ResidencyPolicy | None = None,
         may_sleep: Collection[str] = (),
@@ -62,44 +59,40 @@ class RunningTeam:
     ) -> None:
         self.team = team
         self.toolbox = toolbox or Toolbox()
-        self.engines = engines
-        self._replicas = replicas.single(engines)
-        self.sharing = sharing
+        self.engines = {name: engine for each in started.values() for name, engine in each.engines.items()}
+        self._replicas = replicas.gathered(self.engines)
         self._price = control.price_per_gpu_hour
         self._listener = listener
         self._forecast = Forecast()
         self._call_times = CallTimes()
-        self._policies = policies
         requirements = engine_requirements(team)
-        self.controller = Controller(
-            engines,
-            sharing,
-            Snapshotter(engines, self._forecast, requirements, reading),
-            policies.policy,
-            every_s=control.every_s,
-            grace_s=control.grace_s,
-            shadow=policies.shadow,
-            log=log,
-            publish=publish,
-        )
-        rules = {name: Rules(name in may_sleep, terms.priority) for name, terms in requirements.items()}
-        self._may_sleep = may_sleep
-        self.keeper = Keeper(
-            engines,
-            sharing,
-            self._forecast,
-            self._call_times,
-            residency or catalogue.make("keep"),
-            rules,
-            self.controller.wake,
-        )
+        residency = residency or residency_catalogue.make("keep")
+
+        def device(name: str, engines: StartedEngines) -> Device:
+            shares, shadow = policies.make()
+            alone = len(started) == 1
+            expected = ExpectedCalls(engines.engines, self._replicas, self._forecast, self._call_times)
+            return Device(
+                name,
+                engines,
+                self._forecast if alone else expected,
+                self._call_times if alone else expected,
+                {each: requirements[engine_of(each)] for each in engines.engines if engine_of(each) in requirements},
+                [each for each in engines.engines if engine_of(each) in may_sleep],
+                control,
+                Policies(shares, shadow, residency),
+                publish,
+                log,
+            )
+
+        self.devices = {name: device(name, engines) for name, engines in started.items()}
+        self.controllers = Controllers({name: each.controller for name, each in self.devices.items()}, policies)
         self.orchestrator = self.orchestrate(team)
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as owned:
-            await owned.enter_async_context(self.controller)
-            if self._may_sleep:
-                await owned.enter_async_context(self.keeper)
+            for device in self.devices.values():
+                await owned.enter_async_context(device)
             self._owned = owned.pop_all()
         return self
 
@@ -109,33 +102,49 @@ class RunningTeam:
     def orchestrate(self, team: Team, stream_interval: int = STREAM_INTERVAL) -> Orchestrator:
         """Return an orchestrator that runs jobs of a team on these engines.
 
-        Its events go to the forecast, the controller and the listener. `stream_interval` is the number of tokens that
+        Its events go to the forecast, the controllers and the listener. `stream_interval` is the number of tokens that
         an engine sends at once.
         """
-        engine_of = {seat.name: seat.engine for seat in team.seats.values()}
-        self._forecast.seat(engine_of)
-        self._call_times.seat(engine_of)
+        engine_of_seat = {seat.name: seat.engine for seat in team.seats.values()}
+        self._forecast.seat(engine_of_seat)
+        self._call_times.seat(engine_of_seat)
         return Orchestrator(team, self._replicas, self._on_event, self._price, stream_interval, self.toolbox)
-
-    def use_policy(self, choice: PolicyChoice) -> None:
-        """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
-        self.controller.use(self._policies.contain(choice, "policy"))
 
     def generate(self, engine: str, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the reply to a request that belongs to no job. An engine that sleeps wakes for it.
 
-        The controller checks for a burst at once.
+        The controllers check for a burst at once.
         """
-        self.controller.look()
-        self.keeper.look()
+        for device in self.devices.values():
+            device.controller.look()
+            device.keeper.look()
         return self._replicas[engine].generate(request)
+
+    @property
+    def residency_policy(self) -> str:
+        """The name of the residency policy that decides."""
+        return next(iter(self.devices.values())).keeper.policy
+
+    @property
+    def residency_counts(self) -> Counts:
+        """The counts of the keepers of all devices."""
+        total = Counts()
+        for device in self.devices.values():
+            total.include(device.keeper.counts)
+        return total
+
+    def expect_job(self) -> float:
+        """Return how long a job that began now would wait for its first engine to wake, and expect one for a while."""
+        wait_s = min(device.keeper.expect_job() for device in self.devices.values())
+        return wait_s if math.isfinite(wait_s) else 0.0
 
     def _on_event(self, event: Event) -> None:
         self._forecast.on_event(event)
         self._call_times.on_event(event)
-        self.controller.on_event(event)
-        if isinstance(event, JobAdvanced | CallPaused):
-            self.keeper.look()
+        for device in self.devices.values():
+            device.controller.on_event(event)
+            if isinstance(event, JobAdvanced | CallPaused):
+                device.keeper.look()
         self._listener(event)
 
 
@@ -160,36 +169,24 @@ async def start_team(
 
     async with AsyncExitStack() as owned:
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
-        residency = catalogue.make(config.residency.policy.name, config.residency.policy.options)
+        residency = residency_catalogue.make(config.residency.policy.name, config.residency.policy.options)
         toolbox = await owned.enter_async_context(Toolbox(needed_tools(config, team)))
         specs = needed_engines(config, team)
         may_sleep = [name for name in specs if config.may_sleep(name)]
-        fleet = await owned.enter_async_context(
-            Fleet(
-                specs,
-                folder,
-                on_state,
-                config.device.memory_bytes,
-                kv_cache_bytes=config.device.kv_cache_memory_bytes,
-                step_times=step_times,
-                one_at_a_time=oversubscribe(specs.values()),
-                may_sleep=may_sleep,
-                host_memory_bytes=config.residency.host_memory_bytes,
-            )
-        )
-        _check_that_each_can_wake(fleet, may_sleep)
-        on_gpu = any(engine.limits.device_uuid for engine in fleet.engines.values())
+        fleets = await start_fleets(owned, config, specs, may_sleep, folder, on_state, step_times or {})
+        on_gpu = any(engine.limits.device_uuid for fleet in fleets.values() for engine in fleet.engines.values())
         sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
         log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
         running = RunningTeam(
             team,
-            fleet.engines,
-            fleet.sharing,
+            {
+                name: StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest)
+                for name, fleet in fleets.items()
+            },
             config.control,
             policies,
             listener=listener,
             publish=publish,
-            reading=lambda: sampler.latest,
             log=log,
             residency=residency,
             may_sleep=may_sleep,
@@ -197,21 +194,6 @@ async def start_team(
         )
         await owned.enter_async_context(running)
         yield running
-
-
-def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
-    """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
-    needed = {name: each.limits.smallest_bytes for name, each in fleet.engines.items()}
-    asleep = {name: fleet.engines[name].asleep_bytes for name in may_sleep}
-    least_bytes = sum((needed | asleep).values())
-    budget_bytes = fleet.sharing.ledger.budget_bytes
-    for name in may_sleep:
-        if least_bytes + needed[name] - asleep[name] > budget_bytes:
-            raise EngineError(
-                f"engine {name} can never wake: it needs {needed[name]} bytes, and the other engines need "
-                f"{least_bytes - asleep[name]} of the {budget_bytes} bytes even while all that may sleep do; let more "
-                "engines sleep, or use smaller models"
-            )
 
 
 def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:

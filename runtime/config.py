@@ -6,7 +6,7 @@ own key by key. Every error names the file, the key and what would be right.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -116,7 +116,7 @@ class Member(Section):
 
 
 class Device(Section):
-    """The device that the engines share."""
+    """The device that the engines share, or each of several."""
 
     memory_bytes: ByteSize | None = Field(
         default=None,
@@ -341,7 +341,12 @@ class Mqtt(Section):
 class Config(Section):
     """A whole configuration."""
 
-    device: Device = Field(default=Device(), description="The device that the engines share.")
+    device: Device = Field(default=Device(), description="The device that the engines share, or each of several.")
+    devices: Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
+        default=(0,),
+        description="The GPUs to use, by their numbers as CUDA counts those that are visible, or `all`. Without a GPU, "
+        "each number stands for an emulated device of `device.memory_bytes`, and `all` for one device.",
+    )
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
@@ -384,7 +389,18 @@ class Config(Section):
                     f"engines.{name}.max_gpu_memory_utilization: {spec.max_gpu_memory_utilization:g} is below the "
                     f"engine's gpu_memory_utilization, {spec.gpu_memory_utilization:g}; give at least that"
                 )
+            if "@" in name:
+                raise ValueError(f"engines.{name}: the name of an engine cannot contain @, which names its replicas")
+        if self.devices != "all" and len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"devices: a device is named twice in {list(self.devices)}; name each device once")
         self._check_sleep()
+        self._check_shares()
+        return self
+
+    def _check_shares(self) -> None:
+        """Check that the engines of one device fit it. The placement checks that of several."""
+        if self.devices == "all" or len(self.devices) > 1:
+            return
         awake = {name: spec for name, spec in self.engines.items() if not self.may_sleep(name)}
         shares = sum(spec.gpu_memory_utilization for spec in awake.values())
         if shares > 1 + 1e-9:
@@ -393,7 +409,6 @@ class Config(Section):
                 f"engines: the gpu_memory_utilization of all engines that stay awake adds up to {shares:g} ({parts}); "
                 "it can be at most 1, the whole device, unless a residency.policy lets engines sleep"
             )
-        return self
 
     def _check_sleep(self) -> None:
         if self.device.kv_cache_memory_bytes is not None and any(map(self.may_sleep, self.engines)):

@@ -94,7 +94,7 @@ async def drill(fleet: Fleet, sleeps: int, seed: int = 1) -> Outcome:
     """Send requests to all engines and kill engines until they have slept `sleeps` times. Return what happened."""
     rng, outcome = random.Random(seed), Outcome(fleet.sharing.ledger.budget_bytes)
     async with Keeper(fleet.engines, fleet.sharing, Forecast(), CallTimes(), catalogue.make("lru")) as keeper:
-        served = replicas.single(fleet.engines)
+        served = replicas.gathered(fleet.engines)
         expected = [await _tokens(served["a"], number) for number in range(REQUESTS)]
 
         async def ask(engine: Replicas) -> None:

@@ -126,7 +126,7 @@ async def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
                 (
                     through,
                     lambda: work_all(
-                        Orchestrator(team, replicas.single(engines)), jobs, options.concurrency, lambda result: None
+                        Orchestrator(team, replicas.gathered(engines)), jobs, options.concurrency, lambda result: None
                     ),
                 ),
                 (straight, lambda: send_straight(engines, trees, options.concurrency)),
@@ -156,7 +156,7 @@ async def measure_streaming(options: argparse.Namespace) -> dict[str, Any]:
         for repeat in range(options.repeats + 1):
             for interval in seconds if repeat % 2 else reversed(seconds):
                 started = time.monotonic()
-                orchestrator = Orchestrator(team, replicas.single(engines), stream_interval=interval)
+                orchestrator = Orchestrator(team, replicas.gathered(engines), stream_interval=interval)
                 await work_all(orchestrator, jobs, options.concurrency, lambda result: None)
                 if repeat:  # the first of each warms up
                     seconds[interval].append(time.monotonic() - started)
@@ -217,7 +217,7 @@ async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
     }
     for engine in engines.values():
         await engine.start()
-    orchestrator = Orchestrator(team, replicas.single(engines))
+    orchestrator = Orchestrator(team, replicas.gathered(engines))
     rng = random.Random(0)
     jobs = [Job(str(n), sampling.draw_expression(rng).text) for n in range(1000)]
     rates, memory, calls = [], [], 0
@@ -253,7 +253,9 @@ async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
                 results: list[JobResult] = []
                 jobs = [replace(job(p), temperature=temperature) for p in asked]
                 started = time.monotonic()
-                await work_all(Orchestrator(team, replicas.single(engines)), jobs, options.concurrency, results.append)
+                await work_all(
+                    Orchestrator(team, replicas.gathered(engines)), jobs, options.concurrency, results.append
+                )
                 summary = summarise(results)
                 figures[f"{name}, {'greedy' if not temperature else 'temperature 1.0'}"] = {
                     "right": sum(bool(result.correct) for result in results),

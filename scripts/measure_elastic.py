@@ -34,9 +34,10 @@ sys.path.insert(0, str(ROOT))
 from agents.role import Message
 from runtime import logs, run_folder
 from runtime.engines import temp_folder
-from runtime.engines.fleet import Fleet, prepare_process
+from runtime.engines.fleet import Fleet
 from runtime.engines.grant import Applied, Deferred, Grant, Rejected
 from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.launcher import prepare_process
 from runtime.engines.request import GenerateRequest
 from runtime.engines.spec import EngineSpec
 from scripts.measure import progress, spread
@@ -187,7 +188,7 @@ async def elastic_and_stock(chosen: EngineSpec, device_bytes: int | None) -> Asy
     logs.log_to(folder)
     async with AsyncExitStack() as stack:
         place = stack.enter_context(temp_folder.folder())
-        prepare_process({"elastic": chosen, "stock": chosen}, folder, place)
+        prepare_process([chosen, chosen], folder, place)
         from runtime.engines import vllm_engine  # must follow prepare_process
 
         class StockEngine(vllm_engine.VllmEngine):

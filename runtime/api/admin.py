@@ -26,11 +26,11 @@ class Change(Value):
     def apply(self, running_team: RunningTeam) -> None:
         """Apply the change. Raises ConfigError or PluginError, and then nothing has changed."""
         if self.policy is not None:
-            running_team.use_policy(PolicyChoice.model_validate(self.policy.model_dump()))
+            running_team.controllers.use(PolicyChoice.model_validate(self.policy.model_dump()))
         if self.paused is True:
-            running_team.controller.pause()
+            running_team.controllers.pause()
         elif self.paused is False:
-            running_team.controller.resume()
+            running_team.controllers.resume()
 
 
 class Pin(Value):
@@ -44,11 +44,11 @@ class Pin(Value):
 
     def apply(self, running_team: RunningTeam, engine: str) -> None:
         """Pin an engine; policies divide the rest. Raises what Controller.pin raises, and then nothing has changed."""
-        controller = running_team.controller
+        controller = running_team.controllers.of(engine)
         changes = self.model_dump(include={*Pin.model_fields}, exclude_none=True)
         controller.pin(engine, replace(controller.current_grant(engine), **changes))
 
 
 def unpin(running_team: RunningTeam, engine: str) -> None:
     """Let policies decide about an engine again. Raises NotFound."""
-    running_team.controller.unpin(engine)
+    running_team.controllers.of(engine).unpin(engine)

@@ -23,11 +23,11 @@ DECISIONS = 200
 
 @dataclass(frozen=True)
 class Sample:
-    """The service at one moment: its engines, its device, and its jobs by state. `at` is in seconds since 1970."""
+    """The service at one moment: its engines, its devices, and its jobs by state. `at` is in seconds since 1970."""
 
     at: float
     engines: Mapping[str, EngineMoment]
-    device: DeviceMoment
+    devices: Mapping[str, DeviceMoment]
     jobs: Mapping[str, int]
 
 
@@ -49,7 +49,7 @@ class DecisionShown:
 
 
 class Monitor:
-    """A listener of the controller and the engines that keeps samples of the last ten minutes and the last decisions.
+    """A listener of the controllers and the engines that keeps samples of the last ten minutes and the last decisions.
 
     `jobs` returns the number of jobs by state.
     """
@@ -59,6 +59,7 @@ class Monitor:
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
         self.decisions: deque[DecisionShown] = deque(maxlen=DECISIONS)
         self._jobs = jobs
+        self._snapshots: dict[str, Snapshot] = {}
         self._last_number = 0
         self._changed = asyncio.Event()
 
@@ -69,14 +70,17 @@ class Monitor:
             self._announce()
 
     def record(self, record: Record) -> None:
-        """Keep a decision of the controller, and a sample if one is due."""
+        """Keep a decision of a controller, and a sample if one is due."""
         now = time.time()
+        self._snapshots[record.device] = record.snapshot
         if record.fault is not None or record.outcomes:
             self._last_number += 1
             self.decisions.append(_shown(record, self._last_number, now))
         if not self.samples or now - self.samples[-1].at >= SAMPLE_S:
-            engines = {name: engine_moment(view) for name, view in record.snapshot.engines.items()}
-            self.samples.append(Sample(now, engines, device_moment(record.snapshot), dict(self._jobs())))
+            views = {name: view for each in self._snapshots.values() for name, view in each.engines.items()}
+            engines = {name: engine_moment(view) for name, view in views.items()}
+            devices = {name: device_moment(snapshot) for name, snapshot in self._snapshots.items()}
+            self.samples.append(Sample(now, engines, devices, dict(self._jobs())))
             self._announce()
 
     async def wait_for_change(self) -> None:

@@ -22,8 +22,9 @@ from runtime.api.monitor import Monitor
 from runtime.api.mqtt import embedded_broker
 from runtime.api.mqtt.client import MqttClient
 from runtime.api.mqtt.job_events import begin_cursor
-from runtime.assembly import Publish, RunningTeam
+from runtime.assembly import RunningTeam
 from runtime.config import Config, Mqtt, Service
+from runtime.devices.device import Publish
 from runtime.errors import TroupeError
 from runtime.events import Listener, fan_out, ignore
 from runtime.jobs.service import JobService
@@ -70,9 +71,9 @@ async def serving(
             client = MqttClient(mqtt, team, jobs, monitor, backend.ready_team, tell)
             await owned.enter_async_context(background(client.run(), "mqtt"))
         running_team = await owned.enter_async_context(open_team(listeners, monitor.record))
-        metrics.engines, metrics.controller = running_team.engines, running_team.controller
+        metrics.engines, metrics.controllers = running_team.engines, running_team.controllers
         backend.running_team = running_team
-        jobs.use(running_team.orchestrator, running_team.keeper.expect_job)
+        jobs.use(running_team.orchestrator, running_team.expect_job)
         try:
             yield backend
         finally:

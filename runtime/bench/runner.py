@@ -75,6 +75,7 @@ class Recorder:
         self._player: Player | None = None
         self._turn: _Turn | None = None
         self._started_s = 0.0
+        self._engines: dict[str, Mapping[str, EngineMoment]] = {}
 
     @contextmanager
     def recording(self, player: Player, turn: _Turn) -> Iterator[None]:
@@ -92,9 +93,12 @@ class Recorder:
             self._player.on_event(event)
 
     def publish(self, record: Record) -> None:
-        """Pass a record of the controller on, with its time counted from the start of the play."""
+        """Pass a record of a controller on, with the engines of all devices and its time from the play's start."""
         if self._turn is not None:
-            self._on_moment(_moment(record, self._turn, record.snapshot.now_s - self._started_s))
+            views = record.snapshot.engines.items()
+            self._engines[record.device] = {name: EngineMoment.of(view) for name, view in views}
+            engines = {name: moment for each in self._engines.values() for name, moment in each.items()}
+            self._on_moment(_moment(record, engines, self._turn, record.snapshot.now_s - self._started_s))
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Bench:
     - `recorder`: the listener of the team's events and of the controller's records
     - `orchestrators`: the orchestrator of each phase of the workload
     - `contain`: makes the contained form of a policy
-    - `budget_bytes`: the memory that policies divide, unless a rival has its own budget
+    - `budgets_bytes`: the memory of each device that policies divide, unless a rival has its own budget
     - `on_job`: called with each job that ended; not called during the warm-up
     - `on_run`: called with the name of each run before it starts
     """
@@ -114,7 +118,7 @@ class Bench:
     orchestrators: Mapping[str, Orchestrator]
     source: Source
     contain: Callable[[PolicyChoice], ContainedPolicy]
-    budget_bytes: int
+    budgets_bytes: Mapping[str, int]
     on_job: Callable[[JobRow], None]
     on_run: Callable[[str], None]
 
@@ -123,7 +127,9 @@ class Bench:
 
         The warm-up is a play of the lowest load under the first policy. Its results are discarded.
         """
-        policies = {rival.name: self.contain(rival.choice) for rival in rivals}
+        policies = {
+            rival.name: {device: self.contain(rival.choice) for device in self.running_team.devices} for rival in rivals
+        }
         loads = list(loads)
         if warm_up:
             await self._play(rivals[0], policies[rivals[0].name], _Turn(rivals[0].name, min(loads), WARM_UP))
@@ -137,16 +143,18 @@ class Bench:
                     runs.append(Run(rival.name, load, repeat, order, figures))
         return sorted(runs, key=lambda run: (run.load, [r.name for r in rivals].index(run.policy), run.repeat))
 
-    async def _play(self, rival: Rival, policy: ContainedPolicy, turn: _Turn) -> Mapping[str, float]:
+    async def _play(self, rival: Rival, policies: Mapping[str, ContainedPolicy], turn: _Turn) -> Mapping[str, float]:
         """Play the workload once under a policy, and return the metrics.
 
         Raises TroupeError if every job fails.
         """
         self.on_run(str(turn))
-        controller = self.running_team.controller
-        controller.use(policy, rival.budget_bytes or self.budget_bytes)
+        devices = self.running_team.devices
+        for name, device in devices.items():
+            device.controller.use(policies[name], rival.budget_bytes or self.budgets_bytes[name])
         if rival.residency:
-            await self.running_team.keeper.begin(catalogue.make(rival.residency.name, rival.residency.options))
+            residency_policy = catalogue.make(rival.residency.name, rival.residency.options)
+            await asyncio.gather(*(device.keeper.begin(residency_policy) for device in devices.values()))
         await asyncio.sleep(SETTLE_S)
         rows: list[JobRow] = []
 
@@ -156,7 +164,8 @@ class Bench:
                 self.on_job(rows[-1])
 
         player = Player(self.orchestrators, f"{turn.policy}/{turn.load:g}/{turn.repeat}", take)
-        controller.counts = counts = Counts()
+        for device in devices.values():
+            device.controller.counts = Counts()
         preemptions, residency = self._preemptions(), self._residency()
         with self.recorder.recording(player, turn):
             seconds = await player.play(self.source.draw(turn.load, turn.repeat))
@@ -164,13 +173,14 @@ class Bench:
             raise TroupeError(f"under the policy {turn.policy} every job failed; the first error is: {rows[0].error}")
         preempted = self._preemptions() - preemptions
         figures = self._residency().since(residency) if rival.residency else None
+        counts = self.running_team.controllers.counts
         return metrics(rows, seconds, self.source.workload.limits, counts, preempted, figures)
 
     def _preemptions(self) -> int:
         return sum(engine.stats().preemptions for engine in self.running_team.engines.values())
 
     def _residency(self) -> ResidencyFigures:
-        engines, counts = self.running_team.engines.values(), self.running_team.keeper.counts
+        engines, counts = self.running_team.engines.values(), self.running_team.residency_counts
         return ResidencyFigures(
             sum(engine.stats().held for engine in engines),
             counts.idle_byte_seconds,
@@ -180,14 +190,14 @@ class Bench:
         )
 
 
-def _moment(record: Record, turn: _Turn, at_s: float) -> Moment:
+def _moment(record: Record, engines: Mapping[str, EngineMoment], turn: _Turn, at_s: float) -> Moment:
     return Moment(
         policy=turn.policy,
         load=turn.load,
         repeat=turn.repeat,
         at_s=at_s,
         cause=record.cause,
-        engines={name: EngineMoment.of(view) for name, view in record.snapshot.engines.items()},
+        engines=engines,
         reasons=record.decision.reasons if record.decision else {"": record.fault or ""},
         moved_bytes=record.moved_bytes,
         seconds=record.seconds,

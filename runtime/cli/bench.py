@@ -311,7 +311,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
             {phase: running.orchestrate(team, STREAM_INTERVAL) for phase, team in teams.items()},
             plan.source,
             policies.contain,
-            running.sharing.ledger.budget_bytes,
+            {name: device.sharing.ledger.budget_bytes for name, device in running.devices.items()},
             on_job=output.job,
             on_run=bar.next,
         )

@@ -25,7 +25,7 @@ TIMEOUT_S = 10
 @click.command()
 @config_option()
 @click.option("--url", help="The address of the service, instead of the one in the configuration.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON that /engines and /device return.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON that /engines and /devices return.")
 def engines(config: str, url: str | None, as_json: bool) -> None:
     """Show each engine of a running service: its share, KV cache, requests, and what its steps cost.
 
@@ -33,17 +33,19 @@ def engines(config: str, url: str | None, as_json: bool) -> None:
     """
     service = configuration.load(config).service
     address = url or f"http://{service.host}:{service.port}"
-    infos, device = _get(f"{address}/engines"), _get(f"{address}/device")
+    infos, devices = _get(f"{address}/engines"), _get(f"{address}/devices")
     if as_json:
-        click.echo(json.dumps({"engines": infos, "device": device}, indent=1))
+        click.echo(json.dumps({"engines": infos, "devices": devices}, indent=1))
     else:
-        Console(highlight=False).print(tables(infos, device))
+        Console(highlight=False).print(tables(infos, devices))
 
 
-def tables(infos: Sequence[Mapping[str, Any]], device: Mapping[str, Any] | None) -> Group:
-    """Return tables of what /engines and /device return."""
+def tables(infos: Sequence[Mapping[str, Any]], devices: Mapping[str, Mapping[str, Any]]) -> Group:
+    """Return tables of what /engines and /devices return."""
     costs = {info["name"]: (StepCost(**info["cost"]), info["utilization"]) for info in infos if info["cost"]}
-    return Group(_table(infos), measured.table(costs, DeviceMoment(**device) if device else None))
+    return Group(
+        _table(infos), measured.table(costs, {name: DeviceMoment(**device) for name, device in devices.items()})
+    )
 
 
 def _table(infos: Sequence[Mapping[str, Any]]) -> Table:

@@ -15,8 +15,8 @@ def concurrency(max_active_seqs: int, paused_s: float) -> str:
     return str(max_active_seqs) if max_active_seqs else f"paused {paused_s:.1f} s"
 
 
-def table(engines: Mapping[str, tuple[StepCost, float | None]], device: DeviceMoment | None) -> Group:
-    """Return a table of the cost of each engine's steps and of its utilization of the GPU, with the device below it."""
+def table(engines: Mapping[str, tuple[StepCost, float | None]], devices: Mapping[str, DeviceMoment]) -> Group:
+    """Return a table of the cost of each engine's steps and of its utilization of the GPU, with the devices below."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
     shown.add_column("engine")
     for title in ("step", "per sequence", "per prompt token", "measured", "GPU use"):
@@ -30,7 +30,9 @@ def table(engines: Mapping[str, tuple[StepCost, float | None]], device: DeviceMo
             f"{cost.confidence:.0%}",
             "" if utilization is None else f"{utilization:.0%}",
         )
-    return Group(shown, Text(_line(device) if device else "", style="dim"))
+    several = len(devices) > 1
+    lines = [f"{name}: {_line(device)}" if several else _line(device) for name, device in devices.items()]
+    return Group(shown, Text("\n".join(lines), style="dim"))
 
 
 def _line(device: DeviceMoment) -> str:

@@ -34,6 +34,7 @@ from runtime.cli.bench import (
 from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
+from runtime.devices.device import StartedEngines
 from runtime.engines.fake import Script
 from runtime.errors import ConfigError
 from runtime.jobs import problems
@@ -295,8 +296,7 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
         policies = ContainedPolicies(control.policy, control.shadow, threads=False)
         running = RunningTeam(
             simulated.whole_team,
-            engines,
-            sharing,
+            {"0": StartedEngines(engines, sharing)},
             control,
             policies,
             listener=recorder.on_event,
@@ -312,7 +312,7 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             orchestrators,
             plan.source,
             policies.contain,
-            simulated.budget_bytes,
+            {"0": simulated.budget_bytes},
             on_job=output.job,
             on_run=progress,
         )

@@ -10,6 +10,7 @@ from runtime.assembly import RunningTeam
 from runtime.cli import measured
 from runtime.control.snapshot import DeviceMoment
 from runtime.engines.handle import EngineStats
+from runtime.engines.replicas import engine_of
 
 MIB = 1 << 20
 COLUMNS = ("engine", "roles", "state", "share", "KV cache", "running", "waiting", "tokens out")
@@ -29,21 +30,22 @@ def live(
 
 def tables(running: RunningTeam) -> Group:
     """Return tables of the engines: their shares and requests, and what their steps cost."""
-    snapshot = running.controller.snapshot
-    costs = {view.name: (view.cost, view.utilization) for view in snapshot.views} if snapshot else {}
-    return Group(_table(running), measured.table(costs, DeviceMoment.of(snapshot) if snapshot else None))
+    snapshots = running.controllers.snapshots
+    costs = {view.name: (view.cost, view.utilization) for each in snapshots.values() for view in each.views}
+    devices = {name: DeviceMoment.of(snapshot) for name, snapshot in snapshots.items()}
+    return Group(_table(running), measured.table(costs, devices))
 
 
 def _table(running: RunningTeam) -> Table:
     """Return a table of each engine's share of the device, used KV cache, running and waiting requests."""
-    snapshot = running.controller.snapshot
+    views = {view.name: view for each in running.controllers.snapshots.values() for view in each.views}
     shown = Table(box=None, pad_edge=False, header_style="dim", caption="share: gpu_memory_utilization")
     shown.caption_justify = "left"
     for column in COLUMNS:
         shown.add_column(column, no_wrap=True)
     for name, engine in running.engines.items():
-        roles = ", ".join(seat.name for seat in running.team.seats.values() if seat.engine == name)
-        view = snapshot.engines.get(name) if snapshot else None
+        roles = ", ".join(seat.name for seat in running.team.seats.values() if seat.engine == engine_of(name))
+        view = views.get(name)
         shown.add_row(name, roles, *_cells(engine.stats(), view.paused_s if view else 0.0))
     return shown
 

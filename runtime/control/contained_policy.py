@@ -97,10 +97,14 @@ class ContainedPolicies:
     """
 
     def __init__(self, policy: PolicyChoice, shadow: PolicyChoice | None = None, threads: bool = True) -> None:
+        self._choice, self._shadow = policy, shadow
         self._threads = threads
         self._executors: list[DaemonExecutor] = []
-        self.policy = self.contain(policy)
-        self.shadow = self.contain(shadow, "control.shadow") if shadow else None
+        self.policy, self.shadow = self.make()
+
+    def make(self) -> tuple[ContainedPolicy, ContainedPolicy | None]:
+        """Create the configured policy and its shadow, for one more device. Raises what the constructor raises."""
+        return self.contain(self._choice), self.contain(self._shadow, "control.shadow") if self._shadow else None
 
     def contain(self, choice: PolicyChoice, place: str = "control.policy") -> ContainedPolicy:
         """Create and contain a policy. Raises ConfigError or PluginError; `place` is the key that errors name."""

@@ -47,6 +47,16 @@ class Counts:
     preempted: int = 0
     reactions_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
 
+    def include(self, other: "Counts") -> None:
+        """Add the counts of another controller."""
+        self.decisions += other.decisions
+        self.faults += other.faults
+        self.resizes += other.resizes
+        self.rejected += other.rejected
+        self.moved_bytes += other.moved_bytes
+        self.preempted += other.preempted
+        self.reactions_s.extend(other.reactions_s)
+
     def add(self, outcomes: Mapping[str, Outcome]) -> None:
         """Count the outcomes of a decision."""
         for outcome in outcomes.values():
@@ -59,8 +69,9 @@ class Counts:
 class Controller:
     """The owner of the control loop over the engines of one device.
 
-    An async context manager: the loop runs while it is entered. `publish` is called with every record and must not
-    block. All methods must be called on the event loop. `snapshot` is the newest one, None until the first tick.
+    An async context manager: the loop runs while it is entered. `publish` is called with every record, which names the
+    device, and must not block. All methods must be called on the event loop. `snapshot` is the newest one, None until
+    the first tick.
     """
 
     def __init__(
@@ -75,11 +86,12 @@ class Controller:
         shadow: ContainedPolicy | None = None,
         log: DecisionLog | None = None,
         publish: Callable[[Record], None] = lambda record: None,
+        device: str = "0",
     ) -> None:
         self.counts = Counts()
         self.paused = False
         self.snapshot: Snapshot | None = None
-        self._engines = engines
+        self.engines = engines
         self._sharing = sharing
         self._budget_bytes = sharing.ledger.budget_bytes
         self._snapshotter = snapshotter
@@ -89,6 +101,7 @@ class Controller:
         self._grace_s = grace_s
         self._log = log
         self._publish = publish
+        self._device = device
         self._pinned: dict[str, Grant] = {}
         self._unfit: Mapping[str, str] = {}
         self._bursts = burst.BurstDetector()
@@ -141,12 +154,12 @@ class Controller:
         Raises NotFound, or InputError if the engine takes no grants now.
         """
         self._require(engine)
-        stats = self._engines[engine].stats()
+        stats = self.engines[engine].stats()
         silent = engine in self._sharing.silent
         if silent or stats.state is not EngineState.READY or stats.grant is None:
             state = "silent" if silent else stats.state
             raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
-        return pauses.admitting(stats.grant, self._engines[engine].limits)
+        return pauses.admitting(stats.grant, self.engines[engine].limits)
 
     def pin(self, engine: str, grant: Grant | None = None) -> None:
         """Hold an engine at a grant (its current one if None); policies divide the rest of the budget.
@@ -192,8 +205,8 @@ class Controller:
         self.wake(f"policy {policy.name}")
 
     def _require(self, engine: str) -> None:
-        if engine not in self._engines:
-            raise NotFound(f"there is no engine {engine[:100]!r}; the engines are {', '.join(self._engines)}")
+        if engine not in self.engines:
+            raise NotFound(f"there is no engine {engine[:100]!r}; the engines are {', '.join(self.engines)}")
 
     async def _run(self) -> None:
         while True:
@@ -245,6 +258,7 @@ class Controller:
             shadow=shadow.decision if shadow else None,
             shadow_fault=shadow.fault if shadow else None,
             unfit_pins=pinned.unfit,
+            device=self._device,
         )
         self.counts.add(record.outcomes)
         self._write(record)

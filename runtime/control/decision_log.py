@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Record:
-    """One tick of the controller.
+    """One tick of the controller of a device.
 
     `cause` says why it decided now. `fault` says why there is no decision. `outcomes` are of the grants that changed.
     `seconds` is from the cause (if there is none, from the snapshot) to the last outcome. `shadow` is what the shadow
@@ -59,6 +59,7 @@ class Record:
     shadow: Decision | None = None
     shadow_fault: str | None = None
     unfit_pins: Mapping[str, str] = field(default_factory=dict)
+    device: str = "0"
 
     @property
     def moved_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from runtime.events import CallPaused, Event, JobAdvanced, JobEnded
 
@@ -21,6 +22,16 @@ class _Progress:
     open: Counter[str] = field(default_factory=Counter)
     paused: Counter[str] = field(default_factory=Counter)
     ahead: Mapping[str, int] | None = None
+
+
+class ExpectedRequests(Protocol):
+    """Which requests engines can expect, by the name of the engine. Forecast describes the methods."""
+
+    def open_calls(self) -> dict[str, int]: ...
+
+    def soon(self, running: Mapping[str, float]) -> dict[str, float]: ...
+
+    def coming(self) -> dict[str, float]: ...
 
 
 class Forecast:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from runtime.control.costs import Costs
-from runtime.control.forecast import Forecast
+from runtime.control.forecast import ExpectedRequests
 from runtime.control.snapshot import DeviceView, EngineView, Snapshot
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
 from runtime.telemetry.reading import Reading
@@ -61,7 +61,7 @@ class Snapshotter:
     def __init__(
         self,
         engines: Mapping[str, EngineHandle],
-        forecast: Forecast,
+        forecast: ExpectedRequests,
         terms: Mapping[str, EngineRequirements] | None = None,
         reading: Callable[[], Reading] | None = None,
     ) -> None:

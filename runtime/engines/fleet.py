@@ -1,9 +1,6 @@
 """All engines of a configuration: started together, kept running, and closed together."""
 
 import asyncio
-import gc
-import importlib
-import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
@@ -14,9 +11,9 @@ from typing import Self
 
 import psutil
 
-from runtime.engines import forkserver, startup_reports, temp_folder
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.launcher import Launcher
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec
@@ -36,8 +33,9 @@ class Fleet:
 
     `device_bytes` is what counts as the whole device; None takes all of its memory. `kv_cache_bytes` limits the KV
     caches of all engines together. Engines in `step_times` take turns on an emulated device, for their step time.
-    Engines in `may_sleep` can give their weights back without ending: `host_memory_bytes` limits the copies that they
-    leave in host memory; None takes half of the machine's memory.
+    Engines in `may_sleep` can give their weights back without ending: `host` is the ledger of the copies that they
+    leave in host memory; None takes half of the machine's memory. Fleets of one process share a `launcher`. `device`
+    is the GPU's number, as NVML counts, or that of an emulated device; None takes the first GPU that is visible.
     With `one_at_a_time`, each engine starts alone, is measured and goes to sleep, so that they need not fit together.
     Entering raises EngineError if an engine does not start or if the engines exceed the device: each of them if they
     start one at a time, all together otherwise. All engines are closed then.
@@ -56,7 +54,9 @@ class Fleet:
         step_times: Mapping[str, StepTime] | None = None,
         one_at_a_time: bool = False,
         may_sleep: Collection[str] = (),
-        host_memory_bytes: int | None = None,
+        host: Ledger | None = None,
+        launcher: Launcher | None = None,
+        device: int | None = None,
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs
@@ -66,7 +66,9 @@ class Fleet:
         self._one_at_a_time = one_at_a_time
         self._moving = asyncio.Lock()
         self._may_sleep = may_sleep
-        self._host = Ledger(psutil.virtual_memory().total // 2 if host_memory_bytes is None else host_memory_bytes)
+        self._host = host or Ledger(psutil.virtual_memory().total // 2)
+        self._launcher = launcher
+        self._device = device
         self._patience = patience
         self._run_folder = run_folder
         self._on_state = on_state
@@ -76,17 +78,14 @@ class Fleet:
     async def __aenter__(self) -> Self:
         self._started_s = time.monotonic()
         async with AsyncExitStack() as owned:
-            folder = owned.enter_context(temp_folder.folder())
-            prepare_process(self._specs, self._run_folder, folder)
+            launcher = self._launcher or owned.enter_context(Launcher(self._specs.values(), self._run_folder))
             for name in self._specs:
+                launcher.reports[name] = partial(self._report, name)
                 self._report(name, EngineState.STARTING)
-            # Importing vLLM takes seconds. The forkserver imports it at the same time as this thread.
-            module = await asyncio.to_thread(_import_vllm_engine)
-            owned.callback(gc.unfreeze)  # so that the interpreter's exit can free what the import froze
-            owned.enter_context(startup_reports.listening(folder, self._report))
+            module = await launcher.prepare()
             owned.push_async_callback(self._close)
             for name, spec in self._specs.items():
-                self.engines[name] = self._supervised(name, spec, module, folder)
+                self.engines[name] = self._supervised(name, spec, module, launcher.folder)
             await (self._start_one_at_a_time() if self._one_at_a_time else self._start())
             self.sharing = Sharing(self.engines, self._ledger())
             owned.push_async_callback(self.sharing.close)
@@ -112,6 +111,7 @@ class Fleet:
                 self._step_times.get(name),
                 name in self._may_sleep,
                 self._one_at_a_time,
+                self._device,
             )
             return engine
 
@@ -162,31 +162,3 @@ class Fleet:
 
     def _report(self, name: str, state: EngineState) -> None:
         self._on_state(name, state, time.monotonic() - self._started_s)
-
-
-def _import_vllm_engine() -> ModuleType:
-    """Import vLLM's client side. Raise EngineError if that fails.
-
-    Nothing that the import creates is garbage, so the collector neither runs during the import nor looks at it later.
-    """
-    gc.disable()
-    try:
-        importlib.import_module("runtime.engines.torch_logging").propagate()
-        return importlib.import_module("runtime.engines.vllm_engine")
-    except ImportError as error:
-        raise EngineError(f"vLLM cannot be imported ({error}); run `troupe doctor` to see how to fix it") from error
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def prepare_process(specs: Mapping[str, EngineSpec], run_folder: Path, temporary_folder: Path) -> None:
-    """Set the environment variables that vLLM reads, and start the forkserver. Call this before importing vLLM."""
-    if all(spec.model.startswith("/") for spec in specs.values()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local folders, so no hub needs to be asked
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
-    threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
-    forkserver.start(run_folder / "engines.log", threads)
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process only; logs.log_to configures its logging

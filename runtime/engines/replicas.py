@@ -7,6 +7,7 @@ holds its requests. A request that crashes replicas is refused (`quarantine`).
 
 import asyncio
 import secrets
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Container, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -19,6 +20,21 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.errors import EngineDead, RequestQuarantined
 
 _GONE = (EngineState.FAILED, EngineState.CLOSED)
+
+
+def replica_name(engine: str, device: str) -> str:
+    """Return the name of an engine's replica on one of several devices. With one device it is the engine's name."""
+    return f"{engine}@{device}"
+
+
+def device_of(replica: str) -> str:
+    """Return the name of a replica's device."""
+    return replica.partition("@")[2] or "0"
+
+
+def engine_of(replica: str) -> str:
+    """Return the name of a replica's engine."""
+    return replica.partition("@")[0]
 
 
 class Replicas:
@@ -78,6 +94,31 @@ class Replicas:
             lost.add(replica)
             raise
 
+    @property
+    def in_flight(self) -> int:
+        """The number of requests that run or wait."""
+        return sum(replica.usage.in_flight for replica in self._replicas)
+
+    @property
+    def running(self) -> int:
+        """The number of requests that run."""
+        return sum(replica.stats().running for replica in self._replicas)
+
+    @property
+    def serves(self) -> bool:
+        """Whether any replica is ready."""
+        return any(replica.stats().state is EngineState.READY for replica in self._replicas)
+
+    def part(self, replica: str) -> float:
+        """Return the part of the engine's requests that a replica will probably get, from 0 to 1.
+
+        Replicas that are ready share them equally. If none is, the next request goes to one of the others.
+        """
+        ready = [each.name for each in self._replicas if each.stats().state is EngineState.READY]
+        if not ready:
+            return float(self._least_loaded(()).name == replica)
+        return 1 / len(ready) if replica in ready else 0.0
+
     def _least_loaded(self, lost: Container[EngineHandle]) -> EngineHandle:
         """Return the replica for the next request: one that is ready, if any is, and of those the least loaded."""
 
@@ -109,9 +150,12 @@ class Replicas:
                     yield new_part
 
 
-def single(engines: Mapping[str, EngineHandle]) -> dict[str, Replicas]:
-    """Return engines that have one replica each."""
-    return {name: Replicas(name, [engine]) for name, engine in engines.items()}
+def gathered(engines: Mapping[str, EngineHandle]) -> dict[str, Replicas]:
+    """Return the replicas of each engine, given all of them by name."""
+    replicas_of: defaultdict[str, list[EngineHandle]] = defaultdict(list)
+    for name, engine in engines.items():
+        replicas_of[engine_of(name)].append(engine)
+    return {engine: Replicas(engine, each) for engine, each in replicas_of.items()}
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The configuration of one engine."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
@@ -27,6 +27,11 @@ class EngineSpec(BaseModel):
         le=1,
         description="The largest share of the device that the engine can ever be granted. The engine reserves address "
         "space for it at start.",
+    )
+    replicas: Annotated[int, Field(ge=1, le=1000)] | Literal["all"] = Field(
+        default=1,
+        description="How many devices have a replica of the engine; `all` for each of `devices`. Requests go to the "
+        "replica that serves the fewest.",
     )
     kv_cache_memory_bytes: ByteSize | None = Field(
         default=None,

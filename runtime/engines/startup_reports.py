@@ -16,6 +16,8 @@ NAME = "reports"
 """The socket's name in the folder for temporary files."""
 OnReport = Callable[[str, EngineState], None]
 """Called with an engine's name and the state that it has entered."""
+OnState = Callable[[EngineState], None]
+"""Called with the state that one engine has entered."""
 
 
 @contextmanager

@@ -53,6 +53,14 @@ _GONE = (EngineState.DEAD, EngineState.CLOSED)
 vllm.v1.engine.utils.get_mp_context = forkserver.context
 
 
+def visible_gpus() -> tuple[int, ...]:
+    """Return the GPUs that CUDA sees, in its order, by their numbers as NVML counts. None on a CPU."""
+    if not current_platform.is_cuda():
+        return ()
+    count = current_platform.device_count()
+    return tuple(current_platform.visible_device_id_to_physical_device_id(number) for number in range(count))
+
+
 class VllmEngine(EngineHandle):
     """One vLLM engine.
 
@@ -63,6 +71,8 @@ class VllmEngine(EngineHandle):
     - `step_time`: emulate a device on which a step takes this long. None runs steps as fast as they are.
     - `may_sleep`: on a GPU, hold the weights where they can leave the GPU while the process lives.
     - `starts_small`: without a `grant`, start with the smallest KV cache.
+    - `device`: the number of the GPU to run on, as NVML counts, or of an emulated device. None takes the first GPU
+      that is visible.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class VllmEngine(EngineHandle):
         step_time: StepTime | None = None,
         may_sleep: bool = False,
         starts_small: bool = False,
+        device: int | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -86,6 +97,7 @@ class VllmEngine(EngineHandle):
         self._step_time = step_time
         self._may_sleep = may_sleep
         self._starts_small = starts_small
+        self._device = device
         self._limits: EngineLimits | None = None
         self._grant = grant
         self._kv_cache_bytes = 0
@@ -182,6 +194,7 @@ class VllmEngine(EngineHandle):
             "additional_config": {
                 "troupe": {
                     "name": self.name,
+                    "device": self._device or 0,
                     "log": str(self.log),
                     "temporary": str(self._temporary),
                     "ceiling_share": spec.max_gpu_memory_utilization,
@@ -198,6 +211,8 @@ class VllmEngine(EngineHandle):
         worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
         scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
         config.parallel_config.worker_cls = f"runtime.engines.elastic.{worker}"
+        if self._device is not None and current_platform.is_cuda():
+            config.parallel_config.assigned_physical_gpu_ids = [self._device]
         config.scheduler_config.scheduler_cls = f"runtime.engines.elastic.scheduler.{scheduler}"
         return config
 

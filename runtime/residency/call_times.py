@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from runtime.events import CallPaused, Event, JobAdvanced, JobEnded
 
@@ -47,6 +48,14 @@ class _Job:
     paused: Counter[str] = field(default_factory=Counter)
     ahead: Mapping[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
+
+
+class ExpectedTimes(Protocol):
+    """When engines can expect requests, by the name of the engine. CallTimes describes the methods."""
+
+    def next_call_s(self, absent: Collection[str] = ()) -> dict[str, float]: ...
+
+    def lead_s(self) -> dict[str, float]: ...
 
 
 class CallTimes:

@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from runtime.control.forecast import Forecast
+from runtime.control.forecast import ExpectedRequests
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
 from runtime.engines.sharing import Sharing
 from runtime.errors import EngineError
-from runtime.residency.call_times import CallTimes
+from runtime.residency.call_times import ExpectedTimes
 from runtime.residency.idle_times import IdleTimes
 from runtime.residency.policies.lru import Lru
 from runtime.residency.policy import HELD_S, ResidencyDecision, ResidencyPolicy
@@ -55,6 +55,15 @@ class Counts:
     wasted: int = 0
     idle_byte_seconds: float = 0.0
 
+    def include(self, other: "Counts") -> None:
+        """Add the counts of another keeper."""
+        self.wakes += other.wakes
+        self.sleeps += other.sleeps
+        self.refused += other.refused
+        self.ahead += other.ahead
+        self.wasted += other.wasted
+        self.idle_byte_seconds += other.idle_byte_seconds
+
 
 @dataclass
 class _History:
@@ -81,8 +90,8 @@ class Keeper:
         self,
         engines: Mapping[str, EngineHandle],
         sharing: Sharing,
-        forecast: Forecast,
-        call_times: CallTimes,
+        forecast: ExpectedRequests,
+        call_times: ExpectedTimes,
         policy: ResidencyPolicy,
         rules: Mapping[str, Rules] | None = None,
         on_change: Callable[[str], None] = lambda cause: None,
@@ -127,10 +136,13 @@ class Keeper:
     def expect_job(self) -> float:
         """Return how long a job that began now would wait for its first engine to wake, and expect one for a while.
 
-        Until jobs have shown with which engine they begin, the engine that serves first counts.
+        Until jobs have shown with which engine they begin, the engine that serves first counts. Without an engine with
+        which jobs begin, return infinity.
         """
         now_s, lead_s = asyncio.get_running_loop().time(), self._call_times.lead_s()
-        first = [name for name in self._engines if lead_s.get(name) == 0] or list(self._engines)
+        first = [name for name in self._engines if not lead_s or lead_s.get(name) == 0]
+        if not first:
+            return math.inf
         wait_s = {name: self._wait_s(self._engines[name].stats()) for name in first}
         soonest = min(wait_s, key=lambda name: wait_s[name])
         if wait_s[soonest]:

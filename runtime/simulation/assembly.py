@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from agents.arithmetic import oracle
-from runtime.assembly import Publish, RunningTeam
+from runtime.assembly import RunningTeam
 from runtime.config import Config
 from runtime.control.contained_policy import ContainedPolicies
+from runtime.devices.device import Publish, StartedEngines
 from runtime.engines.handle import EngineState
 from runtime.engines.request import GenerateRequest
 from runtime.events import EngineChanged, Listener, ignore
@@ -36,7 +37,8 @@ async def start_modelled_team(
     async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale) as (engines, sharing):
         with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
             team = team.without_tools()
-            running = RunningTeam(team, engines, sharing, config.control, policies, listener=listener, publish=publish)
+            started = {"0": StartedEngines(engines, sharing)}
+            running = RunningTeam(team, started, config.control, policies, listener=listener, publish=publish)
             for name in engines:
                 listener(EngineChanged(name, EngineState.READY, 0.0))
             async with running:

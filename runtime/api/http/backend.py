@@ -55,13 +55,13 @@ class Backend:
 
     @property
     def engines(self) -> Mapping[str, EngineHandle]:
-        """The running engines by name; empty while they start or stop."""
+        """The running engines by the name of the replica; empty while they start or stop."""
         return self.running_team.engines if self.running_team else {}
 
     @property
-    def snapshot(self) -> Snapshot | None:
-        """The controller's newest snapshot; None until it has taken one."""
-        return self.running_team.controller.snapshot if self.running_team else None
+    def snapshots(self) -> Mapping[str, Snapshot]:
+        """The newest snapshot of each device; a device whose controller has taken none is left out."""
+        return self.running_team.controllers.snapshots if self.running_team else {}
 
     async def seat_model(self, seat: str) -> "SeatModel":
         """Return the model of a seat. The first call for an engine imports vLLM and reads the model's tokenizer.

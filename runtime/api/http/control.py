@@ -1,4 +1,4 @@
-"""Routes that show the engines and the controller, and that pin engines, pause the controller and change its policy."""
+"""Routes that show engines, devices and controllers, that pin engines, pause controllers and change their policy."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from runtime.control.costs import StepCost
 from runtime.control.snapshot import DeviceMoment
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
+from runtime.engines.replicas import device_of, engine_of
 from runtime.engines.usage import Held, Spent
 
 router = APIRouter(tags=["control"], responses=ERRORS)
@@ -43,7 +44,9 @@ class LimitsView(BaseModel):
 class EngineInfo(BaseModel):
     """An engine: its seats, its state, its grant and limits, its load, and what its steps cost."""
 
-    name: str
+    name: str = Field(description="The engine's name. With several devices, a replica's: `<engine>@<device>`.")
+    engine: str = Field(description="The engine's name in the configuration.")
+    device: str = Field(description="The device that it runs on.")
     model: str = Field(description="The model's name or path.")
     seats: list[str] = Field(description="The seats of the team that this engine serves.")
     state: EngineState
@@ -86,10 +89,10 @@ class ResidencyView(BaseModel):
 
 
 class ControlView(BaseModel):
-    """The controller: its policy, its pins, and counts since the service started."""
+    """The controllers of all devices: their policy, pins, and counts since the service started."""
 
     policy: str = Field(description="The policy that decides.")
-    paused: bool = Field(description="Whether the controller is paused, so that grants stay as they are.")
+    paused: bool = Field(description="Whether the controllers are paused, so that grants stay as they are.")
     pinned: dict[str, GrantView] = Field(description="The pinned engines and the grants that they are held at.")
     unfit_pins: dict[str, str] = Field(description="For each pin that is not in force, the reason.")
     decisions: int = Field(description="Decisions made.")
@@ -97,7 +100,7 @@ class ControlView(BaseModel):
     resizes: int = Field(description="Grants that engines applied.")
     rejected: int = Field(description="Grants that engines rejected.")
     moved_bytes: int = Field(description="Bytes of memory moved.")
-    residency: ResidencyView = Field(description="Which engines are on the device.")
+    residency: ResidencyView = Field(description="Which engines are on their devices.")
 
 
 @router.get("/engines", dependencies=_READ)
@@ -106,31 +109,31 @@ async def list_engines(backend: BackendDep) -> list[EngineInfo]:
     return [engine_info(backend, name) for name in backend.monitor.states]
 
 
-@router.get("/device", dependencies=_READ)
-async def retrieve_device(backend: BackendDep) -> DeviceMoment | None:
-    """Retrieve the engines' device as telemetry sees it; null until the controller has looked at it.
+@router.get("/devices", dependencies=_READ)
+async def list_devices(backend: BackendDep) -> dict[str, DeviceMoment]:
+    """List the engines' devices by name, as telemetry sees them. None is listed before its controller has looked at it.
 
     `lanes` is how many engines the device serves at full speed at once.
     """
-    return device_moment(backend.snapshot) if backend.snapshot else None
+    return {name: device_moment(snapshot) for name, snapshot in backend.snapshots.items()}
 
 
 @router.get("/control", dependencies=_READ)
 async def retrieve_controller(backend: BackendDep) -> ControlView:
-    """Retrieve the controller's policy, pins and counts."""
+    """Retrieve the policy, the pins and the counts of the controllers."""
     team = backend.ready_team()
-    controller, counts = team.controller, team.controller.counts
+    controllers, counts = team.controllers, team.controllers.counts
     return ControlView(
-        policy=controller.policy,
-        paused=controller.paused,
-        pinned={name: _grant_view(grant) for name, grant in controller.pinned.items()},
-        unfit_pins=dict(controller.unfit_pins),
+        policy=controllers.policy,
+        paused=controllers.paused,
+        pinned={name: _grant_view(grant) for name, grant in controllers.pinned.items()},
+        unfit_pins=controllers.unfit_pins,
         decisions=counts.decisions,
         faults=counts.faults,
         resizes=counts.resizes,
         rejected=counts.rejected,
         moved_bytes=counts.moved_bytes,
-        residency=ResidencyView(policy=team.keeper.policy, **asdict(team.keeper.counts)),
+        residency=ResidencyView(policy=team.residency_policy, **asdict(team.residency_counts)),
     )
 
 
@@ -168,14 +171,17 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
     """Return the state of an engine. Counts are 0 until it is up."""
     running_team = backend.running_team
     stats = backend.engines[name].stats() if name in backend.engines else None
-    view = backend.snapshot.engines.get(name) if backend.snapshot else None
+    view = next((each.engines[name] for each in backend.snapshots.values() if name in each.engines), None)
     moment = engine_moment(view) if view else None
+    engine = engine_of(name)
     return EngineInfo(
         name=name,
-        model=backend.config.engines[name].model,
-        seats=[seat.name for seat in backend.team.seats.values() if seat.engine == name],
+        engine=engine,
+        device=device_of(name),
+        model=backend.config.engines[engine].model,
+        seats=[seat.name for seat in backend.team.seats.values() if seat.engine == engine],
         state=stats.state if stats else backend.monitor.states[name],
-        pinned=running_team is not None and name in running_team.controller.pinned,
+        pinned=running_team is not None and name in running_team.controllers.pinned,
         grant=_grant_view(stats.grant) if stats and stats.grant else None,
         limits=_limits_view(backend, name) if stats and stats.grant else None,
         kv_cache_bytes=stats.kv_cache_bytes if stats else 0,

@@ -25,7 +25,7 @@ router = APIRouter(tags=["live"], responses=ERRORS)
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def stream_live_state(backend: BackendDep) -> StreamingResponse:
-    """Stream the state of the engines, the device and the jobs as server-sent events.
+    """Stream the state of the engines, the devices and the jobs as server-sent events.
 
     The first event, of kind `history`, holds the last ten minutes. An event of kind `sample` follows at most every half
     second and whenever an engine changes its state. An event of kind `decision` follows for every decision of the
@@ -70,11 +70,11 @@ async def _news(backend: Backend) -> AsyncGenerator[bool, None]:
 
 def _current_state(backend: Backend) -> dict[str, Any]:
     """Return what has no history: readiness, engine states, pins, and whether and by which policy the team is sized."""
-    controller = backend.running_team.controller if backend.running_team else None
+    controllers = backend.running_team.controllers if backend.running_team else None
     return {
         "unready": backend.why_not_ready(),
         "states": {name: str(state) for name, state in backend.monitor.states.items()},
-        "pinned": [*controller.pinned] if controller else [],
-        "policy": controller.policy if controller else None,
-        "paused": bool(controller and controller.paused),
+        "pinned": [*controllers.pinned] if controllers else [],
+        "policy": controllers.policy if controllers else None,
+        "paused": bool(controllers and controllers.paused),
     }

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.control.controller import Controller
 from runtime.control.snapshot import Snapshot
+from runtime.devices.controllers import Controllers
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk
 from runtime.events import CallEnded, Event
@@ -37,7 +37,7 @@ class RequestTimer:
 class Metrics(Collector):
     """Latency histograms, and gauges and counters that are read from engines, jobs and controller on each scrape.
 
-    Set `engines` and `controller` once they are up.
+    Set `engines` and `controllers` once they are up.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Metrics(Collector):
         self._e2el = Histogram(*_E2EL, ["model_name"], registry=self._registry, buckets=_BUCKETS_S)
         self._registry.register(self)
         self.engines: Mapping[str, EngineHandle] = {}
-        self.controller: Controller | None = None
+        self.controllers: Controllers | None = None
         self._jobs: Mapping[JobState, int] = {}
 
     def on_event(self, event: Event) -> None:
@@ -74,16 +74,16 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the current gauges and counters."""
         yield from self._of_engines()
-        if self.controller is not None and self.controller.snapshot is not None:
-            yield from _of_snapshot(self.controller.snapshot)
+        if self.controllers is not None:
+            yield from _of_snapshots(self.controllers.snapshots)
         jobs = GaugeMetricFamily("troupe:jobs", "Jobs in the journal by state.", labels=["state"])
         for state, count in self._jobs.items():
             jobs.add_metric([str(state)], count)
         yield jobs
-        if self.controller is not None:
-            counts = self.controller.counts
+        if self.controllers is not None:
+            counts = self.controllers.counts
             for name, help_text, value in (
-                ("decisions", "Decisions of the controller.", counts.decisions),
+                ("decisions", "Decisions of the controllers.", counts.decisions),
                 ("decision_faults", "Decisions that failed.", counts.faults),
                 ("resizes", "Grants that engines applied.", counts.resizes),
                 ("resizes_rejected", "Grants that engines rejected.", counts.rejected),
@@ -146,17 +146,14 @@ class Metrics(Collector):
         yield byte_seconds
 
 
-def _of_snapshot(snapshot: Snapshot) -> Iterator[Metric]:
-    """Yield what the controller measures: pauses, costs and utilization. A value that is not reported has no sample."""
-    device = (
-        ("lanes", "How many engines the device serves at full speed at once.", snapshot.lanes),
-        ("lanes_confidence", "The measured part of troupe:lanes, from 0 (assumed) to 1.", snapshot.lanes_confidence),
-        ("device_utilization", "The device's utilization, from 0 to 1.", snapshot.device.utilization),
-    )
-    for name, help_text, value in device:
-        if value is not None:
-            yield GaugeMetricFamily(f"troupe:{name}", help_text, value)
-    gauges = {
+def _of_snapshots(snapshots: Mapping[str, Snapshot]) -> Iterator[Metric]:
+    """Yield what the controllers measure: pauses, costs and utilization. A value that is not reported has no sample."""
+    of_device = {
+        "troupe:lanes": "How many engines the device serves at full speed at once.",
+        "troupe:lanes_confidence": "The measured part of troupe:lanes, from 0 (assumed) to 1.",
+        "troupe:device_utilization": "The device's utilization, from 0 to 1.",
+    }
+    of_engine = {
         "troupe:max_active_seqs": "Requests that the engine may run at once; 0 if its admission is paused.",
         "troupe:admission_paused_seconds": "How long the engine's admission has been paused; 0 if it is not.",
         "troupe:step_seconds": "Time of a step without its sequences and prompt tokens.",
@@ -165,18 +162,30 @@ def _of_snapshot(snapshot: Snapshot) -> Iterator[Metric]:
         "troupe:step_seconds_confidence": "The measured part of a step's times, from 0 (assumed) to 1.",
         "troupe:engine_utilization": "The part of the time in which the engine used the GPU, from 0 to 1.",
     }
-    families = {name: GaugeMetricFamily(name, text, labels=["model_name"]) for name, text in gauges.items()}
-    for view in snapshot.views:
-        values = {
-            "troupe:max_active_seqs": view.grant.max_active_seqs,
-            "troupe:admission_paused_seconds": view.paused_s,
-            "troupe:step_seconds": view.cost.step_s,
-            "troupe:step_seconds_per_sequence": view.cost.sequence_s,
-            "troupe:step_seconds_per_prompt_token": view.cost.prompt_token_s,
-            "troupe:step_seconds_confidence": view.cost.confidence,
-            "troupe:engine_utilization": view.utilization,
+    families = {name: GaugeMetricFamily(name, text, labels=["device"]) for name, text in of_device.items()}
+    families |= {name: GaugeMetricFamily(name, text, labels=["model_name"]) for name, text in of_engine.items()}
+    for device, snapshot in snapshots.items():
+        measured = {
+            "troupe:lanes": snapshot.lanes,
+            "troupe:lanes_confidence": snapshot.lanes_confidence,
+            "troupe:device_utilization": snapshot.device.utilization,
         }
-        for family, number in values.items():
-            if number is not None:
-                families[family].add_metric([view.name], number)
+        _add(families, device, measured)
+        for view in snapshot.views:
+            values = {
+                "troupe:max_active_seqs": view.grant.max_active_seqs,
+                "troupe:admission_paused_seconds": view.paused_s,
+                "troupe:step_seconds": view.cost.step_s,
+                "troupe:step_seconds_per_sequence": view.cost.sequence_s,
+                "troupe:step_seconds_per_prompt_token": view.cost.prompt_token_s,
+                "troupe:step_seconds_confidence": view.cost.confidence,
+                "troupe:engine_utilization": view.utilization,
+            }
+            _add(families, view.name, values)
     yield from families.values()
+
+
+def _add(families: Mapping[str, GaugeMetricFamily], label: str, values: Mapping[str, float | None]) -> None:
+    for name, value in values.items():
+        if value is not None:
+            families[name].add_metric([label], value)

@@ -73,9 +73,9 @@ class Topics:
         """Outgoing, retained: GrantState."""
         return self.under("engines", _level(engine), "grant")
 
-    def device(self, number: int) -> str:
+    def device(self, name: str) -> str:
         """Outgoing, retained: the telemetry of a device, and how many engines it serves at full speed at once."""
-        return self.under("gpu", str(number))
+        return self.under("gpu", _level(name))
 
     @property
     def decision(self) -> str:

@@ -14,8 +14,8 @@ from runtime.engines.elastic.pages import HostPages
 from runtime.engines.elastic.worker import ElasticWorker, host_tensor
 from runtime.engines.step_time import StepTime
 
-LOCK = "device"
-"""Name of the emulated device's lock in the folder for temporary files, which all engines share."""
+LOCK = "device{}"
+"""Name of an emulated device's lock in the folder for temporary files, which all engines share."""
 WORKING_BYTES = 256 << 20
 """Bytes that an engine process adds to its memory while it works. A bound for small models, not a measurement: at most
 190 MiB were seen. Steps compute in this memory, and pages that the process shares with the one that it was forked from
@@ -36,7 +36,7 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
         settings = self.vllm_config.additional_config["troupe"]
         if settings["step_time"] is not None:
             self._emulated_device = EmulatedDevice(
-                Path(settings["temporary"]) / LOCK, StepTime(**settings["step_time"])
+                Path(settings["temporary"]) / LOCK.format(settings["device"]), StepTime(**settings["step_time"])
             )
         return times
 

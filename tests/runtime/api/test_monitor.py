@@ -48,7 +48,7 @@ def test_samples_have_pauses_costs_and_lanes(now: list[float]) -> None:
     engine = sample.engines["a"]
     assert (engine.paused_s, engine.utilization) == (1.23, 0.4)
     assert engine.cost == StepCost(0.0121, 0.0002, 0.00003, 0.935)
-    assert (sample.device.lanes, sample.device.lanes_confidence) == (1.718, 0.8)
+    assert (sample.devices["0"].lanes, sample.devices["0"].lanes_confidence) == (1.718, 0.8)
 
 
 async def test_news_ends_when_an_engine_changes_its_state() -> None:

@@ -21,7 +21,7 @@ async def test_pause_costs_and_lanes_are_shown(tmp_path: Path) -> None:
     assert [engine["name"] for engine in found["engines"]] == ["planner", "solver", "critic"]
     assert found["engines"][1]["paused_s"] > 0
     assert found["engines"][1]["cost"]["confidence"] > 0
-    assert found["device"]["lanes"] >= 1
+    assert found["devices"]["0"]["lanes"] >= 1
 
 
 async def invoke(served: Served, *options: str) -> Result:

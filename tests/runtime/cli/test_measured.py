@@ -17,7 +17,7 @@ def test_table_has_costs_utilization_and_the_device() -> None:
     device = DeviceMoment("gpu", "NVIDIA H200", utilization=0.73, fault="GPU is lost", lanes=1.72, lanes_confidence=0.8)
     screen = Console(width=100)
     with screen.capture() as shown:
-        screen.print(measured.table(costs, device))
+        screen.print(measured.table(costs, {"0": device}))
     rows = [" ".join(line.split()) for line in shown.get().splitlines()]
     assert rows[1:] == [
         "a 12.1 ms 0.20 ms 30.0 µs 93% 41%",

@@ -46,7 +46,7 @@ class Rig:
         processor = Processor(lanes=1)
         self.engines = {name: StallingEngine(name, 0.8 / len(names), times, processor) for name in names}
         self.handles: dict[str, EngineHandle] = {**self.engines}
-        self.replicas = replicas.single(self.handles)
+        self.replicas = replicas.gathered(self.handles)
         self.ledger = Ledger(800 * MIB)
         self.sharing = Sharing(self.handles, self.ledger)
         self.records: list[Record] = []

@@ -66,7 +66,7 @@ async def test_calls_announced_ahead_are_the_calls_made(workflow: str) -> None:
 async def test_call_is_reported_with_times_and_charged() -> None:
     events: list[Event] = []
     handles = await engines(time_scale=1)
-    orchestrator = Orchestrator(embedded_team(), replicas.single(handles), events.append, price=3600.0)
+    orchestrator = Orchestrator(embedded_team(), replicas.gathered(handles), events.append, price=3600.0)
     result = await orchestrator.run(Job("j", PROBLEM))
     calls = [event for event in events if isinstance(event, CallEnded)]
     for call in calls:

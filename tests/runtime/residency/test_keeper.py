@@ -157,7 +157,7 @@ async def rig(
     keeper = Keeper(engines, sharing, forecast, call_times, chosen, rules, controller.wake)
     async with controller, keeper:
         listeners = (forecast.on_event, call_times.on_event)
-        yield Rig(engines, replicas.single(engines), device, keeper, controller, sharing, listeners)
+        yield Rig(engines, replicas.gathered(engines), device, keeper, controller, sharing, listeners)
     await sharing.close()
     for engine in engines.values():
         await engine.close()

@@ -126,7 +126,7 @@ function drawCharts() {
       "shares",
       names.map((name, place) => ({
         label: name, stroke: colour(name), fill: `${colour(name)}99`, width: 1,
-        value: (u, _, series, index) => percent(null, samples[index]?.engines[name]?.share),
+        value: (u, _, series, index) => percent(null, samples[index] && shareOfAll(samples[index], name)),
       })),
       {
         range: (_, low, high) => [0, Math.min(1, Math.max(high, 0.01) * 1.1)],
@@ -149,12 +149,22 @@ function drawCharts() {
   };
 }
 
+const devices = (sample) => Object.values(sample.devices);
+const usedMemory = (device) => (device.total_bytes ? device.used_bytes / device.total_bytes : null);
+const shareOfAll = (sample, name) => (sample.engines[name]?.share ?? 0) / devices(sample).length;
+
+// The mean of the values that are known; null if none is.
+function mean(values) {
+  const known = values.filter((value) => value != null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+}
+
 function drawSamples() {
   if (!charts || !samples.length) return;
   const names = engines();
   const times = samples.map((sample) => sample.at);
   let below = samples.map(() => 0);
-  const stacked = names.map((name) => (below = samples.map((s, i) => below[i] + (s.engines[name]?.share ?? 0))));
+  const stacked = names.map((name) => (below = samples.map((s, i) => below[i] + shareOfAll(s, name))));
   charts.shares.setData([times, ...stacked]);
   charts.queues.setData([times, ...names.flatMap((name) => [
     samples.map((s) => s.engines[name]?.running ?? null),
@@ -162,8 +172,8 @@ function drawSamples() {
   ])]);
   charts.use.setData([
     times,
-    samples.map((s) => s.device.utilization),
-    samples.map((s) => (s.device.total_bytes ? s.device.used_bytes / s.device.total_bytes : null)),
+    samples.map((s) => mean(devices(s).map((device) => device.utilization))),
+    samples.map((s) => mean(devices(s).map(usedMemory))),
   ]);
 }
 
@@ -191,12 +201,16 @@ function costCell({ step_s: step, sequence_s: sequence, prompt_token_s: token, c
   return cell;
 }
 
-function drawDevice() {
-  const device = samples.at(-1)?.device;
-  if (!device) return;
+function deviceText(device) {
   const measured = wholePercent(device.lanes_confidence);
   const lanes = `${device.lanes.toFixed(1)} engines at full speed at once (${measured} measured)`;
-  byId("device").textContent = [device.name, lanes, device.fault].filter(Boolean).join(" · ");
+  return [device.name, lanes, device.fault].filter(Boolean).join(" · ");
+}
+
+function drawDevices() {
+  const shown = Object.entries(samples.at(-1)?.devices ?? {});
+  const lines = shown.map(([name, device]) => (shown.length > 1 ? `${name}: ` : "") + deviceText(device));
+  byId("devices").replaceChildren(...lines.map((line) => element("p", line, "quiet")));
 }
 
 const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
@@ -213,7 +227,7 @@ function drawEngines() {
     button.dataset.engine = name;
     button.setAttribute("aria-label", `${pinned ? "unpin" : "pin"} ${name}`);
     button.onclick = () => togglePin(name, pinned);
-    const seats = Object.keys(team).filter((seat) => team[seat] === name);
+    const seats = Object.keys(team).filter((seat) => team[seat] === name.split("@")[0]);
     return element("tr", "", "",
       element("td", "", "", swatch, name),
       element("td", seats.join(", ")),
@@ -345,7 +359,7 @@ function onLiveEvent(kind, data) {
   }
   drawSamples();
   drawEngines();
-  drawDevice();
+  drawDevices();
   drawState();
 }
 

@@ -93,7 +93,7 @@ async def pause_solver(served: Served) -> None:
     """Work a job, so that costs are measured, then pause the solver's admission. Return once the controller sees it."""
     job = (await served.client.post("/jobs", json={"problem": PROBLEM})).json()["id"]
     await served.client.get(f"/jobs/{job}/result", params={"wait_s": 60})
-    controller = served.backend.ready_team().controller
+    controller = served.backend.ready_team().devices["0"].controller
     controller.use(ContainedPolicy("pausing", Pausing()))
     async with asyncio.timeout(60):
         while controller.snapshot is None or controller.snapshot.engines["solver"].paused_s < 0.1:  # noqa: ASYNC110  no event

@@ -39,7 +39,7 @@ async def test_engines_show_pauses_and_costs(start: Start) -> None:
     assert solver["cost"]["step_s"] > 0
     assert solver["cost"]["confidence"] > 0
     assert solver["utilization"] is None  # modelled engines have no process
-    device = (await served.client.get("/device")).json()
+    device = (await served.client.get("/devices")).json()["0"]
     assert device["lanes"] >= 1
     assert 0 <= device["lanes_confidence"] <= 1
     assert "utilization" in device

@@ -38,19 +38,19 @@ async def test_metrics_have_pauses_costs_and_lanes(start: Start) -> None:
     assert values["troupe:step_seconds_per_sequence", "solver"] >= 0
     assert values["troupe:step_seconds_per_prompt_token", "solver"] >= 0
     assert 0 < values["troupe:step_seconds_confidence", "solver"] < 1
-    assert values["troupe:lanes",] >= 1
-    assert 0 <= values["troupe:lanes_confidence",] <= 1
+    assert values["troupe:lanes", "0"] >= 1
+    assert 0 <= values["troupe:lanes_confidence", "0"] <= 1
     assert ("troupe:engine_utilization", "solver") not in values  # modelled engines have no process
 
 
 def test_metrics_have_the_utilization_that_nvml_reports() -> None:
     seen = snapshot(view("a", utilization=0.4), view("b"))
     metrics = Metrics()
-    metrics.controller = SimpleNamespace(  # type: ignore[assignment]  # all that metrics read of a controller
-        snapshot=replace(seen, device=DeviceView("gpu", utilization=0.7)), counts=Counts()
+    metrics.controllers = SimpleNamespace(  # type: ignore[assignment]  # all that metrics read of controllers
+        snapshots={"0": replace(seen, device=DeviceView("gpu", utilization=0.7))}, counts=Counts()
     )
     values = samples(metrics.text({}).decode())
-    assert (values["troupe:engine_utilization", "a"], values["troupe:device_utilization",]) == (0.4, 0.7)
+    assert (values["troupe:engine_utilization", "a"], values["troupe:device_utilization", "0"]) == (0.4, 0.7)
     assert ("troupe:engine_utilization", "b") not in values
 
 

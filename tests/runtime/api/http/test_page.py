@@ -95,10 +95,10 @@ async def test_button_pins_and_unpins_an_engine(start: Start, browser: Browser) 
     page, complaints = await open_page(browser, served.url)
     await page.get_by_role("button", name="pin solver", exact=True).click()
     await expect(page.get_by_role("button", name="unpin solver")).to_be_visible()
-    assert [*served.backend.ready_team().controller.pinned] == ["solver"]
+    assert [*served.backend.ready_team().controllers.pinned] == ["solver"]
     await page.get_by_role("button", name="unpin solver").click()
     await expect(page.get_by_role("button", name="pin solver", exact=True)).to_be_visible()
-    assert not served.backend.ready_team().controller.pinned
+    assert not served.backend.ready_team().controllers.pinned
     assert complaints == []
 
 
@@ -112,7 +112,7 @@ async def test_engines_show_their_pause_and_the_cost_of_a_step(start: Start, bro
     await expect(cost).to_have_text(re.compile(r"\d+\.\d \+ \d+\.\d\d n ms"))
     await expect(cost).to_have_attribute("title", re.compile(r"µs for each prompt token. \d+% of this is measured"))
     await expect(page.locator("#engines tr").first).not_to_contain_text("paused")
-    await expect(page.locator("#device")).to_have_text(
+    await expect(page.locator("#devices")).to_have_text(
         re.compile(r"\d\.\d engines at full speed at once \(\d+% measured\)")
     )
     await expect(page.locator("#decisions > li").first).to_contain_text(re.compile(r"solver \d+\.\d%, paused"))

@@ -18,7 +18,7 @@ async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
         async with reader(mqtt) as late:
             role = await late.until(TOPICS.role("solver"), state="ready")
             grant = await late.until(TOPICS.grant("solver"))
-            device = await late.until(TOPICS.device(0))
+            device = await late.until(TOPICS.device("0"))
             decision = await late.until(TOPICS.decision)
     assert role["engine"] == "solver"
     assert role["now"]["paused_s"] == 0

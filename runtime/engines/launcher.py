@@ -1,0 +1,89 @@
+"""What all engines that this process starts have in common: the forkserver, their sockets, and vLLM's client side."""
+
+import asyncio
+import gc
+import importlib
+import os
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Self
+
+from runtime.engines import forkserver, startup_reports, temp_folder
+from runtime.engines.handle import EngineState
+from runtime.engines.spec import EngineSpec
+from runtime.errors import EngineError
+
+
+class Launcher:
+    """A context manager that several fleets can share. It outlives their engines.
+
+    - `folder`: for the sockets of the engines, and for their temporary files.
+    - `reports`: where the reports of an engine's start go, by the engine's name.
+
+    `specs` are the engines that will be started, `run_folder` takes the forkserver's log.
+    """
+
+    def __init__(self, specs: Collection[EngineSpec], run_folder: Path) -> None:
+        self.reports: dict[str, startup_reports.OnState] = {}
+        self._specs = specs
+        self._run_folder = run_folder
+        self._preparing = asyncio.Lock()
+        self._vllm_engine: ModuleType | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as owned:
+            self.folder = owned.enter_context(temp_folder.folder())
+            self._owned = owned.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._owned.close()
+
+    async def prepare(self) -> ModuleType:
+        """Start the forkserver and import vLLM's client side, once. Return the module with VllmEngine.
+
+        The import takes seconds. The forkserver imports vLLM at the same time as a thread of this process. Raises
+        EngineError if vLLM cannot be imported.
+        """
+        async with self._preparing:
+            if self._vllm_engine is None:
+                prepare_process(self._specs, self._run_folder, self.folder)
+                module = await asyncio.to_thread(_import_vllm_engine)
+                self._owned.callback(gc.unfreeze)  # so that the interpreter's exit can free what the import froze
+                self._owned.enter_context(startup_reports.listening(self.folder, self._report))
+                self._vllm_engine = module
+            return self._vllm_engine
+
+    def _report(self, name: str, state: EngineState) -> None:
+        if report := self.reports.get(name):
+            report(state)
+
+
+def _import_vllm_engine() -> ModuleType:
+    """Import vLLM's client side. Raise EngineError if that fails.
+
+    Nothing that the import creates is garbage, so the collector neither runs during the import nor looks at it later.
+    """
+    gc.disable()
+    try:
+        importlib.import_module("runtime.engines.torch_logging").propagate()
+        return importlib.import_module("runtime.engines.vllm_engine")
+    except ImportError as error:
+        raise EngineError(f"vLLM cannot be imported ({error}); run `troupe doctor` to see how to fix it") from error
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def prepare_process(specs: Collection[EngineSpec], run_folder: Path, temporary_folder: Path) -> None:
+    """Set the environment variables that vLLM reads, and start the forkserver. Call this before importing vLLM."""
+    if all(spec.model.startswith("/") for spec in specs):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local folders, so no hub needs to be asked
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
+    threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
+    forkserver.start(run_folder / "engines.log", threads)
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process only; logs.log_to configures its logging
