@@ -60,10 +60,10 @@ def test_metrics_have_the_utilization_that_nvml_reports() -> None:
 
 def test_metrics_have_the_memory_of_the_device_if_telemetry_reports_it() -> None:
     metrics = Metrics()
-    seen = snapshot(view("a"))
-    metrics.controller = SimpleNamespace(snapshot=seen, counts=Counts())  # type: ignore[assignment]  # as above
+    controller = SimpleNamespace(snapshot=snapshot(view("a")), counts=Counts())
+    metrics.controller = controller  # type: ignore[assignment]  # as above
     assert ("troupe:device_memory_bytes",) not in samples(metrics.text({}, {}).decode())
-    metrics.controller.snapshot = replace(seen, device=DeviceView("gpu", total_bytes=1000, used_bytes=0))
+    controller.snapshot = replace(controller.snapshot, device=DeviceView("gpu", total_bytes=1000, used_bytes=0))
     values = samples(metrics.text({}, {}).decode())
     assert (values["troupe:device_memory_bytes",], values["troupe:device_memory_used_bytes",]) == (1000, 0)
 
