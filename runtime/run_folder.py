@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from runtime import paths
@@ -30,7 +31,8 @@ def create() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _locks.append(os.open(folder, os.O_RDONLY))
-        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(BlockingIOError):  # this process has made it within the same second, and holds the lock
+            fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         ended = sorted(old for old in paths.runs().iterdir() if _has_ended(old))
     except OSError as error:
         raise TroupeError(
