@@ -1,9 +1,15 @@
-"""Run folders: each run gets one for its logs and decisions, and removes the oldest folders of ended runs."""
+"""Run folders: each run gets one for its logs and decisions, and removes the oldest folders of ended runs.
 
+A run holds a lock on its folder until its process ends, however it ends. A process id would not tell: in a container
+each run has the same one.
+"""
+
+import fcntl
 import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from runtime import paths
@@ -11,7 +17,9 @@ from runtime.errors import TroupeError
 
 KEPT = 20
 """Maximum number of folders of ended runs."""
-_NAME = re.compile(r"\d{8}-\d{6}-(\d+)")
+_NAME = re.compile(r"\d{8}-\d{6}-\d+")
+_locks: list[int] = []
+"""Descriptors of the folders of this process, open until it ends."""
 
 
 def create() -> Path:
@@ -22,6 +30,9 @@ def create() -> Path:
     folder = paths.runs() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _locks.append(os.open(folder, os.O_RDONLY))
+        with suppress(BlockingIOError):  # this process has made it within the same second, and holds the lock
+            fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         ended = sorted(old for old in paths.runs().iterdir() if _has_ended(old))
     except OSError as error:
         raise TroupeError(
@@ -34,6 +45,14 @@ def create() -> Path:
 
 
 def _has_ended(folder: Path) -> bool:
-    """Return True if the folder belongs to a run whose process has ended. Its name ends with the process id."""
-    match = _NAME.fullmatch(folder.name)
-    return match is not None and not Path("/proc", match[1]).exists()
+    """Return True if the folder belongs to a run whose process has ended."""
+    if not _NAME.fullmatch(folder.name):
+        return False
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True

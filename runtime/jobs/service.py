@@ -57,6 +57,7 @@ class JobService:
         self.journal = Journal(path, self._on_commit)
         self.events = EventStream(self.journal)
         self.draining = False
+        self._ended = {state: 0 for state in JobState if state.ended}
         self._team = team
         self._settings = settings or Service()
         self._orchestrator: Orchestrator | None = None
@@ -118,6 +119,11 @@ class JobService:
     def counts(self) -> dict[JobState, int]:
         """The number of jobs that are queued, and that run."""
         return {JobState.QUEUED: len(self._waiting), JobState.RUNNING: len(self._running)}
+
+    @property
+    def ended(self) -> dict[JobState, int]:
+        """The number of jobs that ended since this service started, by state. Deleted jobs still count."""
+        return dict(self._ended)
 
     async def submit(self, submission: Submission) -> tuple[JobRecord, bool]:
         """Accept a job, or find the one with the same idempotency key. Return it, and True if it is new.
@@ -211,6 +217,7 @@ class JobService:
         """Stop working the jobs that ended, even if another process ended them, and publish the events."""
         for event in events:
             if event.kind in ENDS:
+                self._ended[JobState(event.kind)] += 1
                 self._forget(event.job)
             if event.kind in (JobState.CANCELLED, JobState.EXPIRED):
                 self._waiting.discard(event.job)

@@ -15,10 +15,12 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from runtime.config import SHIPPED, Section, read_yaml
+from runtime.devices.device import StartedEngines
 from runtime.engines.fake import FakeEngine, FakeMemory, Lengths, Processor, Script, ServiceTime
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineHandle
 from runtime.engines.ledger import Ledger
+from runtime.engines.replicas import replica_name
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import SupervisedEngine
 from runtime.errors import ConfigError
@@ -114,16 +116,76 @@ async def engines(
     If the model has `device_bytes`, all engines sleep at first. Otherwise they start with equal shares. `lengths` gives
     the lengths of the calls of some engines, by name. The others count words.
     """
-    processor, front, moving = Processor(model.lanes), Processor(1), asyncio.Lock()
-    device = max(budget_bytes, sum(map(_most_bytes, model.engines.values())))
-    running: dict[str, EngineHandle] = {}
-    ledger = Ledger(budget_bytes)
+    async with devices(model, scripts, budget_bytes, 1, time_scale, lengths) as started:
+        yield started["0"].engines, started["0"].sharing
 
-    def make(name: str, constants: EngineModel, grant: Grant | None) -> EngineHandle:
+
+@asynccontextmanager
+async def devices(
+    model: Model,
+    scripts: Mapping[str, Script],
+    budget_bytes: int,
+    count: int,
+    time_scale: float = 1,
+    lengths: Mapping[str, Lengths] | None = None,
+) -> AsyncIterator[dict[str, StartedEngines]]:
+    """Yield running engines on `count` devices, each with `budget_bytes` of memory and a replica of every engine.
+
+    All devices share the process that sends the requests. See `engines`.
+    """
+    front = Processor(1)
+    async with AsyncExitStack() as owned:
+        started = {}
+        for number in range(count):
+            device = _Device(model, scripts, budget_bytes, time_scale, lengths or {}, front)
+            names = {engine: engine if count == 1 else replica_name(engine, str(number)) for engine in model.engines}
+            started[str(number)] = await device.start(owned, names)
+        yield started
+
+
+class _Device:
+    """A modelled device, whose engines share a processor and are moved one at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        scripts: Mapping[str, Script],
+        budget_bytes: int,
+        time_scale: float,
+        lengths: Mapping[str, Lengths],
+        front: Processor,
+    ) -> None:
+        self._model = model
+        self._scripts = scripts
+        self._budget_bytes = budget_bytes
+        self._time_scale = time_scale
+        self._lengths = lengths
+        self._front = front
+        self._processor, self._moving = Processor(model.lanes), asyncio.Lock()
+        self._device_bytes = max(budget_bytes, sum(map(_most_bytes, model.engines.values())))
+
+    async def start(self, owned: AsyncExitStack, names: Mapping[str, str]) -> StartedEngines:
+        """Start the engines. `names` are the names of their replicas on this device."""
+        running: dict[str, EngineHandle] = {}
+        ledger = Ledger(self._budget_bytes)
+        for engine, name in names.items():
+            made = self._make(engine, name, None)
+            if self._model.device_bytes:
+                made = SupervisedEngine(name, partial(self._make, engine, name), moving=self._moving)
+            running[name] = await owned.enter_async_context(made)
+            if self._model.device_bytes:
+                await made.sleep()
+            ledger.claim(name, made.held_bytes)
+        sharing = Sharing(running, ledger)
+        owned.push_async_callback(sharing.close)
+        return StartedEngines(running, sharing)
+
+    def _make(self, engine: str, name: str, grant: Grant | None) -> EngineHandle:
+        constants = self._model.engines[engine]
         fixed_bytes = constants.fixed_bytes + constants.null_blocks * constants.block_bytes
         floor_bytes = constants.floor_blocks * constants.block_bytes
-        share = 0.0 if model.device_bytes else budget_bytes / len(model.engines) / device
-        share = max(share, (fixed_bytes + floor_bytes) / device)
+        share = 0.0 if self._model.device_bytes else self._budget_bytes / len(self._model.engines) / self._device_bytes
+        share = max(share, (fixed_bytes + floor_bytes) / self._device_bytes)
         times = ServiceTime(
             constants.step_s,
             constants.token_s,
@@ -135,12 +197,12 @@ async def engines(
         )
         return FakeEngine(
             name,
-            scripts[name],
+            self._scripts[engine],
             max_num_seqs=constants.max_num_seqs,
             times=times,
-            time_scale=time_scale,
+            time_scale=self._time_scale,
             memory=FakeMemory(
-                device=device,
+                device=self._device_bytes,
                 fixed=fixed_bytes,
                 floor=floor_bytes,
                 token=constants.block_bytes // constants.block_tokens,
@@ -148,24 +210,11 @@ async def engines(
                 asleep=constants.asleep_bytes,
             ),
             grant=grant or Grant(share, constants.max_num_seqs, 2048),
-            processor=processor,
-            front=front,
-            lengths=(lengths or {}).get(name),
+            processor=self._processor,
+            front=self._front,
+            lengths=self._lengths.get(engine),
             naps=constants.wake_s is not None,
         )
-
-    async with AsyncExitStack() as owned:
-        for name, constants in model.engines.items():
-            engine = make(name, constants, None)
-            if model.device_bytes:
-                engine = SupervisedEngine(name, partial(make, name, constants), moving=moving)
-            running[name] = await owned.enter_async_context(engine)
-            if model.device_bytes:
-                await engine.sleep()
-            ledger.claim(name, engine.held_bytes)
-        sharing = Sharing(running, ledger)
-        owned.push_async_callback(sharing.close)
-        yield running, sharing
 
 
 def _most_bytes(engine: EngineModel) -> int:

@@ -40,7 +40,7 @@ async def ready(backend: BackendDep) -> JSONResponse:
 async def metrics(backend: BackendDep) -> Response:
     """Return metrics in Prometheus' text format."""
     counts = await backend.jobs.journal.read(queries.counts)
-    return Response(backend.metrics.text(counts), media_type=CONTENT_TYPE)
+    return Response(backend.metrics.text(counts, backend.jobs.ended), media_type=CONTENT_TYPE)
 
 
 def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:

@@ -12,13 +12,15 @@ from runtime.control.snapshot import Snapshot
 from runtime.devices.controllers import Controllers
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk
-from runtime.events import CallEnded, Event
+from runtime.events import CallEnded, Event, JobEnded
 from runtime.jobs.job import JobState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_JOB_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _TTFT = ("vllm:time_to_first_token_seconds", "Time to first token in seconds.")
 _E2EL = ("vllm:e2e_request_latency_seconds", "End-to-end request latency in seconds.")
+_JOB = ("troupe:job_seconds", "Time that the service worked on a job, in seconds. Each attempt counts.")
 
 
 class RequestTimer:
@@ -44,16 +46,21 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._ttft = Histogram(*_TTFT, ["model_name"], registry=self._registry, buckets=_BUCKETS_S)
         self._e2el = Histogram(*_E2EL, ["model_name"], registry=self._registry, buckets=_BUCKETS_S)
+        self._job = Histogram(*_JOB, registry=self._registry, buckets=_JOB_BUCKETS_S)
         self._registry.register(self)
         self.engines: Mapping[str, EngineHandle] = {}
         self.controllers: Controllers | None = None
         self._jobs: Mapping[JobState, int] = {}
+        self._ended: Mapping[JobState, int] = {}
 
     def on_event(self, event: Event) -> None:
-        """Record the latency of a job's call to an engine."""
-        if isinstance(event, CallEnded) and event.chunk_times_s:
-            self._ttft.labels(event.engine).observe(event.chunk_times_s[0] - event.asked_s)
-            self._e2el.labels(event.engine).observe(event.chunk_times_s[-1] - event.asked_s)
+        """Record the duration of a job, and the latency of its calls to engines."""
+        match event:
+            case CallEnded() if event.chunk_times_s:
+                self._ttft.labels(event.engine).observe(event.chunk_times_s[0] - event.asked_s)
+                self._e2el.labels(event.engine).observe(event.chunk_times_s[-1] - event.asked_s)
+            case JobEnded():
+                self._job.observe(event.seconds)
 
     @contextmanager
     def timed_request(self, engine: str) -> Iterator[RequestTimer]:
@@ -66,9 +73,12 @@ class Metrics(Collector):
                 self._ttft.labels(engine).observe(timer.first_chunk_s - timer.start_s)
                 self._e2el.labels(engine).observe(time.monotonic() - timer.start_s)
 
-    def text(self, jobs: Mapping[JobState, int]) -> bytes:
-        """Return all metrics in Prometheus' text format. `jobs` counts the jobs in the journal by state."""
-        self._jobs = jobs
+    def text(self, jobs: Mapping[JobState, int], ended: Mapping[JobState, int]) -> bytes:
+        """Return all metrics in Prometheus' text format.
+
+        `jobs` counts the jobs in the journal by state; `ended` counts those that ended since the service started.
+        """
+        self._jobs, self._ended = jobs, ended
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -80,6 +90,10 @@ class Metrics(Collector):
         for state, count in self._jobs.items():
             jobs.add_metric([str(state)], count)
         yield jobs
+        ended = CounterMetricFamily("troupe:jobs_ended", "Jobs that ended, by state.", labels=["state"])
+        for state, count in self._ended.items():
+            ended.add_metric([str(state)], count)
+        yield ended
         if self.controllers is not None:
             counts = self.controllers.counts
             for name, help_text, value in (
@@ -152,6 +166,8 @@ def _of_snapshots(snapshots: Mapping[str, Snapshot]) -> Iterator[Metric]:
         "troupe:lanes": "How many engines the device serves at full speed at once.",
         "troupe:lanes_confidence": "The measured part of troupe:lanes, from 0 (assumed) to 1.",
         "troupe:device_utilization": "The device's utilization, from 0 to 1.",
+        "troupe:device_memory_bytes": "Size of the device's memory in bytes.",
+        "troupe:device_memory_used_bytes": "Used memory of the device in bytes, other processes included.",
     }
     of_engine = {
         "troupe:max_active_seqs": "Requests that the engine may run at once; 0 if its admission is paused.",
@@ -170,6 +186,9 @@ def _of_snapshots(snapshots: Mapping[str, Snapshot]) -> Iterator[Metric]:
             "troupe:lanes_confidence": snapshot.lanes_confidence,
             "troupe:device_utilization": snapshot.device.utilization,
         }
+        if snapshot.device.total_bytes:  # otherwise there is no reading of the device
+            measured["troupe:device_memory_bytes"] = snapshot.device.total_bytes
+            measured["troupe:device_memory_used_bytes"] = snapshot.device.used_bytes
         _add(families, device, measured)
         for view in snapshot.views:
             values = {
