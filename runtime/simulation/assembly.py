@@ -8,7 +8,7 @@ from agents.arithmetic import oracle
 from runtime.assembly import RunningTeam
 from runtime.config import Config
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.devices.device import Publish, StartedEngines
+from runtime.devices.device import Publish
 from runtime.engines.handle import EngineState
 from runtime.engines.request import GenerateRequest
 from runtime.events import EngineChanged, Listener, ignore
@@ -27,19 +27,20 @@ async def start_modelled_team(
     publish: Publish = lambda record: None,
     time_scale: float = 1,
     model: str = MODEL,
+    devices: int = 1,
 ) -> AsyncIterator[RunningTeam]:
     """Start the embedded team over modelled engines, which always reply correctly.
 
-    `time_scale` multiplies the modelled durations; with 0 the engines reply at once.
+    `time_scale` multiplies the modelled durations; with 0 the engines reply at once. Each of the `devices` has a
+    replica of every engine.
     """
     constants = load.read(model)
     scripts = dict.fromkeys(constants.engines, _reply)
-    async with load.engines(constants, scripts, KV_CACHE_BYTES, time_scale) as (engines, sharing):
+    async with load.devices(constants, scripts, KV_CACHE_BYTES, devices, time_scale) as started:
         with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
             team = team.without_tools()
-            started = {"0": StartedEngines(engines, sharing)}
             running = RunningTeam(team, started, config.control, policies, listener=listener, publish=publish)
-            for name in engines:
+            for name in running.engines:
                 listener(EngineChanged(name, EngineState.READY, 0.0))
             async with running:
                 yield running

@@ -1,0 +1,134 @@
+"""A team whose engines have replicas on several modelled devices works as on one."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from runtime import config
+from runtime.assembly import RunningTeam
+from runtime.config import PolicyChoice
+from runtime.control.decision_log import Record
+from runtime.engines.grant import Grant
+from runtime.errors import ConfigError, InputError, NotFound
+from runtime.events import Event
+from runtime.jobs.batch import work_all
+from runtime.jobs.job import Job, JobResult
+from runtime.jobs.orchestrator import Orchestrator
+from runtime.simulation.assembly import start_modelled_team
+from tests.runtime.fakes import embedded_team
+
+pytestmark = pytest.mark.virtual_time
+PROBLEM = "(12+7)*3-(45-5)"
+
+
+@asynccontextmanager
+async def running(devices: int = 2, records: list[Record] | None = None) -> AsyncIterator[RunningTeam]:
+    def publish(record: Record) -> None:
+        if records is not None:
+            records.append(record)
+
+    found = config.load("embedded")
+    team = embedded_team()
+    async with start_modelled_team(found, team, lambda event: None, publish, 1, devices=devices) as made:
+        yield made
+
+
+async def work(orchestrator: Orchestrator, count: int = 40) -> list[JobResult]:
+    results: list[JobResult] = []
+    await work_all(orchestrator, [Job(str(n), PROBLEM, expected="17") for n in range(count)], count, results.append)
+    return results
+
+
+async def test_jobs_use_the_replicas_of_all_devices() -> None:
+    async with running() as made:
+        results = await work(made.orchestrator)
+        assert all(result.correct for result in results)
+        assert {*made.engines} == {f"{engine}@{n}" for engine in ("planner", "solver", "critic") for n in (0, 1)}
+        for engine in ("planner", "solver", "critic"):
+            served = [made.engines[f"{engine}@{n}"].stats().requests for n in (0, 1)]
+            assert min(served) > 0.3 * sum(served)
+
+
+async def test_each_device_is_controlled_within_its_own_budget() -> None:
+    records: list[Record] = []
+    async with running(records=records) as made:
+        await work(made.orchestrator, 200)
+        assert {record.device for record in records} == {"0", "1"}
+        for record in records:
+            assert {name.partition("@")[2] for name in record.snapshot.engines} == {record.device}
+        for device in made.devices.values():
+            assert sum(device.sharing.ledger.held.values()) <= device.sharing.ledger.budget_bytes
+        assert made.controllers.counts.decisions == len(records)
+        assert made.controllers.counts.resizes > 0
+
+
+async def test_two_devices_work_faster_than_one() -> None:
+    """They share the modelled process that sends the requests, so that they are not twice as fast."""
+    seconds = []
+    for devices in (1, 2):
+        async with running(devices) as made:
+            began_s = asyncio.get_running_loop().time()
+            await work(made.orchestrator, 500)
+            seconds.append(asyncio.get_running_loop().time() - began_s)
+    assert seconds[0] / seconds[1] > 1.3
+
+
+async def test_a_pin_holds_the_replica_of_one_device() -> None:
+    async with running() as made:
+        await asyncio.sleep(0.5)
+        controller = made.controllers.of("solver@1")
+        grant = replace(controller.current_grant("solver@1"), max_active_seqs=3)
+        controller.pin("solver@1", grant)
+        await asyncio.sleep(0.5)
+        assert made.controllers.pinned == {"solver@1": grant}
+        assert seqs(made, "solver@1") == 3
+        assert seqs(made, "solver@0") > 3
+        controller.unpin("solver@1")
+        assert made.controllers.pinned == {}
+
+
+def seqs(made: RunningTeam, name: str) -> int:
+    grant = made.engines[name].stats().grant
+    assert isinstance(grant, Grant)
+    return grant.max_active_seqs
+
+
+async def test_an_unknown_replica_is_refused_with_those_that_exist() -> None:
+    async with running() as made:
+        with pytest.raises(NotFound, match=r"no engine 'solver'; the engines are planner@0, solver@0, critic@0, plann"):
+            made.controllers.of("solver")
+
+
+async def test_a_policy_and_a_pause_apply_to_all_devices() -> None:
+    async with running() as made:
+        made.controllers.use(PolicyChoice(name="static"))
+        assert {device.controller.policy for device in made.devices.values()} == {"static"}
+        with pytest.raises(ConfigError, match="no policy is named"):
+            made.controllers.use(PolicyChoice(name="no such policy"))
+        assert made.controllers.policy == "static"
+        made.controllers.pause()
+        assert made.controllers.paused
+        assert all(device.controller.paused for device in made.devices.values())
+        made.controllers.resume()
+        assert not made.controllers.paused
+
+
+async def test_a_pin_that_does_not_fit_its_device_is_refused() -> None:
+    async with running() as made:
+        await asyncio.sleep(0.5)
+        controller = made.controllers.of("solver@1")
+        with pytest.raises(InputError, match="solver@1"):
+            controller.pin("solver@1", replace(controller.current_grant("solver@1"), gpu_memory_utilization=1.0))
+
+
+async def test_events_reach_the_listener_once_whatever_the_number_of_devices() -> None:
+    events: list[Event] = []
+    found = config.load("embedded")
+    async with start_modelled_team(found, embedded_team(), events.append, time_scale=1, devices=3) as made:
+        await work(made.orchestrator, 1)
+        ended = [event for event in events if type(event).__name__ == "JobEnded"]
+        assert len(ended) == 1
+        assert made.expect_job() == 0
