@@ -161,10 +161,8 @@ class Caller:
             seconds = clock() - asked_s
             charged = charge.byte_seconds, charge.engine_seconds, cost, charge.waking_byte_seconds
             usage.add(Usage(prompt_tokens, sum(tokens), seconds, *charged))
-        chunks_of_reply = tuple(times_s), tuple(tokens)
-        self._tell(
-            CallEnded(job, seat.name, seat.engine, asked_s, *chunks_of_reply, prompt_tokens, request.request_id, finish)
-        )
+        timing = asked_s, tuple(times_s), tuple(tokens)
+        self._tell(CallEnded(job, seat.name, seat.engine, *timing, prompt_tokens, request.request_id, finish))
         return "".join(pieces), finish
 
     def _cost(self, charge: Charge, engine: EngineHandle) -> float | None:

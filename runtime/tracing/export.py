@@ -74,10 +74,10 @@ class SpanExport:
             self._exporter.unmute()
 
     def place_root(self, name: str, trace_id: int | None = None) -> SpanContext:
-        """Return the context of a root span that `export_root` will make. Other spans can be its children before.
+        """Return the context of a root span that `start_root` will start. Other spans can be its children before that.
 
         `trace_id` is the id of the trace, or None for a random one. The same id always gives the same context, so that
-        a later process can add spans to the trace and export its root.
+        a later process can add spans to the trace, and its root.
         """
         trace_id = self._ids.generate_trace_id() if trace_id is None else trace_id
         decision = self._provider.sampler.should_sample(None, trace_id, name).decision
@@ -120,7 +120,8 @@ class _RootIds(RandomIdGenerator):
 class _ReportingExporter(SpanExporter):
     """An exporter that logs one line if exports begin to fail, and one if they succeed again.
 
-    The SDK's exporters log each failed try of each batch instead. Their lines are muted until `unmute`.
+    The SDK's exporters log each failed try of each batch instead. Their lines about this exporter are muted until
+    `unmute`. vLLM may export from the same process, and its lines stay.
     """
 
     def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
@@ -128,7 +129,8 @@ class _ReportingExporter(SpanExporter):
         self._endpoint = endpoint
         self._lost = 0
         self._aborted = False
-        self._reason = "no reason given"
+        self._exporting: int | None = None  # the id of the thread that exports
+        self._reasons: list[str] = []
         modules = {base.__module__ for base in type(exporter).__mro__}
         names = [name for name in modules if name.startswith("opentelemetry.exporter")]
         self._filters: dict[str, Callable[[logging.LogRecord], bool]] = dict.fromkeys(names, self._keep_reason)
@@ -143,6 +145,8 @@ class _ReportingExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Export a batch. Log the first failure, with its reason, and the first success after it."""
+        self._exporting = threading.get_ident()
+        self._reasons.clear()
         result = self._exporter.export(spans)
         if result is SpanExportResult.SUCCESS:
             if self._lost:
@@ -154,14 +158,15 @@ class _ReportingExporter(SpanExporter):
                     "traces: %s takes no spans, and they are lost until it does; see traces.endpoint and "
                     "traces.protocol in the configuration: %s",
                     self._endpoint,
-                    self._reason,
+                    "; ".join(dict.fromkeys((*self._reasons[:1], *self._reasons[-1:]))),
                 )
             self._lost += len(spans)
         return result
 
     def shutdown(self) -> None:
         """Refuse further exports."""
-        self._exporter.shutdown()
+        if not self._aborted:
+            self._exporter.shutdown()
 
     def abort(self) -> None:
         """End the export that runs, refuse further ones, and log nothing about them."""
@@ -173,7 +178,9 @@ class _ReportingExporter(SpanExporter):
         return True
 
     def _keep_reason(self, record: logging.LogRecord) -> bool:
-        self._reason = record.getMessage()
+        if record.thread != self._exporting:
+            return True
+        self._reasons.append(record.getMessage())
         return False
 
 
@@ -191,9 +198,7 @@ def _first_of_each() -> Callable[[logging.LogRecord], bool]:
 
 def _otlp_exporter(settings: Traces) -> SpanExporter:
     if settings.protocol == "grpc":
-        os.environ.setdefault(
-            "GRPC_VERBOSITY", "NONE"
-        )  # its C core logs to the terminal, for example a lost connection
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core logs to the terminal if a receiver goes away
         return GrpcExporter(endpoint=settings.endpoint)
     has_path = urlsplit(settings.endpoint).path.strip("/")
     return HttpExporter(endpoint=settings.endpoint if has_path else settings.endpoint.rstrip("/") + HTTP_PATH)

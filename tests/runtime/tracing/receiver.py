@@ -10,8 +10,10 @@ from typing import Any
 
 import grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
+    ExportTraceServiceRequest as Request,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceResponse as Response,
 )
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
@@ -33,7 +35,7 @@ class Receiver:
     def __post_init__(self) -> None:
         self.answers.set()
 
-    def take(self, request: ExportTraceServiceRequest) -> None:
+    def take(self, request: Request) -> None:
         """Keep the spans of an export. Wait first until the receiver answers."""
         self.answers.wait()
         for resource_spans in request.resource_spans:
@@ -72,12 +74,12 @@ def grpc_receiver(port: int = 0) -> Iterator[Receiver]:
     receiver = Receiver()
 
     class Servicer(TraceServiceServicer):
-        def Export(self, request: ExportTraceServiceRequest, context: object) -> ExportTraceServiceResponse:  # noqa: N802
+        def Export(self, request: Request, context: object) -> Response:  # noqa: N802
             receiver.take(request)
-            return ExportTraceServiceResponse()
+            return Response()
 
     server = grpc.server(ThreadPoolExecutor(4))
-    add_TraceServiceServicer_to_server(Servicer(), server)
+    add_TraceServiceServicer_to_server(Servicer(), server)  # type: ignore[no-untyped-call]  # generated
     receiver.url = f"http://127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     server.start()
     try:
@@ -95,7 +97,7 @@ def http_receiver() -> Iterator[Receiver]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             receiver.paths.append(self.path)
-            request = ExportTraceServiceRequest()
+            request = Request()
             request.ParseFromString(self.rfile.read(int(self.headers["content-length"])))
             receiver.take(request)
             self.send_response(200)

@@ -1,7 +1,7 @@
 """The spans of jobs over fake engines, as a real receiver gets them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from functools import partial
 
 import pytest
@@ -15,12 +15,14 @@ from runtime.errors import EngineError
 from runtime.events import EngineChanged, Event
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.orchestrator import Orchestrator
+from runtime.tools.tool import ToolError
 from runtime.tracing.traced import Tracing, traced
 from tests.runtime.fakes import embedded_team, engines
 from tests.runtime.jobs import test_tool_calls as tools
 from tests.runtime.tracing.receiver import Receiver, grpc_receiver, values
 
 PROBLEM = "(12+7)*3-(45-5)"
+Generate = Callable[[GenerateRequest], AsyncGenerator[Chunk, None]]
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ class Watching:
         self.go.set()
         handle.generate = partial(self._generate, handle.generate)  # type: ignore[method-assign]
 
-    async def _generate(self, generate, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:  # type: ignore[no-untyped-def]
+    async def _generate(self, generate: Generate, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
         self.reached.set()
         await self.go.wait()
@@ -128,7 +130,7 @@ async def test_tool_calls_are_spans_below_their_role_call(receiver: Receiver) ->
         orchestrator = Orchestrator(tools.team(), handles, tracing.on_event, toolbox=toolbox)
         result = await orchestrator.run(Job("j", "How many?"))
         assert result.error is None
-        tool.error = tools.ToolError("broken")
+        tool.error = ToolError("broken")
         await orchestrator.run(Job("k", "How many?"))
     first, second = receiver.named("invoke_agent writer")
     steps = [span.name for span in receiver.below(first)]
