@@ -37,6 +37,7 @@ from runtime.config import (
     ResidencyChoice,
     Service,
     Tool,
+    Traces,
     WorkflowChoice,
 )
 from runtime.engines.spec import EngineSpec
@@ -55,6 +56,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "residency.policy": ResidencyChoice,
     "service": Service,
     "mqtt": Mqtt,
+    "traces": Traces,
 }
 TYPE_NAMES: Mapping[Any, str] = {
     str: "text",

@@ -51,6 +51,8 @@ class GenerateRequest:
     - `since_s`: when the request's job began, on the event loop's clock. Among requests of equal priority, the one
       whose job began first is admitted first. None counts from when the engine receives the request.
     - `stream_interval`: tokens per chunk. The first and the last token are streamed immediately in any case.
+    - `trace_headers`: the W3C headers of the span that the request belongs to. An engine whose vLLM traces requests
+      makes its own span a child of it.
 
     Admission by job age lets the later calls of a job overtake the first calls of younger jobs. Admission by arrival
     would make every call of a job wait behind all other jobs, so that under load all jobs end late (Autellix,
@@ -74,6 +76,7 @@ class GenerateRequest:
     stream_interval: int = 1
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
     generate_options: Mapping[str, Any] = field(default_factory=dict)
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def resumable(self) -> bool:

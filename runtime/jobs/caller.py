@@ -16,7 +16,7 @@ from runtime.engines.handle import EngineHandle
 from runtime.engines.request import GenerateRequest
 from runtime.engines.usage import Charge, Usage
 from runtime.errors import PluginError
-from runtime.events import CallEnded, CallPaused, Listener, ToolCalled, ToolReturned
+from runtime.events import CallBegan, CallEnded, CallFailed, CallPaused, Listener, ToolCalled, ToolReturned
 from runtime.jobs.plugin_calls import call_plugin
 from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.run import Run
@@ -66,7 +66,7 @@ class Caller:
             uses = [*earlier, *(record.use for record in records if record.use is not None)]
             request = self.request(run, seat, call, tools, uses)
             try:
-                text, finish = await self._generate(run.job.id, seat, request, used)
+                text, finish = await self._generate(run.job.id, seat, call, request, used)
             finally:
                 run.add(seat.name, used)
             note = _ENDED_EARLY.get(finish or "", "").format(request.max_tokens)
@@ -100,7 +100,7 @@ class Caller:
     async def _use_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
         """Log a tool call, make the call, and log its output."""
         run.begin_call()
-        called = ToolCalled(run.job.id, record.number, record.seat, record.task, record.call, record.used)
+        called = _called(run, record)
         await run.log(called)
         self._tell(called)
         return await self._run_tool(run, record)
@@ -110,6 +110,7 @@ class Caller:
         if record.use is not None:
             return record
         if self._toolbox.may_repeat(record.call.tool):
+            self._tell(_called(run, record))
             return await self._run_tool(run, record)
         return await self._returned(run, record, ToolUse(record.call, INTERRUPTED, failed=True))
 
@@ -127,10 +128,16 @@ class Caller:
         self._tell(returned)
         return replace(record, use=use)
 
-    async def _generate(self, job: str, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
+    async def _generate(
+        self, job: str, seat: Seat, call: RoleCall, request: GenerateRequest, usage: Usage
+    ) -> tuple[str, str | None]:
         """Return the text of a reply and its finish reason. Add the request's usage to `usage`, even if it fails."""
         clock = asyncio.get_running_loop().time
         engine = self._engines[seat.engine]
+        began = CallBegan(job, call.number, seat.name, seat.engine, request, call.retries)
+        self._tell(began)
+        if began.trace_headers:
+            request = replace(request, trace_headers=began.trace_headers)
         asked_s, charged_before = clock(), engine.usage.charged()
         pieces: list[str] = []
         times_s: list[float] = []
@@ -145,13 +152,17 @@ class Caller:
                     times_s.append(chunk.time_s)
                     tokens.append(len(chunk.token_ids))
                     finish = chunk.finish
+        except BaseException as error:
+            self._tell(CallFailed(job, seat.name, request.request_id, type(error).__name__, str(error)))
+            raise
         finally:
             charge = engine.usage.charged() - charged_before
             cost = self._cost(charge, engine)
             seconds = clock() - asked_s
             charged = charge.byte_seconds, charge.engine_seconds, cost, charge.waking_byte_seconds
             usage.add(Usage(prompt_tokens, sum(tokens), seconds, *charged))
-        self._tell(CallEnded(job, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
+        timing = asked_s, tuple(times_s), tuple(tokens)
+        self._tell(CallEnded(job, seat.name, seat.engine, *timing, prompt_tokens, request.request_id, finish))
         return "".join(pieces), finish
 
     def _cost(self, charge: Charge, engine: EngineHandle) -> float | None:
@@ -191,6 +202,10 @@ class Caller:
             since_s=run.since_s,
             stream_interval=self._stream_interval,
         )
+
+
+def _called(run: Run, record: ToolRecord) -> ToolCalled:
+    return ToolCalled(run.job.id, record.number, record.seat, record.task, record.call, record.used)
 
 
 def _parsed(seat: Seat, text: str, task: Task) -> Reply:
