@@ -7,6 +7,7 @@ own key by key. Every error names the file, the key and what would be right.
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -338,6 +340,30 @@ class Mqtt(Section):
     )
 
 
+class Traces(Section):
+    """Where OpenTelemetry traces of jobs are exported to. The `OTEL_*` variables of its SDK set everything else."""
+
+    endpoint: str = Field(
+        description="URL of an OTLP receiver, for example `http://localhost:4317`. With `http/protobuf`, a URL without "
+        "a path gets `/v1/traces`."
+    )
+    protocol: Literal["grpc", "http/protobuf"] = Field(
+        default="grpc", description="Protocol of the receiver. Port 4317 is usually `grpc`, and 4318 `http/protobuf`."
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_url(cls, endpoint: str) -> str:
+        try:
+            url = urlsplit(endpoint)
+            is_url = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+        except ValueError:  # the host or the port is malformed
+            is_url = False
+        if not is_url:
+            raise ValueError(f"{endpoint!r} is not a URL with a host; give one such as http://localhost:4317")
+        return endpoint
+
+
 class Config(Section):
     """A whole configuration."""
 
@@ -363,6 +389,11 @@ class Config(Section):
     service: Service = Field(default=Service(), description="How `troupe serve` is reached and what it accepts.")
     mqtt: Mqtt | None = Field(
         default=None, description="The MQTT broker that the service connects to. By default it connects to none."
+    )
+    traces: Traces | None = Field(
+        default=None,
+        description="Where `troupe solve` and `troupe serve` export OpenTelemetry traces of jobs to. By default there "
+        "are no traces.",
     )
     _source: Path = PrivateAttr(default=Path())
 
@@ -610,6 +641,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "residency": Residency,
         "service": Service,
         "mqtt": Mqtt,
+        "traces": Traces,
     }
     match location:
         case [_]:

@@ -4,12 +4,13 @@ The sender calls each listener in the event loop before it continues. A listener
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agents.role import Reply
 from agents.tool_protocol import ToolCall, ToolUse
 from agents.workflow import Entry, Unusable
 from runtime.engines.handle import EngineState
+from runtime.engines.request import GenerateRequest
 from runtime.engines.usage import Usage
 
 
@@ -99,11 +100,42 @@ class CallPaused:
 
 
 @dataclass(frozen=True)
+class CallBegan:
+    """A seat calls its engine. The engine gets `request` next.
+
+    `number` identifies the workflow's call, and `retries` counts the unusable replies to it so far. A listener that
+    traces adds W3C headers to `trace_headers`, which the engine then gets with the request.
+    """
+
+    job: str
+    number: int
+    seat: str
+    engine: str
+    request: GenerateRequest
+    retries: int = 0
+    trace_headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CallFailed:
+    """A seat's call to its engine ended without a complete reply, because of an error or a cancellation.
+
+    `request` is the id of the request, `kind` the name of the exception, and `error` its message.
+    """
+
+    job: str
+    seat: str
+    request: str
+    kind: str
+    error: str
+
+
+@dataclass(frozen=True)
 class CallEnded:
-    """A seat's call to its engine has ended.
+    """A seat's call to its engine has ended with a complete reply.
 
     Times are seconds on the event loop's clock. The engine sent the reply in chunks. `chunk_times_s` and `chunk_tokens`
-    have one value for each chunk.
+    have one value for each chunk. `request` is the id of the request, and `finish` is vLLM's finish reason.
     """
 
     job: str
@@ -113,6 +145,8 @@ class CallEnded:
     chunk_times_s: tuple[float, ...]
     chunk_tokens: tuple[int, ...]
     prompt_tokens: int
+    request: str = ""
+    finish: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +167,8 @@ Event = (
     | JobRestarted
     | JobAdvanced
     | CallPaused
+    | CallBegan
+    | CallFailed
     | CallEnded
     | JobEnded
 )

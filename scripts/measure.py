@@ -4,6 +4,7 @@
     python scripts/measure.py overhead       problems through the team, and the same requests straight to vLLM
     python scripts/measure.py streaming      problems with every token streamed, and with messages of 64 tokens
     python scripts/measure.py orchestrator   role calls a second over fake engines, and resident memory
+    python scripts/measure.py traces         processor time of a role call over fake engines, with and without traces
     python scripts/measure.py team           accuracy of the solver alone, of the team without critic, and of the team
     python scripts/measure.py problems       write configs/problems/held-out.jsonl again
 
@@ -20,8 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from agents.arithmetic import oracle, sampling
 from agents.workflow import RoleCall, Workflow
 from runtime import config, logs, run_folder
+from runtime.config import Traces
 from runtime.engines import replicas
 from runtime.engines.fake import FakeEngine
 from runtime.engines.fleet import Fleet
@@ -48,6 +50,7 @@ from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.run import Run
 from runtime.jobs.team import Team, assemble
 from runtime.jobs.tool_record import ToolRecord
+from runtime.tracing.traced import traced
 
 SAMPLE = ROOT / "configs" / "problems" / "sample.jsonl"
 HELD_OUT = ROOT / "configs" / "problems" / "held-out.jsonl"
@@ -210,21 +213,14 @@ def size(tree: list[Asked]) -> int:
 
 async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
     """Measure role calls a second over fake engines that reply at once, and resident memory."""
-    team = assemble(config.load("embedded"))
-    engines: dict[str, EngineHandle] = {
-        name: FakeEngine(name, lambda request: oracle.reply(request.messages[-1].content))
-        for name in ("planner", "solver", "critic")
-    }
-    for engine in engines.values():
-        await engine.start()
-    orchestrator = Orchestrator(team, replicas.gathered(engines))
-    rng = random.Random(0)
-    jobs = [Job(str(n), sampling.draw_expression(rng).text) for n in range(1000)]
+    engines = await fake_engines()
+    orchestrator = Orchestrator(assemble(config.load("embedded")), replicas.gathered(engines))
+    jobs = drawn_jobs(1000)
     rates, memory, calls = [], [], 0
     while calls < options.calls:
         started, before = time.monotonic(), calls
         await work_all(orchestrator, jobs, options.concurrency, lambda result: None)
-        calls = sum(engine.stats().requests for engine in engines.values())
+        calls = served(engines)
         rates.append((calls - before) / (time.monotonic() - started))
         memory.append(psutil.Process().memory_info().rss / 2**20)
         progress(f"orchestrator {calls}/{options.calls} calls, {rates[-1]:.0f}/s, {memory[-1]:.1f} MiB")
@@ -234,6 +230,83 @@ async def measure_orchestrator(options: argparse.Namespace) -> dict[str, Any]:
         "resident_mib_after_first_1000_jobs": round(memory[0], 1),
         "resident_mib_at_the_end": round(memory[-1], 1),
     }
+
+
+async def measure_traces(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the processor time of a role call over fake engines that reply at once, export included.
+
+    The traces are off, or go to a receiver in another process, or to a port at which nobody listens.
+    """
+    os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "100000")  # fake engines are fast enough to fill the default
+    folder = run_folder.create()
+    logs.log_to(folder)
+    embedded = config.load("embedded")
+    team, engines, jobs = assemble(embedded), await fake_engines(), drawn_jobs(300)
+    microseconds: dict[str, list[float]] = {"off": [], "received": [], "nobody_listens": []}
+    with receiver() as url:
+        sides = {
+            "off": None,
+            "received": Traces(endpoint=url, protocol="http/protobuf"),
+            "nobody_listens": Traces(endpoint="http://127.0.0.1:9", protocol="http/protobuf"),
+        }
+        for repeat in range(options.repeats + 1):
+            for side, traces in sides.items() if repeat % 2 else reversed(sides.items()):
+                started_s, before = time.process_time(), served(engines)
+                async with traced(embedded.model_copy(update={"traces": traces})) as tracing:
+                    orchestrator = Orchestrator(team, engines, tracing.on_event)
+                    await work_all(orchestrator, jobs, options.concurrency, lambda result: None)
+                calls = served(engines) - before
+                if repeat:  # the first of each warms up
+                    microseconds[side].append((time.process_time() - started_s) / calls * 1e6)
+            progress(f"traces {repeat}/{options.repeats}")
+    return {"calls": calls, **{f"{side}_us_per_call": spread(values) for side, values in microseconds.items()}}
+
+
+@contextmanager
+def receiver() -> Iterator[str]:
+    """Run a process that takes every HTTP request; yield its URL."""
+    code = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+server = HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.kill()
+
+
+async def fake_engines() -> dict[str, EngineHandle]:
+    """Start engines that reply at once, and always correctly."""
+    engines: dict[str, EngineHandle] = {
+        name: FakeEngine(name, lambda request: oracle.reply(request.messages[-1].content))
+        for name in ("planner", "solver", "critic")
+    }
+    for engine in engines.values():
+        await engine.start()
+    return engines
+
+
+def drawn_jobs(count: int) -> list[Job]:
+    rng = random.Random(0)
+    return [Job(str(n), sampling.draw_expression(rng).text) for n in range(count)]
+
+
+def served(engines: Mapping[str, EngineHandle]) -> int:
+    return sum(engine.stats().requests for engine in engines.values())
 
 
 async def measure_team(options: argparse.Namespace) -> dict[str, Any]:
@@ -311,6 +384,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "overhead": measure_overhead,
     "streaming": measure_streaming,
     "orchestrator": measure_orchestrator,
+    "traces": measure_traces,
     "team": measure_team,
     "problems": write_problems,
 }

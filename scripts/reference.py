@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import starmap
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,6 +37,7 @@ from runtime.config import (
     ResidencyChoice,
     Service,
     Tool,
+    Traces,
     WorkflowChoice,
 )
 from runtime.engines.spec import EngineSpec
@@ -55,6 +56,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "residency.policy": ResidencyChoice,
     "service": Service,
     "mqtt": Mqtt,
+    "traces": Traces,
 }
 TYPE_NAMES: Mapping[Any, str] = {
     str: "text",
@@ -179,6 +181,8 @@ def _missing_descriptions(options: type[BaseModel]) -> Iterator[str]:
 
 def _type(annotation: Any) -> str:
     """Return the words for a type. An optional type reads like the type itself: its default is `none`."""
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if annotation in TYPE_NAMES:
         return TYPE_NAMES[annotation]
     arguments = [argument for argument in get_args(annotation) if argument is not types.NoneType]
@@ -187,7 +191,7 @@ def _type(annotation: Any) -> str:
         return " or ".join(map(_type, arguments))
     if origin is Literal:
         *others, last = (f"`{argument}`" for argument in arguments)
-        return f"{', '.join(others)} or {last}"
+        return f"{', '.join(others)} or {last}" if others else last
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -221,7 +225,7 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
-        return f"`[{', '.join(value)}]`"
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{_size(value) if field.annotation is ByteSize else value}`"
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.telemetry": ("runtime.daemon_thread",),
     "runtime.tools": ("agents", "runtime.errors"),
     "runtime.config": ("agents", "runtime.engines.spec", "runtime.errors", "runtime.tools.mcp.settings"),
-    "runtime.events": ("agents", "runtime.engines.handle", "runtime.engines.usage"),
+    "runtime.events": ("agents", "runtime.engines.handle", "runtime.engines.request", "runtime.engines.usage"),
     "runtime.doctor": ("runtime.telemetry",),
     "runtime.paths": ("runtime.config",),
     "runtime.run_folder": ("runtime.errors", "runtime.paths"),
@@ -32,6 +32,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.telemetry",
     ),
     "runtime.residency": ("runtime.control", "runtime.engines", "runtime.errors", "runtime.events"),
+    "runtime.devices": (
+        "runtime.config",
+        "runtime.control",
+        "runtime.engines",
+        "runtime.errors",
+        "runtime.residency",
+        "runtime.telemetry",
+    ),
     "runtime.jobs": (
         "agents",
         "runtime.config",
@@ -43,6 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.assembly": (
         "runtime.config",
         "runtime.control",
+        "runtime.devices",
         "runtime.engines",
         "runtime.errors",
         "runtime.events",
@@ -66,6 +75,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.bench.workload",
         "runtime.config",
         "runtime.control",
+        "runtime.devices",
+        "runtime.engines",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.jobs",
+    ),
+    "runtime.tracing": (
+        "agents",
+        "runtime.config",
         "runtime.engines",
         "runtime.errors",
         "runtime.events",
@@ -76,11 +94,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.assembly",
         "runtime.config",
         "runtime.control",
+        "runtime.devices",
         "runtime.engines",
         "runtime.errors",
         "runtime.events",
         "runtime.jobs",
         "runtime.paths",
+        "runtime.tracing",
     ),
     "runtime.cli": import_graph.OURS,
     "scripts": (*import_graph.OURS, "scripts"),
@@ -118,6 +138,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "uvicorn": ("runtime/api/serve.py",),
     "prometheus_client": ("runtime/api/http/metrics.py",),
     "mcp": ("runtime/tools/mcp/",),
+    "opentelemetry": ("runtime/tracing/",),
     "sqlite3": ("runtime/jobs/journal/database.py",),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""
@@ -194,7 +215,7 @@ def test_offences_are_found(path: str, source: str, wrong: list[str]) -> None:
 
 
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
-    heavy = {"mcp", "numpy", "torch", "transformers", "vllm"}
+    heavy = {"mcp", "numpy", "opentelemetry", "torch", "transformers", "vllm"}
     code = f"import sys, runtime.cli.main; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

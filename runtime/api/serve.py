@@ -29,6 +29,7 @@ from runtime.errors import TroupeError
 from runtime.events import Listener, fan_out, ignore
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
+from runtime.tracing.traced import traced
 
 OpenTeam = Callable[[Listener, Publish], AbstractAsyncContextManager[RunningTeam]]
 """Starts the engines. They report events to the listener; the controller publishes its decisions."""
@@ -55,13 +56,15 @@ async def serving(
     service = config.service
     gate = gate_for(service, Tokens(paths.tokens(service)))
     async with AsyncExitStack() as owned:
+        tracing = await owned.enter_async_context(traced(config, resumable=True))
         jobs = await owned.enter_async_context(JobService(paths.journal(service), team, service))
+        await owned.enter_async_context(tracing.following(jobs))
         if with_broker or config.mqtt is not None:
             await begin_cursor(jobs.journal)
         metrics = Metrics()
         monitor = Monitor(lambda: {str(state): count for state, count in jobs.counts.items()})
         backend = Backend(config, team, jobs, monitor, metrics)
-        listeners = fan_out(jobs.on_event, monitor.on_event, metrics.on_event, listener)
+        listeners = fan_out(jobs.on_event, monitor.on_event, metrics.on_event, tracing.on_event, listener)
         url = await owned.enter_async_context(_http(http_app.create_app(backend, gate, service), service))
         announce(url)
         mqtt = config.mqtt

@@ -18,7 +18,7 @@ from runtime.cli.results_file import read_kept
 from runtime.cli.solve_report import Report
 from runtime.config import Config
 from runtime.errors import InputError, PluginError
-from runtime.events import EngineChanged, Event, RoleReplied, ToolCalled, ToolReturned
+from runtime.events import EngineChanged, Event, RoleReplied, ToolCalled, ToolReturned, fan_out
 from runtime.jobs import problems
 from runtime.jobs.batch import work_all
 from runtime.jobs.comparison import Comparison
@@ -26,6 +26,7 @@ from runtime.jobs.job import Job, JobResult
 from runtime.jobs.problems import Problem
 from runtime.jobs.team import Team, assemble
 from runtime.jobs.tool_record import tool_entry
+from runtime.tracing.traced import traced
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ async def _solve_one(config: Config, team: Team, job: Job, options: Options) -> 
             output.print(solve_screen.entry_line(tool_entry(event.seat, event.use)), soft_wrap=True)
 
     with watch.live(screen, status, lambda: running, options.watching):
-        async with start_team(config, team, folder, show) as running:
+        async with (
+            traced(config) as tracing,
+            start_team(config, team, folder, fan_out(tracing.on_event, show)) as running,
+        ):
             result = await running.orchestrator.run(job)
             if options.watching:
                 screen.print(watch.tables(running))
@@ -189,7 +193,10 @@ def _check(team: Team, problem: Problem) -> Problem:
 async def _work(config: Config, team: Team, jobs: list[Job], concurrency: int, report: Report) -> None:
     folder = run_folder.create()
     logs.log_to(folder)
-    async with start_team(config, team, folder, report.on_event) as running:
+    async with (
+        traced(config) as tracing,
+        start_team(config, team, folder, fan_out(tracing.on_event, report.on_event)) as running,
+    ):
         report.running_team = running
         await work_all(running.orchestrator, jobs, concurrency, report.add)
         report.print_engines()

@@ -52,6 +52,8 @@ class GenerateRequest:
     - `since_s`: when the request's job began, on the event loop's clock. Among requests of equal priority, the one
       whose job began first is admitted first. None counts from when the engine receives the request.
     - `stream_interval`: tokens per chunk. The first and the last token are streamed immediately in any case.
+    - `trace_headers`: the W3C headers of the span that the request belongs to. An engine whose vLLM traces requests
+      makes its own span a child of it.
     - `account`: takes what the request is charged.
 
     Admission by job age lets the later calls of a job overtake the first calls of younger jobs. Admission by arrival
@@ -76,6 +78,7 @@ class GenerateRequest:
     stream_interval: int = 1
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
     generate_options: Mapping[str, Any] = field(default_factory=dict)
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
     account: Account = field(default_factory=Account, compare=False, repr=False)
 
     @property

@@ -227,7 +227,11 @@ class VllmEngine(EngineHandle):
             rank = request.rank(asyncio.get_running_loop().time())
             params = to_params(request, llm.model_config.max_model_len)
             check_limits(params, llm.input_processor.generation_config_fields, llm.renderer.get_eos_token_id())
-            replies = llm.generate(prompt, params, request.request_id, priority=rank, **request.generate_options)
+            # vLLM warns about trace headers while it does not trace.
+            headers = request.trace_headers if llm.output_processor.tracing_enabled else None
+            replies = llm.generate(
+                prompt, params, request.request_id, trace_headers=headers, priority=rank, **request.generate_options
+            )
             async for output in replies:
                 new = output.outputs[0]
                 if not prompt_tokens:

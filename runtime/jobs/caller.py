@@ -15,7 +15,7 @@ from agents.workflow import RoleCall, Unusable
 from runtime.engines.request import Engine, GenerateRequest
 from runtime.engines.usage import Usage
 from runtime.errors import PluginError
-from runtime.events import CallEnded, CallPaused, Listener, ToolCalled, ToolReturned
+from runtime.events import CallBegan, CallEnded, CallFailed, CallPaused, Listener, ToolCalled, ToolReturned
 from runtime.jobs.plugin_calls import call_plugin
 from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.run import Run
@@ -65,7 +65,7 @@ class Caller:
             uses = [*earlier, *(record.use for record in records if record.use is not None)]
             request = self.request(run, seat, call, tools, uses)
             try:
-                text, finish = await self._generate(run.job.id, seat, request, used)
+                text, finish = await self._generate(run.job.id, seat, call, request, used)
             finally:
                 run.add(seat.name, used)
             note = _ENDED_EARLY.get(finish or "", "").format(request.max_tokens)
@@ -99,7 +99,7 @@ class Caller:
     async def _use_tool(self, run: Run, record: ToolRecord) -> ToolRecord:
         """Log a tool call, make the call, and log its output."""
         run.begin_call()
-        called = ToolCalled(run.job.id, record.number, record.seat, record.task, record.call, record.used)
+        called = _called(run, record)
         await run.log(called)
         self._tell(called)
         return await self._run_tool(run, record)
@@ -109,6 +109,7 @@ class Caller:
         if record.use is not None:
             return record
         if self._toolbox.may_repeat(record.call.tool):
+            self._tell(_called(run, record))
             return await self._run_tool(run, record)
         return await self._returned(run, record, ToolUse(record.call, INTERRUPTED, failed=True))
 
@@ -126,9 +127,15 @@ class Caller:
         self._tell(returned)
         return replace(record, use=use)
 
-    async def _generate(self, job: str, seat: Seat, request: GenerateRequest, usage: Usage) -> tuple[str, str | None]:
+    async def _generate(
+        self, job: str, seat: Seat, call: RoleCall, request: GenerateRequest, usage: Usage
+    ) -> tuple[str, str | None]:
         """Return the text of a reply and its finish reason. Add the request's usage to `usage`, even if it fails."""
         clock = asyncio.get_running_loop().time
+        began = CallBegan(job, call.number, seat.name, seat.engine, request, call.retries)
+        self._tell(began)
+        if began.trace_headers:
+            request = replace(request, trace_headers=began.trace_headers)
         asked_s, account = clock(), request.account
         pieces: list[str] = []
         times_s: list[float] = []
@@ -143,12 +150,16 @@ class Caller:
                     times_s.append(chunk.time_s)
                     tokens.append(len(chunk.token_ids))
                     finish = chunk.finish
+        except BaseException as error:
+            self._tell(CallFailed(job, seat.name, request.request_id, type(error).__name__, str(error)))
+            raise
         finally:
             charge, seconds = account.charge, clock() - asked_s
             cost = None if self._price is None else self._price / 3600 * account.device_seconds
             charged = charge.byte_seconds, charge.engine_seconds, cost, charge.waking_byte_seconds
             usage.add(Usage(prompt_tokens, sum(tokens), seconds, *charged))
-        self._tell(CallEnded(job, seat.name, seat.engine, asked_s, tuple(times_s), tuple(tokens), prompt_tokens))
+        timing = asked_s, tuple(times_s), tuple(tokens)
+        self._tell(CallEnded(job, seat.name, seat.engine, *timing, prompt_tokens, request.request_id, finish))
         return "".join(pieces), finish
 
     def request(
@@ -182,6 +193,10 @@ class Caller:
             since_s=run.since_s,
             stream_interval=self._stream_interval,
         )
+
+
+def _called(run: Run, record: ToolRecord) -> ToolCalled:
+    return ToolCalled(run.job.id, record.number, record.seat, record.task, record.call, record.used)
 
 
 def _parsed(seat: Seat, text: str, task: Task) -> Reply:

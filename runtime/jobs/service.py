@@ -8,8 +8,8 @@ the journal first, and only then stops the work.
 import asyncio
 import heapq
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
@@ -144,7 +144,7 @@ class JobService:
                 raise
             return _check_same(known, submission), False
         self._team.check(submission.problem, submission.compare)
-        id = uuid.uuid4().hex
+        id = secrets.token_hex(16)  # all bits random, so that it can be the id of a trace
         self._accepting += 1
         accepting = self.journal.post(lambda transaction: transaction.accept(id, submission))
         accepting.add_done_callback(self._on_accepted)

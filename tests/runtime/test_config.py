@@ -101,6 +101,11 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nteam: {solver: {tools: [python]}}\n", ["team.solver.tools", "add `tools: {python: {}}`"]),
     ("extends: embedded\ntools: {'a b': {}}\n", ["tools", "a b"]),
     ("extends: embedded\ntools: {x: {function: y}}\n", ["tools.x.function"]),
+    ("extends: embedded\ntraces: {}\n", ["traces.endpoint: this key is required"]),
+    ("extends: embedded\ntraces: {endpoint: localhost:4317}\n", ["traces.endpoint: 'localhost", "http://localhost:4317"]),
+    ("extends: embedded\ntraces: {endpoint: 'http://x:none'}\n", ["traces.endpoint: 'http://x:none' is not a URL"]),
+    ("extends: embedded\ntraces: {endpoint: 'http://x', protocol: http}\n", ["traces.protocol", "or 'http/protobuf'"]),
+    ("extends: embedded\ntraces: {url: 'http://x'}\n", ["traces.url: unknown key", "endpoint"]),
     ("extends: embedded\ntools: {x: {mcp: {}}}\n", ["tools.x.mcp", "set exactly one of `command` and `url`"]),
 ]  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""OpenTelemetry traces of jobs. Without `traces` in the configuration, nothing of OpenTelemetry is imported."""
