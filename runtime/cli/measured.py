@@ -31,7 +31,7 @@ def table(engines: Mapping[str, tuple[StepCost, float | None]], devices: Mapping
             "" if utilization is None else f"{utilization:.0%}",
         )
     several = len(devices) > 1
-    lines = [f"{name}: {_line(device)}" if several else _line(device) for name, device in devices.items()]
+    lines = [f"device {name}: {_line(device)}" if several else _line(device) for name, device in devices.items()]
     return Group(shown, Text("\n".join(lines), style="dim"))
 
 

@@ -209,7 +209,7 @@ function deviceText(device) {
 
 function drawDevices() {
   const shown = Object.entries(samples.at(-1)?.devices ?? {});
-  const lines = shown.map(([name, device]) => (shown.length > 1 ? `${name}: ` : "") + deviceText(device));
+  const lines = shown.map(([name, device]) => (shown.length > 1 ? `device ${name}: ` : "") + deviceText(device));
   byId("devices").replaceChildren(...lines.map((line) => element("p", line, "quiet")));
 }
 
