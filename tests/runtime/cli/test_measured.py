@@ -12,6 +12,14 @@ def test_concurrency_says_how_long_admission_is_paused() -> None:
     assert measured.concurrency(0, 1.234) == "paused 1.2 s"
 
 
+def test_several_devices_are_told_apart() -> None:
+    screen = Console(width=100)
+    with screen.capture() as shown:
+        screen.print(measured.table({}, {"0": DeviceMoment("gpu", "NVIDIA L4"), "2": DeviceMoment("gpu", "NVIDIA T4")}))
+    lines = [line.strip() for line in shown.get().splitlines()]
+    assert [line[:19] for line in lines[-2:]] == ["device 0: NVIDIA L4", "device 2: NVIDIA T4"]
+
+
 def test_table_has_costs_utilization_and_the_device() -> None:
     costs = {"a": (StepCost(0.0121, 0.0002, 0.00003, 0.93), 0.41), "b": (StepCost(0.004, 0.00015, 0.00001), None)}
     device = DeviceMoment("gpu", "NVIDIA H200", utilization=0.73, fault="GPU is lost", lanes=1.72, lanes_confidence=0.8)

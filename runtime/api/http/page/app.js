@@ -9,6 +9,7 @@ const byId = (id) => document.getElementById(id);
 
 let token = sessionStorage.getItem("token") || "";
 let team = {};
+let charted = "";
 let now = { states: {}, pinned: [] };
 let samples = [];
 let charts = null;
@@ -95,7 +96,8 @@ async function* events(body) {
 
 // ---- charts
 
-const engines = () => [...new Set(Object.values(team))];
+// The engines, or their replicas on several devices, which are known once they start.
+const engines = () => (Object.keys(now.states).length ? Object.keys(now.states) : [...new Set(Object.values(team))]);
 const colour = (engine) => COLOURS[engines().indexOf(engine) % COLOURS.length];
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 
@@ -118,6 +120,7 @@ function chart(id, series, options = {}) {
 
 function drawCharts() {
   const names = engines();
+  charted = names.join();
   const percent = (_, value) => (value == null ? "" : `${(value * 100).toFixed(1)}%`);
   for (const id of ["shares", "queues", "use"]) byId(id).replaceChildren();
   charts = {
@@ -160,6 +163,7 @@ function mean(values) {
 }
 
 function drawSamples() {
+  if (charts && charted !== engines().join()) drawCharts();
   if (!charts || !samples.length) return;
   const names = engines();
   const times = samples.map((sample) => sample.at);

@@ -48,11 +48,11 @@ def configured(folder: Path, **service: Any) -> Config:
 
 
 @asynccontextmanager
-async def service(chosen: Config, time_scale: float = 0, **options: Any) -> AsyncIterator[Served]:
+async def service(chosen: Config, time_scale: float = 0, devices: int = 1, **options: Any) -> AsyncIterator[Served]:
     """Run a service. Its engines take `time_scale` times as long as the real ones that they model."""
     urls: list[str] = []
     team = assemble(chosen)
-    open_team = partial(start_modelled_team, chosen, team, time_scale=time_scale)
+    open_team = partial(start_modelled_team, chosen, team, time_scale=time_scale, devices=devices)
     async with (
         serving(chosen, team, open_team, urls.append, **options) as backend,
         httpx.AsyncClient(base_url=urls[0], timeout=60) as client,
@@ -65,8 +65,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """A function that starts services; they stop when the test ends."""
     async with AsyncExitStack() as owned:
 
-        async def start_service(time_scale: float = 0, **settings: Any) -> Served:
-            return await owned.enter_async_context(service(configured(tmp_path, **settings), time_scale))
+        async def start_service(time_scale: float = 0, devices: int = 1, **settings: Any) -> Served:
+            return await owned.enter_async_context(service(configured(tmp_path, **settings), time_scale, devices))
 
         yield start_service
 

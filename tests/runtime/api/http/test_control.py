@@ -45,6 +45,34 @@ async def test_engines_show_pauses_and_costs(start: Start) -> None:
     assert "utilization" in device
 
 
+async def test_each_replica_is_listed_with_its_device_and_pinned_by_its_name(start: Start) -> None:
+    served = await start(time_scale=1, devices=2)
+    engines = {engine["name"]: engine for engine in (await served.client.get("/engines")).json()}
+    assert list(engines) == [f"{engine}@{device}" for device in "01" for engine in ("planner", "solver", "critic")]
+    solver = engines["solver@1"]
+    assert (solver["engine"], solver["device"], solver["seats"], solver["state"]) == (
+        "solver",
+        "1",
+        ["solver"],
+        "ready",
+    )
+    async with asyncio.timeout(60):
+        while {*(await served.client.get("/devices")).json()} != {"0", "1"}:
+            pass
+    control = (await served.client.put("/control/pins/solver@1", json={"max_active_seqs": 4})).json()
+    assert control["pinned"]["solver@1"]["max_active_seqs"] == 4
+    unknown = await served.client.put("/control/pins/solver", json={"max_active_seqs": 4})
+    assert unknown.status_code == 404
+    assert "the engines are planner@0, solver@0" in unknown.json()["error"]["message"]
+    answer = await served.client.post(
+        "/v1/chat/completions", json={"model": "solver", "messages": [{"role": "user", "content": "1 2"}]}
+    )
+    assert answer.status_code == 200
+    metrics = (await served.client.get("/metrics")).text
+    assert 'troupe:lanes{device="1"}' in metrics
+    assert 'vllm:num_requests_running{model_name="solver@1"}' in metrics
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -119,6 +119,19 @@ async def test_engines_show_their_pause_and_the_cost_of_a_step(start: Start, bro
     assert complaints == []
 
 
+async def test_replicas_and_devices_are_shown(start: Start, browser: Browser) -> None:
+    served = await start(time_scale=1, devices=2)
+    page, complaints = await open_page(browser, served.url)
+    await expect(page.locator("#engines tr")).to_have_count(6)
+    await expect(page.locator("#engines tr").nth(4)).to_contain_text("solver@1")
+    await expect(page.locator("#devices p")).to_have_count(2)
+    await expect(page.locator("#devices p").nth(1)).to_contain_text("device 1: ")
+    await page.get_by_role("button", name="pin solver@1", exact=True).click()
+    await expect(page.get_by_role("button", name="unpin solver@1")).to_be_visible()
+    assert [*served.backend.ready_team().controllers.pinned] == ["solver@1"]
+    assert complaints == []
+
+
 async def test_rejected_problem_shows_the_error(start: Start, browser: Browser) -> None:
     served = await start()
     page, _ = await open_page(browser, served.url)

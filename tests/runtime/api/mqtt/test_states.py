@@ -27,3 +27,16 @@ async def test_states_are_retained(tmp_path: Path, mqtt: Mqtt) -> None:
     assert 0 <= device["lanes_confidence"] <= 1
     assert 0 < grant["gpu_memory_utilization"] <= 1
     assert decision["policy"] == "turns"
+
+
+async def test_a_role_s_state_covers_the_replicas_of_all_devices(tmp_path: Path, mqtt: Mqtt) -> None:
+    async with service(with_broker(tmp_path, mqtt), time_scale=1, devices=2) as served:
+        await asyncio.sleep(1)
+        async with reader(mqtt) as late:
+            role = await late.until(TOPICS.role("solver"), state="ready")
+            grants = [await late.until(TOPICS.grant(f"solver@{device}")) for device in (0, 1)]
+            assert (await late.until(TOPICS.device("1")))["lanes"] >= 1
+        limits = served.backend.engines["solver@0"].limits
+    assert role["engine"] == "solver"
+    assert role["now"]["kv_cache_bytes"] == sum(grant["kv_cache_bytes"] for grant in grants)
+    assert role["now"]["max_active_seqs"] <= 2 * limits.seqs_ceiling
