@@ -15,12 +15,13 @@ from runtime.control.snapshotter import EngineRequirements
 from runtime.devices.controllers import Controllers
 from runtime.devices.device import Device, Policies, Publish, StartedEngines
 from runtime.devices.expected_calls import ExpectedCalls
+from runtime.devices.rebalancer import Rebalancer
 from runtime.devices.start import start_fleets
 from runtime.engines import replicas
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import engine_of
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.engines.spec import EngineSpec
+from runtime.engines.spec import EngineSpec, ReplicaRange
 from runtime.engines.step_time import StepTime
 from runtime.errors import ConfigError, PluginError
 from runtime.events import CallPaused, EngineChanged, Event, JobAdvanced, Listener, ignore
@@ -39,8 +40,10 @@ from runtime.tools.toolbox import Toolbox
 class RunningTeam:
     """A team whose engines have started, on one or several devices, with all that controls them.
 
-    The engines may be real or modelled. While the team's context is entered, each of `devices` is controlled.
-    `orchestrator` runs jobs of `team`. `engines` are those of all devices, by the name of the replica.
+    The engines may be real or modelled. While the team's context is entered, each of `devices` is controlled, and
+    `rebalancer` adds and removes replicas of the engines in `replica_bounds`, which has the fewest and the most of
+    each. It writes its changes to the file `placements`. `orchestrator` runs jobs of `team`. `engines` are those of all
+    devices, by the name of the replica.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class RunningTeam:
         residency: ResidencyPolicy | None = None,
         may_sleep: Collection[str] = (),
         toolbox: Toolbox | None = None,
+        replica_bounds: Mapping[str, tuple[int, int]] | None = None,
+        placements: Path | None = None,
     ) -> None:
         self.team = team
         self.toolbox = toolbox or Toolbox()
@@ -86,13 +91,17 @@ class RunningTeam:
             )
 
         self.devices = {name: device(name, engines) for name, engines in started.items()}
+        self.rebalancer = Rebalancer(self.devices, replica_bounds or {}, placements)
         self.controllers = Controllers({name: each.controller for name, each in self.devices.items()}, policies)
+        self._rebalances = bool(replica_bounds)
         self.orchestrator = self.orchestrate(team)
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as owned:
             for device in self.devices.values():
                 await owned.enter_async_context(device)
+            if self._rebalances:
+                await owned.enter_async_context(self.rebalancer)
             self._owned = owned.pop_all()
         return self
 
@@ -191,9 +200,17 @@ async def start_team(
             residency=residency,
             may_sleep=may_sleep,
             toolbox=toolbox,
+            replica_bounds=_replica_bounds(specs, len(fleets)),
+            placements=folder / "placements.jsonl",
         )
         await owned.enter_async_context(running)
         yield running
+
+
+def _replica_bounds(specs: Mapping[str, EngineSpec], devices: int) -> dict[str, tuple[int, int]]:
+    """Return the fewest and the most replicas of each engine whose number may change."""
+    ranges = {name: spec for name, spec in specs.items() if isinstance(spec.replicas, ReplicaRange)}
+    return {name: spec.replica_bounds(devices) for name, spec in ranges.items()} if devices > 1 else {}
 
 
 def needed_engines(config: Config, team: Team) -> dict[str, EngineSpec]:

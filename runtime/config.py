@@ -24,7 +24,7 @@ from pydantic import (
 
 from agents.names import nearest
 from agents.role import Sampling
-from runtime.engines.spec import EngineSpec
+from runtime.engines.spec import EngineSpec, ReplicaRange
 from runtime.errors import ConfigError
 from runtime.tools.mcp.settings import McpSettings
 
@@ -442,6 +442,12 @@ class Config(Section):
             )
 
     def _check_sleep(self) -> None:
+        ranges = [name for name, spec in self.engines.items() if isinstance(spec.replicas, ReplicaRange)]
+        if self.device.kv_cache_memory_bytes is not None and ranges:
+            raise ValueError(
+                f"device.kv_cache_memory_bytes: it cannot bound the KV caches of replicas that are added later "
+                f"(engines.{ranges[0]}.replicas); use device.memory_bytes instead, or a fixed number of replicas"
+            )
         if self.device.kv_cache_memory_bytes is not None and any(map(self.may_sleep, self.engines)):
             raise ValueError(
                 "device.kv_cache_memory_bytes: it cannot bound the KV caches of engines that sleep; "

@@ -13,6 +13,7 @@ from runtime.control.forecast import ExpectedRequests
 from runtime.control.snapshotter import EngineRequirements, Snapshotter
 from runtime.engines.handle import EngineHandle
 from runtime.engines.sharing import Sharing
+from runtime.engines.supervised import SupervisedEngine
 from runtime.residency.call_times import ExpectedTimes
 from runtime.residency.keeper import Keeper, Rules
 from runtime.residency.policy import ResidencyPolicy
@@ -85,6 +86,25 @@ class Device:
         self.keeper = Keeper(
             self.engines, self.sharing, forecast, call_times, policies.residency, rules, self.controller.wake
         )
+
+    async def add(self, replica: str) -> None:
+        """Start an absent replica. The others shrink until there is memory for it. Raises EngineError."""
+        needed_bytes = self.engines[replica].limits.smallest_bytes
+        if self.sharing.ledger.free < needed_bytes:
+            self.controller.wake(f"engine {replica} is added")
+        await self.sharing.wake(replica)
+        self.controller.wake(f"engine {replica} has started")
+
+    async def remove(self, replica: str) -> None:
+        """Let a replica serve what has a token, then end it. Other replicas serve its other requests.
+
+        Raises EngineError if it does not stop to serve.
+        """
+        engine = self.engines[replica]
+        assert isinstance(engine, SupervisedEngine), replica
+        await engine.leave()
+        await self.sharing.release(replica, 0)
+        self.controller.wake(f"engine {replica} is gone")
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as owned:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from runtime.engines.replicas import replica_name
-from runtime.engines.spec import EngineSpec
+from runtime.engines.spec import EngineSpec, ReplicaRange
 from runtime.errors import ConfigError
 
 Placement = dict[str, dict[str, EngineSpec]]
@@ -24,11 +24,11 @@ def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_oversub
     for engine in sorted(engines, key=lambda name: -engines[name].gpu_memory_utilization):
         spec = engines[engine]
         share = spec.gpu_memory_utilization
-        count = len(devices) if spec.replicas == "all" else spec.replicas
-        if count > len(devices):
+        count, most = spec.replica_bounds(len(devices))
+        if max(count, most) > len(devices):
             raise ConfigError(
-                f"engines.{engine}.replicas: {count} replicas need as many devices, but there are {len(devices)} "
-                f"({', '.join(devices)}); use fewer, or `all` for one on each device"
+                f"engines.{engine}.replicas: {max(count, most)} replicas need as many devices, but there are "
+                f"{len(devices)} ({', '.join(devices)}); use fewer, or `all` for one on each device"
             )
         for device in sorted(devices, key=lambda name: -room[name])[:count]:
             if share > room[device] + 1e-9 and not may_oversubscribe:
@@ -42,6 +42,19 @@ def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_oversub
     for device, specs in placed.items():
         placed[device] = dict(sorted(specs.items(), key=lambda item: order.index(item[0].partition("@")[0])))
     return placed
+
+
+def spares(engines: Mapping[str, EngineSpec], placed: Placement) -> Placement:
+    """Return the replicas that can be added later: of engines with a range, on each device that has none of theirs."""
+    movable = {engine: spec for engine, spec in engines.items() if isinstance(spec.replicas, ReplicaRange)}
+    if len(placed) == 1:
+        return {device: {} for device in placed}
+    return {
+        device: {
+            name: spec for engine, spec in movable.items() if (name := replica_name(engine, device)) not in of_device
+        }
+        for device, of_device in placed.items()
+    }
 
 
 def _room(room: Mapping[str, float]) -> str:

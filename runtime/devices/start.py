@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from runtime.config import Config
-from runtime.devices.placement import place
+from runtime.devices.placement import place, spares
 from runtime.devices.selection import select
 from runtime.engines.fleet import Fleet, OnState
 from runtime.engines.launcher import Launcher
@@ -26,13 +26,14 @@ async def start_fleets(
     on_state: OnState,
     step_times: Mapping[str, StepTime],
 ) -> dict[str, Fleet]:
-    """Start the engines of all devices at the same time. Return the fleet of each device that has any."""
+    """Start the engines of all devices at the same time. Return the fleet of each device that has, or can get, any."""
     processes = [spec for spec in specs.values() for _ in range(_replicas_at_most(spec, config))]
     launcher = owned.enter_context(Launcher(processes, folder))
     several = config.devices != (0,)  # otherwise there is nothing to find out before the engines report that they start
     gpus = (await launcher.prepare()).visible_gpus() if several else ()
     devices = select(config, gpus)
     placed = place(specs, [*devices], may_oversubscribe=bool(may_sleep))
+    absent = spares(specs, placed)
     host = Ledger(config.residency.host_memory_bytes) if config.residency.host_memory_bytes is not None else None
     fleets = {
         device: Fleet(
@@ -49,18 +50,21 @@ async def start_fleets(
             device=devices[device],
         )
         for device, of_device in placed.items()
-        if of_device
+        if of_device or absent[device]
     }
     await _enter_all(owned, [*fleets.values()])
+    started = {engine_of(name): engine for fleet in fleets.values() for name, engine in fleet.engines.items()}
+    for device, of_device in absent.items():
+        for name, spec in of_device.items():
+            fleets[device].add_absent(name, spec, started[engine_of(name)])
     for fleet in fleets.values():
         _check_that_each_can_wake(fleet, [name for name in fleet.engines if engine_of(name) in may_sleep])
     return fleets
 
 
 def _replicas_at_most(spec: EngineSpec, config: Config) -> int:
-    if spec.replicas != "all":
-        return spec.replicas
-    return 1 if config.devices == "all" else len(config.devices)  # no GPU: otherwise its engines need few threads
+    # Without a GPU, `all` is one device. With GPUs, engines need few threads of the processor.
+    return spec.replica_bounds(1 if config.devices == "all" else len(config.devices))[1]
 
 
 async def _enter_all(owned: AsyncExitStack, fleets: Sequence[Fleet]) -> None:

@@ -84,8 +84,9 @@ class Fleet:
                 self._report(name, EngineState.STARTING)
             module = await launcher.prepare()
             owned.push_async_callback(self._close)
+            self._make = partial(self._supervised, module=module, folder=launcher.folder)
             for name, spec in self._specs.items():
-                self.engines[name] = self._supervised(name, spec, module, launcher.folder)
+                self.engines[name] = self._make(name, spec)
             await (self._start_one_at_a_time() if self._one_at_a_time else self._start())
             self.sharing = Sharing(self.engines, self._ledger())
             owned.push_async_callback(self.sharing.close)
@@ -98,6 +99,15 @@ class Fleet:
     def log(self, name: str) -> Path:
         """Return the path of an engine's own log file."""
         return self._run_folder / f"engine-{name}.log"
+
+    def add_absent(self, name: str, spec: EngineSpec, replica: EngineHandle) -> None:
+        """Add an engine that has no process and that can be woken, like another replica, which has started."""
+        engine = self._make(name, spec)
+        engine.begin_absent(replica.limits, replica.stats().wake_s)
+        self.engines[name] = engine
+        ledger = self.sharing.ledger
+        ledger.record(name, 0)
+        ledger.budget_bytes = max(ledger.budget_bytes, replica.limits.device_bytes)
 
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:
@@ -139,7 +149,7 @@ class Fleet:
     def _ledger(self) -> Ledger:
         """Return a ledger with the engines' claims. Raise EngineError if they exceed the budget together."""
         limits = [engine.limits for engine in self.engines.values()]
-        budget_bytes = min(engine_limits.device_bytes for engine_limits in limits)
+        budget_bytes = min((engine_limits.device_bytes for engine_limits in limits), default=0)
         if self._kv_cache_bytes is not None:
             fixed_bytes = sum(engine_limits.fixed_bytes for engine_limits in limits)
             budget_bytes = min(budget_bytes, fixed_bytes + self._kv_cache_bytes)

@@ -22,7 +22,8 @@ class EngineState(StrEnum):
     has died too often: then it is FAILED.
 
     An engine that goes to sleep is DRAINING until its running requests have finished. ASLEEP, its process lives without
-    weights and KV cache; COLD, it has no process. WAKING, it takes its memory back.
+    weights and KV cache; COLD, it has no process. WAKING, it takes its memory back. An ABSENT replica has no process
+    either, and no request waits for it: only the placement starts it.
     """
 
     STARTING = "starting"
@@ -33,6 +34,7 @@ class EngineState(StrEnum):
     ASLEEP = "asleep"
     COLD = "cold"
     WAKING = "waking"
+    ABSENT = "absent"
     CLOSED = "closed"
     DEAD = "dead"
     FAILED = "failed"
@@ -118,6 +120,11 @@ class EngineHandle(ABC):
         if it drains before the first token, and EngineDead if its process is gone.
         """
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine serves requests, as far as is known without asking it."""
+        return self.stats().state is EngineState.READY
+
     async def until_ready(self) -> None:
         """Wait until the engine serves requests. Raise EngineDead if it never will again."""
         if (state := self.stats().state) is not EngineState.READY:
@@ -134,7 +141,7 @@ class EngineHandle(ABC):
         stats = self.stats()
         if stats.state is EngineState.ASLEEP:
             return self.limits.asleep_bytes
-        if stats.state is EngineState.COLD or stats.grant is None:
+        if stats.state in (EngineState.COLD, EngineState.ABSENT) or stats.grant is None:
             return 0
         return self.limits.held_bytes(stats.grant.gpu_memory_utilization)
 

@@ -6,6 +6,7 @@ holds its requests. A request that crashes replicas is refused (`quarantine`).
 """
 
 import asyncio
+import random
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Container, Iterator, Mapping, Sequence
@@ -19,7 +20,9 @@ from runtime.engines.reply_replay import ReplyReplay
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.errors import EngineDead, RequestQuarantined
 
-_GONE = (EngineState.FAILED, EngineState.CLOSED)
+LOOKED_AT = 8
+"""How many replicas the choice for a request looks at."""
+_LAST_RESORT = (EngineState.FAILED, EngineState.CLOSED, EngineState.ABSENT)
 
 
 def replica_name(engine: str, device: str) -> str:
@@ -107,26 +110,34 @@ class Replicas:
     @property
     def serves(self) -> bool:
         """Whether any replica is ready."""
-        return any(replica.stats().state is EngineState.READY for replica in self._replicas)
+        return any(replica.is_ready for replica in self._replicas)
 
     def part(self, replica: str) -> float:
         """Return the part of the engine's requests that a replica will probably get, from 0 to 1.
 
         Replicas that are ready share them equally. If none is, the next request goes to one of the others.
         """
-        ready = [each.name for each in self._replicas if each.stats().state is EngineState.READY]
+        ready = [each.name for each in self._replicas if each.is_ready]
         if not ready:
             return float(self._least_loaded(()).name == replica)
         return 1 / len(ready) if replica in ready else 0.0
 
     def _least_loaded(self, lost: Container[EngineHandle]) -> EngineHandle:
-        """Return the replica for the next request: one that is ready, if any is, and of those the least loaded."""
+        """Return the replica for the next request: one that is ready, if any is, and of those the least loaded.
 
-        def load(replica: EngineHandle) -> tuple[bool, bool, int]:
+        Of many replicas, look at a few random ones. The least loaded of them is seldom much busier than that of all
+        (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
+        """
+        some = self._replicas if len(self._replicas) <= LOOKED_AT else random.sample(self._replicas, LOOKED_AT)
+        ready = [replica for replica in some if replica.is_ready and replica not in lost]
+        if ready:
+            return min(ready, key=lambda replica: replica.usage.in_flight)
+
+        def preference(replica: EngineHandle) -> tuple[bool, bool, int]:
             state = replica.stats().state
-            return state in _GONE, state is not EngineState.READY, replica.usage.in_flight
+            return state in _LAST_RESORT, not replica.is_ready, replica.usage.in_flight
 
-        return min([replica for replica in self._replicas if replica not in lost], key=load)
+        return min([replica for replica in self._replicas if replica not in lost], key=preference)
 
     def _rest_of_reply(
         self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int

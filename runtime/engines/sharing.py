@@ -15,6 +15,7 @@ from runtime.engines.grant import Applied, Deferred, Grant, Rejected, ResizeOutc
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.memory_plan import Growth, Position
+from runtime.errors import EngineError
 
 DRAIN_S = 60.0
 """Seconds for which the requests of an engine whose admission is paused may use memory that it gives up."""
@@ -24,7 +25,14 @@ ANSWER_S = 1.0
 """How long a decision waits for an engine's answer. It then leaves this engine alone and continues with the others."""
 
 Settled = Applied | Rejected | Superseded
-RESTING = (EngineState.DRAINING, EngineState.ASLEEP, EngineState.COLD, EngineState.WAKING, EngineState.FAILED)
+RESTING = (
+    EngineState.DRAINING,
+    EngineState.ASLEEP,
+    EngineState.COLD,
+    EngineState.WAKING,
+    EngineState.ABSENT,
+    EngineState.FAILED,
+)
 """States in which an engine's claim, and not its last grant, says what it holds."""
 
 
@@ -95,6 +103,18 @@ class Sharing:
             if self._admissions.pop(name, None) is None:  # the claim was made just before
                 self.ledger.record(name, before)
             raise
+
+    async def wake(self, name: str) -> None:
+        """Wake an engine once there is memory for it. Raises EngineError, and claims nothing, if it does not wake."""
+        engine = self._engines[name]
+        await self.admit(name, engine.limits.smallest_bytes)
+        try:
+            await engine.wake()
+        except EngineError:
+            await self.release(name, 0)
+            raise
+        # It may have measured itself a little larger.
+        self.ledger.record(name, max(self.ledger.held[name], engine.held_bytes))
 
     async def release(self, name: str, nbytes: int) -> None:
         """Lower the claim of an engine that sleeps to the `nbytes` that it still holds."""

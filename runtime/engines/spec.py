@@ -1,9 +1,27 @@
 """The configuration of one engine."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+
+ReplicaCount = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
+"""A number of replicas, of which no two share a device; `all` for one on each device."""
+
+
+class ReplicaRange(BaseModel):
+    """The fewest and the most replicas of an engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(default=1, ge=1, le=10_000, description="The fewest replicas, with which the team starts.")
+    max: ReplicaCount = Field(default="all", description="The most replicas; `all` for one on each of `devices`.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max != "all" and self.max < self.min:
+            raise ValueError(f"max: {self.max} is below min, {self.min}; give at least that")
+        return self
 
 
 class EngineSpec(BaseModel):
@@ -28,10 +46,10 @@ class EngineSpec(BaseModel):
         description="The largest share of the device that the engine can ever be granted. The engine reserves address "
         "space for it at start.",
     )
-    replicas: Annotated[int, Field(ge=1, le=1000)] | Literal["all"] = Field(
+    replicas: ReplicaCount | ReplicaRange = Field(
         default=1,
-        description="How many devices have a replica of the engine; `all` for each of `devices`. Requests go to the "
-        "replica that serves the fewest.",
+        description="How many devices have a replica of the engine; `all` for each of `devices`. With `{min, max}`, "
+        "replicas are added and removed while the team runs. Requests go to the replica that serves the fewest.",
     )
     kv_cache_memory_bytes: ByteSize | None = Field(
         default=None,
@@ -81,6 +99,13 @@ class EngineSpec(BaseModel):
     vllm: Mapping[str, Any] = Field(
         default_factory=dict, description="Further vLLM engine arguments, passed on unchanged."
     )
+
+    def replica_bounds(self, devices: int) -> tuple[int, int]:
+        """Return the fewest and the most replicas on this many devices."""
+        if isinstance(self.replicas, ReplicaRange):
+            return self.replicas.min, devices if self.replicas.max == "all" else self.replicas.max
+        count = devices if self.replicas == "all" else self.replicas
+        return count, count
 
     @field_validator("vllm")
     @classmethod

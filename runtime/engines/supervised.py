@@ -26,6 +26,7 @@ OnState = Callable[[EngineState], None]
 DRAIN_S = 60.0
 """An engine that has not drained after this many seconds continues to serve."""
 UNLIMITED_BYTES = 1 << 62
+_WITHOUT_WEIGHTS = (EngineState.ASLEEP, EngineState.COLD)
 NEWEST_WEIGHT = 0.3
 """Weight of the newest duration of a sleep or a wake in the average."""
 
@@ -84,7 +85,7 @@ class SupervisedEngine(EngineHandle):
         self._none_served = asyncio.Event()
         self._none_served.set()
         self._without_token: set[asyncio.Timeout] = set()
-        self._rest: EngineState | None = None  # DRAINING, ASLEEP, COLD or WAKING; None for an engine that is awake
+        self._rest: EngineState | None = None  # DRAINING, ASLEEP, COLD, WAKING or ABSENT; None if it is awake
         self._sleep_s: float | None = None
         self._start_s: float | None = None
         self._wake_s: float | None = None  # of a process that sleeps
@@ -98,6 +99,18 @@ class SupervisedEngine(EngineHandle):
         self._start_s = asyncio.get_running_loop().time() - began_s
         self._enter_ready()
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
+
+    def begin_absent(self, limits: EngineLimits, start_s: float) -> None:
+        """Begin without a process. `limits` and `start_s` are those of another replica, until this one has started."""
+        self._limits, self._start_s = limits, start_s
+        self._awake.clear()
+        self._enter_rest(EngineState.ABSENT)
+        self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
+
+    async def leave(self) -> None:
+        """Serve what has a token, end the process, and be absent. Raises EngineError as `sleep` does."""
+        await self.sleep(deep=True)
+        self._enter_rest(EngineState.ABSENT)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         engine = self._engine
@@ -146,6 +159,10 @@ class SupervisedEngine(EngineHandle):
         """Hold new requests back and check the engine now."""
         self._ready.clear()
         self._check_now.set()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set() and self._rest is None and self._failure is None
 
     async def until_ready(self) -> None:
         self._held += self._rest is not None
@@ -297,7 +314,7 @@ class SupervisedEngine(EngineHandle):
 
     def _sleeps_with_process(self) -> bool:
         """Return True if the engine sleeps with its process alive, or would if it went to sleep now."""
-        if self._rest in (EngineState.ASLEEP, EngineState.COLD):
+        if self._rest in (*_WITHOUT_WEIGHTS, EngineState.ABSENT):
             return self._rest is EngineState.ASLEEP
         return self._can_keep_process()
 
@@ -311,7 +328,7 @@ class SupervisedEngine(EngineHandle):
 
         They do not count as restarts. After as many failures, the engine has failed.
         """
-        if self._rest not in (EngineState.ASLEEP, EngineState.COLD) or self._failure is not None:
+        if self._rest not in (*_WITHOUT_WEIGHTS, EngineState.ABSENT) or self._failure is not None:
             raise EngineError(f"engine {self.name} is {self.stats().state} and cannot wake")
         self._enter_rest(EngineState.WAKING)
         smallest = self.limits.smallest_grant
@@ -396,9 +413,9 @@ class SupervisedEngine(EngineHandle):
         state = EngineState.FAILED if self._failure is not None else self._rest or stats.state
         if state is EngineState.CLOSED:
             state = EngineState.DEAD  # it is being restarted
-        if state is EngineState.COLD:
+        if state in (EngineState.COLD, EngineState.ABSENT):
             stats = replace(stats, kv_cache_bytes=0, pid=None)
-        if state in (EngineState.ASLEEP, EngineState.COLD):
+        if state in (*_WITHOUT_WEIGHTS, EngineState.ABSENT):
             stats = replace(stats, grant=None, kv_cache_usage=0.0, running=0, waiting=0)
         return replace(
             stats,

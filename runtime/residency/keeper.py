@@ -315,15 +315,11 @@ class Keeper:
         history.served_before = engine.usage.finished
         if self._sharing.ledger.free < limits.smallest_bytes - self._sharing.ledger.held[name]:
             self._on_change(f"engine {name} wakes")  # the others shrink
-        await self._sharing.admit(name, limits.smallest_bytes)
         try:
-            await engine.wake()
+            await self._sharing.wake(name)
         except EngineError as error:
             logging.getLogger(__name__).error("engine %s does not wake: %s", name, error)
-            await self._sharing.release(name, 0)
             return
-        # It may have measured itself a little larger.
-        self._sharing.ledger.record(name, max(self._sharing.ledger.held[name], engine.held_bytes))
         history.awake_since_s = asyncio.get_running_loop().time()
         self.counts.wakes += 1
         self.counts.ahead += ahead

@@ -1,7 +1,7 @@
 """A team over modelled engines in real time: a service without vLLM, to test clients and to measure everything but the
 engines."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 
 from agents.arithmetic import oracle
@@ -28,18 +28,29 @@ async def start_modelled_team(
     time_scale: float = 1,
     model: str = MODEL,
     devices: int = 1,
+    placed: Mapping[str, Collection[str]] | None = None,
+    replica_bounds: Mapping[str, tuple[int, int]] | None = None,
 ) -> AsyncIterator[RunningTeam]:
     """Start the embedded team over modelled engines, which always reply correctly.
 
     `time_scale` multiplies the modelled durations; with 0 the engines reply at once. Each of the `devices` has a
-    replica of every engine.
+    replica of every engine, or of those that `placed` names for it. `replica_bounds` lets replicas change: see
+    RunningTeam.
     """
     constants = load.read(model)
     scripts = dict.fromkeys(constants.engines, _reply)
-    async with load.devices(constants, scripts, KV_CACHE_BYTES, devices, time_scale) as started:
+    async with load.devices(constants, scripts, KV_CACHE_BYTES, devices, time_scale, placed=placed) as started:
         with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
             team = team.without_tools()
-            running = RunningTeam(team, started, config.control, policies, listener=listener, publish=publish)
+            running = RunningTeam(
+                team,
+                started,
+                config.control,
+                policies,
+                listener=listener,
+                publish=publish,
+                replica_bounds=replica_bounds,
+            )
             for name in running.engines:
                 listener(EngineChanged(name, EngineState.READY, 0.0))
             async with running:

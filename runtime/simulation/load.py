@@ -6,7 +6,7 @@ prefix caching are not modelled.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -128,10 +128,12 @@ async def devices(
     count: int,
     time_scale: float = 1,
     lengths: Mapping[str, Lengths] | None = None,
+    placed: Mapping[str, Collection[str]] | None = None,
 ) -> AsyncIterator[dict[str, StartedEngines]]:
     """Yield running engines on `count` devices, each with `budget_bytes` of memory and a replica of every engine.
 
-    All devices share the process that sends the requests. See `engines`.
+    If `placed` names the engines that start on each device, replicas of the others are absent there. All devices share
+    the process that sends the requests. See `engines`.
     """
     front = Processor(1)
     async with AsyncExitStack() as owned:
@@ -139,7 +141,8 @@ async def devices(
         for number in range(count):
             device = _Device(model, scripts, budget_bytes, time_scale, lengths or {}, front)
             names = {engine: engine if count == 1 else replica_name(engine, str(number)) for engine in model.engines}
-            started[str(number)] = await device.start(owned, names)
+            on_device = None if placed is None else placed[str(number)]
+            started[str(number)] = await device.start(owned, names, on_device)
         yield started
 
 
@@ -164,16 +167,21 @@ class _Device:
         self._processor, self._moving = Processor(model.lanes), asyncio.Lock()
         self._device_bytes = max(budget_bytes, sum(map(_most_bytes, model.engines.values())))
 
-    async def start(self, owned: AsyncExitStack, names: Mapping[str, str]) -> StartedEngines:
-        """Start the engines. `names` are the names of their replicas on this device."""
+    async def start(
+        self, owned: AsyncExitStack, names: Mapping[str, str], placed: Collection[str] | None
+    ) -> StartedEngines:
+        """Start the engines in `placed`; None starts all. `names` are the names of all replicas on this device."""
         running: dict[str, EngineHandle] = {}
         ledger = Ledger(self._budget_bytes)
         for engine, name in names.items():
             made = self._make(engine, name, None)
-            if self._model.device_bytes:
-                made = SupervisedEngine(name, partial(self._make, engine, name), moving=self._moving)
+            absent = placed is not None and engine not in placed
+            if self._model.device_bytes or placed is not None:
+                made = supervised = SupervisedEngine(name, partial(self._make, engine, name), moving=self._moving)
             running[name] = await owned.enter_async_context(made)
-            if self._model.device_bytes:
+            if absent:
+                await supervised.leave()
+            elif self._model.device_bytes:
                 await made.sleep()
             ledger.claim(name, made.held_bytes)
         sharing = Sharing(running, ledger)

@@ -12,6 +12,7 @@ from runtime import config
 from runtime.assembly import RunningTeam, start_team
 from runtime.config import Config
 from runtime.engines import sharing
+from runtime.engines.handle import EngineState
 from runtime.errors import EngineError
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.team import assemble
@@ -25,6 +26,7 @@ devices: [0, 1]
 device: {{memory_bytes: {size}}}
 engines:
   solver: {{replicas: all}}
+  planner: {{replicas: {{min: 1, max: 2}}}}
 workflow: {{name: deliberate}}
 """
 
@@ -54,8 +56,9 @@ async def work(running: RunningTeam, count: int) -> list[JobResult]:
 async def test_replicas_of_both_devices_work(running: RunningTeam) -> None:
     assert {name: [*device.engines] for name, device in running.devices.items()} == {
         "0": ["planner@0", "solver@0"],
-        "1": ["solver@1", "critic@1"],
+        "1": ["solver@1", "critic@1", "planner@1"],
     }
+    assert running.engines["planner@1"].stats().state is EngineState.ABSENT
     assert all(result.correct for result in await work(running, 20))
     assert all(running.engines[name].stats().requests > 20 for name in ("solver@0", "solver@1"))
     for device in running.devices.values():
@@ -77,6 +80,21 @@ async def test_a_killed_replica_costs_no_job(running: RunningTeam) -> None:
     results = await working
     assert [result.error for result in results if result.error] == []
     assert all(result.correct for result in results)
+
+
+async def test_a_replica_moves_to_another_device_while_jobs_run(running: RunningTeam) -> None:
+    working = asyncio.create_task(work(running, 40))
+    await running.devices["1"].add("planner@1")
+    await running.devices["0"].remove("planner@0")
+    assert running.engines["planner@0"].stats().state is EngineState.ABSENT
+    assert running.engines["planner@0"].stats().pid is None
+    assert running.devices["0"].sharing.ledger.held["planner@0"] == 0
+    async with asyncio.timeout(LONG_S):  # a new process measures itself a little larger; then the others shrink
+        while any(device.sharing.ledger.free < 0 for device in running.devices.values()):  # noqa: ASYNC110  no event
+            await asyncio.sleep(0.01)
+    assert all(result.correct for result in await working)
+    assert all(result.correct for result in await work(running, 5))
+    assert running.engines["planner@1"].stats().requests >= 5
 
 
 async def test_a_device_whose_engines_do_not_start_closes_the_others(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from runtime.api import admin
-from runtime.api.admin import Change, Pin
+from runtime.api.admin import Pin
 from runtime.api.auth import Scope
 from runtime.api.http.auth import require
 from runtime.api.http.backend import Backend, BackendDep
@@ -15,6 +15,7 @@ from runtime.api.http.errors import ERRORS
 from runtime.api.monitor import device_moment, engine_moment
 from runtime.control.costs import StepCost
 from runtime.control.snapshot import DeviceMoment
+from runtime.devices.rebalancer import Change
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of, engine_of
@@ -146,8 +147,17 @@ async def list_decisions(
     return [asdict(decision) for decision in [*backend.monitor.decisions][: -limit - 1 : -1]]
 
 
+@router.get("/control/placements", dependencies=_READ)
+async def list_placements(
+    backend: BackendDep,
+    limit: Annotated[int, Query(ge=1, le=200, description="The number of changes to return at most.")] = 20,
+) -> list[Change]:
+    """List the latest changes of where engines have replicas, newest first, with the reason for each."""
+    return [*backend.ready_team().rebalancer.changes][: -limit - 1 : -1]
+
+
 @router.patch("/control", dependencies=_CONTROL)
-async def update_controller(body: Change, backend: BackendDep) -> ControlView:
+async def update_controller(body: admin.Change, backend: BackendDep) -> ControlView:
     """Pause or resume the controller, or change its policy."""
     body.apply(backend.ready_team())
     return await retrieve_controller(backend)

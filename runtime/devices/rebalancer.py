@@ -1,0 +1,190 @@
+"""Changes where engines have replicas while the team runs: looks at the devices, asks `rebalancing`, and acts."""
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from runtime.devices.device import Device
+from runtime.devices.rebalancing import Action, DeviceLoad, EngineRange, PlacementView, ReplicaView, decide
+from runtime.engines.handle import EngineState
+from runtime.engines.replicas import device_of, engine_of, replica_name
+from runtime.errors import EngineError
+
+EVERY_S = 1.0
+AGAIN_S = 60.0
+"""After a replica could not be added, none of its engine is added to the same device for so many seconds."""
+CHANGES_KEPT = 200
+_STARTED = (EngineState.READY, EngineState.DRAINING, EngineState.ASLEEP, EngineState.COLD, EngineState.WAKING)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the placement: the replica that was added, the one that was removed, why, and how long it took.
+
+    `at` is in seconds since 1970. `error` says why it failed, or is None.
+    """
+
+    at: float
+    added: str | None
+    removed: str | None
+    reason: str
+    seconds: float
+    error: str | None = None
+
+
+class Rebalancer:
+    """The owner of the placement of a team's engines, as an async context manager: it acts while it is entered.
+
+    `bounds` are the fewest and the most replicas of the engines whose number may change. `changes` has the latest
+    changes, and `log` takes one line of JSON for each.
+    """
+
+    def __init__(
+        self, devices: Mapping[str, Device], bounds: Mapping[str, tuple[int, int]], log: Path | None = None
+    ) -> None:
+        self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
+        self._devices = devices
+        self._bounds = bounds
+        self._log = log
+        self._above, self._below = _Durations(), _Durations()
+        self._called_s: dict[str, float] = {}
+        self._arrived: dict[str, int] = {}
+        self._refused_until_s: dict[str, float] = {}
+        self._acting: dict[asyncio.Task[None], Action] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="rebalancer")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._task is not None
+        tasks = [self._task, *self._acting]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                self.tick()
+            except Exception:
+                logging.getLogger(__name__).exception("the placement cannot be decided")
+            await asyncio.sleep(EVERY_S)
+
+    def tick(self) -> None:
+        """Look at the devices, decide, and begin the actions."""
+        busy = {name for action in self._acting.values() for name in _engines_of(action)}
+        for action in decide(self._view(asyncio.get_running_loop().time(), busy)):
+            task = asyncio.create_task(self._act(action), name="change the placement")
+            self._acting[task] = action
+            task.add_done_callback(self._acting.pop)
+
+    def _view(self, now_s: float, busy: set[str]) -> PlacementView:
+        """Look at all devices. Leave out the engines whose replicas are changing."""
+        replicas, absent = [], set()
+        for device in self._devices.values():
+            for name, engine in device.engines.items():
+                state = engine.stats().state
+                if state in _STARTED:
+                    idle_s = self._idle_s(name, now_s)
+                    replicas.append(ReplicaView(name, engine_of(name), device.name, engine.usage.in_flight, idle_s))
+                elif state is EngineState.ABSENT and now_s >= self._refused_until_s.get(name, 0):
+                    absent.add(name)
+        load = dict.fromkeys(self._devices, 0)
+        for replica in replicas:
+            load[replica.device] += replica.in_flight
+        mean = sum(load.values()) / len(load)
+        devices = {
+            name: DeviceLoad(
+                _free_bytes(device),
+                self._above.lasted_s(name, load[name] > mean, now_s),
+                self._below.lasted_s(name, load[name] <= mean, now_s),
+            )
+            for name, device in self._devices.items()
+        }
+        engines = {name: self._range(name, absent) for name in self._bounds if name not in busy}
+        return PlacementView(replicas, engines, devices)
+
+    def _idle_s(self, name: str, now_s: float) -> float:
+        usage = self._devices[device_of(name)].engines[name].usage
+        if usage.in_flight or usage.arrived != self._arrived.get(name) or name not in self._called_s:
+            self._called_s[name], self._arrived[name] = now_s, usage.arrived
+        return now_s - self._called_s[name]
+
+    def _range(self, engine: str, absent: set[str]) -> EngineRange:
+        names = [replica_name(engine, device) for device in self._devices]
+        known = next(
+            replica for name in names if (replica := self._devices[device_of(name)].engines.get(name)) is not None
+        )
+        least, most = self._bounds[engine]
+        return EngineRange(
+            least,
+            most,
+            known.limits.smallest_bytes,
+            known.stats().wake_s,
+            frozenset(device_of(name) for name in names if name in absent),
+        )
+
+    async def _act(self, action: Action) -> None:
+        """Add a replica, then remove one, so that there are never too few."""
+        began_s, error = time.monotonic(), None
+        added = replica_name(*action.add) if action.add else None
+        try:
+            if action.add is not None and added is not None:
+                await self._devices[action.add[1]].add(added)
+            if action.remove is not None:
+                await self._devices[device_of(action.remove)].remove(action.remove)
+        except EngineError as failure:
+            error = str(failure)
+            if added is not None:
+                self._refused_until_s[added] = asyncio.get_running_loop().time() + AGAIN_S
+        if action.add is not None:
+            self._below.forget(action.add[1])  # its load changes now
+        self._note(Change(time.time(), added, action.remove, action.reason, time.monotonic() - began_s, error))
+
+    def _note(self, change: Change) -> None:
+        self.changes.append(change)
+        what = ", ".join(
+            f"{word} {name}" for word, name in (("added", change.added), ("removed", change.removed)) if name
+        )
+        logging.getLogger(__name__).info("placement: %s: %s%s", what, change.reason, change.error or "")
+        if self._log is not None:
+            with suppress(OSError), self._log.open("a") as file:
+                file.write(json.dumps(asdict(change)) + "\n")
+
+
+class _Durations:
+    """For how long conditions have held without a break, by name."""
+
+    def __init__(self) -> None:
+        self._since_s: dict[str, float] = {}
+
+    def lasted_s(self, name: str, holds: bool, now_s: float) -> float:
+        """Note whether a condition holds now, and return for how long it has."""
+        if not holds:
+            self.forget(name)
+            return 0.0
+        return now_s - self._since_s.setdefault(name, now_s)
+
+    def forget(self, name: str) -> None:
+        """Count anew from the next time that the condition is found to hold."""
+        self._since_s.pop(name, None)
+
+
+def _free_bytes(device: Device) -> int:
+    """Return what a device has left if all its engines shrink to their floors, and all that sleep are awake."""
+    started = [engine for engine in device.engines.values() if engine.stats().state in _STARTED]
+    needed_bytes = sum(engine.limits.smallest_bytes for engine in started)
+    return device.sharing.ledger.budget_bytes - needed_bytes - device.sharing.reserved_bytes
+
+
+def _engines_of(action: Action) -> Sequence[str]:
+    return [name for name in (action.add and action.add[0], action.remove and engine_of(action.remove)) if name]

@@ -1,0 +1,154 @@
+"""The rule that adds replicas of engines to devices with little work, and removes those that nobody needs.
+
+It is pure: the same view gives the same actions. It remembers nothing: for how long a state has lasted is in the view.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+SLACK = 8
+"""Devices whose loads differ by less than twice this many requests are left alone."""
+RATIO = 2.0
+"""A device is overloaded if its load is more than this many times that of the device with the least."""
+PATIENCE = 3.0
+"""An imbalance must have lasted for this many times as long as the new replica takes to start."""
+IDLE_S = 60.0
+"""A replica beyond the fewest is removed after so many seconds without a request."""
+
+
+@dataclass(frozen=True)
+class ReplicaView:
+    """A replica that has started: its engine, its device, the requests in it, and for how long it has had none."""
+
+    name: str
+    engine: str
+    device: str
+    in_flight: int
+    idle_s: float
+
+
+@dataclass(frozen=True)
+class EngineRange:
+    """The bounds of an engine's replicas, what the smallest one needs, and how long it takes to start.
+
+    `devices` are those on which another replica can be added.
+    """
+
+    least: int
+    most: int
+    needed_bytes: int
+    start_s: float
+    devices: frozenset[str]
+
+
+@dataclass(frozen=True)
+class DeviceLoad:
+    """What a device could give a new replica if all engines on it shrank to their floors, in bytes.
+
+    `above_s` and `below_s` say for how long its load has been above, or below, the mean of all devices.
+    """
+
+    free_bytes: int
+    above_s: float = 0.0
+    below_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlacementView:
+    """All replicas that have started, the engines whose replicas may change, and the devices. All by name."""
+
+    replicas: Sequence[ReplicaView]
+    engines: Mapping[str, EngineRange]
+    devices: Mapping[str, DeviceLoad]
+
+    @cached_property
+    def load(self) -> dict[str, int]:
+        """The requests on each device."""
+        load = dict.fromkeys(self.devices, 0)
+        for replica in self.replicas:
+            load[replica.device] += replica.in_flight
+        return load
+
+    @cached_property
+    def count(self) -> dict[str, int]:
+        """The replicas of each engine that has any."""
+        count: dict[str, int] = {}
+        for replica in self.replicas:
+            count[replica.engine] = count.get(replica.engine, 0) + 1
+        return count
+
+
+@dataclass(frozen=True)
+class Action:
+    """A replica to add to a device, one to remove, or both: then the new one serves before the old one goes."""
+
+    add: tuple[str, str] | None
+    remove: str | None
+    reason: str
+
+
+def decide(view: PlacementView) -> list[Action]:
+    """Return the actions to take now. O(N log N) of the numbers of replicas and devices.
+
+    A new replica takes over a part of its engine's requests, so that it helps where a device has more than RATIO times
+    the requests of another one, and twice SLACK more than that. Of the engines on the busy device, that with the most
+    requests there gains the most. It must fit the idle device, and the imbalance must have lasted longer than the start
+    of the replica takes, or it would be over before the replica serves. An engine that has all its replicas moves one
+    instead, if another busy engine is left behind on the device: alone, it would take its load along.
+
+    The busiest device is relieved by the idlest one, the second busiest by the second idlest, and so on. Each engine
+    gets at most one new replica at a time.
+    """
+    actions = _idle(view)
+    touched = {action.remove for action in actions}
+    on_device: dict[str, list[ReplicaView]] = {name: [] for name in view.devices}
+    for replica in view.replicas:
+        if replica.name not in touched:
+            on_device[replica.device].append(replica)
+    by_load = sorted(view.devices, key=lambda name: view.load[name])
+    grown: set[str] = set()
+    for idle, busy in zip(by_load[: len(by_load) // 2], reversed(by_load), strict=False):
+        if view.load[busy] <= RATIO * view.load[idle] + 2 * SLACK:
+            break
+        action = _relieve(view, busy, idle, [each for each in on_device[busy] if each.engine not in grown])
+        if action is not None and action.add is not None:
+            actions.append(action)
+            grown.add(action.add[0])
+    return actions
+
+
+def _idle(view: PlacementView) -> list[Action]:
+    """Return the removals of replicas that have had no request for long. The fewest replicas stay."""
+    left, actions = dict(view.count), []
+    for replica in view.replicas:
+        bounds = view.engines.get(replica.engine)
+        if bounds and left[replica.engine] > bounds.least and replica.idle_s >= IDLE_S:
+            left[replica.engine] -= 1
+            actions.append(Action(None, replica.name, f"no request for {replica.idle_s:.0f} s"))
+    return actions
+
+
+def _relieve(view: PlacementView, busiest: str, idlest: str, candidates: Sequence[ReplicaView]) -> Action | None:
+    """Return the action that moves most work from a busy device to an idle one, or None if there is none."""
+    load = view.load
+    lasted_s = min(view.devices[busiest].above_s, view.devices[idlest].below_s)
+    for replica in sorted(candidates, key=lambda replica: -replica.in_flight):
+        bounds = view.engines.get(replica.engine)
+        if (
+            bounds is None
+            or replica.in_flight <= SLACK
+            or idlest not in bounds.devices
+            or bounds.needed_bytes > view.devices[idlest].free_bytes
+            or lasted_s < PATIENCE * bounds.start_s
+        ):
+            continue
+        reason = (
+            f"device {busiest} has {load[busiest]} requests ({replica.in_flight} of {replica.engine}) and device "
+            f"{idlest} {load[idlest]}, for {lasted_s:.0f} s"
+        )
+        if view.count[replica.engine] < bounds.most:
+            return Action((replica.engine, idlest), None, reason)
+        if load[busiest] - replica.in_flight > SLACK:
+            return Action((replica.engine, idlest), replica.name, reason)
+    return None

@@ -1,0 +1,79 @@
+"""Replicas are added or moved from busy devices to those with little work, and removed when they are idle."""
+
+from dataclasses import replace
+
+import pytest
+
+from runtime.devices.rebalancing import IDLE_S, Action, DeviceLoad, EngineRange, PlacementView, ReplicaView, decide
+
+LASTED = DeviceLoad(1000, above_s=100, below_s=100)
+SOLVER = EngineRange(least=1, most=2, needed_bytes=400, start_s=10, devices=frozenset({"1"}))
+
+
+def replica(name: str, in_flight: int, idle_s: float = 0) -> ReplicaView:
+    engine, _, device = name.partition("@")
+    return ReplicaView(name, engine, device, in_flight, idle_s)
+
+
+def view(*replicas: ReplicaView, solver: EngineRange = SOLVER, other: DeviceLoad = LASTED) -> PlacementView:
+    return PlacementView(replicas, {"solver": solver}, {"0": LASTED, "1": other})
+
+
+BUSY = replica("planner@0", 30), replica("solver@0", 50), replica("critic@1", 2)
+
+
+def test_a_replica_of_the_busiest_engine_is_added_to_the_idlest_device() -> None:
+    (action,) = decide(view(*BUSY))
+    assert action == Action(("solver", "1"), None, action.reason)
+    assert action.reason == "device 0 has 80 requests (50 of solver) and device 1 2, for 100 s"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"solver": replace(SOLVER, devices=frozenset())},
+        {"solver": replace(SOLVER, needed_bytes=1001)},
+        {"solver": replace(SOLVER, start_s=34)},
+        {"other": replace(LASTED, below_s=29)},
+    ],
+    ids=["has a replica there", "does not fit", "starts too slowly", "has not lasted"],
+)
+def test_nothing_is_added_where_it_would_not_help(changed: dict[str, EngineRange | DeviceLoad]) -> None:
+    assert decide(view(*BUSY, **changed)) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loads", [(40, 20), (17, 1), (8, 0), (0, 0)])
+def test_devices_with_similar_loads_are_left_alone(loads: tuple[int, int]) -> None:
+    assert decide(view(replica("solver@0", loads[0]), replica("critic@1", loads[1]))) == []
+
+
+def test_an_engine_that_has_all_its_replicas_moves_if_another_one_stays_busy() -> None:
+    single = replace(SOLVER, most=1)
+    (action,) = decide(view(*BUSY, solver=single))
+    assert (action.add, action.remove) == (("solver", "1"), "solver@0")
+    alone = replica("planner@0", 3), replica("solver@0", 50), replica("critic@1", 2)
+    assert decide(view(*alone, solver=single)) == []
+
+
+def test_a_replica_without_requests_is_removed_while_more_than_the_fewest_are_left() -> None:
+    idle = replica("solver@0", 0, IDLE_S), replica("solver@1", 0, IDLE_S)
+    (action,) = decide(view(*idle))
+    assert (action.add, action.remove, action.reason) == (None, "solver@0", "no request for 60 s")
+    assert decide(view(*idle, solver=replace(SOLVER, least=2))) == []
+    assert decide(view(idle[0], replica("solver@1", 0, IDLE_S - 1)))[0].remove == "solver@0"
+    assert decide(view(replica("solver@0", 0, IDLE_S))) == []
+
+
+def test_engines_with_a_fixed_number_of_replicas_are_left_alone() -> None:
+    assert decide(PlacementView(BUSY, {}, {"0": LASTED, "1": LASTED})) == []
+
+
+def test_many_busy_devices_are_relieved_at_once_by_different_ones() -> None:
+    replicas = [replica(f"e{n}@{n}", 100 if n < 3 else 0) for n in range(8)]
+    devices = {str(n): LASTED for n in range(8)}
+    bounds = {f"e{n}": EngineRange(1, 2, 400, 10, frozenset(map(str, range(8))) - {str(n)}) for n in range(8)}
+    actions = decide(PlacementView(replicas, bounds, devices))
+    added = [action.add for action in actions if action.add is not None]
+    assert {engine for engine, _ in added} == {"e0", "e1", "e2"}
+    assert len({device for _, device in added}) == 3
+    assert not {device for _, device in added} & {"0", "1", "2"}
