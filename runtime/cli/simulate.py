@@ -34,7 +34,6 @@ from runtime.cli.bench import (
 from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.devices.device import StartedEngines
 from runtime.engines.fake import Script
 from runtime.errors import ConfigError
 from runtime.jobs import problems
@@ -100,11 +99,19 @@ under any policy. Algorithm 1 is no better than static here."""
     show_default=True,
     help="A file of the engines' constants, from `troupe simulate fit` or `roofline`, or the name of a shipped one.",
 )
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="Number of devices, each with the memory of the constants and a replica of every engine.",
+)
 @options
 def load(
     workload_name: str,
     config: str,
     constants: str,
+    devices: int,
     policies: str,
     residency: str | None,
     loads: str | None,
@@ -139,7 +146,7 @@ def load(
             f"{chosen.source}: device.kv_cache_memory_bytes: this key is required for a simulation; "
             "give the KV cache of all engines together, such as 18MiB"
         )
-    simulated = Simulated(assemble(chosen).without_tools(), teams, engines, reply, budget_bytes, lengths)
+    simulated = Simulated(assemble(chosen).without_tools(), teams, engines, reply, budget_bytes, lengths, devices)
     _run(plan, simulated, as_json)
 
 
@@ -176,7 +183,7 @@ class Simulated:
     """A team over modelled engines.
 
     `whole_team` has all seats, and `teams` has the team of each phase. `script` gives the engines' replies. The engines
-    share `budget_bytes` of KV cache. `lengths` gives the lengths of the calls of some engines.
+    share `budget_bytes` of KV cache on each of the `devices`. `lengths` gives the lengths of the calls of some engines.
     """
 
     whole_team: Team
@@ -185,12 +192,13 @@ class Simulated:
     script: Script
     budget_bytes: int
     lengths: Mapping[str, Lengths] = field(default_factory=dict)
+    devices: int = 1
 
 
 def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     with Output(plan.folder) as output:
-        runs = virtual_time.run(_simulate(plan, simulated, output))
+        runs = virtual_time.run(run_simulated(plan, simulated, output))
     finish(plan, summarise(plan, "simulation", started, runs), as_json)
 
 
@@ -282,7 +290,8 @@ async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Measurement
     return fitted
 
 
-async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Run]:
+async def run_simulated(plan: Plan, simulated: Simulated, output: Output) -> list[Run]:
+    """Run a plan over modelled engines, on a clock that jumps."""
     control = plan.config.control
     runs_to_go = iter(range(plan.runs - 1, 0, -1))
 
@@ -292,16 +301,18 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
     recorder = Recorder(output.moment)
     scripts = dict.fromkeys(simulated.model.engines, simulated.script)
     lengths = {name: drawn(of_engine) for name, of_engine in simulated.lengths.items()}
-    async with model.engines(simulated.model, scripts, simulated.budget_bytes, lengths=lengths) as (engines, sharing):
+    async with model.devices(
+        simulated.model, scripts, simulated.budget_bytes, simulated.devices, lengths=lengths
+    ) as started:
         policies = ContainedPolicies(control.policy, control.shadow, threads=False)
         running = RunningTeam(
             simulated.whole_team,
-            {"0": StartedEngines(engines, sharing)},
+            started,
             control,
             policies,
             listener=recorder.on_event,
             publish=recorder.publish,
-            may_sleep=tuple(engines) if simulated.model.device_bytes else (),
+            may_sleep=tuple(simulated.model.engines) if simulated.model.device_bytes else (),
         )
         orchestrators = {
             phase: running.orchestrate(members, STREAM_INTERVAL) for phase, members in simulated.teams.items()
@@ -312,11 +323,11 @@ async def _simulate(plan: Plan, simulated: Simulated, output: Output) -> list[Ru
             orchestrators,
             plan.source,
             policies.contain,
-            {"0": simulated.budget_bytes},
+            dict.fromkeys(started, simulated.budget_bytes),
             on_job=output.job,
             on_run=progress,
         )
-        device_bytes = min(engine.limits.device_bytes for engine in engines.values())
+        device_bytes = min(engine.limits.device_bytes for engine in running.engines.values())
         async with running:
             runs = await bench.run(taking_part(plan, device_bytes), plan.loads, plan.repeats, warm_up=False)
     click.echo("\r\033[K", nl=False, err=True)
