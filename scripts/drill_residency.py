@@ -12,7 +12,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,27 +38,33 @@ from scripts.measure import progress
 from scripts.tiny_model import write_chat_model
 
 NAMES = ("a", "b", "c")
-PATIENCE = Patience(restarts=10_000, backoff_s=(0, 0.1))
+PATIENCE = Patience(restarts=10_000, backoff_s=(0, *[0.1] * 50))
 REQUESTS = 10
 """Different requests that the clients choose from."""
 CLIENTS = 2
 """Clients of each engine. A client waits for its reply, pauses for half a second on average, and asks again."""
-KILL_EVERY_S = 2.0
+KILL_EVERY_S = 4.0
 """Pause between two kills, on average. A request that is in flight at three kills would be refused."""
+
+
+Kill = Callable[[Fleet, random.Random], EngineState | None]
+"""Kills an engine. Returns the state that the engine was in, or None if there was none to kill."""
 
 
 @dataclass
 class Outcome:
     """The counts of a drill, and the extremes that it saw.
 
-    `most_bytes` is the largest sum of the engines' claims and `most_processes` the most engine processes at one time.
-    `slowest_s` is the longest time that a request took, the hold during a sleep included.
+    `kills_of_waking` are the kills of engines that were waking. `most_bytes` is the largest sum of the engines' claims
+    and `most_processes` the most engine processes at one time. `slowest_s` is the longest time that a request took, the
+    hold during a sleep included.
     """
 
     budget_bytes: int
     sleeps: int = 0
     wakes: int = 0
     kills: int = 0
+    kills_of_waking: int = 0
     requests: int = 0
     wrong: int = 0
     most_bytes: int = 0
@@ -90,8 +96,9 @@ async def oversubscribed(folder: Path) -> AsyncIterator[Fleet]:
         yield fleet
 
 
-async def drill(fleet: Fleet, sleeps: int, seed: int = 1) -> Outcome:
+async def drill(fleet: Fleet, sleeps: int, seed: int = 1, kill: Kill | None = None) -> Outcome:
     """Send requests to all engines and kill engines until they have slept `sleeps` times. Return what happened."""
+    kill = kill or kill_process
     rng, outcome = random.Random(seed), Outcome(fleet.sharing.ledger.budget_bytes)
     async with Keeper(fleet.engines, fleet.sharing, Forecast(), CallTimes(), catalogue.make("lru")) as keeper:
         served = replicas.gathered(fleet.engines)
@@ -107,7 +114,10 @@ async def drill(fleet: Fleet, sleeps: int, seed: int = 1) -> Outcome:
                 outcome.slowest_s = max(outcome.slowest_s, time.monotonic() - began_s)
 
         async with asyncio.TaskGroup() as group:
-            beside = [group.create_task(work(fleet, keeper, rng, outcome)) for work in (_kill, _watch)]
+            beside = [
+                group.create_task(_kill_again(fleet, kill, rng, outcome)),
+                group.create_task(_watch(fleet, keeper, outcome)),
+            ]
             async with asyncio.TaskGroup() as clients:
                 for engine in served.values():
                     for _ in range(CLIENTS):
@@ -126,35 +136,50 @@ async def _tokens(engine: Replicas, number: int) -> list[int]:
     return [token async for chunk in engine.generate(request) for token in chunk.token_ids]
 
 
-async def _kill(fleet: Fleet, keeper: Keeper, rng: random.Random, outcome: Outcome) -> None:
-    """Kill engines that serve or wake, a random one each time."""
+async def _kill_again(fleet: Fleet, kill: Kill, rng: random.Random, outcome: Outcome) -> None:
+    """Kill engines that serve, drain or wake, a random one each time."""
     while True:
         await asyncio.sleep(rng.uniform(0, 2 * KILL_EVERY_S))
-        engine = rng.choice(list(fleet.engines.values()))
-        if engine.stats().state in (EngineState.READY, EngineState.DRAINING, EngineState.WAKING):
-            engine.kill()
-            outcome.kills += 1
+        state = kill(fleet, rng)
+        outcome.kills += state is not None
+        outcome.kills_of_waking += state is EngineState.WAKING
 
 
-async def _watch(fleet: Fleet, keeper: Keeper, rng: random.Random, outcome: Outcome) -> None:
+def kill_process(fleet: Fleet, rng: random.Random) -> EngineState | None:
+    """Kill the process of a random engine. Return the engine's state, or None if there was no process."""
+    victims = processes()
+    if not victims:
+        return None
+    victim = rng.choice(victims)
+    states = {stats.pid: stats.state for stats in (engine.stats() for engine in fleet.engines.values())}
+    with suppress(psutil.Error):  # it has just ended
+        victim.kill()
+    return states.get(victim.pid, EngineState.WAKING)  # until an engine has started, it does not know its process
+
+
+async def _watch(fleet: Fleet, keeper: Keeper, outcome: Outcome) -> None:
     """Note the largest claims and the most processes, and report progress every 10 s."""
     reported_s = time.monotonic()
     while True:
         outcome.most_bytes = max(outcome.most_bytes, sum(fleet.sharing.ledger.held.values()))
-        outcome.most_processes = max(outcome.most_processes, processes())
+        outcome.most_processes = max(outcome.most_processes, len(processes()))
         if time.monotonic() > reported_s + 10:
             reported_s = time.monotonic()
             progress(f"{keeper.counts.sleeps} sleeps, {outcome.kills} kills, {outcome.requests} requests")
         await asyncio.sleep(0.02)
 
 
-def processes() -> int:
-    """Return the number of engine processes that this process has started and that have not ended."""
-    count = 0
+def processes() -> list[psutil.Process]:
+    """Return the engine processes that this process has started and that have not ended.
+
+    A program that an engine starts has the engine's name for a moment. It does not count.
+    """
+    engines = {}
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
-            count += "EngineCore" in " ".join(child.cmdline())
-    return count
+            if "EngineCore" in " ".join(child.cmdline()):
+                engines[child.pid] = child, child.ppid()
+    return [engine for engine, parent in engines.values() if parent not in engines]
 
 
 async def _run(options: argparse.Namespace) -> Outcome:

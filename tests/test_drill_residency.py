@@ -1,5 +1,6 @@
 """scripts/drill_residency.py finds what it looks for: over fake engines, of which one gives a wrong reply once."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from runtime.engines.fake import FakeEngine, FakeMemory, ServiceTime
 from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineState
 from runtime.engines.ledger import Ledger
 from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
@@ -37,8 +39,14 @@ async def test_every_wrong_reply_is_counted(wrong: int) -> None:
         await engines[name].start()
         await engines[name].sleep()
         ledger.claim(name, 0)
+
+    def kill_fake(fleet: Any, rng: random.Random) -> EngineState | None:
+        engine = rng.choice(list(engines.values()))
+        engine.kill()
+        return engine.stats().state
+
     fleet: Any = SimpleNamespace(engines=engines, sharing=Sharing(engines, ledger))
-    outcome = await drill_residency.drill(fleet, sleeps=10)
+    outcome = await drill_residency.drill(fleet, sleeps=10, kill=kill_fake)
     assert outcome.wrong == wrong
     assert outcome.kills > 0
     assert outcome.wakes >= outcome.sleeps >= 10

@@ -28,7 +28,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet
 async def test_engines_that_do_not_fit_together_start_and_sleep_without_a_process(fleet: Fleet) -> None:
     assert {engine.stats().state for engine in fleet.engines.values()} == {EngineState.COLD}
     assert sum(fleet.sharing.ledger.held.values()) == 0
-    assert processes() == 0
+    assert processes() == []
     needed_bytes = sum(engine.limits.smallest_bytes for engine in fleet.engines.values())
     assert needed_bytes > fleet.sharing.ledger.budget_bytes
 
