@@ -49,7 +49,7 @@ class EngineSpec(BaseModel):
     replicas: ReplicaCount | ReplicaRange = Field(
         default=1,
         description="How many devices have a replica of the engine; `all` for each of `devices`. With `{min, max}`, "
-        "replicas are added and removed while the team runs. Requests go to the replica that serves the fewest.",
+        "replicas are added and removed while the team runs. Requests go to the replica where they wait least.",
     )
     kv_cache_memory_bytes: ByteSize | None = Field(
         default=None,
