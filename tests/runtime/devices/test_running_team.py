@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,8 +10,10 @@ import pytest
 from runtime import config
 from runtime.assembly import RunningTeam
 from runtime.config import PolicyChoice
+from runtime.control.costs import StepCost
 from runtime.control.decision_log import Record
 from runtime.engines.grant import Grant
+from runtime.engines.replicas import device_of
 from runtime.errors import ConfigError, InputError, NotFound
 from runtime.events import Event
 from runtime.jobs.batch import work_all
@@ -132,3 +134,23 @@ async def test_events_reach_the_listener_once_whatever_the_number_of_devices() -
         ended = [event for event in events if type(event).__name__ == "JobEnded"]
         assert len(ended) == 1
         assert made.expect_job() == 0
+
+
+async def test_a_request_goes_where_it_waits_least_for_a_token() -> None:
+    async with running() as made:
+        await asyncio.sleep(0.5)
+        first, second = made.devices.values()
+        step_s = {name: cost(made, name).step_s for name in made.engines}
+        assert first.round_s("solver@0") == pytest.approx(step_s["solver@0"] + cost(made, "solver@0").sequence_s)
+        with ExitStack() as requests:
+            for _ in range(10):
+                requests.enter_context(made.engines["planner@0"].usage.request(0))
+            assert first.round_s("solver@0") > second.round_s("solver@1")  # the planner's steps come between
+            for _ in range(3):
+                requests.enter_context(made.engines["solver@1"].usage.request(0))
+            joined, begun = second.round_s("solver@1"), second.round_s("critic@1")
+            assert begun - joined > 0.9 * step_s["critic@1"] - cost(made, "solver@1").sequence_s
+
+
+def cost(made: RunningTeam, name: str) -> StepCost:
+    return made.controllers.snapshots[device_of(name)].engines[name].cost
