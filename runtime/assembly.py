@@ -16,10 +16,11 @@ from runtime.devices.controllers import Controllers
 from runtime.devices.device import Device, Policies, Publish, StartedEngines
 from runtime.devices.expected_calls import ExpectedCalls
 from runtime.devices.rebalancer import Rebalancer
+from runtime.devices.routing import Router
 from runtime.devices.start import start_fleets
 from runtime.engines import replicas
 from runtime.engines.handle import EngineState
-from runtime.engines.replicas import device_of, engine_of
+from runtime.engines.replicas import engine_of
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.spec import EngineSpec, ReplicaRange
 from runtime.engines.step_time import StepTime
@@ -93,7 +94,7 @@ class RunningTeam:
         self.devices = {name: device(name, engines) for name, engines in started.items()}
         if len(self.devices) > 1:
             for each in self._replicas.values():
-                each.cost = lambda replica: self.devices[device_of(replica.name)].round_s(replica.name)
+                each.choose = Router(self.devices)
         self.rebalancer = Rebalancer(self.devices, replica_bounds or {}, placements)
         self.controllers = Controllers({name: each.controller for name, each in self.devices.items()}, policies)
         self._rebalances = bool(replica_bounds)

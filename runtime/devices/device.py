@@ -8,7 +8,6 @@ from typing import Self
 from runtime.config import Control
 from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import Controller
-from runtime.control.costs import PRIOR
 from runtime.control.decision_log import DecisionLog, Record
 from runtime.control.forecast import ExpectedRequests
 from runtime.control.snapshotter import EngineRequirements, Snapshotter
@@ -87,22 +86,6 @@ class Device:
         self.keeper = Keeper(
             self.engines, self.sharing, forecast, call_times, policies.residency, rules, self.controller.wake
         )
-
-    def round_s(self, replica: str) -> float:
-        """Return how long a step of each engine that has requests takes together, if a replica gets one more request.
-
-        Engines on one device take turns, so that this is the time until each request has its next token. An engine that
-        has requests already shares its step with the new one. An engine without requests adds a whole step for all
-        others on the device. So a busy engine is kept together, as long as other devices are not much less busy.
-        """
-        costs = self.controller.snapshot.engines if self.controller.snapshot else {}
-        seconds = 0.0
-        for name, engine in self.engines.items():
-            requests = engine.usage.in_flight + (name == replica)
-            if requests:
-                cost = costs[name].cost if name in costs else PRIOR
-                seconds += cost.step_s + cost.sequence_s * requests
-        return seconds
 
     async def add(self, replica: str) -> None:
         """Start an absent replica. The others shrink until there is memory for it. Raises EngineError."""

@@ -1,6 +1,6 @@
 """An engine of the configuration as callers see it: one or more replicas that serve its requests.
 
-Each request goes to the replica where it costs least. If the replica dies during a reply, another one continues the
+Each request goes to one of them. If the replica dies during a reply, another one continues the
 reply after the tokens that were already streamed; the caller notices a pause. A replica that cannot serve at the moment
 holds its requests. A request that crashes replicas is refused (`quarantine`).
 """
@@ -43,13 +43,13 @@ def engine_of(replica: str) -> str:
 class Replicas:
     """The replicas of one engine, which all generate the same reply to a greedy request.
 
-    They must have started. Their owner closes them, which ends the requests that they serve. A request goes to the
-    replica with the lowest `cost`, which is a function of the replica; the default counts its requests.
+    They must have started. Their owner closes them, which ends the requests that they serve. `choose` returns the
+    replica for a request, given those that are ready. The default takes the one with the fewest requests.
     """
 
     def __init__(self, name: str, replicas: Sequence[EngineHandle]) -> None:
         self.name = name
-        self.cost: Callable[[EngineHandle], float] = _requests
+        self.choose: Callable[[Sequence[EngineHandle]], EngineHandle] = _least_loaded
         self._replicas = tuple(replicas)
         self._quarantine = Quarantine()
         for replica in self._replicas:
@@ -66,7 +66,7 @@ class Replicas:
         call, sends = Call(), 0
         lost: set[EngineHandle] = set()
         while True:
-            replica = self._cheapest(lost)
+            replica = self._replica_for_next(lost)
             with _metered(replica, request):
                 try:
                     async with self._quarantine.turn(call):
@@ -121,11 +121,11 @@ class Replicas:
         """
         ready = [each.name for each in self._replicas if each.is_ready]
         if not ready:
-            return float(self._cheapest(()).name == replica)
+            return float(self._replica_for_next(()).name == replica)
         return 1 / len(ready) if replica in ready else 0.0
 
-    def _cheapest(self, lost: Container[EngineHandle]) -> EngineHandle:
-        """Return the replica for the next request: one that is ready, if any is, and of those the cheapest.
+    def _replica_for_next(self, lost: Container[EngineHandle]) -> EngineHandle:
+        """Return the replica for the next request: one that is ready, if any is.
 
         Of many replicas, look at a few random ones. The best of them is seldom much worse than the best of all
         (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
@@ -133,7 +133,7 @@ class Replicas:
         some = self._replicas if len(self._replicas) <= LOOKED_AT else random.sample(self._replicas, LOOKED_AT)
         ready = [replica for replica in some if replica.is_ready and replica not in lost]
         if ready:
-            return min(ready, key=self.cost) if len(ready) > 1 else ready[0]
+            return self.choose(ready) if len(ready) > 1 else ready[0]
 
         def preference(replica: EngineHandle) -> tuple[bool, bool, int]:
             state = replica.stats().state
@@ -163,8 +163,8 @@ class Replicas:
                     yield new_part
 
 
-def _requests(replica: EngineHandle) -> float:
-    return replica.usage.in_flight
+def _least_loaded(ready: Sequence[EngineHandle]) -> EngineHandle:
+    return min(ready, key=lambda replica: replica.usage.in_flight)
 
 
 def gathered(engines: Mapping[str, EngineHandle]) -> dict[str, Replicas]:

@@ -12,6 +12,7 @@ from runtime.assembly import RunningTeam
 from runtime.config import PolicyChoice
 from runtime.control.costs import StepCost
 from runtime.control.decision_log import Record
+from runtime.devices.routing import Router
 from runtime.engines.grant import Grant
 from runtime.engines.replicas import device_of
 from runtime.errors import ConfigError, InputError, NotFound
@@ -136,20 +137,35 @@ async def test_events_reach_the_listener_once_whatever_the_number_of_devices() -
         assert made.expect_job() == 0
 
 
-async def test_a_request_goes_where_it_waits_least_for_a_token() -> None:
+async def test_a_round_has_a_step_of_each_engine_with_requests() -> None:
     async with running() as made:
         await asyncio.sleep(0.5)
-        first, second = made.devices.values()
+        router = Router(made.devices)
         step_s = {name: cost(made, name).step_s for name in made.engines}
-        assert first.round_s("solver@0") == pytest.approx(step_s["solver@0"] + cost(made, "solver@0").sequence_s)
+        assert router.round_s("solver@0") == pytest.approx(step_s["solver@0"] + cost(made, "solver@0").sequence_s)
         with ExitStack() as requests:
             for _ in range(10):
                 requests.enter_context(made.engines["planner@0"].usage.request(0))
-            assert first.round_s("solver@0") > second.round_s("solver@1")  # the planner's steps come between
+            assert router.round_s("solver@0") > router.round_s("solver@1")  # the planner's steps come between
             for _ in range(3):
                 requests.enter_context(made.engines["solver@1"].usage.request(0))
-            joined, begun = second.round_s("solver@1"), second.round_s("critic@1")
+            joined, begun = router.round_s("solver@1"), router.round_s("critic@1")
             assert begun - joined > 0.9 * step_s["critic@1"] - cost(made, "solver@1").sequence_s
+
+
+async def test_a_request_goes_where_the_fewest_steps_of_other_engines_come_between() -> None:
+    async with running() as made:
+        await asyncio.sleep(0.5)
+        router = Router(made.devices)
+        solvers = [made.engines["solver@0"], made.engines["solver@1"]]
+        assert router(solvers) is solvers[0]
+        with ExitStack() as requests:
+            for name in ("planner@0", "solver@1", "solver@1"):
+                requests.enter_context(made.engines[name].usage.request(0))
+            assert router(solvers) is solvers[1]  # on the other device, the planner's steps would come between
+            for _ in range(100):
+                requests.enter_context(made.engines["critic@1"].usage.request(0))
+            assert router(solvers) is solvers[0]
 
 
 def cost(made: RunningTeam, name: str) -> StepCost:
