@@ -104,13 +104,17 @@ class SupervisedEngine(EngineHandle):
         """Begin without a process. `limits` and `start_s` are those of another replica, until this one has started."""
         self._limits, self._start_s = limits, start_s
         self._awake.clear()
-        self._enter_rest(EngineState.ABSENT)
+        self._enter_absent()
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
     async def leave(self) -> None:
         """Serve what has a token, end the process, and be absent. Raises EngineError as `sleep` does."""
         await self.sleep(deep=True)
+        self._enter_absent()
+
+    def _enter_absent(self) -> None:
         self._enter_rest(EngineState.ABSENT)
+        self._ready.set()  # requests that wait for the engine raise EngineDead now, and go to another replica
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         engine = self._engine
@@ -170,6 +174,8 @@ class SupervisedEngine(EngineHandle):
             await self._ready.wait()
             if self._failure is not None:
                 raise EngineDead(self._failure)
+            if self._rest is EngineState.ABSENT:
+                raise EngineDead(f"engine {self.name} is absent")
             if self._rest is not None:  # it has begun to drain since
                 self._ready.clear()
             elif self._engine.stats().state is EngineState.READY:
@@ -326,10 +332,12 @@ class SupervisedEngine(EngineHandle):
     async def wake(self) -> None:
         """Wake the engine with the smallest KV cache. Attempts that fail are repeated after pauses, as restarts are.
 
-        They do not count as restarts. After as many failures, the engine has failed.
+        They do not count as restarts. After as many failures, the engine has failed, or is absent again if it was.
         """
+        was_absent = self._rest is EngineState.ABSENT
         if self._rest not in (*_WITHOUT_WEIGHTS, EngineState.ABSENT) or self._failure is not None:
             raise EngineError(f"engine {self.name} is {self.stats().state} and cannot wake")
+        self._ready.clear()
         self._enter_rest(EngineState.WAKING)
         smallest = self.limits.smallest_grant
         self.usage.hold(self.limits.held_bytes(smallest.gpu_memory_utilization), Held.WAKING)
@@ -340,7 +348,10 @@ class SupervisedEngine(EngineHandle):
                 await self._end_process()
                 if pause_s is None:
                     self.usage.hold(0, Held.ASLEEP)
-                    self._fail(f"it does not wake: {error}")
+                    if was_absent:
+                        self._enter_absent()
+                    else:
+                        self._fail(f"it does not wake: {error}")
                     raise
                 await asyncio.sleep(pause_s)
             else:

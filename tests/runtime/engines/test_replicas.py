@@ -339,3 +339,43 @@ async def test_a_request_is_charged_by_every_replica_that_worked_on_it(two: Two)
     assert charge.engine_seconds == pytest.approx(0.01 * len(WORDS.split()), rel=0.3)
     assert charge == first.usage.charged() + second.usage.charged()
     assert request.account.device_seconds == pytest.approx(charge.engine_seconds)  # each holds its whole device
+
+
+async def test_requests_that_wait_for_a_replica_go_to_another_one_when_it_leaves(two: Two) -> None:
+    replicas, made, (first, second) = two
+    await second.sleep()
+    stalled = replicas.generate(REQUEST)  # the first replica drains until it ends
+    await anext(stalled)
+    leaving = asyncio.create_task(first.leave())
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(reply(replicas)) for _ in range(4)]  # of which some wait for the first replica
+    await asyncio.sleep(1)
+    assert first.stats().waiting + second.stats().waiting >= 4
+    await stalled.aclose()
+    await leaving
+    assert first.stats().state is EngineState.ABSENT
+    await second.wake()
+    assert {text(await task) for task in waiting} == {WORDS}
+    assert text(await reply(replicas)) == WORDS
+    assert len(made[0].requests) == 1
+
+
+async def test_a_request_fails_if_every_replica_is_absent_or_has_failed(two: Two) -> None:
+    replicas, _, engines = two
+    for engine in engines:
+        await engine.leave()
+    with pytest.raises(EngineDead, match="engine e is absent"):
+        await reply(replicas)
+
+
+async def test_an_absent_replica_that_does_not_start_is_absent_again_and_can_be_tried_again(two: Two) -> None:
+    replicas, made, (first, _) = two
+    await first.leave()
+    made[0].fail_to_start = 100
+    with pytest.raises(EngineError, match="no memory left"):
+        await first.wake()
+    assert first.stats().state is EngineState.ABSENT
+    assert text(await reply(replicas)) == WORDS
+    made[0].fail_to_start = 0
+    await first.wake()
+    assert first.stats().state is EngineState.READY
