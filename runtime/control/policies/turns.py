@@ -22,15 +22,31 @@ and long queues count most. This is the max-weight rule. T counts the prompt tok
 
 - The policy admits all engines while memory is enough for all, and unless the best set is `gain` times as good as all.
 - A set stays until another is `stay` times as good, because a change costs time.
-- When the turn of an engine ends, its running requests usually finish. They run in small batches beside the engines
-  whose turn it is. Where computing them again costs far less, as with short prompts, they are preempted instead.
-- The controller ends a pause after 10 s, so that no engine starves.
+- When the turn of an engine ends, its running requests finish beside the engines whose turn it is, or they are
+  preempted: see below.
+- The controller ends a pause after 30 s, so that no engine starves.
 - The weight of an engine with an objective for a call or its first token grows up to tenfold while a request waits.
 - With an objective for the time between tokens, as many sequences run as T(S) allows. The time that then remains in a
   round bounds the prompt tokens of a step.
 - An engine with a minimum share keeps it, even while it is paused.
 
 The policy does not remember the present set: the grants in the snapshot show it.
+
+**The end of a turn.** An engine whose turn ends runs m requests, and its replies have r tokens on average. The other
+engines have Q requests in flight, which take W seconds of the device. The engine's next turn begins k rounds later.
+
+- A turn begins when its set is `stay` times as good as the present one, and ends when another set is `stay` times as
+  good. V is proportional to the queue, so a turn serves 1 - 1 / stay^2 of it. An engine serves a queue of q requests in
+  q r / n rounds, so k = (1 - 1 / stay^2) * (sum over the others of q r / n).
+- If the requests finish, their batch shrinks while every round still pays a whole `a`. When the turn ends, some
+  requests have just begun and some have almost finished, so the batch shrinks evenly and is empty after r rounds. Up to
+  the next turn, the lost parts of `a` total a r x^2 / 2, with x = min(k / r, 1). The requests also hold memory, which
+  makes the batches of the others smaller. Assumption: this costs as much again. So finishing costs F = a r x^2.
+- If the requests are preempted, computing their tokens again takes P seconds, and they wait while the others are
+  served. A request of the others takes W / Q on average. Preempting m requests therefore pays if it saves more time
+  than m requests of the others take: F - P > m W / Q.
+
+If a reply takes much longer than a turn, as on a small GPU, x is small and the requests finish.
 
 Sources: L. Tassiulas and A. Ephremides, "Stability properties of constrained queueing systems and scheduling policies
 for maximum throughput in multihop radio networks", 1992 (max-weight); see `waterfill` for the division of memory.
@@ -56,10 +72,6 @@ LEAST_PROMPT_TOKENS = 256
 """The least that a step may compute of prompts. Less would cost many steps."""
 MOST_URGENT = 10.0
 """The most by which an objective multiplies an engine's weight."""
-
-WORTH_PREEMPTING = 1 / 3
-"""Preempted requests must take at most this part of the time to compute again that they would cost to finish. They also
-wait for another turn, which the comparison leaves out."""
 MEASURED = 0.9
 """Confidence in the lanes from which requests are preempted. Until then they finish beside the other engines, which
 shows how many lanes there are."""
@@ -91,7 +103,7 @@ class Turns(Waterfill):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         seen = _with_minimum_shares(snapshot)
-        demand = _Demand(seen, bound(seen, self.usable(seen)))
+        demand = _Demand(seen, bound(seen, self.usable(seen)), 1 - 1 / self.options.stay**2)
         chosen = self._choose(demand)
         if len(chosen) == len(demand.live):
             sizes, reason = self.divide(seen)
@@ -106,7 +118,7 @@ class Turns(Waterfill):
                 return f"{seen.views[index].in_flight} in flight: {state} in the turn of {turn}"
 
         sequences, step_tokens = demand.limits(chosen, sizes)
-        preempted = {index for index in paused if demand.preempts(index)}
+        preempted = paused & demand.preempted
         return decision(seen, sizes, reason, {**sequences, **dict.fromkeys(paused, 0)}, step_tokens, preempted)
 
     def _choose(self, demand: "_Demand") -> Engines:
@@ -124,12 +136,16 @@ class Turns(Waterfill):
 
 
 class _Demand:
-    """The needs of the engines of a snapshot, and the value of sets of these engines."""
+    """The needs of the engines of a snapshot, and the value of sets of these engines.
 
-    def __init__(self, snapshot: Snapshot, needs: Sizes) -> None:
+    `turn` is the part of its queue that an engine serves in a turn.
+    """
+
+    def __init__(self, snapshot: Snapshot, needs: Sizes, turn: float) -> None:
         self.views: Sequence[EngineView] = snapshot.views
         self._snapshot = snapshot
         self._needs = needs
+        self._turn = turn
         self._shares = [view.sequence_bytes / view.priority for view in self.views]
 
     @cached_property
@@ -159,19 +175,44 @@ class _Demand:
             if view.in_flight and (view.stalled_s < STALLED_S or not view.grant.max_active_seqs)
         ]
 
-    def preempts(self, index: int) -> bool:
-        """Return True if the end of an engine's turn should preempt its running requests.
+    @cached_property
+    def preempted(self) -> frozenset[int]:
+        """Return the engines whose running requests are preempted if their turn ends.
 
-        Until they have finished, rounds pay the engine's `a` once for each token of a whole reply, at most.
+        For an engine without running requests, the grant stays as it is. The module's docstring derives the rule.
         """
-        view = self.views[index]
-        if not view.running:
-            return view.grant.preempt  # changes nothing
-        if self._snapshot.lanes_confidence < MEASURED or not view.limits.block_bytes:
-            return False
-        tokens = view.kv_used_bytes / view.limits.block_bytes * view.limits.block_tokens
-        again_s, finish_s = tokens * view.cost.prompt_token_s, view.reply_tokens * view.cost.step_s
-        return again_s < WORTH_PREEMPTING * finish_s
+        running = [index for index, view in enumerate(self.views) if view.running and view.limits.block_bytes]
+        unchanged = [index for index, view in enumerate(self.views) if not view.running and view.grant.preempt]
+        if self._snapshot.lanes_confidence < MEASURED:
+            return frozenset(unchanged)
+        requests, rounds, seconds = self._queues()
+        all_requests, all_rounds, all_seconds = sum(requests), sum(rounds), sum(seconds)
+        cheap = []
+        for index in running:
+            view = self.views[index]
+            part = min(self._turn * (all_rounds - rounds[index]) / max(view.reply_tokens, 1), 1.0)
+            finish_s = view.cost.step_s * view.reply_tokens * part**2
+            tokens = view.kv_used_bytes / view.limits.block_bytes * view.limits.block_tokens
+            again_s = tokens * view.cost.prompt_token_s
+            request_s = (all_seconds - seconds[index]) / max(all_requests - requests[index], 1)
+            if finish_s - again_s > view.running * request_s:
+                cheap.append(index)
+        return frozenset(unchanged + cheap)
+
+    def _queues(self) -> tuple[Sizes, Sizes, Sizes]:
+        """Return each engine's requests in flight, and the rounds and seconds in which it serves them with all memory.
+
+        They are 0 for engines that are not live.
+        """
+        requests, rounds, seconds = ([0.0] * len(self.views) for _ in range(3))
+        for index in self.live:
+            view = self.views[index]
+            sequences = self._snapshot.movable_bytes / max(view.sequence_bytes, 1)
+            sequences = max(min(sequences, view.in_flight, view.limits.seqs_ceiling), 1.0)
+            requests[index] = view.in_flight
+            rounds[index] = view.in_flight * view.reply_tokens / sequences
+            seconds[index] = rounds[index] * view.cost.seconds(sequences, sequences * view.prompt_ratio)
+        return requests, rounds, seconds
 
     def _draining_bytes(self, index: int) -> float:
         """Return the memory of an engine's running requests, with room to grow; 0 if they will be preempted.
@@ -180,7 +221,7 @@ class _Demand:
         come on average, but no more than a block before the next decision.
         """
         view, limits = self.views[index], self.views[index].limits
-        if self.preempts(index):
+        if index in self.preempted:
             return 0.0
         blocks = min(view.reply_tokens / 2 / limits.block_tokens, 1.0) if limits.block_tokens else 0.0
         return view.kv_used_bytes + view.running * blocks * limits.block_bytes

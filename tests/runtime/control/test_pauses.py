@@ -14,7 +14,9 @@ def paused(name: str, for_s: float, **changes: Any) -> EngineView:
 
 
 def test_an_overdue_engine_is_admitted_with_the_memory_that_the_decision_gives_it() -> None:
-    seen = snapshot(paused("a", pauses.MOST_S + 1, in_flight=3, oldest_wait_s=11), view("b", in_flight=9))
+    seen = snapshot(
+        paused("a", pauses.MOST_S + 1, in_flight=3, oldest_wait_s=pauses.MOST_S + 1), view("b", in_flight=9)
+    )
     decided = {"a": replace(seen.engines["a"].grant, gpu_memory_utilization=0.123)}
     grants = pauses.end_overdue(seen, decided)
     assert grants == {"a": replace(decided["a"], max_active_seqs=LIMITS.seqs_ceiling)}
@@ -23,7 +25,7 @@ def test_an_overdue_engine_is_admitted_with_the_memory_that_the_decision_gives_i
 
 def test_pauses_that_are_short_or_make_nobody_wait_stay() -> None:
     seen = snapshot(
-        paused("short", pauses.MOST_S - 1, in_flight=3, oldest_wait_s=20),
+        paused("short", pauses.MOST_S - 1, in_flight=3, oldest_wait_s=2 * pauses.MOST_S),
         paused("idle", pauses.MOST_S + 1),
         paused("was idle", pauses.MOST_S + 1, in_flight=1, oldest_wait_s=1),
         paused("drains", pauses.MOST_S + 1, in_flight=2, running=2),
@@ -33,7 +35,9 @@ def test_pauses_that_are_short_or_make_nobody_wait_stay() -> None:
 
 
 def test_an_engine_that_reports_requests_as_running_but_makes_no_step_is_overdue_too() -> None:
-    seen = snapshot(paused("a", 20, in_flight=2, running=2, stalled_s=11), view("b", in_flight=9))
+    seen = snapshot(
+        paused("a", pauses.MOST_S + 1, in_flight=2, running=2, stalled_s=pauses.MOST_S + 1), view("b", in_flight=9)
+    )
     assert set(pauses.end_overdue(seen, {})) == {"a"}
 
 

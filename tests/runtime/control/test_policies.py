@@ -308,23 +308,43 @@ def preempted(seen: Snapshot) -> set[str]:
     return {name for name, grant in decided.grants.items() if grant.preempt}
 
 
-def test_turns_preempts_where_computing_again_is_cheap() -> None:
-    """Engine a runs 10 sequences of 100 tokens when its turn ends, and its replies have 50 tokens: 500 ms to finish."""
+def end_of_turn(others_reply_tokens: float = 100, running: int = 10, prompt_token_s: float = 0.0001) -> Snapshot:
+    """Return a snapshot in which the turn of engine a ends, and that of b with its 90 requests begins.
+
+    Engine a runs requests that hold 1,000 tokens together. Its replies have 50 tokens: 500 ms if rounds pay for all.
+    """
     seen = replace(team(a=10, b=90), lanes_confidence=0.95)
-    changes: dict[str, Any] = {"running": 10, "reply_tokens": 50, "kv_used_bytes": 10 * MIB}
-    for token_s, expected in ((0.0001, {"a"}), (0.0003, set())):  # 100 and 300 ms to compute again
-        cost = replace(A_GPU, prompt_token_s=token_s)
-        limits = replace(LIMITS, block_bytes=MIB, block_tokens=100)
-        ends = changed(seen, "a", cost=cost, limits=limits, **changes)
-        assert admitted(ends) == {"b"}
-        assert preempted(ends) == expected
-        assert preempted(replace(ends, lanes_confidence=0.5)) == set()  # the lanes are measured first
+    cost = replace(A_GPU, prompt_token_s=prompt_token_s)
+    limits = replace(LIMITS, block_bytes=MIB, block_tokens=100)
+    seen = changed(seen, "a", cost=cost, limits=limits, running=running, reply_tokens=50, kv_used_bytes=10 * MIB)
+    return changed(seen, "b", reply_tokens=others_reply_tokens)
+
+
+def test_turns_preempts_at_the_end_of_a_turn_where_computing_again_is_cheap() -> None:
+    """Engine b serves its queue in 150 rounds and 2.4 s, 27 ms a request, and 46 rounds of these in a turn.
+
+    Finishing costs 420 ms. Computing again takes 100 or 300 ms, and the wait counts 270 ms.
+    """
+    assert admitted(end_of_turn()) == {"b"}
+    assert preempted(end_of_turn()) == {"a"}
+    assert preempted(end_of_turn(prompt_token_s=0.0003)) == set()
+    assert preempted(replace(end_of_turn(), lanes_confidence=0.5)) == set()  # the lanes are measured first
+
+
+def test_turns_does_not_preempt_requests_that_would_wait_for_fewer() -> None:
+    """The wait of 20 requests counts 530 ms."""
+    assert preempted(end_of_turn(running=20)) == set()
+
+
+def test_turns_does_not_preempt_requests_whose_next_turn_comes_before_they_would_have_finished() -> None:
+    """Engine b serves its queue in 45 rounds, and 14 of these in a turn. Until then, finishing costs 38 ms."""
+    assert preempted(end_of_turn(others_reply_tokens=30)) == set()
 
 
 def test_turns_compares_many_engines_in_linear_time() -> None:
     """A thousand queues: the sets that are compared have few thousand engines together."""
     seen = snapshot(*(view(f"e{number}", 20, in_flight=20 + number % 50) for number in range(1000)))
-    demand = _Demand(seen, [float(20 << 20)] * 1000)
+    demand = _Demand(seen, [float(20 << 20)] * 1000, turn=0.3)
     compared = list(demand.candidates())
     assert sum(map(len, compared)) < 4 * 1000
     assert len(compared[0]) == 1
