@@ -1,6 +1,5 @@
 """Puts a running team together: its engines, the controller that resizes them, and the orchestrator that runs jobs."""
 
-import math
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -75,7 +74,7 @@ class RunningTeam:
         residency = residency or residency_catalogue.make("keep")
 
         def device(name: str, engines: StartedEngines) -> Device:
-            shares, shadow = policies.make()
+            shares, shadow = policies.make() if self.devices else (policies.policy, policies.shadow)
             alone = len(started) == 1
             expected = ExpectedCalls(engines.engines, self._replicas, self._forecast, self._call_times)
             return Device(
@@ -91,7 +90,9 @@ class RunningTeam:
                 log,
             )
 
-        self.devices = {name: device(name, engines) for name, engines in started.items()}
+        self.devices: dict[str, Device] = {}
+        for name, engines in started.items():
+            self.devices[name] = device(name, engines)
         if len(self.devices) > 1:
             for each in self._replicas.values():
                 each.choose = Router(self.devices)
@@ -148,8 +149,8 @@ class RunningTeam:
 
     def expect_job(self) -> float:
         """Return how long a job that began now would wait for its first engine to wake, and expect one for a while."""
-        wait_s = min(device.keeper.expect_job() for device in self.devices.values())
-        return wait_s if math.isfinite(wait_s) else 0.0
+        soonest = min(self.devices.values(), key=lambda device: device.keeper.wait_of_job_s())
+        return soonest.keeper.expect_job()
 
     def _on_event(self, event: Event) -> None:
         self._forecast.on_event(event)

@@ -370,7 +370,7 @@ class Config(Section):
     device: Device = Field(default=Device(), description="The device that the engines share, or each of several.")
     devices: Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
         default=(0,),
-        description="The GPUs to use, by their numbers as CUDA counts those that are visible, or `all`. Without a GPU, "
+        description="The GPUs to use, by their CUDA index, or `all`. Without a GPU, "
         "each number stands for an emulated device of `device.memory_bytes`, and `all` for one device.",
     )
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")

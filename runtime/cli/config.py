@@ -6,8 +6,9 @@ import json
 import click
 
 from runtime import config as configuration
-from runtime.assembly import needed_tools
+from runtime.assembly import needed_engines, needed_tools
 from runtime.control.contained_policy import ContainedPolicies
+from runtime.devices.placement import place
 from runtime.jobs import team as teams
 from runtime.tools.toolbox import Toolbox
 
@@ -38,6 +39,9 @@ def check(file: str) -> None:
     team = teams.assemble(found)
     asyncio.run(_start_tools(found, team))
     ContainedPolicies(found.control.policy, found.control.shadow, threads=False)
+    if found.devices != "all":  # how many these are depends on the machine
+        specs = needed_engines(found, team)
+        place(specs, [*map(str, found.devices)], [name for name in specs if found.may_sleep(name)])
     click.echo(f"{found.source}: OK ({len(found.engines)} engines; {', '.join(team.seats)}; {found.workflow.name})")
 
 

@@ -103,7 +103,7 @@ class ContainedPolicies:
         self.policy, self.shadow = self.make()
 
     def make(self) -> tuple[ContainedPolicy, ContainedPolicy | None]:
-        """Create the configured policy and its shadow, for one more device. Raises what the constructor raises."""
+        """Create the configured policy and its shadow, for another device. Raises what the constructor raises."""
         return self.contain(self._choice), self.contain(self._shadow, "control.shadow") if self._shadow else None
 
     def contain(self, choice: PolicyChoice, place: str = "control.policy") -> ContainedPolicy:

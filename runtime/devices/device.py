@@ -19,6 +19,8 @@ from runtime.residency.keeper import Keeper, Rules
 from runtime.residency.policy import ResidencyPolicy
 from runtime.telemetry.reading import Reading
 
+ADMIT_S = 60.0
+"""How long a new replica waits for memory."""
 Publish = Callable[[Record], None]
 """A function that the controllers call with the record of each decision."""
 
@@ -92,7 +94,7 @@ class Device:
         needed_bytes = self.engines[replica].limits.smallest_bytes
         if self.sharing.ledger.free < needed_bytes:
             self.controller.wake(f"engine {replica} is added")
-        await self.sharing.wake(replica)
+        await self.sharing.wake(replica, ADMIT_S)
         self.controller.wake(f"engine {replica} has started")
 
     async def remove(self, replica: str) -> None:

@@ -55,16 +55,14 @@ class ExpectedCalls:
         """
         del absent
         times_s = self._call_times.next_call_s([name for name, each in self._replicas.items() if not each.serves])
-        return self._by_replica(times_s)
-
-    def lead_s(self) -> dict[str, float]:
-        """Return how long after a job's beginning its first call of each replica comes: see CallTimes.lead_s."""
-        return self._by_replica(self._call_times.lead_s())
-
-    def _by_replica(self, times_s: Mapping[str, float]) -> dict[str, float]:
         return {
             name: times_s[engine_of(name)] for name in self._names if engine_of(name) in times_s and self._part(name)
         }
+
+    def lead_s(self) -> dict[str, float]:
+        """Return how long after a job's beginning its first call of each replica comes: see CallTimes.lead_s."""
+        lead_s = self._call_times.lead_s()
+        return {name: lead_s[engine_of(name)] for name in self._names if engine_of(name) in lead_s}
 
     def _part(self, name: str) -> float:
         return self._replicas[engine_of(name)].part(name)

@@ -1,6 +1,6 @@
 """Decides on which device each replica of each engine starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from runtime.engines.replicas import replica_name
 from runtime.engines.spec import EngineSpec, ReplicaRange
@@ -10,17 +10,17 @@ Placement = dict[str, dict[str, EngineSpec]]
 """The specification of each replica, by the name of the device and then by the name of the replica."""
 
 
-def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_oversubscribe: bool = False) -> Placement:
+def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_sleep: Collection[str] = ()) -> Placement:
     """Place the replicas of engines on devices, of which no two replicas of one engine share one.
 
     The largest engines are placed first, each on the device with the most room left, so that all devices get about the
-    same. An engine's size is the share of the device that it starts with. With `may_oversubscribe`, engines on a device
-    can add up to more than the device, because some of them sleep.
+    same. An engine's size is the share of the device that it starts with. Those in `may_sleep` need not fit beside the
+    others.
 
     On a single device, a replica has the name of its engine. Raises ConfigError if an engine does not fit.
     """
     placed: Placement = {device: {} for device in devices}
-    room = dict.fromkeys(devices, 1.0)
+    room, room_awake = dict.fromkeys(devices, 1.0), dict.fromkeys(devices, 1.0)
     for engine in sorted(engines, key=lambda name: -engines[name].gpu_memory_utilization):
         spec = engines[engine]
         share = spec.gpu_memory_utilization
@@ -31,12 +31,14 @@ def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_oversub
                 f"{len(devices)} ({', '.join(devices)}); use fewer, or `all` for one on each device"
             )
         for device in sorted(devices, key=lambda name: -room[name])[:count]:
-            if share > room[device] + 1e-9 and not may_oversubscribe:
+            awake = 0.0 if engine in may_sleep else share
+            if awake > room_awake[device] + 1e-9:
                 raise ConfigError(
                     f"engines.{engine}: no device has room for another replica, which starts with "
-                    f"{share:g} of a device; {_room(room)}; lower gpu_memory_utilization or replicas of an engine"
+                    f"{share:g} of a device; {_room(room_awake)}; lower gpu_memory_utilization or replicas of an engine"
                 )
             room[device] -= share
+            room_awake[device] -= awake
             placed[device][replica_name(engine, device) if len(devices) > 1 else engine] = spec
     order = list(engines)
     for device, specs in placed.items():

@@ -19,9 +19,9 @@ from runtime.errors import EngineError
 
 EVERY_S = 1.0
 AGAIN_S = 60.0
-"""After a replica could not be added, none of its engine is added to the same device for so many seconds."""
+"""A replica that could not be added or removed is left alone for so many seconds."""
 CHANGES_KEPT = 200
-_STARTED = (EngineState.READY, EngineState.DRAINING, EngineState.ASLEEP, EngineState.COLD, EngineState.WAKING)
+_AWAY = (EngineState.ABSENT, EngineState.FAILED, EngineState.CLOSED)
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,27 @@ class Rebalancer:
         replicas, absent = [], set()
         for device in self._devices.values():
             for name, engine in device.engines.items():
-                state = engine.stats().state
-                if state in _STARTED:
-                    idle_s = self._idle_s(name, now_s)
-                    replicas.append(ReplicaView(name, engine_of(name), device.name, engine.usage.in_flight, idle_s))
-                elif state is EngineState.ABSENT and now_s >= self._refused_until_s.get(name, 0):
-                    absent.add(name)
+                may_change = now_s >= self._refused_until_s.get(name, 0)
+                if engine.state in _AWAY:
+                    self._called_s.pop(name, None)
+                    if engine.state is EngineState.ABSENT and may_change:
+                        absent.add(name)
+                else:
+                    in_flight, idle_s = engine.usage.in_flight, self._idle_s(name, now_s)
+                    replicas.append(
+                        ReplicaView(name, engine_of(name), device.name, in_flight, idle_s, engine.is_ready, may_change)
+                    )
         load = dict.fromkeys(self._devices, 0)
         for replica in replicas:
             load[replica.device] += replica.in_flight
         mean = sum(load.values()) / len(load)
+        changing = {name for action in self._acting.values() for name in _devices_of(action)}
         devices = {
             name: DeviceLoad(
                 _free_bytes(device),
                 self._above.lasted_s(name, load[name] > mean, now_s),
                 self._below.lasted_s(name, load[name] <= mean, now_s),
+                name in changing,
             )
             for name, device in self._devices.items()
         }
@@ -121,15 +127,15 @@ class Rebalancer:
 
     def _range(self, engine: str, absent: set[str]) -> EngineRange:
         names = [replica_name(engine, device) for device in self._devices]
-        known = next(
-            replica for name in names if (replica := self._devices[device_of(name)].engines.get(name)) is not None
-        )
+        known = [each for name in names if (each := self._devices[device_of(name)].engines.get(name)) is not None]
+        # An absent replica says how long a start takes. One that sleeps says how long it takes to wake.
+        replica = next((each for each in known if each.state is EngineState.ABSENT), known[0])
         least, most = self._bounds[engine]
         return EngineRange(
             least,
             most,
-            known.limits.smallest_bytes,
-            known.stats().wake_s,
+            replica.limits.smallest_bytes,
+            replica.stats().wake_s,
             frozenset(device_of(name) for name in names if name in absent),
         )
 
@@ -138,24 +144,23 @@ class Rebalancer:
         began_s, error = time.monotonic(), None
         added = replica_name(*action.add) if action.add else None
         try:
-            if action.add is not None and added is not None:
-                await self._devices[action.add[1]].add(added)
-            if action.remove is not None:
-                await self._devices[device_of(action.remove)].remove(action.remove)
+            for replica, change in ((added, Device.add), (action.remove, Device.remove)):
+                if replica is not None:
+                    changing = replica
+                    await change(self._devices[device_of(replica)], replica)
         except EngineError as failure:
             error = str(failure)
-            if added is not None:
-                self._refused_until_s[added] = asyncio.get_running_loop().time() + AGAIN_S
+            self._refused_until_s[changing] = asyncio.get_running_loop().time() + AGAIN_S
         if action.add is not None:
             self._below.forget(action.add[1])  # its load changes now
         self._note(Change(time.time(), added, action.remove, action.reason, time.monotonic() - began_s, error))
 
     def _note(self, change: Change) -> None:
         self.changes.append(change)
-        what = ", ".join(
-            f"{word} {name}" for word, name in (("added", change.added), ("removed", change.removed)) if name
-        )
-        logging.getLogger(__name__).info("placement: %s: %s%s", what, change.reason, change.error or "")
+        parts = (("add", change.added), ("remove", change.removed))
+        what = ", ".join(f"{word} {name}" for word, name in parts if name)
+        failed = f"; failed: {change.error}" if change.error else ""
+        logging.getLogger(__name__).info("placement: %s (%s)%s", what, change.reason, failed)
         if self._log is not None:
             with suppress(OSError), self._log.open("a") as file:
                 file.write(json.dumps(asdict(change)) + "\n")
@@ -181,10 +186,18 @@ class _Durations:
 
 def _free_bytes(device: Device) -> int:
     """Return what a device has left if all its engines shrink to their floors, and all that sleep are awake."""
-    started = [engine for engine in device.engines.values() if engine.stats().state in _STARTED]
-    needed_bytes = sum(engine.limits.smallest_bytes for engine in started)
+    held = device.sharing.ledger.held
+    needed_bytes = sum(
+        held.get(name, 0) if engine.state in _AWAY else engine.limits.smallest_bytes
+        for name, engine in device.engines.items()
+    )
     return device.sharing.ledger.budget_bytes - needed_bytes - device.sharing.reserved_bytes
 
 
 def _engines_of(action: Action) -> Sequence[str]:
     return [name for name in (action.add and action.add[0], action.remove and engine_of(action.remove)) if name]
+
+
+def _devices_of(action: Action) -> Sequence[str]:
+    added, removed = action.add and action.add[1], action.remove and device_of(action.remove)
+    return [name for name in (added, action.relieves, removed) if name]

@@ -1,4 +1,4 @@
-"""The rule that adds replicas of engines to devices with little work, and removes those that nobody needs.
+"""The rule that adds replicas of engines to devices with little work, and removes unused ones.
 
 It is pure: the same view gives the same actions. It remembers nothing: for how long a state has lasted is in the view.
 """
@@ -13,19 +13,27 @@ RATIO = 2.0
 """A device is overloaded if its load is more than this many times that of the device with the least."""
 PATIENCE = 3.0
 """An imbalance must have lasted for this many times as long as the new replica takes to start."""
+LOOKED_AT = 8
+"""For a busy device, as many of the idlest devices are tried."""
 IDLE_S = 60.0
 """A replica beyond the fewest is removed after so many seconds without a request."""
 
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """A replica that has started: its engine, its device, the requests in it, and for how long it has had none."""
+    """A replica that is neither absent nor failed: its engine, its device, and its requests.
+
+    `idle_s` says for how long it has had no request. It is `ready` unless it restarts or sleeps. It cannot be removed
+    if that failed just before.
+    """
 
     name: str
     engine: str
     device: str
     in_flight: int
     idle_s: float
+    ready: bool = True
+    can_be_removed: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,17 +54,19 @@ class EngineRange:
 class DeviceLoad:
     """What a device could give a new replica if all engines on it shrank to their floors, in bytes.
 
-    `above_s` and `below_s` say for how long its load has been above, or below, the mean of all devices.
+    `above_s` and `below_s` say for how long its load has been above, or below, the mean of all devices. A device is
+    `changing` while an action for it is carried out.
     """
 
     free_bytes: int
     above_s: float = 0.0
     below_s: float = 0.0
+    changing: bool = False
 
 
 @dataclass(frozen=True)
 class PlacementView:
-    """All replicas that have started, the engines whose replicas may change, and the devices. All by name."""
+    """All replicas, the engines whose replicas may change, and the devices. All by name."""
 
     replicas: Sequence[ReplicaView]
     engines: Mapping[str, EngineRange]
@@ -81,11 +91,15 @@ class PlacementView:
 
 @dataclass(frozen=True)
 class Action:
-    """A replica to add to a device, one to remove, or both: then the new one serves before the old one goes."""
+    """A replica to add to a device, one to remove, or both: then the new one serves before the old one goes.
+
+    `relieves` is the device that an added replica takes work from, if any.
+    """
 
     add: tuple[str, str] | None
     remove: str | None
     reason: str
+    relieves: str | None = None
 
 
 def decide(view: PlacementView) -> list[Action]:
@@ -93,39 +107,71 @@ def decide(view: PlacementView) -> list[Action]:
 
     A new replica takes over a part of its engine's requests, so that it helps where a device has more than RATIO times
     the requests of another one, and twice SLACK more than that. Of the engines on the busy device, that with the most
-    requests there gains the most. It must fit the idle device, and the imbalance must have lasted longer than the start
-    of the replica takes, or it would be over before the replica serves. An engine that has all its replicas moves one
-    instead, if another busy engine is left behind on the device: alone, it would take its load along.
+    requests there gains the most. It must fit the idle device, and the imbalance must have lasted PATIENCE times as
+    long as the start of the replica takes, or it might be over before the replica serves. An engine that has all its
+    replicas moves one instead, if another busy engine is left behind on the device: alone, it would take its load
+    along.
 
-    The busiest device is relieved by the idlest one, the second busiest by the second idlest, and so on. Each engine
-    gets at most one new replica at a time.
+    The busiest device is relieved first, by the idlest one with room. Each engine gets at most one new replica at a
+    time, and each device takes part in one action. An engine with fewer replicas than its least gets one, and one with
+    more than its most loses one, as after an action of which one half has failed.
     """
-    actions = _idle(view)
-    touched = {action.remove for action in actions}
+    actions = _idle(view) + _surplus(view) + _missing(view)
+    grown = {action.add[0] for action in actions if action.add}
+    taken = {action.add[1] for action in actions if action.add} | {n for n, d in view.devices.items() if d.changing}
     on_device: dict[str, list[ReplicaView]] = {name: [] for name in view.devices}
     for replica in view.replicas:
-        if replica.name not in touched:
+        if replica.name not in {action.remove for action in actions}:
             on_device[replica.device].append(replica)
     by_load = sorted(view.devices, key=lambda name: view.load[name])
-    grown: set[str] = set()
-    for idle, busy in zip(by_load[: len(by_load) // 2], reversed(by_load), strict=False):
-        if view.load[busy] <= RATIO * view.load[idle] + 2 * SLACK:
+    for busy in reversed(by_load):
+        candidates = [replica for replica in on_device[busy] if replica.engine not in grown]
+        for idle in [name for name in by_load if name not in taken][:LOOKED_AT]:
+            if busy in taken or view.load[busy] <= RATIO * view.load[idle] + 2 * SLACK:
+                break
+            action = _relieve(view, busy, idle, candidates)
+            if action is not None and action.add is not None:
+                actions.append(action)
+                grown.add(action.add[0])
+                taken |= {busy, idle}
+                break
+        if not by_load or view.load[busy] <= RATIO * view.load[by_load[0]] + 2 * SLACK:
             break
-        action = _relieve(view, busy, idle, [each for each in on_device[busy] if each.engine not in grown])
-        if action is not None and action.add is not None:
-            actions.append(action)
-            grown.add(action.add[0])
     return actions
 
 
 def _idle(view: PlacementView) -> list[Action]:
-    """Return the removals of replicas that have had no request for long. The fewest replicas stay."""
+    """Return the removals of replicas without a request for long, first of those that sleep. The fewest stay."""
     left, actions = dict(view.count), []
-    for replica in view.replicas:
+    for replica in sorted(view.replicas, key=lambda replica: replica.ready):
         bounds = view.engines.get(replica.engine)
-        if bounds and left[replica.engine] > bounds.least and replica.idle_s >= IDLE_S:
+        idle = replica.idle_s >= IDLE_S and replica.can_be_removed
+        if bounds and left[replica.engine] > bounds.least and idle:
             left[replica.engine] -= 1
             actions.append(Action(None, replica.name, f"no request for {replica.idle_s:.0f} s"))
+    return actions
+
+
+def _surplus(view: PlacementView) -> list[Action]:
+    """Return the removal of the least busy replica of each engine that has too many."""
+    actions = []
+    for engine, bounds in view.engines.items():
+        replicas = [each for each in view.replicas if each.engine == engine and each.can_be_removed]
+        if view.count.get(engine, 0) > bounds.most and replicas:
+            least_busy = min(replicas, key=lambda replica: replica.in_flight)
+            actions.append(Action(None, least_busy.name, f"{view.count[engine]} replicas are more than {bounds.most}"))
+    return actions
+
+
+def _missing(view: PlacementView) -> list[Action]:
+    """Return a new replica, on the idlest device with room, for each engine that has too few."""
+    actions = []
+    for engine, bounds in view.engines.items():
+        count = view.count.get(engine, 0)
+        room = [name for name in bounds.devices if view.devices[name].free_bytes >= bounds.needed_bytes]
+        if count < bounds.least and room:
+            idlest = min(room, key=lambda name: (view.load[name], name))
+            actions.append(Action((engine, idlest), None, f"{count} replicas are fewer than {bounds.least}"))
     return actions
 
 
@@ -148,7 +194,7 @@ def _relieve(view: PlacementView, busiest: str, idlest: str, candidates: Sequenc
             f"{idlest} {load[idlest]}, for {lasted_s:.0f} s"
         )
         if view.count[replica.engine] < bounds.most:
-            return Action((replica.engine, idlest), None, reason)
-        if load[busiest] - replica.in_flight > SLACK:
-            return Action((replica.engine, idlest), replica.name, reason)
+            return Action((replica.engine, idlest), None, reason, busiest)
+        if load[busiest] - replica.in_flight > SLACK and replica.can_be_removed:
+            return Action((replica.engine, idlest), replica.name, reason, busiest)
     return None

@@ -1,5 +1,6 @@
 """Chooses the replica for a request, by what the steps of the engines on each device cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from runtime.control.costs import PRIOR
@@ -33,4 +34,6 @@ class Router:
             if requests:
                 cost = costs[name].cost if name in costs else PRIOR
                 seconds += cost.step_s + cost.sequence_s * requests
-        return seconds
+        # Requests beyond those that can run at once wait for others to end: for as many rounds more, on average.
+        turns = math.ceil((device.engines[replica].usage.in_flight + 1) / device.engines[replica].limits.seqs_ceiling)
+        return seconds * turns

@@ -9,6 +9,7 @@ from runtime.config import Config
 from runtime.devices.placement import place, spares
 from runtime.devices.selection import select
 from runtime.engines.fleet import Fleet, OnState
+from runtime.engines.handle import EngineState
 from runtime.engines.launcher import Launcher
 from runtime.engines.ledger import Ledger
 from runtime.engines.replicas import engine_of
@@ -32,7 +33,7 @@ async def start_fleets(
     several = config.devices != (0,)  # otherwise there is nothing to find out before the engines report that they start
     gpus = (await launcher.prepare()).visible_gpus() if several else ()
     devices = select(config, gpus)
-    placed = place(specs, [*devices], may_oversubscribe=bool(may_sleep))
+    placed = place(specs, [*devices], may_sleep)
     absent = spares(specs, placed)
     host = Ledger(config.residency.host_memory_bytes) if config.residency.host_memory_bytes is not None else None
     fleets = {
@@ -42,9 +43,13 @@ async def start_fleets(
             on_state,
             config.device.memory_bytes,
             kv_cache_bytes=config.device.kv_cache_memory_bytes,
-            step_times={name: step_times[engine_of(name)] for name in of_device if engine_of(name) in step_times},
+            step_times={
+                name: step_times[engine_of(name)]
+                for name in (*of_device, *absent[device])
+                if engine_of(name) in step_times
+            },
             one_at_a_time=oversubscribe(of_device.values()),
-            may_sleep=[name for name in of_device if engine_of(name) in may_sleep],
+            may_sleep=[name for name in (*of_device, *absent[device]) if engine_of(name) in may_sleep],
             host=host,
             launcher=launcher,
             device=devices[device],
@@ -53,7 +58,7 @@ async def start_fleets(
         if of_device or absent[device]
     }
     await _enter_all(owned, [*fleets.values()])
-    started = {engine_of(name): engine for fleet in fleets.values() for name, engine in fleet.engines.items()}
+    started = {engine_of(name): engine for fleet in fleets.values() for name, engine in fleet.supervised.items()}
     for device, of_device in absent.items():
         for name, spec in of_device.items():
             fleets[device].add_absent(name, spec, started[engine_of(name)])
@@ -79,14 +84,17 @@ async def _enter_all(owned: AsyncExitStack, fleets: Sequence[Fleet]) -> None:
         for fleet, task in zip(fleets, entering, strict=True):
             if not task.cancelled() and task.exception() is None:
                 owned.push_async_exit(fleet)
-    for task in entering:
-        task.result()
+    for task in entering:  # those that were cancelled because another one failed say nothing
+        if not task.cancelled():
+            task.result()
 
 
 def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
     """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
-    needed = {name: each.limits.smallest_bytes for name, each in fleet.engines.items()}
-    asleep = {name: fleet.engines[name].asleep_bytes for name in may_sleep}
+    started = {name: each for name, each in fleet.engines.items() if each.state is not EngineState.ABSENT}
+    needed = {name: each.limits.smallest_bytes for name, each in started.items()}
+    may_sleep = [name for name in may_sleep if name in started]
+    asleep = {name: started[name].asleep_bytes for name in may_sleep}
     least_bytes = sum((needed | asleep).values())
     budget_bytes = fleet.sharing.ledger.budget_bytes
     for name in may_sleep:

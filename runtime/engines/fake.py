@@ -164,6 +164,10 @@ class FakeEngine(EngineHandle):
         self._work = Work()
         self._requests = self._prompt_tokens = self._completion_tokens = self._preemptions = 0
 
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
     async def start(self) -> None:
         await self._pass(self._times.start_s)
         self._state, self._started = EngineState.READY, True

@@ -79,6 +79,7 @@ class Fleet:
         self._started_s = time.monotonic()
         async with AsyncExitStack() as owned:
             launcher = self._launcher or owned.enter_context(Launcher(self._specs.values(), self._run_folder))
+            self._reports = launcher.reports
             for name in self._specs:
                 launcher.reports[name] = partial(self._report, name)
                 self._report(name, EngineState.STARTING)
@@ -100,14 +101,21 @@ class Fleet:
         """Return the path of an engine's own log file."""
         return self._run_folder / f"engine-{name}.log"
 
-    def add_absent(self, name: str, spec: EngineSpec, replica: EngineHandle) -> None:
+    @property
+    def supervised(self) -> dict[str, SupervisedEngine]:
+        """The engines, as what they are."""
+        return {name: engine for name, engine in self.engines.items() if isinstance(engine, SupervisedEngine)}
+
+    def add_absent(self, name: str, spec: EngineSpec, replica: SupervisedEngine) -> None:
         """Add an engine that has no process and that can be woken, like another replica, which has started."""
         engine = self._make(name, spec)
-        engine.begin_absent(replica.limits, replica.stats().wake_s)
+        engine.begin_absent(replica.limits, replica.start_s)
         self.engines[name] = engine
+        self._reports[name] = partial(self._report, name)
         ledger = self.sharing.ledger
         ledger.record(name, 0)
-        ledger.budget_bytes = max(ledger.budget_bytes, replica.limits.device_bytes)
+        if not self._specs:  # no engine has started that knows the device
+            ledger.budget_bytes = replica.limits.device_bytes
 
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:

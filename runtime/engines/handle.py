@@ -121,14 +121,19 @@ class EngineHandle(ABC):
         """
 
     @property
+    def state(self) -> EngineState:
+        """The state in `stats`."""
+        return self.stats().state
+
+    @property
     def is_ready(self) -> bool:
         """Whether the engine serves requests, as far as is known without asking it."""
-        return self.stats().state is EngineState.READY
+        return self.state is EngineState.READY
 
     async def until_ready(self) -> None:
         """Wait until the engine serves requests. Raise EngineDead if it never will again."""
-        if (state := self.stats().state) is not EngineState.READY:
-            raise EngineDead(f"engine {self.name} is {state}")
+        if self.state is not EngineState.READY:
+            raise EngineDead(f"engine {self.name} is {self.state}")
 
     @property
     @abstractmethod

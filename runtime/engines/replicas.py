@@ -10,9 +10,10 @@ import random
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Self
 
 from runtime.engines.handle import EngineHandle, EngineState, Recalled
 from runtime.engines.quarantine import Call, Quarantine
@@ -22,7 +23,6 @@ from runtime.errors import EngineDead, RequestQuarantined
 
 LOOKED_AT = 8
 """How many replicas the choice for a request looks at."""
-_LAST_RESORT = (EngineState.FAILED, EngineState.CLOSED, EngineState.ABSENT)
 
 
 def replica_name(engine: str, device: str) -> str:
@@ -64,13 +64,13 @@ class Replicas:
         if not request.resumable and request.seed is None and request.temperature:
             request = replace(request, seed=secrets.randbits(31))  # a replay repeats a sampled reply only with a seed
         call, sends = Call(), 0
-        lost: set[EngineHandle] = set()
-        while True:
-            replica = self._replica_for_next(lost)
-            with _metered(replica, request):
+        failed: set[EngineHandle] = set()
+        with _Meter(request) as meter:
+            while True:
+                meter.at(self._replica_for_next(failed))
                 try:
                     async with self._quarantine.turn(call):
-                        await self._until_ready(replica, lost)
+                        replica = await self._ready_replica(meter, failed)
                         if self._quarantine.must_wait(call):
                             continue
                         self._quarantine.sent(call, replica)
@@ -88,16 +88,38 @@ class Replicas:
                             f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not sent "
                             "again"
                         ) from error
-                    if len(lost) == len(self._replicas):
+                    if not any(_can_serve(replica, failed) for replica in self._replicas):
                         raise
 
-    async def _until_ready(self, replica: EngineHandle, lost: set[EngineHandle]) -> None:
-        """Wait until a replica serves requests. If it never will again, add it to `lost` and raise EngineDead."""
+    async def _ready_replica(self, meter: "_Meter", failed: set[EngineHandle]) -> EngineHandle:
+        """Return a replica that is ready. If none is, wait for the first that will be.
+
+        Meanwhile, the request counts at one of them, which wakes if it sleeps. Raises EngineDead if all have failed.
+        """
+        while True:
+            replica = self._replica_for_next(failed)
+            meter.at(replica)
+            if replica.is_ready:
+                return replica
+            await self._wait_for_any(failed)
+
+    async def _wait_for_any(self, failed: set[EngineHandle]) -> None:
+        """Wait until a replica is ready. Add those to `failed` that never will be. Raise EngineDead if none is left."""
+        waiting = {
+            asyncio.ensure_future(replica.until_ready()): replica
+            for replica in self._replicas
+            if _can_serve(replica, failed)
+        }
         try:
-            await replica.until_ready()
-        except EngineDead:
-            lost.add(replica)
-            raise
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        for task in done:
+            if task.exception() is not None:
+                failed.add(waiting[task])
+                if not any(_can_serve(replica, failed) for replica in self._replicas):
+                    task.result()  # raises
 
     @property
     def in_flight(self) -> int:
@@ -124,22 +146,21 @@ class Replicas:
             return float(self._replica_for_next(()).name == replica)
         return 1 / len(ready) if replica in ready else 0.0
 
-    def _replica_for_next(self, lost: Container[EngineHandle]) -> EngineHandle:
-        """Return the replica for the next request: one that is ready, if any is.
+    def _replica_for_next(self, failed: Container[EngineHandle]) -> EngineHandle:
+        """Return the replica for the next request: one that is ready, if any is. Raise EngineDead if none can serve.
 
         Of many replicas, look at a few random ones. The best of them is seldom much worse than the best of all
         (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
         """
         some = self._replicas if len(self._replicas) <= LOOKED_AT else random.sample(self._replicas, LOOKED_AT)
-        ready = [replica for replica in some if replica.is_ready and replica not in lost]
+        ready = [replica for replica in some if replica.is_ready and replica not in failed]
         if ready:
             return self.choose(ready) if len(ready) > 1 else ready[0]
-
-        def preference(replica: EngineHandle) -> tuple[bool, bool, int]:
-            state = replica.stats().state
-            return state in _LAST_RESORT, not replica.is_ready, replica.usage.in_flight
-
-        return min([replica for replica in self._replicas if replica not in lost], key=preference)
+        left = [replica for replica in self._replicas if _can_serve(replica, failed)]
+        if not left:
+            states = ", ".join(f"{replica.name} is {replica.stats().state}" for replica in self._replicas)
+            raise EngineDead(f"engine {self.name} has no replica that serves: {states}")
+        return min(left, key=lambda replica: (not replica.is_ready, replica.usage.in_flight))
 
     def _rest_of_reply(
         self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int
@@ -149,6 +170,7 @@ class Replicas:
             request = replace(request, request_id=f"{request.request_id}~{sends}")
         if not call.tokens:
             return replica.generate(request)
+        request = replace(request, has_begun=True)
         if request.resumable:
             return replica.generate(replace(request, resume_tokens=tuple(call.tokens)))
         return self._replay(replica, request, ReplyReplay(self.name, call.tokens, call.characters))
@@ -173,6 +195,33 @@ def gathered(engines: Mapping[str, EngineHandle]) -> dict[str, Replicas]:
     for name, engine in engines.items():
         replicas_of[engine_of(name)].append(engine)
     return {engine: Replicas(engine, each) for engine, each in replicas_of.items()}
+
+
+def _can_serve(replica: EngineHandle, failed: Container[EngineHandle]) -> bool:
+    """Return True unless a replica has failed, for this request at least, or is absent."""
+    return replica not in failed and replica.stats().state is not EngineState.ABSENT
+
+
+class _Meter:
+    """Counts a request at one replica at a time, and charges it for its part of that replica's memory and time."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._replica: EngineHandle | None = None
+        self._counted = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._counted.close()
+
+    def at(self, replica: EngineHandle) -> None:
+        """Count the request at a replica from now on. Nothing changes if it counts there already."""
+        if replica is not self._replica:
+            self._counted.close()
+            self._replica = replica
+            self._counted.enter_context(_metered(replica, self._request))
 
 
 @contextmanager

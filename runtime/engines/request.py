@@ -34,6 +34,7 @@ class GenerateRequest:
       it is set, `messages` is ignored.
     - `resume_tokens`: ids of reply tokens that the caller already has, from an engine that died. The stream continues
       after them, and `max_tokens` includes them.
+    - `has_begun`: whether the caller already has a part of the reply. An engine that drains serves it to its end.
 
     Sampling:
 
@@ -71,6 +72,7 @@ class GenerateRequest:
     schema: Mapping[str, Any] | None = None
     stop_repetition: bool = False
     resume_tokens: tuple[int, ...] = ()
+    has_begun: bool = False
     rendered: Mapping[str, Any] | None = None
     logprobs: int | None = None
     priority: int = PRIORITY

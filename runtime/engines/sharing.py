@@ -104,10 +104,17 @@ class Sharing:
                 self.ledger.record(name, before)
             raise
 
-    async def wake(self, name: str) -> None:
-        """Wake an engine once there is memory for it. Raises EngineError, and claims nothing, if it does not wake."""
+    async def wake(self, name: str, most_s: float | None = None) -> None:
+        """Wake an engine once there is memory for it.
+
+        Raises EngineError, and claims nothing, if the engine does not wake or if it gets no memory within `most_s`.
+        """
         engine = self._engines[name]
-        await self.admit(name, engine.limits.smallest_bytes)
+        try:
+            async with asyncio.timeout(most_s):
+                await self.admit(name, engine.limits.smallest_bytes)
+        except TimeoutError:
+            raise EngineError(f"engine {name}: the others did not release enough memory within {most_s:g} s") from None
         try:
             await engine.wake()
         except EngineError:

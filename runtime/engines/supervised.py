@@ -103,13 +103,23 @@ class SupervisedEngine(EngineHandle):
     def begin_absent(self, limits: EngineLimits, start_s: float) -> None:
         """Begin without a process. `limits` and `start_s` are those of another replica, until this one has started."""
         self._limits, self._start_s = limits, start_s
+        self.usage.hold(0, Held.ASLEEP)
         self._awake.clear()
         self._enter_absent()
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
+    @property
+    def start_s(self) -> float:
+        """How long its process takes to start, in seconds."""
+        return self._start_s or 0.0
+
     async def leave(self) -> None:
         """Serve what has a token, end the process, and be absent. Raises EngineError as `sleep` does."""
-        await self.sleep(deep=True)
+        if self._rest in _WITHOUT_WEIGHTS:
+            await self._end_process()
+            self.usage.hold(0, Held.ASLEEP)
+        else:
+            await self.sleep(deep=True)
         self._enter_absent()
 
     def _enter_absent(self) -> None:
@@ -121,7 +131,7 @@ class SupervisedEngine(EngineHandle):
         try:
             with self._serving():
                 async with aclosing(engine.generate(request)) as chunks:
-                    chunk = await self._first_chunk(chunks)
+                    chunk = await (anext(chunks, None) if request.has_begun else self._first_chunk(chunks))
                     while chunk is not None:
                         yield chunk
                         chunk = await anext(chunks, None)
@@ -166,7 +176,8 @@ class SupervisedEngine(EngineHandle):
 
     @property
     def is_ready(self) -> bool:
-        return self._ready.is_set() and self._rest is None and self._failure is None
+        resting = self._rest is not None or self._failure is not None
+        return self._ready.is_set() and not resting and self._engine.state is EngineState.READY
 
     async def until_ready(self) -> None:
         self._held += self._rest is not None
@@ -431,7 +442,7 @@ class SupervisedEngine(EngineHandle):
         return replace(
             stats,
             state=state,
-            waiting=max(self.usage.in_flight - stats.running, stats.waiting),
+            waiting=stats.waiting + max(self.usage.in_flight - self._being_served, 0),
             held=self._held,
             sleep_s=self._sleep_s or 0.0,
             wake_s=self._expected_wake_s(),

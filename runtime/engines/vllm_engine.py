@@ -108,6 +108,10 @@ class VllmEngine(EngineHandle):
         self._leaving: list[Any] = []
         self._requests = self._prompt_tokens = self._completion_tokens = 0
 
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
     async def start(self) -> None:
         starting = asyncio.ensure_future(asyncio.to_thread(self._start))
         try:

@@ -136,19 +136,30 @@ class Keeper:
     def expect_job(self) -> float:
         """Return how long a job that began now would wait for its first engine to wake, and expect one for a while.
 
-        Until jobs have shown with which engine they begin, the engine that serves first counts. Without an engine with
-        which jobs begin, return infinity.
+        Until jobs have shown with which engine they begin, the engine that serves first counts.
         """
-        now_s, lead_s = asyncio.get_running_loop().time(), self._call_times.lead_s()
-        first = [name for name in self._engines if not lead_s or lead_s.get(name) == 0]
-        if not first:
-            return math.inf
-        wait_s = {name: self._wait_s(self._engines[name].stats()) for name in first}
+        wait_s = self._waits_of_job_s()
+        if not wait_s:
+            return 0.0
         soonest = min(wait_s, key=lambda name: wait_s[name])
         if wait_s[soonest]:
+            now_s = asyncio.get_running_loop().time()
             self._history_of(soonest).expected_until_s = now_s + wait_s[soonest] + EXPECTED_S
             self.look()
         return wait_s[soonest]
+
+    def wait_of_job_s(self) -> float:
+        """Return how long a job that began now would wait for an engine here; infinity if jobs begin with others."""
+        return min(self._waits_of_job_s().values(), default=math.inf)
+
+    def _waits_of_job_s(self) -> dict[str, float]:
+        """Return how long each engine takes until it serves, of those with which jobs begin."""
+        lead_s = self._call_times.lead_s()
+        return {
+            name: self._wait_s(engine.stats())
+            for name, engine in self._engines.items()
+            if engine.state is not EngineState.ABSENT and (not lead_s or lead_s.get(name) == 0)
+        }
 
     def _wait_s(self, stats: EngineStats) -> float:
         """Return how long an engine takes until it serves; 0 if it does, or if it does not wait for a wake."""
@@ -236,6 +247,8 @@ class Keeper:
         )
         residences = {}
         for name, engine in self._engines.items():
+            if stats[name].state is EngineState.ABSENT:
+                continue
             calls = max(engine.usage.in_flight, due.get(name, 0))
             history = self._note(name, calls, now_s)
             calls = calls or int(now_s < history.expected_until_s)

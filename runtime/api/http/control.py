@@ -18,7 +18,7 @@ from runtime.control.snapshot import DeviceMoment
 from runtime.devices.rebalancer import Change
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
-from runtime.engines.replicas import device_of, engine_of
+from runtime.engines.replicas import engine_of
 from runtime.engines.usage import Held, Spent
 
 router = APIRouter(tags=["control"], responses=ERRORS)
@@ -47,7 +47,7 @@ class EngineInfo(BaseModel):
 
     name: str = Field(description="The engine's name. With several devices, a replica's: `<engine>@<device>`.")
     engine: str = Field(description="The engine's name in the configuration.")
-    device: str = Field(description="The device that it runs on.")
+    device: str | None = Field(description="The device that it runs on; null until it is up.")
     model: str = Field(description="The model's name or path.")
     seats: list[str] = Field(description="The seats of the team that this engine serves.")
     state: EngineState
@@ -187,7 +187,9 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
     return EngineInfo(
         name=name,
         engine=engine,
-        device=device_of(name),
+        device=next((d.name for d in running_team.devices.values() if name in d.engines), None)
+        if running_team
+        else None,
         model=backend.config.engines[engine].model,
         seats=[seat.name for seat in backend.team.seats.values() if seat.engine == engine],
         state=stats.state if stats else backend.monitor.states[name],

@@ -44,4 +44,6 @@ def test_engines_that_do_not_fit_are_refused_with_the_room_that_is_left() -> Non
     engines = {"a": spec(0.8), "b": spec(0.7), "c": spec(0.4)}
     with pytest.raises(ConfigError, match=r"engines\.c: no device has room .* left are 0\.2 of device 0, 0\.3 of dev"):
         placed(engines, "0", "1")
-    assert place(engines, ["0", "1"], may_oversubscribe=True)["1"].keys() == {"b@1", "c@1"}
+    assert place(engines, ["0", "1"], ["c"])["1"].keys() == {"b@1", "c@1"}
+    with pytest.raises(ConfigError, match=r"engines\.b: no device has room"):
+        place({"a": spec(0.7), "b": spec(0.7), "c": spec(0.4)}, ["0"], ["c"])

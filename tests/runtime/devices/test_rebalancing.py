@@ -24,7 +24,7 @@ BUSY = replica("planner@0", 30), replica("solver@0", 50), replica("critic@1", 2)
 
 def test_a_replica_of_the_busiest_engine_is_added_to_the_idlest_device() -> None:
     (action,) = decide(view(*BUSY))
-    assert action == Action(("solver", "1"), None, action.reason)
+    assert action == Action(("solver", "1"), None, action.reason, "0")
     assert action.reason == "device 0 has 80 requests (50 of solver) and device 1 2, for 100 s"
 
 
@@ -77,3 +77,36 @@ def test_many_busy_devices_are_relieved_at_once_by_different_ones() -> None:
     assert {engine for engine, _ in added} == {"e0", "e1", "e2"}
     assert len({device for _, device in added}) == 3
     assert not {device for _, device in added} & {"0", "1", "2"}
+
+
+def test_another_device_is_tried_if_the_idlest_has_no_room() -> None:
+    devices = {"0": LASTED, "1": replace(LASTED, free_bytes=0), "2": LASTED}
+    bounds = replace(SOLVER, devices=frozenset({"1", "2"}))
+    (action,) = decide(PlacementView((*BUSY, replica("critic@2", 3)), {"solver": bounds}, devices))
+    assert action.add == ("solver", "2")
+
+
+def test_devices_of_a_change_under_way_are_left_alone() -> None:
+    assert decide(view(*BUSY, other=replace(LASTED, changing=True))) == []
+    busy_changes = {"0": replace(LASTED, changing=True), "1": LASTED}
+    assert decide(PlacementView(BUSY, {"solver": SOLVER}, busy_changes)) == []
+
+
+def test_an_engine_with_too_few_replicas_gets_one() -> None:
+    bounds = replace(SOLVER, least=2, most=2)
+    (action,) = decide(view(replica("solver@0", 0), solver=bounds))
+    assert (action.add, action.reason) == (("solver", "1"), "1 replicas are fewer than 2")
+
+
+def test_an_engine_with_too_many_replicas_loses_the_least_busy_one() -> None:
+    bounds = replace(SOLVER, most=1)
+    (action,) = decide(view(replica("solver@0", 5), replica("solver@1", 3), solver=bounds))
+    assert (action.add, action.remove) == (None, "solver@1")
+    stuck = replace(replica("solver@1", 3), can_be_removed=False)
+    assert decide(view(replica("solver@0", 5), stuck, solver=bounds))[0].remove == "solver@0"
+
+
+def test_of_idle_replicas_one_that_sleeps_is_removed_first() -> None:
+    sleeping = replace(replica("solver@1", 0, IDLE_S), ready=False)
+    (action,) = decide(view(replica("solver@0", 0, IDLE_S), sleeping))
+    assert action.remove == "solver@1"

@@ -1,7 +1,7 @@
 """A request is served by one replica after another until it is answered or found to crash them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -364,7 +364,7 @@ async def test_a_request_fails_if_every_replica_is_absent_or_has_failed(two: Two
     replicas, _, engines = two
     for engine in engines:
         await engine.leave()
-    with pytest.raises(EngineDead, match="engine e is absent"):
+    with pytest.raises(EngineDead, match="no replica that serves: e is absent, e is absent"):
         await reply(replicas)
 
 
@@ -379,3 +379,64 @@ async def test_an_absent_replica_that_does_not_start_is_absent_again_and_can_be_
     made[0].fail_to_start = 0
     await first.wake()
     assert first.stats().state is EngineState.READY
+
+
+async def test_a_request_waits_for_whichever_replica_is_ready_first(two: Two) -> None:
+    replicas, _, (first, second) = two
+    await first.sleep()
+    await second.sleep()
+    held = [asyncio.create_task(reply(replicas)) for _ in range(4)]
+    await asyncio.sleep(1)
+    assert sorted(engine.usage.in_flight for engine in (first, second)) == [2, 2]
+    await second.wake()
+    assert {text(await task) for task in held} == {WORDS}
+    assert first.stats().state is EngineState.COLD
+
+
+async def test_suspects_in_the_line_do_not_wait_for_a_replica_that_restarts(two: Two) -> None:
+    replicas, made, _ = two
+    tasks = [asyncio.create_task(reply(replicas)) for _ in range(8)]
+    while not all(each.requests for each in made):  # noqa: ASYNC110 (there is no event to wait for)
+        await asyncio.sleep(0)
+    began_s = asyncio.get_running_loop().time()
+    made[0].engines[0].crash()
+    assert {text(await task) for task in tasks} == {WORDS}
+    assert asyncio.get_running_loop().time() - began_s < 1
+
+
+async def test_a_request_that_is_sent_again_to_its_replica_arrives_once(engine: SupervisedEngine, made: Made) -> None:
+    replicas = Replicas("e", [engine])
+    chunks = []
+    async for chunk in replicas.generate(REQUEST):
+        chunks.append(chunk)
+        if len(chunks) == 3:
+            engine.kill()
+    assert text(chunks) == WORDS
+    assert (engine.usage.arrived, engine.usage.finished, len(made.engines)) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("how", [{}, {"schema": {}}])
+async def test_a_resumed_reply_ends_before_its_engine_sleeps(
+    engine: SupervisedEngine, made: Made, how: dict[str, Any]
+) -> None:
+    replicas = Replicas("e", [engine])
+    stream = replicas.generate(replace(REQUEST, **how))
+    chunks = [await anext(stream) for _ in range(3)]
+    engine.kill()
+    rest = asyncio.create_task(_rest(stream))
+    while len(made.requests) < 2:  # noqa: ASYNC110 (there is no event to wait for)
+        await asyncio.sleep(0)
+    await engine.sleep()
+    assert text([*chunks, *await rest]) == WORDS
+    assert engine.stats().state is EngineState.COLD
+
+
+async def _rest(stream: AsyncGenerator[Chunk, None]) -> list[Chunk]:
+    return [chunk async for chunk in stream]
+
+
+async def test_a_sleeping_replica_can_leave(two: Two) -> None:
+    _, _, (first, _) = two
+    await first.sleep()
+    await first.leave()
+    assert (first.stats().state, first.held_bytes) == (EngineState.ABSENT, 0)
