@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import psutil
+
 from runtime.config import Config
 from runtime.devices.placement import place, spares
 from runtime.devices.selection import select
@@ -35,7 +37,8 @@ async def start_fleets(
     devices = select(config, gpus)
     placed = place(specs, [*devices], may_sleep)
     absent = spares(specs, placed)
-    host = Ledger(config.residency.host_memory_bytes) if config.residency.host_memory_bytes is not None else None
+    host_bytes = config.residency.host_memory_bytes
+    host = Ledger(psutil.virtual_memory().total // 2 if host_bytes is None else host_bytes)
     fleets = {
         device: Fleet(
             of_device,

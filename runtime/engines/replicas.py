@@ -1,8 +1,8 @@
 """An engine of the configuration as callers see it: one or more replicas that serve its requests.
 
-Each request goes to one of them. If the replica dies during a reply, another one continues the
-reply after the tokens that were already streamed; the caller notices a pause. A replica that cannot serve at the moment
-holds its requests. A request that crashes replicas is refused (`quarantine`).
+Each request goes to one of them. If the replica dies during a reply, another one continues the reply after the tokens
+that were already streamed; the caller notices a pause. If no replica is ready, requests wait for the first that will be.
+A request that crashes replicas is refused (`quarantine`).
 """
 
 import asyncio
@@ -143,7 +143,8 @@ class Replicas:
         """
         ready = [each.name for each in self._replicas if each.is_ready]
         if not ready:
-            return float(self._replica_for_next(()).name == replica)
+            left = any(_can_serve(each, ()) for each in self._replicas)
+            return float(left and self._replica_for_next(()).name == replica)
         return 1 / len(ready) if replica in ready else 0.0
 
     def _replica_for_next(self, failed: Container[EngineHandle]) -> EngineHandle:

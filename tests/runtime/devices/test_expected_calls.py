@@ -82,6 +82,14 @@ async def test_if_no_replica_serves_one_of_them_expects_all_calls() -> None:
     assert sorted(expected) == [0, 3]
 
 
+async def test_nothing_is_expected_of_absent_replicas() -> None:
+    rig = await Rig().start()
+    for name in ("solver@0", "solver@1"):
+        await rig.engines[name].leave()
+    rig.call({"solver": 3}, {})
+    assert [rig.on["0"].open_calls()["solver@0"], rig.on["1"].open_calls()["solver@1"]] == [0, 0]
+
+
 async def test_replies_of_an_engine_on_another_device_lead_to_calls() -> None:
     rig = await Rig().start()
     rig.call({"planner": 1}, {"solver": 1})
