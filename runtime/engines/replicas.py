@@ -1,8 +1,8 @@
 """An engine of the configuration as callers see it: one or more replicas that serve its requests.
 
 Each request goes to one of them. If the replica dies during a reply, another one continues the reply after the tokens
-that were already streamed; the caller notices a pause. If no replica is ready, requests wait for the first that will be.
-A request that crashes replicas is refused (`quarantine`).
+that were already streamed; the caller notices a pause. While no replica is ready, requests wait for the first one that
+will be. A request that crashes replicas is refused (`quarantine`).
 """
 
 import asyncio
