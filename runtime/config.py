@@ -341,7 +341,7 @@ class Mqtt(Section):
 
 
 class Traces(Section):
-    """Where OpenTelemetry traces of jobs are exported to. The `OTEL_*` variables of its SDK set everything else."""
+    """The receiver of OpenTelemetry traces of jobs. The SDK's `OTEL_*` variables set everything else."""
 
     endpoint: str = Field(
         description="URL of an OTLP receiver, for example `http://localhost:4317`. With `http/protobuf`, a URL without "

@@ -1,4 +1,4 @@
-"""The controllers of all devices as one, for those who show or change what they do."""
+"""Shows and changes the controllers of all devices as if there were one."""
 
 from collections.abc import Mapping
 
@@ -30,7 +30,7 @@ class Controllers:
 
     @property
     def paused(self) -> bool:
-        """Whether the controllers are paused."""
+        """True if the controllers are paused."""
         return any(controller.paused for controller in self._of_device.values())
 
     def pause(self) -> None:

@@ -20,7 +20,7 @@ from runtime.residency.policy import ResidencyPolicy
 from runtime.telemetry.reading import Reading
 
 ADMIT_S = 60.0
-"""How long a new replica waits for memory."""
+"""A new replica waits for memory for at most so many seconds."""
 Publish = Callable[[Record], None]
 """A function that the controllers call with the record of each decision."""
 

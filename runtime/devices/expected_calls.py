@@ -9,7 +9,7 @@ from runtime.residency.call_times import CallTimes
 
 
 class ExpectedCalls:
-    """What the forecast and the call times of the whole team mean for some replicas.
+    """The part of the team's forecast and call times that concerns some replicas.
 
     The replicas of an engine that serve share its calls equally. If none of them serves, all calls are expected at the
     one that requests wait for.

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Self
 
 from runtime.devices.device import Device
-from runtime.devices.rebalancing import Action, DeviceLoad, EngineRange, PlacementView, ReplicaView, decide
+from runtime.devices.rebalancing import Action, DeviceLoad, EngineRange, PlacementView, ReplicaView, decide, load_of
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of, engine_of, replica_name
 from runtime.errors import EngineError
 
 EVERY_S = 1.0
 AGAIN_S = 60.0
-"""A replica that could not be added or removed is left alone for so many seconds."""
+"""The rebalancer leaves a replica alone for so many seconds after it could not add or remove it."""
 CHANGES_KEPT = 200
 _AWAY = (EngineState.ABSENT, EngineState.FAILED, EngineState.CLOSED)
 
@@ -102,9 +102,7 @@ class Rebalancer:
                     replicas.append(
                         ReplicaView(name, engine_of(name), device.name, in_flight, idle_s, engine.is_ready, may_change)
                     )
-        load = dict.fromkeys(self._devices, 0)
-        for replica in replicas:
-            load[replica.device] += replica.in_flight
+        load = load_of(self._devices, replicas)
         mean = sum(load.values()) / len(load)
         changing = {name for action in self._acting.values() for name in _devices_of(action)}
         devices = {

@@ -3,7 +3,7 @@
 It is pure: the same view gives the same actions. It remembers nothing: for how long a state has lasted is in the view.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ PATIENCE = 3.0
 LOOKED_AT = 8
 """For a busy device, as many of the idlest devices are tried."""
 IDLE_S = 60.0
-"""A replica beyond the fewest is removed after so many seconds without a request."""
+"""The rule removes a replica beyond the fewest after so many seconds without a request."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class EngineRange:
 
 @dataclass(frozen=True)
 class DeviceLoad:
-    """What a device could give a new replica if all engines on it shrank to their floors, in bytes.
+    """The room for a new replica on a device, and how its load compares with that of the others.
 
-    `above_s` and `below_s` say for how long its load has been above, or below, the mean of all devices. A device is
-    `changing` while an action for it is carried out.
+    `free_bytes` is what is left if all engines on it shrink to their floors. `above_s` and `below_s` say for how long
+    its load has been above, or below, the mean of all devices. A device is `changing` while an action for it is carried
+    out.
     """
 
     free_bytes: int
@@ -75,10 +76,7 @@ class PlacementView:
     @cached_property
     def load(self) -> dict[str, int]:
         """The requests on each device."""
-        load = dict.fromkeys(self.devices, 0)
-        for replica in self.replicas:
-            load[replica.device] += replica.in_flight
-        return load
+        return load_of(self.devices, self.replicas)
 
     @cached_property
     def count(self) -> dict[str, int]:
@@ -87,6 +85,14 @@ class PlacementView:
         for replica in self.replicas:
             count[replica.engine] = count.get(replica.engine, 0) + 1
         return count
+
+
+def load_of(devices: Iterable[str], replicas: Iterable[ReplicaView]) -> dict[str, int]:
+    """Return the requests on each device."""
+    load = dict.fromkeys(devices, 0)
+    for replica in replicas:
+        load[replica.device] += replica.in_flight
+    return load
 
 
 @dataclass(frozen=True)
