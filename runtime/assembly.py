@@ -6,19 +6,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
+from runtime.cluster.connection import connected
+from runtime.cluster.remote_device import RemoteDevice
 from runtime.config import Config, Control
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.control.decision_log import DecisionLog
 from runtime.control.forecast import Forecast
 from runtime.control.snapshotter import EngineRequirements
 from runtime.devices.controllers import Controllers
-from runtime.devices.device import Device, Policies, Publish, StartedEngines
+from runtime.devices.device import StartedEngines
 from runtime.devices.expected_calls import ExpectedCalls
+from runtime.devices.handle import DeviceHandle, Policies, Publish, Startable, Terms
 from runtime.devices.rebalancer import Rebalancer
 from runtime.devices.routing import Router
 from runtime.devices.start import start_fleets
 from runtime.engines import replicas
-from runtime.engines.handle import EngineState
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.replicas import engine_of
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.spec import EngineSpec, ReplicaRange
@@ -42,14 +45,14 @@ class RunningTeam:
 
     The engines may be real or modelled. While the team's context is entered, each of `devices` is controlled, and
     `rebalancer` adds and removes replicas of the engines in `replica_bounds`, which has the fewest and the most of
-    each. It writes its changes to the file `placements`. `orchestrator` runs jobs of `team`. `engines` are those of all
-    devices, by the name of the replica.
+    each. It writes its changes to the file `placements`. `add_device` can be used if `more_devices_come`.
+    `orchestrator` runs jobs of `team`. `engines` are those of all devices, by the name of the replica.
     """
 
     def __init__(
         self,
         team: Team,
-        started: Mapping[str, StartedEngines],
+        started: Mapping[str, Startable],
         control: Control,
         policies: ContainedPolicies,
         *,
@@ -61,43 +64,30 @@ class RunningTeam:
         toolbox: Toolbox | None = None,
         replica_bounds: Mapping[str, tuple[int, int]] | None = None,
         placements: Path | None = None,
+        more_devices_come: bool = False,
     ) -> None:
         self.team = team
         self.toolbox = toolbox or Toolbox()
         self.engines = {name: engine for each in started.values() for name, engine in each.engines.items()}
-        self._replicas = replicas.gathered(self.engines)
+        self._replicas = replicas.gathered(self.engines, restored=more_devices_come)
+        self._policies = policies
+        self._residency = residency or residency_catalogue.make("keep")
+        self._may_sleep = may_sleep
+        self._control = control
+        self._publish, self._log = publish, log
         self._price = control.price_per_gpu_hour
         self._listener = listener
         self._forecast = Forecast()
         self._call_times = CallTimes()
-        requirements = engine_requirements(team)
-        residency = residency or residency_catalogue.make("keep")
-
-        def device(name: str, engines: StartedEngines) -> Device:
-            shares, shadow = policies.make() if self.devices else (policies.policy, policies.shadow)
-            alone = len(started) == 1
-            expected = ExpectedCalls(engines.engines, self._replicas, self._forecast, self._call_times)
-            return Device(
-                name,
-                engines,
-                self._forecast if alone else expected,
-                self._call_times if alone else expected,
-                {each: requirements[engine_of(each)] for each in engines.engines if engine_of(each) in requirements},
-                [each for each in engines.engines if engine_of(each) in may_sleep],
-                control,
-                Policies(shares, shadow, residency),
-                publish,
-                log,
-            )
-
-        self.devices: dict[str, Device] = {}
+        self.devices: dict[str, DeviceHandle] = {}
         for name, engines in started.items():
-            self.devices[name] = device(name, engines)
-        if len(self.devices) > 1:
-            for each in self._replicas.values():
-                each.choose = Router(self.devices)
+            self.devices[name] = engines.device(
+                name, self._terms(engines.engines, len(started) == 1 and not more_devices_come)
+            )
+        for each in self._replicas.values():
+            each.choose = Router(self.devices)
         self.rebalancer = Rebalancer(self.devices, replica_bounds or {}, placements)
-        self.controllers = Controllers({name: each.controller for name, each in self.devices.items()}, policies)
+        self.controllers = Controllers(self.devices, policies)
         self._rebalances = bool(replica_bounds)
         self.orchestrator = self.orchestrate(team)
 
@@ -112,6 +102,30 @@ class RunningTeam:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._owned.aclose()
+
+    def _terms(self, engines: Mapping[str, EngineHandle], alone: bool) -> Terms:
+        """Return the terms on which a device with these engines is controlled. `alone`, it is the only one."""
+        shares, shadow = self._policies.make() if self.devices else (self._policies.policy, self._policies.shadow)
+        expected = ExpectedCalls(engines, self._replicas, self._forecast, self._call_times)
+        requirements = engine_requirements(self.team)
+        return Terms(
+            self._forecast if alone else expected,
+            self._call_times if alone else expected,
+            {each: requirements[engine_of(each)] for each in engines if engine_of(each) in requirements},
+            [each for each in engines if engine_of(each) in self._may_sleep],
+            self._control,
+            Policies(shares, shadow, self._residency),
+            self._publish,
+            self._log,
+        )
+
+    async def add_device(self, name: str, engines: Startable) -> None:
+        """Use and control another device, whose engines have started."""
+        self.engines.update(engines.engines)
+        for replica, engine in engines.engines.items():
+            self._replicas[engine_of(replica)].add(engine)
+        device = engines.device(name, self._terms(engines.engines, alone=False))
+        self.devices[name] = await self._owned.enter_async_context(device)
 
     def orchestrate(self, team: Team, stream_interval: int = STREAM_INTERVAL) -> Orchestrator:
         """Return an orchestrator that runs jobs of a team on these engines.
@@ -187,16 +201,27 @@ async def start_team(
         toolbox = await owned.enter_async_context(Toolbox(needed_tools(config, team)))
         specs = needed_engines(config, team)
         may_sleep = [name for name in specs if config.may_sleep(name)]
-        fleets = await start_fleets(owned, config, specs, may_sleep, folder, on_state, step_times or {})
-        on_gpu = any(engine.limits.device_uuid for fleet in fleets.values() for engine in fleet.engines.values())
-        sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
+        started: Mapping[str, Startable]
+        cluster = None
+        if config.cluster is not None:
+            if step_times:
+                raise ConfigError(f"{config.source}: cluster: a device cannot be emulated on it; leave out --emulate")
+            requirements = engine_requirements(team)
+            connection = connected(config, specs, may_sleep, requirements, folder, on_state)
+            cluster = await owned.enter_async_context(connection)
+            started = cluster.devices
+        else:
+            fleets = await start_fleets(owned, config, specs, may_sleep, folder, on_state, step_times or {})
+            on_gpu = any(engine.limits.device_uuid for fleet in fleets.values() for engine in fleet.engines.values())
+            sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
+            started = {
+                name: StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest)
+                for name, fleet in fleets.items()
+            }
         log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
         running = RunningTeam(
             team,
-            {
-                name: StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest)
-                for name, fleet in fleets.items()
-            },
+            started,
             config.control,
             policies,
             listener=listener,
@@ -205,15 +230,30 @@ async def start_team(
             residency=residency,
             may_sleep=may_sleep,
             toolbox=toolbox,
-            replica_bounds=_replica_bounds(specs, len(fleets)),
+            replica_bounds=_replica_bounds(specs, len(started), cluster is not None),
             placements=folder / "placements.jsonl",
+            more_devices_come=cluster is not None,
         )
         await owned.enter_async_context(running)
+        if cluster is not None:
+
+            async def add(device: RemoteDevice) -> None:
+                await running.add_device(device.name, device)
+                running.rebalancer.bounds.update(_replica_bounds(specs, len(running.devices), on_cluster=True))
+
+            cluster.on_device = add
         yield running
 
 
-def _replica_bounds(specs: Mapping[str, EngineSpec], devices: int) -> dict[str, tuple[int, int]]:
-    """Return the fewest and the most replicas of each engine whose number may change."""
+def _replica_bounds(
+    specs: Mapping[str, EngineSpec], devices: int, on_cluster: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Return the fewest and the most replicas of each engine whose number may change.
+
+    On a cluster these are all engines: when a node is lost, other nodes get its replicas.
+    """
+    if on_cluster:
+        return {name: spec.replica_bounds(devices) for name, spec in specs.items()}
     ranges = {name: spec for name, spec in specs.items() if isinstance(spec.replicas, ReplicaRange)}
     return {name: spec.replica_bounds(devices) for name, spec in ranges.items()} if devices > 1 else {}
 

@@ -364,6 +364,39 @@ class Traces(Section):
         return endpoint
 
 
+class Cluster(Section):
+    """How the team uses the nodes of a Ray cluster."""
+
+    address: str = Field(
+        default="auto",
+        min_length=1,
+        description="The Ray cluster: its HOST:PORT, `auto` for the one that this machine belongs to, or `local` to "
+        "start one for this team on this machine, with an agent for each of `devices`.",
+    )
+    namespace: str = Field(
+        default="troupe",
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="Ray's namespace. Teams that share a cluster need one each.",
+    )
+    lost_s: float = Field(
+        default=1.0,
+        ge=0.3,
+        le=60,
+        description="A node that has said nothing for so many seconds counts as lost; others continue its replies.",
+    )
+    orphan_s: float = Field(
+        default=300.0,
+        ge=1,
+        description="After the end of the service without a shutdown, agents keep their engines for so many seconds. "
+        "A service that starts meanwhile takes them over.",
+    )
+    open: bool = Field(
+        default=False,
+        description="Use a cluster that listens beyond localhost although it asks for no token. Whoever can reach it "
+        "can run code on its nodes.",
+    )
+
+
 class Config(Section):
     """A whole configuration."""
 
@@ -375,6 +408,11 @@ class Config(Section):
     )
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
     team: Mapping[str, Member] = Field(min_length=1, description="The seats of the team, by name.")
+    cluster: Cluster | None = Field(
+        default=None,
+        description="The nodes that the engines run on. `devices` are those of each node. By default the engines run "
+        "on this machine alone.",
+    )
     workflow: WorkflowChoice = Field(default=WorkflowChoice(), description="The workflow that the team follows.")
     judge: str | None = Field(
         default=None,
@@ -430,7 +468,7 @@ class Config(Section):
 
     def _check_shares(self) -> None:
         """Check that the engines of one device fit it. The placement checks that of several."""
-        if self.devices == "all" or len(self.devices) > 1:
+        if self.devices == "all" or len(self.devices) > 1 or self.cluster is not None:
             return
         awake = {name: spec for name, spec in self.engines.items() if not self.may_sleep(name)}
         shares = sum(spec.gpu_memory_utilization for spec in awake.values())

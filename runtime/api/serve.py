@@ -24,7 +24,7 @@ from runtime.api.mqtt.client import MqttClient
 from runtime.api.mqtt.job_events import begin_cursor
 from runtime.assembly import RunningTeam
 from runtime.config import Config, Mqtt, Service
-from runtime.devices.device import Publish
+from runtime.devices.handle import Publish
 from runtime.errors import TroupeError
 from runtime.events import Listener, fan_out, ignore
 from runtime.jobs.service import JobService

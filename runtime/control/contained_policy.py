@@ -38,13 +38,19 @@ class ContainedPolicy:
 
     With an `executor`, it decides in the executor's thread within `limit_s` seconds, so that a policy that hangs blocks
     nothing. Without one (built-in policies, and simulations on a virtual clock), it decides in the caller's thread,
-    without a time limit.
+    without a time limit. `choice` is what it was made from.
     """
 
     def __init__(
-        self, name: str, policy: Policy, executor: Executor | None = None, limit_s: float = TIME_LIMIT_S
+        self,
+        name: str,
+        policy: Policy,
+        executor: Executor | None = None,
+        limit_s: float = TIME_LIMIT_S,
+        choice: PolicyChoice | None = None,
     ) -> None:
         self.name = name
+        self.choice = choice or PolicyChoice(name=name)
         self._policy = policy
         self._executor = executor
         self._limit_s = limit_s
@@ -110,10 +116,10 @@ class ContainedPolicies:
         """Create and contain a policy. Raises ConfigError or PluginError; `place` is the key that errors name."""
         policy = catalogue.make(choice.name, choice.options, place)
         if not self._threads or catalogue.is_shipped(policy):
-            return ContainedPolicy(choice.name, policy)
+            return ContainedPolicy(choice.name, policy, choice=choice)
         executor = DaemonExecutor(f"policy {choice.name}")
         self._executors.append(executor)
-        return ContainedPolicy(choice.name, policy, executor)
+        return ContainedPolicy(choice.name, policy, executor, choice=choice)
 
     def __enter__(self) -> Self:
         return self

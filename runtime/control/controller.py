@@ -21,9 +21,9 @@ from runtime.control.policy import Decision, unchanged
 from runtime.control.snapshot import Snapshot
 from runtime.control.snapshotter import Snapshotter
 from runtime.engines.grant import Applied, Deferred, Grant, ResizeOutcome
-from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.handle import EngineHandle
 from runtime.engines.sharing import GRACE_S, Sharing
-from runtime.errors import InputError, NotFound, TroupeError
+from runtime.errors import TroupeError
 from runtime.events import CallPaused, Event, JobAdvanced
 
 EVERY_S = 0.1
@@ -153,13 +153,7 @@ class Controller:
 
         Raises NotFound, or InputError if the engine takes no grants now.
         """
-        self._require(engine)
-        stats = self.engines[engine].stats()
-        silent = engine in self._sharing.silent
-        if silent or stats.state is not EngineState.READY or stats.grant is None:
-            state = "silent" if silent else stats.state
-            raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
-        return pauses.admitting(stats.grant, self.engines[engine].limits)
+        return pins.current_grant(self.engines, self._sharing.silent, engine)
 
     def pin(self, engine: str, grant: Grant | None = None) -> None:
         """Hold an engine at a grant (its current one if None); policies divide the rest of the budget.
@@ -170,16 +164,12 @@ class Controller:
         """
         current = self.current_grant(engine)
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
-        others = {name: held for name, held in self._pinned.items() if name != engine}
-        pinned = {**others, engine: grant or current}
-        if violation := pins.fit(snapshot, pinned).unfit.get(engine):
-            raise InputError(f"engine {engine}: {violation}")
-        self._pinned = pinned
+        self._pinned = pins.with_pin(snapshot, self._pinned, engine, grant or current)
         self.wake(f"{engine} is pinned")
 
     def unpin(self, engine: str) -> None:
         """Let policies decide about an engine again. Raises NotFound."""
-        self._require(engine)
+        pins.require(self.engines, engine)
         self._pinned.pop(engine, None)
         self.wake(f"{engine} is no longer pinned")
 
@@ -203,10 +193,6 @@ class Controller:
         self._policy = policy
         self._budget_bytes = budget_bytes or self._budget_bytes
         self.wake(f"policy {policy.name}")
-
-    def _require(self, engine: str) -> None:
-        if engine not in self.engines:
-            raise NotFound(f"there is no engine {engine[:100]!r}; the engines are {', '.join(self.engines)}")
 
     async def _run(self) -> None:
         while True:

@@ -70,6 +70,16 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
+def to_line(record: Record) -> bytes:
+    """Return a record as a line of the log, without the line break."""
+    return _RECORD.dump_json(record)
+
+
+def from_line(line: bytes) -> Record:
+    """Return the record in a line of the log. Raises pydantic.ValidationError."""
+    return _RECORD.validate_json(line)
+
+
 class DecisionLog:
     """A file to which records are appended, and which keeps one rotated predecessor.
 
@@ -103,7 +113,7 @@ class DecisionLog:
                 self._file.close()
                 self.path.replace(self.path.with_name(f"{self.path.name}.1"))
                 self._open()
-            self._file.write(_RECORD.dump_json(record) + b"\n")
+            self._file.write(to_line(record) + b"\n")
         except OSError as error:
             raise self._write_error(error) from None
 
@@ -119,7 +129,7 @@ def read(path: Path) -> Iterator[Record]:
                 if not line.strip():
                     continue
                 try:
-                    yield _RECORD.validate_json(line)
+                    yield from_line(line)
                 except ValidationError as error:
                     if not line.endswith(b"\n"):  # the writer was killed while it wrote this line
                         return

@@ -1,12 +1,14 @@
 """Pins: grants at which a user holds engines, and which of them fit a snapshot. Pure; nothing here moves memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from runtime.control.pauses import is_paused
+from runtime.control.pauses import admitting, is_paused
 from runtime.control.snapshot import Snapshot
 from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineHandle, EngineState
+from runtime.errors import InputError, NotFound
 
 NEVER_ADMITS = "max_active_seqs 0 would pause the engine for as long as it is pinned; give at least 1"
 
@@ -62,6 +64,37 @@ def fit(snapshot: Snapshot, pins: Mapping[str, Grant]) -> Pinned:
         in_force[name] = grant
         spare_bytes -= above_floor
     return Pinned(in_force, unfit)
+
+
+def current_grant(engines: Mapping[str, EngineHandle], silent: Collection[str], engine: str) -> Grant:
+    """Return an engine's grant, with its admission open. `silent` engines have not answered their last grant.
+
+    Raises NotFound, or InputError if the engine takes no grants now.
+    """
+    require(engines, engine)
+    stats = engines[engine].stats()
+    is_silent = engine in silent
+    if is_silent or stats.state is not EngineState.READY or stats.grant is None:
+        state = "silent" if is_silent else stats.state
+        raise InputError(f"engine {engine} is {state} and takes no grant now; pin it once it is ready")
+    return admitting(stats.grant, engines[engine].limits)
+
+
+def require(engines: Mapping[str, EngineHandle], engine: str) -> None:
+    """Raise NotFound if there is no such engine."""
+    if engine not in engines:
+        raise NotFound(f"there is no engine {engine[:100]!r}; the engines are {', '.join(engines)}")
+
+
+def with_pin(snapshot: Snapshot, pins: Mapping[str, Grant], engine: str, grant: Grant) -> dict[str, Grant]:
+    """Return the pins with one more as the newest, in place of an older one of its engine.
+
+    Raises InputError if the new pin does not fit beside the others.
+    """
+    pinned = {name: held for name, held in pins.items() if name != engine} | {engine: grant}
+    if violation := fit(snapshot, pinned).unfit.get(engine):
+        raise InputError(f"engine {engine}: {violation}")
+    return pinned
 
 
 def _rounded_down(share: float) -> float:

@@ -4,72 +4,81 @@ from collections.abc import Mapping
 
 from runtime.config import PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.control.controller import Controller, Counts
+from runtime.control.controller import Counts
 from runtime.control.snapshot import Snapshot
+from runtime.devices.handle import DeviceController, DeviceHandle
 from runtime.engines.grant import Grant
 from runtime.errors import NotFound
 
 
 class Controllers:
-    """The controllers of the devices, by the device's name. They decide alone, by the same policy."""
+    """The controllers of the devices. They decide alone, by the same policy."""
 
-    def __init__(self, of_device: Mapping[str, Controller], policies: ContainedPolicies) -> None:
-        self._of_device = of_device
+    def __init__(self, devices: Mapping[str, DeviceHandle], policies: ContainedPolicies) -> None:
+        self._devices = devices
         self._policies = policies
+
+    @property
+    def _each(self) -> list[DeviceController]:
+        return [device.controller for device in self._devices.values()]
 
     @property
     def policy(self) -> str:
         """The name of the policy that decides."""
-        return next(iter(self._of_device.values())).policy
+        return self._each[0].policy
 
     def use(self, choice: PolicyChoice) -> None:
         """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
-        contained = [self._policies.contain(choice, "policy") for _ in self._of_device]
-        for controller, policy in zip(self._of_device.values(), contained, strict=True):
+        contained = [self._policies.contain(choice, "policy") for _ in self._devices]
+        for controller, policy in zip(self._each, contained, strict=True):
             controller.use(policy)
 
     @property
     def paused(self) -> bool:
         """True if the controllers are paused."""
-        return any(controller.paused for controller in self._of_device.values())
+        return any(controller.paused for controller in self._each)
 
     def pause(self) -> None:
         """Stop deciding until `resume`. Grants stay as they are, but no engine's admission stays paused."""
-        for controller in self._of_device.values():
+        for controller in self._each:
             controller.pause()
 
     def resume(self) -> None:
         """Start deciding again."""
-        for controller in self._of_device.values():
+        for controller in self._each:
             controller.resume()
 
-    def of(self, engine: str) -> Controller:
+    def of(self, engine: str) -> DeviceController:
         """Return the controller of an engine, given by the name of its replica. Raises NotFound."""
-        for controller in self._of_device.values():
+        for controller in self._each:
             if engine in controller.engines:
                 return controller
-        known = ", ".join(name for controller in self._of_device.values() for name in controller.engines)
+        known = ", ".join(name for controller in self._each for name in controller.engines)
         raise NotFound(f"there is no engine {engine[:100]!r}; the engines are {known}")
 
     @property
     def pinned(self) -> dict[str, Grant]:
         """The grants of the pinned engines."""
-        return {name: grant for each in self._of_device.values() for name, grant in each.pinned.items()}
+        return {name: grant for each in self._each for name, grant in each.pinned.items()}
 
     @property
     def unfit_pins(self) -> dict[str, str]:
         """Why pins are not in force, by engine."""
-        return {name: why for each in self._of_device.values() for name, why in each.unfit_pins.items()}
+        return {name: why for each in self._each for name, why in each.unfit_pins.items()}
 
     @property
     def snapshots(self) -> dict[str, Snapshot]:
         """The newest snapshot of each device that has one."""
-        return {name: each.snapshot for name, each in self._of_device.items() if each.snapshot is not None}
+        return {
+            name: device.controller.snapshot
+            for name, device in self._devices.items()
+            if device.controller.snapshot is not None
+        }
 
     @property
     def counts(self) -> Counts:
         """The counts of all controllers together."""
         total = Counts()
-        for controller in self._of_device.values():
+        for controller in self._each:
             total.include(controller.counts)
         return total

@@ -10,14 +10,20 @@ Placement = dict[str, dict[str, EngineSpec]]
 """The specification of each replica, by the name of the device and then by the name of the replica."""
 
 
-def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_sleep: Collection[str] = ()) -> Placement:
+def place(
+    engines: Mapping[str, EngineSpec],
+    devices: Sequence[str],
+    may_sleep: Collection[str] = (),
+    more_devices_come: bool = False,
+) -> Placement:
     """Place the replicas of engines on devices, of which no two replicas of one engine share one.
 
     The largest engines are placed first, each on the device with the most room left, so that all devices get about the
     same. An engine's size is the share of the device that it starts with. Those in `may_sleep` need not fit beside the
     others.
 
-    On a single device, a replica has the name of its engine. Raises ConfigError if an engine does not fit.
+    On a single device, a replica has the name of its engine, unless more devices can come. Raises ConfigError if an
+    engine does not fit.
     """
     placed: Placement = {device: {} for device in devices}
     room, room_awake = dict.fromkeys(devices, 1.0), dict.fromkeys(devices, 1.0)
@@ -25,9 +31,10 @@ def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_sleep: 
         spec = engines[engine]
         share = spec.gpu_memory_utilization
         count, most = spec.replica_bounds(len(devices))
-        if max(count, most) > len(devices):
+        needed = count if more_devices_come else max(count, most)
+        if needed > len(devices):
             raise ConfigError(
-                f"engines.{engine}.replicas: {max(count, most)} replicas need as many devices, but there are "
+                f"engines.{engine}.replicas: {needed} replicas need as many devices, but there are "
                 f"{len(devices)} ({', '.join(devices)}); use fewer, or `all` for one on each device"
             )
         for device in sorted(devices, key=lambda name: -room[name])[:count]:
@@ -39,7 +46,8 @@ def place(engines: Mapping[str, EngineSpec], devices: Sequence[str], may_sleep: 
                 )
             room[device] -= share
             room_awake[device] -= awake
-            placed[device][replica_name(engine, device) if len(devices) > 1 else engine] = spec
+            alone = len(devices) == 1 and not more_devices_come
+            placed[device][engine if alone else replica_name(engine, device)] = spec
     order = list(engines)
     for device, specs in placed.items():
         placed[device] = dict(sorted(specs.items(), key=lambda item: order.index(item[0].partition("@")[0])))
@@ -51,9 +59,14 @@ def spares(engines: Mapping[str, EngineSpec], placed: Placement) -> Placement:
     movable = {engine: spec for engine, spec in engines.items() if isinstance(spec.replicas, ReplicaRange)}
     if len(placed) == 1:
         return {device: {} for device in placed}
+    return others(movable, placed)
+
+
+def others(engines: Mapping[str, EngineSpec], placed: Placement) -> Placement:
+    """Return a replica of each engine for each device that has none of its own."""
     return {
         device: {
-            name: spec for engine, spec in movable.items() if (name := replica_name(engine, device)) not in of_device
+            name: spec for engine, spec in engines.items() if (name := replica_name(engine, device)) not in of_device
         }
         for device, of_device in placed.items()
     }

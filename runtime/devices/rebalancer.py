@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from runtime.devices.device import Device
+from runtime.devices.handle import DeviceHandle
 from runtime.devices.rebalancing import Action, DeviceLoad, EngineRange, PlacementView, ReplicaView, decide, load_of
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of, engine_of, replica_name
@@ -42,16 +42,16 @@ class Change:
 class Rebalancer:
     """The owner of the placement of a team's engines, as an async context manager: it acts while it is entered.
 
-    `bounds` are the fewest and the most replicas of the engines whose number may change. `changes` has the latest
-    changes, and `log` takes one line of JSON for each.
+    `bounds` are the fewest and the most replicas of the engines whose number may change. There are at most as many as
+    devices that are not lost. `changes` has the latest changes, and `log` takes one line of JSON for each.
     """
 
     def __init__(
-        self, devices: Mapping[str, Device], bounds: Mapping[str, tuple[int, int]], log: Path | None = None
+        self, devices: Mapping[str, DeviceHandle], bounds: Mapping[str, tuple[int, int]], log: Path | None = None
     ) -> None:
         self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self._devices = devices
-        self._bounds = bounds
+        self.bounds = dict(bounds)
         self._log = log
         self._above, self._below = _Durations(), _Durations()
         self._called_s: dict[str, float] = {}
@@ -88,9 +88,10 @@ class Rebalancer:
             task.add_done_callback(self._acting.pop)
 
     def _view(self, now_s: float, busy: set[str]) -> PlacementView:
-        """Look at all devices. Leave out the engines whose replicas are changing."""
+        """Look at all devices that are not lost. Leave out the engines whose replicas are changing."""
         replicas, absent = [], set()
-        for device in self._devices.values():
+        present = {name: device for name, device in self._devices.items() if not device.lost}
+        for device in present.values():
             for name, engine in device.engines.items():
                 may_change = now_s >= self._refused_until_s.get(name, 0)
                 if engine.state in _AWAY:
@@ -102,8 +103,8 @@ class Rebalancer:
                     replicas.append(
                         ReplicaView(name, engine_of(name), device.name, in_flight, idle_s, engine.is_ready, may_change)
                     )
-        load = load_of(self._devices, replicas)
-        mean = sum(load.values()) / len(load)
+        load = load_of(present, replicas)
+        mean = sum(load.values()) / max(len(load), 1)
         changing = {name for action in self._acting.values() for name in _devices_of(action)}
         devices = {
             name: DeviceLoad(
@@ -112,9 +113,9 @@ class Rebalancer:
                 self._below.lasted_s(name, load[name] <= mean, now_s),
                 name in changing,
             )
-            for name, device in self._devices.items()
+            for name, device in present.items()
         }
-        engines = {name: self._range(name, absent) for name in self._bounds if name not in busy}
+        engines = {name: self._range(name, absent, len(present)) for name in self.bounds if name not in busy}
         return PlacementView(replicas, engines, devices)
 
     def _idle_s(self, name: str, now_s: float) -> float:
@@ -123,15 +124,15 @@ class Rebalancer:
             self._called_s[name], self._arrived[name] = now_s, usage.arrived
         return now_s - self._called_s[name]
 
-    def _range(self, engine: str, absent: set[str]) -> EngineRange:
+    def _range(self, engine: str, absent: set[str], devices: int) -> EngineRange:
         names = [replica_name(engine, device) for device in self._devices]
         known = [each for name in names if (each := self._devices[device_of(name)].engines.get(name)) is not None]
         # An absent replica says how long a start takes. One that sleeps says how long it takes to wake.
         replica = next((each for each in known if each.state is EngineState.ABSENT), known[0])
-        least, most = self._bounds[engine]
+        least, most = self.bounds[engine]
         return EngineRange(
-            least,
-            most,
+            min(least, devices),
+            min(most, devices),
             replica.limits.smallest_bytes,
             replica.stats().wake_s,
             frozenset(device_of(name) for name in names if name in absent),
@@ -142,10 +143,12 @@ class Rebalancer:
         began_s, error = time.monotonic(), None
         added = replica_name(*action.add) if action.add else None
         try:
-            for replica, change in ((added, Device.add), (action.remove, Device.remove)):
-                if replica is not None:
-                    changing = replica
-                    await change(self._devices[device_of(replica)], replica)
+            if added is not None:
+                changing = added
+                await self._devices[device_of(added)].add(added)
+            if action.remove is not None:
+                changing = action.remove
+                await self._devices[device_of(action.remove)].remove(action.remove)
         except EngineError as failure:
             error = str(failure)
             self._refused_until_s[changing] = asyncio.get_running_loop().time() + AGAIN_S
@@ -182,7 +185,7 @@ class _Durations:
         self._since_s.pop(name, None)
 
 
-def _free_bytes(device: Device) -> int:
+def _free_bytes(device: DeviceHandle) -> int:
     """Return what a device has left if all its engines shrink to their floors, and all that sleep are awake."""
     held = device.sharing.ledger.held
     needed_bytes = sum(

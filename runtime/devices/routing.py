@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from runtime.control.costs import PRIOR
-from runtime.devices.device import Device
+from runtime.devices.handle import DeviceHandle
 from runtime.engines.handle import EngineHandle
 from runtime.engines.replicas import device_of
 
@@ -12,7 +12,7 @@ from runtime.engines.replicas import device_of
 class Router:
     """A function that chooses among the replicas of an engine that are ready."""
 
-    def __init__(self, devices: Mapping[str, Device]) -> None:
+    def __init__(self, devices: Mapping[str, DeviceHandle]) -> None:
         self._devices = devices
 
     def __call__(self, ready: Sequence[EngineHandle]) -> EngineHandle:

@@ -3,21 +3,55 @@
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from runtime.config import Config
-from runtime.devices.placement import place, spares
+from runtime.devices.placement import Placement, place, spares
 from runtime.devices.selection import select
-from runtime.engines.fleet import Fleet, OnState
-from runtime.engines.handle import EngineState
+from runtime.engines.fleet import Fleet, Measured, OnState
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.launcher import Launcher
 from runtime.engines.ledger import Ledger
 from runtime.engines.replicas import engine_of
+from runtime.engines.sharing import Sharing
 from runtime.engines.spec import EngineSpec, oversubscribe
 from runtime.engines.step_time import StepTime
+from runtime.engines.supervised import SupervisedEngine
 from runtime.errors import EngineError
+
+
+class StartedFleet(Protocol):
+    """The engines of one device after their start: see Fleet."""
+
+    @property
+    def engines(self) -> Mapping[str, EngineHandle]: ...
+    @property
+    def sharing(self) -> Sharing: ...
+    @property
+    def supervised(self) -> Mapping[str, SupervisedEngine]: ...
+    def add_absent(self, name: str, spec: EngineSpec, replica: Measured) -> None: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the engines that a process starts have in common.
+
+    - `memory_bytes`, `kv_cache_bytes`: what counts as a whole device, and the limit of its KV caches; see Fleet.
+    - `host_bytes`: the host memory for copies of the weights of sleeping engines; None takes half of the machine's.
+    - `may_sleep`, `step_times`: by the name of the engine; see Fleet.
+    """
+
+    folder: Path
+    on_state: OnState
+    memory_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    host_bytes: int | None = None
+    may_sleep: Collection[str] = ()
+    step_times: Mapping[str, StepTime] = field(default_factory=dict)
 
 
 async def start_fleets(
@@ -37,37 +71,79 @@ async def start_fleets(
     devices = select(config, gpus)
     placed = place(specs, [*devices], may_sleep)
     absent = spares(specs, placed)
-    host_bytes = config.residency.host_memory_bytes
-    host = Ledger(psutil.virtual_memory().total // 2 if host_bytes is None else host_bytes)
+    start = Start(
+        folder,
+        on_state,
+        config.device.memory_bytes,
+        config.device.kv_cache_memory_bytes,
+        config.residency.host_memory_bytes,
+        may_sleep,
+        step_times,
+    )
+    used = {name: number for name, number in devices.items() if placed[name] or absent[name]}
+    fleets = await start_placed(owned, launcher, start, used, placed, absent)
+    add_absent(fleets, absent, measured(fleets), may_sleep)
+    return fleets
+
+
+async def start_placed(
+    owned: AsyncExitStack,
+    launcher: Launcher,
+    start: Start,
+    devices: Mapping[str, int | None],
+    placed: Placement,
+    absent: Placement,
+) -> dict[str, Fleet]:
+    """Start the engines that are placed on these devices of this process. `absent` are those that can be added later.
+
+    The numbers of the devices are those of `select`.
+    """
+    total_bytes = psutil.virtual_memory().total
+    host = Ledger(total_bytes // 2 if start.host_bytes is None else start.host_bytes)
     fleets = {
         device: Fleet(
-            of_device,
-            folder,
-            on_state,
-            config.device.memory_bytes,
-            kv_cache_bytes=config.device.kv_cache_memory_bytes,
+            placed[device],
+            start.folder,
+            start.on_state,
+            start.memory_bytes,
+            kv_cache_bytes=start.kv_cache_bytes,
             step_times={
-                name: step_times[engine_of(name)]
-                for name in (*of_device, *absent[device])
-                if engine_of(name) in step_times
+                name: start.step_times[engine_of(name)]
+                for name in (*placed[device], *absent[device])
+                if engine_of(name) in start.step_times
             },
-            one_at_a_time=oversubscribe(of_device.values()),
-            may_sleep=[name for name in (*of_device, *absent[device]) if engine_of(name) in may_sleep],
+            one_at_a_time=oversubscribe(placed[device].values()),
+            may_sleep=[name for name in (*placed[device], *absent[device]) if engine_of(name) in start.may_sleep],
             host=host,
             launcher=launcher,
-            device=devices[device],
+            device=number,
         )
-        for device, of_device in placed.items()
-        if of_device or absent[device]
+        for device, number in devices.items()
     }
     await _enter_all(owned, [*fleets.values()])
-    started = {engine_of(name): engine for fleet in fleets.values() for name, engine in fleet.supervised.items()}
-    for device, of_device in absent.items():
-        for name, spec in of_device.items():
-            fleets[device].add_absent(name, spec, started[engine_of(name)])
-    for fleet in fleets.values():
-        _check_that_each_can_wake(fleet, [name for name in fleet.engines if engine_of(name) in may_sleep])
     return fleets
+
+
+def measured(fleets: Mapping[str, StartedFleet]) -> dict[str, Measured]:
+    """Return what each engine has measured about itself, by the name of the engine."""
+    return {
+        engine_of(name): Measured(engine.limits, engine.start_s)
+        for fleet in fleets.values()
+        for name, engine in fleet.supervised.items()
+    }
+
+
+def add_absent(
+    fleets: Mapping[str, StartedFleet], absent: Placement, known: Mapping[str, Measured], may_sleep: Collection[str]
+) -> None:
+    """Add the replicas that have no process yet, like others of their engines, of which `known` has the measurements.
+
+    Raises EngineError if an engine could never wake.
+    """
+    for device, fleet in fleets.items():
+        for name, spec in absent[device].items():
+            fleet.add_absent(name, spec, known[engine_of(name)])
+        _check_that_each_can_wake(fleet, [name for name in fleet.engines if engine_of(name) in may_sleep])
 
 
 def _replicas_at_most(spec: EngineSpec, config: Config) -> int:
@@ -92,7 +168,7 @@ async def _enter_all(owned: AsyncExitStack, fleets: Sequence[Fleet]) -> None:
             task.result()
 
 
-def _check_that_each_can_wake(fleet: Fleet, may_sleep: Collection[str]) -> None:
+def _check_that_each_can_wake(fleet: StartedFleet, may_sleep: Collection[str]) -> None:
     """Raise EngineError if the largest engine that may sleep cannot wake beside those that may not."""
     started = {name: each for name, each in fleet.engines.items() if each.state is not EngineState.ABSENT}
     needed = {name: each.limits.smallest_bytes for name, each in started.items()}

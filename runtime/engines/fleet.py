@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Self
 
 import psutil
 
-from runtime.engines.grant import Grant
+from runtime.engines.grant import EngineLimits, Grant
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.launcher import Launcher
 from runtime.engines.ledger import Ledger, OverBudget
@@ -23,6 +24,14 @@ from runtime.errors import EngineError
 
 OnState = Callable[[str, EngineState, float], None]
 """Called with an engine's name, the state that it has entered, and the seconds since its fleet began to start."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a replica that has started knows about its engine: its limits, and how long its process takes to start."""
+
+    limits: EngineLimits
+    start_s: float
 
 
 class Fleet:
@@ -106,7 +115,7 @@ class Fleet:
         """The engines, as what they are."""
         return {name: engine for name, engine in self.engines.items() if isinstance(engine, SupervisedEngine)}
 
-    def add_absent(self, name: str, spec: EngineSpec, replica: SupervisedEngine) -> None:
+    def add_absent(self, name: str, spec: EngineSpec, replica: Measured) -> None:
         """Add an engine that has no process and that can be woken, like another replica, which has started."""
         engine = self._make(name, spec)
         engine.begin_absent(replica.limits, replica.start_s)

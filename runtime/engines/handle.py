@@ -23,7 +23,7 @@ class EngineState(StrEnum):
 
     An engine that goes to sleep is DRAINING until its running requests have finished. ASLEEP, its process lives without
     weights and KV cache; COLD, it has no process. WAKING, it takes its memory back. An ABSENT replica has no process
-    either, and no request waits for it: only the placement starts it.
+    either, and no request waits for it: only the placement starts it. LOST, it is on a machine that does not answer.
     """
 
     STARTING = "starting"
@@ -35,6 +35,7 @@ class EngineState(StrEnum):
     COLD = "cold"
     WAKING = "waking"
     ABSENT = "absent"
+    LOST = "lost"
     CLOSED = "closed"
     DEAD = "dead"
     FAILED = "failed"

@@ -23,6 +23,8 @@ from runtime.errors import EngineDead, RequestQuarantined
 
 LOOKED_AT = 8
 """How many replicas the choice for a request looks at."""
+LOOK_AGAIN_S = 1.0
+"""A request that waits looks for new replicas so often."""
 
 
 def replica_name(engine: str, device: str) -> str:
@@ -44,16 +46,23 @@ class Replicas:
     """The replicas of one engine, which all generate the same reply to a greedy request.
 
     They must have started. Their owner closes them, which ends the requests that they serve. `choose` returns the
-    replica for a request, given those that are ready. The default takes the one with the fewest requests.
+    replica for a request, given those that are ready. The default takes the one with the fewest requests. If the
+    placement starts a replica when none is left, `restored` is True, and requests wait for that.
     """
 
-    def __init__(self, name: str, replicas: Sequence[EngineHandle]) -> None:
+    def __init__(self, name: str, replicas: Sequence[EngineHandle], restored: bool = False) -> None:
         self.name = name
+        self.restored = restored
         self.choose: Callable[[Sequence[EngineHandle]], EngineHandle] = _least_loaded
-        self._replicas = tuple(replicas)
+        self._replicas: tuple[EngineHandle, ...] = ()
         self._quarantine = Quarantine()
-        for replica in self._replicas:
-            replica.on_death = partial(self._quarantine.died, replica)
+        for replica in replicas:
+            self.add(replica)
+
+    def add(self, replica: EngineHandle) -> None:
+        """Send requests to this replica, too."""
+        self._replicas += (replica,)
+        replica.on_death = partial(self._quarantine.died, replica)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the reply to a request, from one replica after another until one of them completes it.
@@ -88,7 +97,7 @@ class Replicas:
                             f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not sent "
                             "again"
                         ) from error
-                    if not any(_can_serve(replica, failed) for replica in self._replicas):
+                    if not self._may_serve(failed):
                         raise
 
     async def _ready_replica(self, meter: "_Meter", failed: set[EngineHandle]) -> EngineHandle:
@@ -104,22 +113,33 @@ class Replicas:
             await self._wait_for_any(failed)
 
     async def _wait_for_any(self, failed: set[EngineHandle]) -> None:
-        """Wait until a replica is ready. Add those to `failed` that never will be. Raise EngineDead if none is left."""
+        """Wait for a while until a replica is ready. Add those to `failed` that never will be.
+
+        Raises EngineDead if none is left.
+        """
         waiting = {
             asyncio.ensure_future(replica.until_ready()): replica
             for replica in self._replicas
             if _can_serve(replica, failed)
         }
+        if not waiting:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            return
         try:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waiting, timeout=LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waiting:
                 task.cancel()
         for task in done:
             if task.exception() is not None:
-                failed.add(waiting[task])
-                if not any(_can_serve(replica, failed) for replica in self._replicas):
+                if waiting[task].state is not EngineState.ABSENT:  # it may come back
+                    failed.add(waiting[task])
+                if not self._may_serve(failed):
                     task.result()  # raises
+
+    def _may_serve(self, failed: Container[EngineHandle]) -> bool:
+        """Return True if any replica can serve a request now or later."""
+        return any(_can_serve(each, failed) or (self.restored and each not in failed) for each in self._replicas)
 
     @property
     def in_flight(self) -> int:
@@ -158,10 +178,15 @@ class Replicas:
         if ready:
             return self.choose(ready) if len(ready) > 1 else ready[0]
         left = [replica for replica in self._replicas if _can_serve(replica, failed)]
+        if not left and self.restored:
+            left = [replica for replica in self._replicas if replica not in failed]
         if not left:
             states = ", ".join(f"{replica.name} is {replica.stats().state}" for replica in self._replicas)
             raise EngineDead(f"engine {self.name} has no replica that serves: {states}")
-        return min(left, key=lambda replica: (not replica.is_ready, replica.usage.in_flight))
+        return min(
+            left,
+            key=lambda each: (not each.is_ready, each.state is EngineState.LOST, each.usage.in_flight),
+        )
 
     def _rest_of_reply(
         self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int
@@ -190,12 +215,12 @@ def _least_loaded(ready: Sequence[EngineHandle]) -> EngineHandle:
     return min(ready, key=lambda replica: replica.usage.in_flight)
 
 
-def gathered(engines: Mapping[str, EngineHandle]) -> dict[str, Replicas]:
-    """Return the replicas of each engine, given all of them by name."""
+def gathered(engines: Mapping[str, EngineHandle], restored: bool = False) -> dict[str, Replicas]:
+    """Return the replicas of each engine, given all of them by name. Replicas describes `restored`."""
     replicas_of: defaultdict[str, list[EngineHandle]] = defaultdict(list)
     for name, engine in engines.items():
         replicas_of[engine_of(name)].append(engine)
-    return {engine: Replicas(engine, each) for engine, each in replicas_of.items()}
+    return {engine: Replicas(engine, each, restored) for engine, each in replicas_of.items()}
 
 
 def _can_serve(replica: EngineHandle, failed: Container[EngineHandle]) -> bool:
@@ -222,11 +247,11 @@ class _Meter:
         if replica is not self._replica:
             self._counted.close()
             self._replica = replica
-            self._counted.enter_context(_metered(replica, self._request))
+            self._counted.enter_context(metered(replica, self._request))
 
 
 @contextmanager
-def _metered(replica: EngineHandle, request: GenerateRequest) -> Iterator[None]:
+def metered(replica: EngineHandle, request: GenerateRequest) -> Iterator[None]:
     """Count a request of a replica, and charge it for its part of the replica's memory and time."""
     with replica.usage.request(request.rank(asyncio.get_running_loop().time())):
         charged_before = replica.usage.charged()

@@ -8,7 +8,7 @@ from agents.arithmetic import oracle
 from runtime.assembly import RunningTeam
 from runtime.config import Config
 from runtime.control.contained_policy import ContainedPolicies
-from runtime.devices.device import Publish
+from runtime.devices.handle import Publish
 from runtime.engines.handle import EngineState
 from runtime.engines.request import GenerateRequest
 from runtime.events import EngineChanged, Listener, ignore
@@ -38,7 +38,7 @@ async def start_modelled_team(
     RunningTeam.
     """
     constants = load.read(model)
-    scripts = dict.fromkeys(constants.engines, _reply)
+    scripts = dict.fromkeys(constants.engines, right_reply)
     async with load.devices(constants, scripts, KV_CACHE_BYTES, devices, time_scale, placed=placed) as started:
         with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
             team = team.without_tools()
@@ -57,7 +57,7 @@ async def start_modelled_team(
                 yield running
 
 
-def _reply(request: GenerateRequest) -> str:
+def right_reply(request: GenerateRequest) -> str:
     """Return the oracle's reply to a role's chat, and echo anything else."""
     if request.rendered is None:
         message = request.messages[-1].content

@@ -17,8 +17,9 @@ from pydantic import Field, ValidationError
 from runtime.config import SHIPPED, Section, read_yaml
 from runtime.devices.device import StartedEngines
 from runtime.engines.fake import FakeEngine, FakeMemory, Lengths, Processor, Script, ServiceTime
+from runtime.engines.fleet import OnState
 from runtime.engines.grant import Grant
-from runtime.engines.handle import EngineHandle
+from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger
 from runtime.engines.replicas import replica_name
 from runtime.engines.sharing import Sharing
@@ -139,14 +140,14 @@ async def devices(
     async with AsyncExitStack() as owned:
         started = {}
         for number in range(count):
-            device = _Device(model, scripts, budget_bytes, time_scale, lengths or {}, front)
+            device = ModelledDevice(model, scripts, budget_bytes, time_scale, lengths or {}, front)
             names = {engine: engine if count == 1 else replica_name(engine, str(number)) for engine in model.engines}
             on_device = None if placed is None else placed[str(number)]
             started[str(number)] = await device.start(owned, names, on_device)
         yield started
 
 
-class _Device:
+class ModelledDevice:
     """A modelled device, whose engines share a processor and are moved one at a time."""
 
     def __init__(
@@ -168,16 +169,26 @@ class _Device:
         self._device_bytes = max(budget_bytes, sum(map(_most_bytes, model.engines.values())))
 
     async def start(
-        self, owned: AsyncExitStack, names: Mapping[str, str], placed: Collection[str] | None
+        self,
+        owned: AsyncExitStack,
+        names: Mapping[str, str],
+        placed: Collection[str] | None,
+        on_state: OnState = lambda name, state, seconds: None,
     ) -> StartedEngines:
-        """Start the engines in `placed`; None starts all. `names` are the names of all replicas on this device."""
+        """Start the engines in `placed`; None starts all. `names` are the names of all replicas on this device.
+
+        `on_state` is called with the states that engines enter from then on.
+        """
         running: dict[str, EngineHandle] = {}
         ledger = Ledger(self._budget_bytes)
         for engine, name in names.items():
             made = self._make(engine, name, None)
             absent = placed is not None and engine not in placed
             if self._model.device_bytes or placed is not None:
-                made = supervised = SupervisedEngine(name, partial(self._make, engine, name), moving=self._moving)
+                report = partial(_report, on_state, name)
+                made = supervised = SupervisedEngine(
+                    name, partial(self._make, engine, name), report, None, self._moving
+                )
             running[name] = await owned.enter_async_context(made)
             if absent:
                 await supervised.leave()
@@ -223,6 +234,10 @@ class _Device:
             lengths=self._lengths.get(engine),
             naps=constants.wake_s is not None,
         )
+
+
+def _report(on_state: OnState, name: str, state: EngineState) -> None:
+    on_state(name, state, 0.0)
 
 
 def _most_bytes(engine: EngineModel) -> int:

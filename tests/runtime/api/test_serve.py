@@ -10,7 +10,7 @@ import httpx
 
 from runtime.api.serve import serving
 from runtime.assembly import RunningTeam
-from runtime.devices.device import Publish
+from runtime.devices.handle import Publish
 from runtime.events import Listener
 from runtime.jobs.team import assemble
 from runtime.simulation.assembly import start_modelled_team

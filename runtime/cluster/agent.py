@@ -1,0 +1,388 @@
+"""Runs the engines on the devices of one node, and serves them to the head.
+
+The head attaches itself, sends a plan, and then messages. Everything that the agent has to say goes into one outbox,
+which the head reads: all that has gathered since the last time goes at once, and a beat every 100 ms. Each device is
+controlled here, so that memory keeps moving if the head is gone.
+
+A new head, or the same one after a pause, attaches itself under a new epoch. The calls of the old epoch are cancelled
+then, or as soon as the head has been silent for `lost_s`. Engines keep their weights. After `orphan_s` without a head
+the agent ends.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import AsyncExitStack, aclosing
+from importlib.metadata import version
+from pathlib import Path
+
+from runtime.cluster import wire
+from runtime.cluster.plan import MEASURED, POLICY, Attached, Limits, Plan
+from runtime.config import PolicyChoice
+from runtime.control import decision_log
+from runtime.control.contained_policy import ContainedPolicies
+from runtime.control.decision_log import Record
+from runtime.devices.device import Device, StartedEngines
+from runtime.devices.handle import Policies, Terms
+from runtime.devices.start import Start, StartedFleet, add_absent, measured, start_placed
+from runtime.engines.fleet import OnState
+from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.launcher import Launcher
+from runtime.engines.replicas import engine_of, metered
+from runtime.errors import Death, EngineError, TroupeError
+from runtime.residency import catalogue as residency_catalogue
+from runtime.telemetry.sampler import Sampler, best_source
+
+BEAT_S = 0.1
+OUTBOX_ITEMS = 10_000
+"""The outbox ends after so many items, because Ray keeps a little of each. The head opens it again."""
+
+
+StartEngines = Callable[[str, Plan, AsyncExitStack, OnState], Awaitable[Mapping[str, StartedFleet]]]
+"""Starts the engines of a plan on a node. What it enters is left when the agent ends. See start_engines."""
+UNFINISHED = "unfinished"
+"""The fingerprint of an agent whose head went away while the engines started."""
+
+
+class Refused(EngineError):
+    """The agent does not serve this head. The message says why."""
+
+
+class Agent:
+    """The agent of one node, or of a part of its devices.
+
+    `on_orphaned` is called when it has ended because no head came. `start` starts the engines of a plan.
+    """
+
+    def __init__(
+        self, name: str, on_orphaned: Callable[[], None] = lambda: None, start: StartEngines | None = None
+    ) -> None:
+        self.name = name
+        self._start_engines = start or start_engines
+        self._on_orphaned = on_orphaned
+        self._head: str | None = None
+        self._epoch = 0
+        self._heard_s = -math.inf
+        self._plan: Plan | None = None
+        self._limits = Limits()
+        self._started = False
+        self._owned = AsyncExitStack()
+        self._fleets: Mapping[str, StartedFleet] = {}
+        self._devices: dict[str, Device] = {}
+        self._expected: dict[str, _PushedForecast] = {}
+        self._items: list[wire.FromAgent] = []
+        self._news = asyncio.Event()
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._next = 0
+        self._early: dict[int, bytes] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def attach(self, head: str, wire_version: int) -> bytes:
+        """Serve this head from now on. Return an `Attached`.
+
+        Raises Refused if another head has been heard just now, or if it has another version.
+        """
+        if wire_version != wire.VERSION:
+            raise Refused(
+                f"node {self.name} has version {version('troupe-llm')} of Troupe, whose messages have version "
+                f"{wire.VERSION}; the head's have version {wire_version}; install the same Troupe on both"
+            )
+        silent_s = asyncio.get_running_loop().time() - self._heard_s
+        if self._head not in (None, head) and silent_s < self._limits.lost_s:
+            raise Refused(
+                f"node {self.name} serves another head, {self._head}; stop that one first, or give this one a "
+                "cluster.namespace of its own"
+            )
+        self._drop_calls()
+        self._head = head
+        self._epoch += 1
+        self._heard_s = asyncio.get_running_loop().time()
+        self._next, self._early, self._items = 0, {}, []
+        self._news.set()  # ends the old outbox
+        if not self._tasks:
+            self._tasks.append(asyncio.create_task(self._watch_head(), name="watch the head"))
+        plan = self._plan
+        return Attached(
+            self._epoch,
+            wire.VERSION,
+            version("troupe-llm"),
+            fingerprint=(plan.common.fingerprint if self._started else UNFINISHED) if plan else None,
+            measured=measured(self._fleets) if self._started else {},
+        ).to_json()
+
+    async def gpus(self) -> list[int]:
+        """Return the numbers of the GPUs on this node, as NVML counts. None without GPUs."""
+        from runtime.engines.vllm_engine import visible_gpus  # takes seconds to import
+
+        return list(visible_gpus())
+
+    async def start(self, plan: bytes) -> bytes:
+        """Start the engines of a plan. Return what they have measured, by engine. Raises EngineError."""
+        self._plan = made = Plan.from_json(plan)
+        self._limits = made.common.limits
+        self._fleets = await self._start_engines(self.name, made, self._owned, self._on_state)
+        return MEASURED.dump_json(measured(self._fleets))
+
+    async def control(self, known: bytes) -> None:
+        """Add the absent replicas, given what is known of all engines, and control the devices. Raises EngineError."""
+        assert self._plan is not None
+        common = self._plan.common
+        add_absent(self._fleets, self._plan.absent, MEASURED.validate_json(known), common.may_sleep)
+        policies = self._owned.enter_context(ContainedPolicies(common.control.policy, common.control.shadow))
+        on_gpu = any(engine.limits.device_uuid for fleet in self._fleets.values() for engine in fleet.engines.values())
+        sampler = await self._owned.enter_async_context(Sampler(best_source(on_gpu)))
+        for name, fleet in self._fleets.items():
+            for replica, engine in fleet.engines.items():
+                engine.on_death = _Reporter(self, replica)
+            self._expected[name] = expected = _PushedForecast()
+            shares, shadow = policies.make()
+            residency = residency_catalogue.make(common.residency.name, common.residency.options)
+            terms = Terms(
+                expected,
+                expected,
+                {each: common.requirements[engine_of(each)] for each in fleet.engines},
+                [each for each in fleet.engines if engine_of(each) in common.may_sleep],
+                common.control,
+                Policies(shares, shadow, residency),
+                self._publish,
+            )
+            device = StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest).device(name, terms)
+            self._devices[name] = await self._owned.enter_async_context(device)
+        self._policies = policies
+        self._started = True
+        self._tasks.append(asyncio.create_task(self._beat(), name="beat"))
+
+    async def outbox(self, epoch: int) -> AsyncIterator[bytes]:
+        """Yield what the agent has to say in an epoch, as it comes. Ends after OUTBOX_ITEMS.
+
+        Raises Refused when the epoch ends.
+        """
+        for _ in range(OUTBOX_ITEMS):
+            await self._news.wait()
+            if epoch != self._epoch:
+                raise Refused(f"node {self.name} serves another head now, {self._head}")
+            self._news.clear()
+            items, self._items = self._items, []
+            yield wire.encode(items)
+
+    async def take(self, epoch: int, number: int, data: bytes) -> None:
+        """Take the messages of the head. They are numbered from 0 in each epoch, and may arrive in any order."""
+        if epoch != self._epoch:
+            return
+        self._early[number] = data
+        while (due := self._early.pop(self._next, None)) is not None:
+            self._next += 1
+            self._heard_s = asyncio.get_running_loop().time()
+            for message in wire.to_agent.decode(due):
+                self._obey(message)
+
+    async def close(self) -> None:
+        """Stop the engines and free everything."""
+        for task in [*self._tasks, *self._calls.values()]:
+            task.cancel()
+        await self._owned.aclose()
+
+    def say(self, item: wire.FromAgent) -> None:
+        """Put something into the outbox."""
+        self._items.append(item)
+        self._news.set()
+
+    def _obey(self, message: wire.ToAgent) -> None:
+        match message:
+            case wire.Generate() | wire.UntilReady() | wire.Add() | wire.Remove():
+                self._calls[message.number] = asyncio.create_task(self._work(message))
+            case wire.Abort():
+                if task := self._calls.get(message.number):
+                    task.cancel()
+            case wire.Expect():
+                for name, expected in message.devices.items():
+                    if name in self._expected:
+                        self._expected[name].push(expected)
+            case wire.ExpectJob():
+                self._devices[message.device].keeper.expect_job()
+            case wire.Pause():
+                controller = self._devices[message.device].controller
+                (controller.pause if message.paused else controller.resume)()
+            case wire.Pin() | wire.UsePolicy():
+                try:
+                    self._change(message)
+                except TroupeError as error:  # the head has checked it, but the engine has changed since
+                    logging.getLogger(__name__).warning("%s", error)
+
+    def _change(self, message: wire.Pin | wire.UsePolicy) -> None:
+        controller = self._devices[message.device].controller
+        if isinstance(message, wire.UsePolicy):
+            choice: PolicyChoice = POLICY.validate_python(message.policy)
+            controller.use(self._policies.contain(choice), message.budget_bytes)
+        elif message.grant is None:
+            controller.unpin(message.replica)
+        else:
+            controller.pin(message.replica, message.grant)
+
+    async def _work(self, message: wire.Generate | wire.UntilReady | wire.Add | wire.Remove) -> None:
+        """Work a call, and say how it ended, unless it is cancelled."""
+        try:
+            device = self._device_of(message.replica)
+            match message:
+                case wire.Generate():
+                    await self._generate(device, message)
+                case wire.UntilReady():
+                    await self._until_ready(device, message.replica)
+                case wire.Add():
+                    await device.add(message.replica)
+                case wire.Remove():
+                    await device.remove(message.replica)
+            self.say(wire.Ended(message.number))
+        except Exception as error:  # noqa: BLE001  the head judges it
+            self.say(wire.Ended(message.number, wire.failure_of(error)))
+        finally:
+            self._calls.pop(message.number, None)
+
+    def _device_of(self, replica: str) -> Device:
+        for device in self._devices.values():
+            if replica in device.engines:
+                return device
+        raise EngineError(f"node {self.name} has no engine {replica}")
+
+    async def _generate(self, device: Device, message: wire.Generate) -> None:
+        engine = device.engines[message.replica]
+        request = wire.received(message, asyncio.get_running_loop().time())
+        with metered(engine, request):
+            device.controller.look()
+            device.keeper.look()
+            async with aclosing(engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    self.say(wire.Streamed(message.number, chunk))
+
+    async def _until_ready(self, device: Device, replica: str) -> None:
+        engine = device.engines[replica]
+        with engine.usage.request(0):
+            device.keeper.look()
+            await engine.until_ready()
+
+    def _on_state(self, replica: str, state: EngineState, seconds: float) -> None:
+        self.say(wire.Entered(replica, state, seconds))
+
+    def _publish(self, record: Record) -> None:
+        self.say(wire.Recorded(decision_log.to_line(record)))
+
+    async def _beat(self) -> None:
+        while True:
+            self.say(wire.Beat({name: self._report(device) for name, device in self._devices.items()}))
+            await asyncio.sleep(BEAT_S)
+
+    def _report(self, device: Device) -> wire.DeviceReport:
+        controller, ledger, counts = device.controller, device.sharing.ledger, device.controller.counts
+        silent = device.sharing.silent
+        reactions_s = [*counts.reactions_s]
+        counts.reactions_s.clear()
+        return wire.DeviceReport(
+            {name: _engine_report(engine, name in silent) for name, engine in device.engines.items()},
+            ledger.budget_bytes,
+            dict(ledger.held),
+            device.sharing.reserved_bytes,
+            wire.ControlCounts(
+                counts.decisions,
+                counts.faults,
+                counts.resizes,
+                counts.rejected,
+                counts.moved_bytes,
+                counts.preempted,
+                reactions_s,
+            ),
+            controller.policy,
+            controller.paused,
+            dict(controller.pinned),
+            dict(controller.unfit_pins),
+            device.keeper.counts,
+            device.keeper.policy,
+            device.keeper.wait_of_job_s(),
+        )
+
+    async def _watch_head(self) -> None:
+        """Cancel the calls of a head that is silent. End after `orphan_s` without one."""
+        looked_s = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(BEAT_S)
+            now_s = asyncio.get_running_loop().time()
+            if now_s - looked_s > 3 * BEAT_S:  # this process was held up, not the head
+                self._heard_s = now_s
+            looked_s = now_s
+            silent_s = now_s - self._heard_s
+            if silent_s > self._limits.lost_s:
+                self._drop_calls()
+                self._items.clear()  # nobody reads them
+            if silent_s > self._limits.orphan_s:
+                logging.getLogger(__name__).warning("the head has been silent for %.0f s; the agent ends", silent_s)
+                asyncio.get_running_loop().call_soon(self._end)
+                return
+
+    def _end(self) -> None:
+        ending = asyncio.create_task(self.close(), name="end")
+        ending.add_done_callback(lambda task: self._on_orphaned())
+
+    def _drop_calls(self) -> None:
+        for task in self._calls.values():
+            task.cancel()
+
+
+async def start_engines(node: str, plan: Plan, owned: AsyncExitStack, on_state: OnState) -> Mapping[str, StartedFleet]:
+    """Start the engines of a plan, which `owned` closes. Return the fleet of each device. Raises EngineError."""
+    common, folder = plan.common, Path(plan.folder)
+    for name, spec in common.specs.items():
+        if spec.model.startswith("/") and not await asyncio.to_thread(Path(spec.model).is_dir):
+            raise EngineError(f"node {node} has no folder {spec.model} (engines.{name}.model); copy the model to it")
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    processes = [spec for each in (plan.placed, plan.absent) for specs in each.values() for spec in specs.values()]
+    launcher = owned.enter_context(Launcher(processes, folder))
+    start = Start(folder, on_state, common.memory_bytes, common.kv_cache_bytes, common.host_bytes, common.may_sleep)
+    return await start_placed(owned, launcher, start, plan.devices, plan.placed, plan.absent)
+
+
+class _Reporter:
+    """Says that a replica's process has died."""
+
+    def __init__(self, agent: Agent, replica: str) -> None:
+        self._agent = agent
+        self._replica = replica
+
+    def __call__(self, death: Death) -> None:
+        self._agent.say(wire.Died(self._replica, death))
+
+
+def _engine_report(engine: EngineHandle, silent: bool) -> wire.EngineReport:
+    try:
+        return wire.EngineReport(engine.stats(), engine.limits, engine.asleep_bytes, silent)
+    except EngineError:  # it has not started
+        return wire.EngineReport(engine.stats(), None)
+
+
+class _PushedForecast:
+    """What the head expects of a device's engines, as ExpectedRequests and ExpectedTimes."""
+
+    def __init__(self) -> None:
+        self._expected = wire.Expected({}, {}, {}, {}, {})
+        self._at_s = 0.0
+
+    def push(self, expected: wire.Expected) -> None:
+        """Replace what is expected."""
+        self._expected, self._at_s = expected, asyncio.get_running_loop().time()
+
+    def open_calls(self) -> dict[str, int]:
+        return dict(self._expected.open_calls)
+
+    def soon(self, running: Mapping[str, float]) -> dict[str, float]:
+        del running  # the head knows all replicas
+        return dict(self._expected.soon)
+
+    def coming(self) -> dict[str, float]:
+        return dict(self._expected.coming)
+
+    def next_call_s(self, absent: Collection[str] = ()) -> dict[str, float]:
+        del absent
+        age_s = asyncio.get_running_loop().time() - self._at_s
+        return {name: max(seconds - age_s, 0.0) for name, seconds in self._expected.next_call_s.items()}
+
+    def lead_s(self) -> dict[str, float]:
+        return dict(self._expected.lead_s)

@@ -1,0 +1,206 @@
+"""The head's connection to one agent: its calls, and whether the agent is lost."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from typing import Protocol
+
+from runtime.cluster import wire
+from runtime.cluster.plan import Attached
+from runtime.engines.request import Chunk
+from runtime.errors import Death, EngineDead, EngineError, TroupeError
+
+LOOK_S = 0.1
+EXPECT_S = 0.25
+"""The head says at least so often that it lives."""
+
+
+class Unreachable(Exception):
+    """The agent's process, or its node, is gone."""
+
+
+class AgentHandle(Protocol):
+    """An agent, wherever it is: see Agent. All methods raise Unreachable if it is gone."""
+
+    async def attach(self, head: str, wire_version: int) -> bytes: ...
+    async def gpus(self) -> list[int]: ...
+    async def start(self, plan: bytes) -> bytes: ...
+    async def control(self, known: bytes) -> None: ...
+    def outbox(self, epoch: int) -> AsyncIterator[bytes]: ...
+    def take(self, epoch: int, number: int, data: bytes) -> None:
+        """Send messages, without waiting. What becomes of them shows in the outbox."""
+
+    async def close(self) -> None:
+        """Let the agent stop its engines, then end it."""
+
+    def kill(self) -> None:
+        """End the agent's process at once, and its engines with it."""
+
+
+class Link:
+    """The connection to an agent, as long as `attach` is repeated after each loss.
+
+    `on_message` takes everything that concerns no call. `on_loss` is called when the agent is lost: its process has
+    ended, or it has been silent for `lost_s`.
+    """
+
+    def __init__(self, node: str, on_message: Callable[[wire.FromAgent], None], on_loss: Callable[[], None]) -> None:
+        self.node = node
+        self.lost: str | None = "it has not been attached yet"
+        self._on_message = on_message
+        self._on_loss = on_loss
+        self._found = asyncio.Event()
+        self._agent: AgentHandle | None = None
+        self._epoch = 0
+        self._sent = 0
+        self._pending: list[wire.ToAgent] = []
+        self._numbers = count()
+        self._calls: dict[int, asyncio.Queue[Chunk | wire.Failure | None]] = {}
+        self._heard_s = 0.0
+        self._lost_s: float | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def attach(self, agent: AgentHandle, head: str) -> Attached:
+        """Attach this head to an agent. Raises Unreachable, and EngineError if the agent serves another head."""
+        self._cancel()
+        attached = Attached.from_json(await agent.attach(head, wire.VERSION))
+        self._agent, self._epoch, self._sent, self._pending = agent, attached.epoch, 0, []
+        return attached
+
+    def begin(self, lost_s: float | None) -> None:
+        """Read what the agent says, and tell it that the head lives.
+
+        With `lost_s`, the agent serves: it is not lost until it has been silent for so long.
+        """
+        self._heard_s = asyncio.get_running_loop().time()
+        self._lost_s = lost_s
+        if not self._tasks:
+            self._tasks = [
+                asyncio.create_task(self._read(), name=f"read from {self.node}"),
+                asyncio.create_task(self._watch(), name=f"watch {self.node}"),
+            ]
+        if lost_s is not None:
+            self.lost = None
+            self._found.set()
+
+    async def until_found(self) -> None:
+        """Wait until the agent is not lost."""
+        await self._found.wait()
+
+    def post(self, message: wire.ToAgent) -> None:
+        """Send a message with all others of this tick of the event loop. A lost agent gets none."""
+        if self.lost is None:
+            if not self._pending:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._pending.append(message)
+
+    def _flush(self) -> None:
+        messages, self._pending = self._pending, []
+        if messages and self.lost is None:
+            self._send(messages)
+
+    def _send(self, messages: list[wire.ToAgent]) -> None:
+        assert self._agent is not None
+        self._agent.take(self._epoch, self._sent, wire.encode(messages))
+        self._sent += 1
+
+    async def stream(self, make: Callable[[int], wire.ToAgent]) -> AsyncGenerator[Chunk, None]:
+        """Send the message of a call, made for its number, and stream what it answers. Closing aborts the call.
+
+        Raises what the call raised there, and EngineDead if the agent is lost.
+        """
+        if self.lost is not None:
+            raise self._loss()
+        number = next(self._numbers)
+        answers = self._calls[number] = asyncio.Queue()
+        ended = False
+        try:
+            self.post(make(number))
+            while isinstance(answer := await answers.get(), Chunk):
+                yield replace(answer, time_s=time.monotonic())
+            ended = True
+            if answer is not None:
+                raise wire.error_of(answer)
+        finally:
+            del self._calls[number]
+            if not ended:
+                self.post(wire.Abort(number))
+
+    async def call(self, make: Callable[[int], wire.ToAgent]) -> None:
+        """Send the message of a call that streams nothing, and wait for its end. Raises what `stream` raises."""
+        async for _ in self.stream(make):
+            pass
+
+    def drop(self) -> None:
+        """Give the agent up until it is attached again."""
+        self._lose("it has not been attached again")
+        self._cancel()
+
+    async def close(self) -> None:
+        """Stop reading, and end all calls."""
+        self._lose("the head closes it")
+        tasks = self._tasks
+        self._cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+
+    async def _read(self) -> None:
+        assert self._agent is not None
+        why = "its outbox cannot be read"
+        try:
+            while True:
+                async for data in self._agent.outbox(self._epoch):
+                    self._heard_s = asyncio.get_running_loop().time()
+                    for message in wire.from_agent.decode(data):
+                        self._hear(message)
+        except (Unreachable, TroupeError) as error:
+            why = str(error)
+        finally:
+            self._lose(why)
+
+    def _hear(self, message: wire.FromAgent) -> None:
+        match message:
+            case wire.Streamed():
+                if answers := self._calls.get(message.number):
+                    answers.put_nowait(message.chunk)
+            case wire.Ended():
+                if answers := self._calls.get(message.number):
+                    answers.put_nowait(message.failure)
+            case _:
+                self._on_message(message)
+
+    async def _watch(self) -> None:
+        told_s = looked_s = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now_s = asyncio.get_running_loop().time()
+            if now_s - looked_s > 3 * LOOK_S:  # this process was held up, not the agent
+                self._heard_s = now_s
+            looked_s = now_s
+            if self._lost_s is not None and now_s - self._heard_s > self._lost_s:
+                self._lose(f"it has said nothing for {self._lost_s:g} s")
+                return
+            if now_s - told_s >= EXPECT_S:
+                told_s = now_s
+                self._send([wire.Expect({})])
+
+    def _lose(self, why: str) -> None:
+        if self.lost is not None:
+            return
+        self.lost = why
+        self._found.clear()
+        for answers in self._calls.values():
+            answers.put_nowait(wire.failure_of(self._loss()))
+        with suppress(RuntimeError):  # the event loop is closed
+            self._on_loss()
+
+    def _loss(self) -> EngineError:
+        return EngineDead(f"node {self.node} is lost: {self.lost}", Death.KILLED)

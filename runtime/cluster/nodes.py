@@ -1,0 +1,32 @@
+"""The interface to the nodes of a cluster. `ray_nodes` has the one for Ray."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from runtime.cluster.link import AgentHandle
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where an agent runs. No two nodes have the same name, and a node that comes back has the one that it had.
+
+    - `key`: names this start of the node.
+    - `prefix`: begins the names of its devices.
+    - `devices`: the numbers of its devices; None if the configuration's are to be looked for there.
+    """
+
+    name: str
+    key: str
+    prefix: str = ""
+    devices: Mapping[str, int | None] | None = None
+
+
+class Nodes(Protocol):
+    """The nodes of a cluster that are alive, and their agents."""
+
+    async def alive(self) -> list[Node]:
+        """Return the nodes that can run an agent now."""
+
+    async def agent(self, node: Node) -> AgentHandle:
+        """Return the agent of a node. It is started if it does not run. Raises EngineError if that fails."""

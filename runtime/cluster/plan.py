@@ -1,0 +1,132 @@
+"""What an agent is told to run, and what it says about itself."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from runtime.cluster import wire
+from runtime.config import Config, Control, PolicyChoice, ResidencyChoice
+from runtime.control.snapshotter import EngineRequirements
+from runtime.devices.placement import Placement
+from runtime.engines.fleet import Measured
+from runtime.engines.spec import EngineSpec
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the head and an agent wait for each other, in seconds.
+
+    - `lost_s`: a side that has been silent for longer counts as lost, and the calls between them fail.
+    - `orphan_s`: an agent without a head ends after this time.
+    """
+
+    lost_s: float = 1.0
+    orphan_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all agents are told alike. Agents with the same fingerprint can serve the same head.
+
+    - `specs`, `requirements`: of each engine, by its name; `may_sleep`: the engines that can be put to sleep.
+    - `memory_bytes`, `kv_cache_bytes`, `host_bytes`: see devices.start.Start.
+    """
+
+    specs: Mapping[str, EngineSpec]
+    requirements: Mapping[str, EngineRequirements]
+    may_sleep: tuple[str, ...]
+    control: Control
+    residency: ResidencyChoice
+    memory_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    host_bytes: int | None = None
+    limits: Limits = Limits()
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        specs: Mapping[str, EngineSpec],
+        may_sleep: Collection[str],
+        requirements: Mapping[str, EngineRequirements],
+        limits: Limits,
+    ) -> "Common":
+        """Return the part of a configuration that agents need."""
+        return cls(
+            specs,
+            requirements,
+            tuple(may_sleep),
+            config.control,
+            config.residency.policy,
+            config.device.memory_bytes,
+            config.device.kv_cache_memory_bytes,
+            config.residency.host_memory_bytes,
+            limits,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything in it, and of the version of the messages."""
+        text = json.dumps([wire.VERSION, _COMMON.dump_python(self, mode="json")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one agent is told to run.
+
+    - `devices`: the number of each device; see devices.selection.select.
+    - `placed`: the replicas to start on each device; `absent`: those that can be added later.
+    - `folder`: takes the logs of the engines.
+    """
+
+    common: Common
+    devices: Mapping[str, int | None]
+    placed: Placement
+    absent: Placement
+    folder: str
+
+    def to_json(self) -> bytes:
+        """Return the plan as it is sent."""
+        return _PLAN.dump_json(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Plan":
+        """Read what `to_json` wrote. Raises pydantic.ValidationError."""
+        return _PLAN.validate_json(data)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What an agent says when a head attaches itself.
+
+    - `epoch`: names the time until the next head attaches itself. Messages of another epoch are ignored.
+    - `version`: the version of the messages; `troupe`: that of Troupe.
+    - `fingerprint`: of what it runs; None if it runs nothing yet.
+    - `measured`: what it knows about the engines.
+    """
+
+    epoch: int
+    version: int
+    troupe: str
+    fingerprint: str | None = None
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Return it as it is sent."""
+        return _ATTACHED.dump_json(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Attached":
+        """Read what `to_json` wrote. Raises pydantic.ValidationError."""
+        return _ATTACHED.validate_json(data)
+
+
+_COMMON = TypeAdapter(Common)
+_PLAN = TypeAdapter(Plan)
+_ATTACHED = TypeAdapter(Attached)
+MEASURED = TypeAdapter(dict[str, Measured])
+POLICY = TypeAdapter(PolicyChoice)

@@ -1,0 +1,232 @@
+"""Agents on the nodes of a Ray cluster. The only module that imports Ray."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any, Self, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from runtime.cluster.agent import Agent
+from runtime.cluster.link import AgentHandle, Unreachable
+from runtime.cluster.nodes import Node
+from runtime.config import Cluster as ClusterChoice
+from runtime.config import Config
+from runtime.errors import ConfigError, EngineError, TroupeError
+
+CALLS_AT_ONCE = 100_000
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 would be inherited by every engine
+    "RAY_worker_oom_score_adjustment": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill an agent when the host's memory is 95% full
+}
+"""Settings for the nodes that this process starts. Others are started by their users: see the README."""
+OWN_STORE_BYTES = 100 << 20
+"""The memory for objects of a cluster that this process starts. Ray takes a third of the machine's by default."""
+T = TypeVar("T")
+MakeAgent = Callable[[str, Callable[[], None]], Agent]
+
+
+class RayNodes:
+    """The nodes of the configured Ray cluster, as an async context manager that connects to it.
+
+    `make_agent` makes the agent of a node, given its name and what to call when it has ended without a head.
+    Entering raises ConfigError if the cluster cannot be used.
+    """
+
+    def __init__(self, config: Config, make_agent: MakeAgent = Agent) -> None:
+        assert config.cluster is not None
+        self._make_agent = make_agent
+        self._config = config
+        self._cluster: ClusterChoice = config.cluster
+        # Ray does not restart it, because that would begin its calls anew.
+        self._actors: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_RayAgent)
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self._connect)
+        try:
+            self._check_open()
+        except ConfigError:
+            ray.shutdown()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(ray.shutdown)
+
+    def _connect(self) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        local = self._cluster.address == "local"
+        if local:  # nothing of a cluster on this machine alone may listen beyond it
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        own: dict[str, Any] = {"include_dashboard": False, "num_gpus": 0, "object_store_memory": OWN_STORE_BYTES}
+        try:
+            ray.init(
+                address=self._cluster.address,
+                namespace=self._cluster.namespace,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(own if local else {}),
+            )
+        except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise ConfigError(
+                f"{self._config.source}: cluster.address: the Ray cluster {self._cluster.address!r} cannot be used: "
+                f"{_first_line(error)}; start one with `ray start --head`, or use the address local"
+            ) from None
+
+    def _check_open(self) -> None:
+        """Raise ConfigError if others can reach the cluster and nobody has said that they may."""
+        if self._cluster.open or os.environ.get("RAY_AUTH_MODE") == "token":
+            return
+        for node in _listed():
+            address = node["NodeManagerAddress"]
+            if not ip_address(address).is_loopback:
+                raise ConfigError(
+                    f"{self._config.source}: cluster: the Ray cluster listens at {address} and asks for no token, so "
+                    "that whoever can reach it can run code; set RAY_AUTH_MODE=token on every node and here, or "
+                    "cluster.open to true if the network is yours alone"
+                )
+
+    async def alive(self) -> list[Node]:
+        """Return the nodes that can run an agent. Raises ConfigError if two of them have one name."""
+        try:
+            found = await asyncio.to_thread(_listed)
+        except RayError as error:
+            raise EngineError(f"the nodes of the Ray cluster cannot be listed: {_first_line(error)}") from None
+        if self._cluster.address == "local":
+            return self._parts(found[0]["NodeID"]) if found else []
+        names = [node["NodeName"] for node in found]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(
+                f"two nodes of the Ray cluster are called {twice}; start each with a name: ray start --node-name=NAME"
+            )
+        return [Node(node["NodeName"], node["NodeID"], f"{node['NodeName']}:") for node in found]
+
+    def _parts(self, key: str) -> list[Node]:
+        """Return this machine as one node for each device, so that each has an agent of its own."""
+        devices = self._config.devices
+        if devices == "all":
+            from runtime.engines.vllm_engine import visible_gpus  # takes seconds to import
+
+            devices = visible_gpus() or (0,)
+        alone = len(devices) == 1
+        return [Node(f"device {n}", key, devices={str(n): None if alone else n}) for n in devices]
+
+    async def agent(self, node: Node) -> AgentHandle:
+        """Return the agent of a node. It is started if it does not run. Raises EngineError if that fails."""
+        name = f"agent {node.name} {node.key}"
+        try:
+            actor = await asyncio.to_thread(
+                self._actors.options(
+                    name=name,
+                    lifetime="detached",
+                    get_if_exists=True,
+                    max_concurrency=CALLS_AT_ONCE,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node.key, soft=False),
+                ).remote,
+                self._make_agent,
+                node.name,
+            )
+        except (RayError, ValueError) as error:
+            raise EngineError(f"the agent of node {node.name} cannot be started: {_first_line(error)}") from None
+        return _Handle(actor)
+
+
+class _RayAgent:
+    """An agent as a Ray actor."""
+
+    def __init__(self, make_agent: MakeAgent, name: str) -> None:
+        self._agent = make_agent(name, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    async def attach(self, head: str, wire_version: int) -> bytes:
+        return await self._agent.attach(head, wire_version)
+
+    async def gpus(self) -> list[int]:
+        return await self._agent.gpus()
+
+    async def start(self, plan: bytes) -> bytes:
+        return await self._agent.start(plan)
+
+    async def control(self, known: bytes) -> None:
+        await self._agent.control(known)
+
+    async def outbox(self, epoch: int) -> AsyncIterator[bytes]:
+        async for data in self._agent.outbox(epoch):
+            yield data
+
+    async def take(self, epoch: int, number: int, data: bytes) -> None:
+        await self._agent.take(epoch, number, data)
+
+    async def close(self) -> None:
+        await self._agent.close()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+class _Handle:
+    """A `_RayAgent` as an AgentHandle."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def attach(self, head: str, wire_version: int) -> bytes:
+        return await _answer(self._actor.attach.remote(head, wire_version))
+
+    async def gpus(self) -> list[int]:
+        return await _answer(self._actor.gpus.remote())
+
+    async def start(self, plan: bytes) -> bytes:
+        return await _answer(self._actor.start.remote(plan))
+
+    async def control(self, known: bytes) -> None:
+        await _answer(self._actor.control.remote(known))
+
+    async def outbox(self, epoch: int) -> AsyncIterator[bytes]:
+        try:
+            async for item in self._actor.outbox.options(num_returns="streaming").remote(epoch):
+                yield await item
+        except RayError as error:
+            raise _translated(error) from None
+
+    def take(self, epoch: int, number: int, data: bytes) -> None:
+        with suppress(RayError):
+            self._actor.take.remote(epoch, number, data)
+
+    async def close(self) -> None:
+        await _answer(self._actor.close.remote())
+
+    def kill(self) -> None:
+        with suppress(RayError):
+            ray.kill(self._actor)
+
+
+async def _answer(reference: Awaitable[T]) -> T:
+    """Wait for the answer of an actor. Raises Troupe's errors as they are, and Unreachable if the actor is gone."""
+    try:
+        return await reference
+    except RayError as error:
+        raise _translated(error) from None
+
+
+def _translated(error: RayError) -> Exception:
+    if not isinstance(error, RayTaskError):
+        return Unreachable(_first_line(error))
+    return error.cause if isinstance(error.cause, TroupeError) else EngineError(_first_line(error.cause))
+
+
+def _listed() -> list[dict[str, Any]]:
+    """Return Ray's descriptions of the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
