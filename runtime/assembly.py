@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
+from runtime.cluster.agent import Agent, MakeAgent
 from runtime.cluster.connection import connected
 from runtime.cluster.remote_device import RemoteDevice
 from runtime.config import Config, Control
@@ -184,12 +185,14 @@ async def start_team(
     listener: Listener = ignore,
     publish: Publish = lambda record: None,
     step_times: Mapping[str, StepTime] | None = None,
+    make_agent: MakeAgent = Agent,
 ) -> AsyncIterator[RunningTeam]:
     """Start a team's engines, telemetry and controller; stop them when the context is left.
 
     The engines log to `folder`, and the controller writes its decisions to `decisions.jsonl` in it. Engines in
-    `step_times` take turns on an emulated device, for their step time. Raises ConfigError or PluginError if a policy or
-    a tool cannot be used, before any engine starts, and EngineError if an engine does not start.
+    `step_times` take turns on an emulated device, for their step time. `make_agent` makes the agents of a cluster.
+    Raises ConfigError or PluginError if a policy or a tool cannot be used, before any engine starts, and EngineError if
+    an engine does not start.
     """
 
     def on_state(engine: str, state: EngineState, seconds: float) -> None:
@@ -207,7 +210,7 @@ async def start_team(
             if step_times:
                 raise ConfigError(f"{config.source}: cluster: a device cannot be emulated on it; leave out --emulate")
             requirements = engine_requirements(team)
-            connection = connected(config, specs, may_sleep, requirements, folder, on_state)
+            connection = connected(config, specs, may_sleep, requirements, folder, on_state, make_agent)
             cluster = await owned.enter_async_context(connection)
             started = cluster.devices
         else:

@@ -373,6 +373,11 @@ class Cluster(Section):
         description="The Ray cluster: its HOST:PORT, `auto` for the one that this machine belongs to, or `local` to "
         "start one for this team on this machine, with an agent for each of `devices`.",
     )
+    nodes_with: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Use only the nodes that have this resource of Ray, for example GPU. By default all are used.",
+    )
     namespace: str = Field(
         default="troupe",
         pattern=r"^[A-Za-z0-9_-]{1,64}$",
@@ -679,6 +684,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the section that a location is in, or nothing if it has no fixed keys."""
     sections: dict[str, type[BaseModel]] = {
         "device": Device,
+        "cluster": Cluster,
         "engines": EngineSpec,
         "team": Member,
         "control": Control,

@@ -27,6 +27,7 @@ from pydantic.fields import FieldInfo
 
 from runtime.cli.main import cli
 from runtime.config import (
+    Cluster,
     Config,
     Control,
     Device,
@@ -45,6 +46,7 @@ from runtime.tools.mcp.settings import McpSettings
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "device": Device,
+    "cluster": Cluster,
     "engines.<name>": EngineSpec,
     "team.<name>": Member,
     "workflow": WorkflowChoice,

@@ -37,6 +37,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.control",
         "runtime.engines",
         "runtime.errors",
+        "runtime.events",
+        "runtime.residency",
+        "runtime.telemetry",
+    ),
+    "runtime.cluster": (
+        "runtime.config",
+        "runtime.control",
+        "runtime.devices",
+        "runtime.engines",
+        "runtime.errors",
+        "runtime.events",
         "runtime.residency",
         "runtime.telemetry",
     ),
@@ -49,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.tools",
     ),
     "runtime.assembly": (
+        "runtime.cluster",
         "runtime.config",
         "runtime.control",
         "runtime.devices",
@@ -73,6 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "agents",
         "runtime.assembly",
         "runtime.bench.workload",
+        "runtime.cluster",
         "runtime.config",
         "runtime.control",
         "runtime.devices",
@@ -139,6 +152,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("runtime/api/http/metrics.py",),
     "mcp": ("runtime/tools/mcp/",),
     "opentelemetry": ("runtime/tracing/",),
+    "ray": ("runtime/cluster/ray_nodes.py", "scripts/ray_machines.py"),
+    "msgspec": ("runtime/cluster/wire.py", "runtime/engines/"),
     "sqlite3": ("runtime/jobs/journal/database.py",),
 }
 """Who may import a foreign library: files, or folders ending in a slash."""

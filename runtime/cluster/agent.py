@@ -327,6 +327,10 @@ class Agent:
             task.cancel()
 
 
+MakeAgent = Callable[[str, Callable[[], None]], Agent]
+"""Makes the agent of a node, given its name and what to call when it has ended without a head."""
+
+
 async def start_engines(node: str, plan: Plan, owned: AsyncExitStack, on_state: OnState) -> Mapping[str, StartedFleet]:
     """Start the engines of a plan, which `owned` closes. Return the fleet of each device. Raises EngineError."""
     common, folder = plan.common, Path(plan.folder)

@@ -22,7 +22,7 @@ from runtime.devices.selection import select
 from runtime.engines.fleet import Measured, OnState
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of
-from runtime.errors import EngineError, TroupeError
+from runtime.errors import ConfigError, EngineError, TroupeError
 
 WATCH_S = 0.5
 """The head looks for new, lost and returned nodes so often."""
@@ -62,6 +62,10 @@ class Cluster:
         async with AsyncExitStack() as owned:
             owned.push_async_callback(self._close)
             nodes = await self._nodes.alive()
+            if not nodes:
+                raise ConfigError(
+                    f"{self._config.source}: cluster: no node can run engines; start one, or change cluster.nodes_with"
+                )
             members = [self._member(node) for node in nodes]
             await _all(*(self._reach(member, node) for member, node in zip(members, nodes, strict=True)))
             for member in members:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from runtime.cluster.agent import Agent, MakeAgent
 from runtime.cluster.cluster import Cluster
 from runtime.cluster.plan import Common, Limits
 from runtime.config import Config
@@ -21,10 +22,12 @@ async def connected(
     requirements: Mapping[str, EngineRequirements],
     folder: Path,
     on_state: OnState,
+    make_agent: MakeAgent = Agent,
 ) -> AsyncIterator[Cluster]:
     """Connect to the Ray cluster of a configuration, start its agents and their engines, and stop them at the end.
 
-    Raises ConfigError if Ray is not installed or the cluster cannot be used, and EngineError as Cluster does.
+    `make_agent` makes the agents. Raises ConfigError if Ray is not installed or the cluster cannot be used, and
+    EngineError as Cluster does.
     """
     try:
         from runtime.cluster.ray_nodes import RayNodes
@@ -35,5 +38,5 @@ async def connected(
     assert config.cluster is not None
     limits = Limits(config.cluster.lost_s, config.cluster.orphan_s)
     common = Common.of(config, specs, may_sleep, requirements, limits)
-    async with RayNodes(config) as nodes, Cluster(nodes, config, common, folder, on_state) as cluster:
+    async with RayNodes(config, make_agent) as nodes, Cluster(nodes, config, common, folder, on_state) as cluster:
         yield cluster

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any, Self, TypeVar
@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from runtime.cluster.agent import Agent
+from runtime.cluster.agent import Agent, MakeAgent
 from runtime.cluster.link import AgentHandle, Unreachable
 from runtime.cluster.nodes import Node
 from runtime.config import Cluster as ClusterChoice
@@ -31,7 +31,6 @@ SETTINGS = {
 OWN_STORE_BYTES = 100 << 20
 """The memory for objects of a cluster that this process starts. Ray takes a third of the machine's by default."""
 T = TypeVar("T")
-MakeAgent = Callable[[str, Callable[[], None]], Agent]
 
 
 class RayNodes:
@@ -103,6 +102,8 @@ class RayNodes:
             raise EngineError(f"the nodes of the Ray cluster cannot be listed: {_first_line(error)}") from None
         if self._cluster.address == "local":
             return self._parts(found[0]["NodeID"]) if found else []
+        needed = self._cluster.nodes_with
+        found = [node for node in found if needed is None or node["Resources"].get(needed)]
         names = [node["NodeName"] for node in found]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(

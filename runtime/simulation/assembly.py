@@ -9,6 +9,7 @@ from runtime.assembly import RunningTeam
 from runtime.config import Config
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.devices.handle import Publish
+from runtime.engines.fake import Script
 from runtime.engines.handle import EngineState
 from runtime.engines.request import GenerateRequest
 from runtime.events import EngineChanged, Listener, ignore
@@ -30,15 +31,16 @@ async def start_modelled_team(
     devices: int = 1,
     placed: Mapping[str, Collection[str]] | None = None,
     replica_bounds: Mapping[str, tuple[int, int]] | None = None,
+    script: Script | None = None,
 ) -> AsyncIterator[RunningTeam]:
-    """Start the embedded team over modelled engines, which always reply correctly.
+    """Start the embedded team over modelled engines, which always reply correctly, or with `script`.
 
     `time_scale` multiplies the modelled durations; with 0 the engines reply at once. Each of the `devices` has a
     replica of every engine, or of those that `placed` names for it. `replica_bounds` lets replicas change: see
     RunningTeam.
     """
     constants = load.read(model)
-    scripts = dict.fromkeys(constants.engines, right_reply)
+    scripts = dict.fromkeys(constants.engines, script or right_reply)
     async with load.devices(constants, scripts, KV_CACHE_BYTES, devices, time_scale, placed=placed) as started:
         with ContainedPolicies(config.control.policy, config.control.shadow) as policies:
             team = team.without_tools()

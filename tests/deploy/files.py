@@ -19,6 +19,7 @@ VARIANTS = {"cpu": (COMPOSE,), "cuda": (COMPOSE, GPU)}
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "troupe.json"
 PROMETHEUS = DEPLOY / "prometheus" / "prometheus.yml"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
+KUBERAY = DEPLOY / "kuberay.yaml"
 UNIT = DEPLOY / "troupe.service"
 
 
@@ -28,8 +29,10 @@ def needs_program(name: str) -> pytest.MarkDecorator:
 
 
 def loaded(path: Path) -> Any:
-    """Parse a YAML or JSON file. The variables of a compose file keep their defaults."""
+    """Parse a YAML or JSON file. The variables of a compose file keep their defaults; KubeRay's file is a list."""
     text = path.read_text()
+    if path == KUBERAY:
+        return list(yaml.safe_load_all(text))
     return json.loads(text) if path.suffix == ".json" else yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
 
 
