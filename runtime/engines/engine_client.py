@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 from vllm import RequestOutput, SamplingParams
 from vllm.config import VllmConfig
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind
@@ -191,6 +192,11 @@ def _nth(request: GenerateRequest, choice: int) -> GenerateRequest:
     return replace(request, request_id=uuid.uuid4().hex, seed=seed)
 
 
+def _logprobs(of_token: Mapping[int, Any]) -> dict[int, Logprob]:
+    """Return vLLM's log probabilities, which come from another node as plain mappings."""
+    return {token: each if isinstance(each, Logprob) else Logprob(**each) for token, each in of_token.items()}
+
+
 def _output(request_id: str, choice: int, request: GenerateRequest, chunk: Chunk) -> RequestOutput:
     """Return a chunk of a choice as vLLM's output. It is `finished` if the choice is."""
     assert request.rendered is not None
@@ -199,7 +205,7 @@ def _output(request_id: str, choice: int, request: GenerateRequest, chunk: Chunk
         text=chunk.text,
         token_ids=list(chunk.token_ids),
         cumulative_logprob=None,
-        logprobs=list(chunk.logprobs) or None,
+        logprobs=[_logprobs(each) for each in chunk.logprobs] or None,
         finish_reason=chunk.finish,
         stop_reason=chunk.stop,
     )

@@ -1,5 +1,6 @@
 """The translation between requests and vLLM's sampling parameters, in both directions."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,11 @@ REPETITION = RepetitionDetectionParams(max_pattern_size=8, min_count=64)
 
 Fewer times would end replies that are right, such as 0.3333333333333333 or a list of 16 zeros.
 """
+_NESTED: Mapping[str, Any] = {
+    "structured_outputs": StructuredOutputsParams,
+    "repetition_detection": RepetitionDetectionParams,
+}
+"""The parameters that are objects."""
 INTEGER_MAX = 2**31 - 1
 _FIELDS_OF_A_REQUEST = {"temperature", "top_p", "max_tokens", "stop", "seed", "logprobs", "stream_interval"}
 _SET_BY_THE_ENGINE = {"n", "output_kind", "skip_clone", "output_text_buffer_length"}
@@ -69,6 +75,9 @@ def to_params(request: GenerateRequest, max_model_len: int) -> SamplingParams:
 
     if "min_tokens" in further:
         further["min_tokens"] = max(0, still_to_generate(further["min_tokens"]))
+    for name, kind in _NESTED.items():
+        if isinstance(further.get(name), Mapping):  # it has come from another node
+            further[name] = kind(**{key: value for key, value in further[name].items() if not key.startswith("_")})
     if request.schema:
         further["structured_outputs"] = StructuredOutputsParams(json=dict(request.schema))
     if request.stop_repetition:

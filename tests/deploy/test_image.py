@@ -65,7 +65,7 @@ def test_image_serves_on_all_addresses_and_holds_no_token() -> None:
 
 
 def test_image_is_for_cuda_by_default() -> None:
-    assert arguments_of("ARG") == ["EXTRA=cuda"]
+    assert arguments_of("ARG") == ["EXTRA=cuda", "CLUSTER=0"]
     assert all((ROOT / "scripts" / f"constraints-{extra}.txt").is_file() for extra in ("cpu", "cuda"))
 
 
