@@ -4,8 +4,10 @@
     python scripts/measure_devices.py twice     two modelled devices against one that is twice as large
     python scripts/measure_devices.py change    job times while a replica comes and goes
     python scripts/measure_devices.py decide    microseconds to choose a replica, milliseconds to decide a placement
+    python scripts/measure_devices.py sessions  conversations that stay at a replica, or go to the least loaded one
 
-The first three run on modelled engines and a clock that jumps, so that the two cores of a machine limit nothing.
+The first three run on modelled engines and a clock that jumps, so that the two cores of a machine limit nothing. The
+last one runs real engines with the chat model that scripts/chat_model.py makes.
 """
 
 import argparse
@@ -25,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from agents.arithmetic import sampling
+from agents.role import Message
 from runtime import config
-from runtime.assembly import RunningTeam
+from runtime.assembly import RunningTeam, start_team
 from runtime.bench import workload
 from runtime.bench.output import Output
 from runtime.bench.runner import Rival
@@ -36,6 +39,7 @@ from runtime.config import PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.devices.rebalancing import DeviceLoad, EngineRange, PlacementView, ReplicaView, decide
 from runtime.engines.replicas import Replicas
+from runtime.engines.request import GenerateRequest
 from runtime.jobs.batch import work_all
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.team import assemble
@@ -206,11 +210,79 @@ def _placement(count: int, rng: random.Random) -> PlacementView:
     return PlacementView(replicas, engines, dict.fromkeys(names, DeviceLoad(10, 60.0, 60.0)))
 
 
+TURNS, CONVERSATIONS, TURN_WORDS, REPLY_TOKENS = 6, 6, 120, 16
+
+
+def measure_sessions(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure conversations on two replicas, with and without sessions, in turn."""
+    figures: dict[str, dict[str, list[float]]] = {}
+
+    async def measure() -> None:
+        found = config.load("cpu-chat")
+        chat = found.engines["chat"].model_copy(update={"replicas": "all", "max_num_seqs": 8})
+        found = found.model_copy(update={"devices": (0, 1), "engines": {"chat": chat}})
+        with tempfile.TemporaryDirectory() as folder:
+            async with start_team(found, assemble(found), Path(folder)) as running:
+                for repeat, sessions in itertools.product(range(-1, options.repeats), (True, False)):
+                    measured = await _converse(running, sessions, repeat)
+                    if repeat < 0:
+                        continue  # the first run fits the costs of steps
+                    name = "sessions" if sessions else "least wait"
+                    for figure, value in measured.items():
+                        figures.setdefault(name, {}).setdefault(figure, []).append(value)
+                    progress(f"{name}, repeat {repeat + 1}: {measured}")
+
+    asyncio.run(measure())
+    return {name: {figure: spread(values) for figure, values in each.items()} for name, each in figures.items()}
+
+
+async def _converse(running: RunningTeam, sessions: bool, repeat: int) -> dict[str, float]:
+    """Hold conversations at the same time, each of which sends its whole history with every turn."""
+    first_s: list[float] = []
+    cached: list[float] = []
+    rng = random.Random(f"{repeat} {sessions}")  # so that no run finds the prefixes of another
+
+    async def one(number: int) -> None:
+        messages: list[Message] = []
+        for turn in range(TURNS):
+            words = " ".join(str(rng.randrange(1000)) for _ in range(TURN_WORDS))
+            messages.append(Message("user", words))
+            request = GenerateRequest(
+                f"{repeat}/{sessions}/{number}/{turn}",
+                tuple(messages),
+                0.0,
+                1.0,
+                REPLY_TOKENS,
+                session=f"{repeat}/{number}" if sessions else None,
+                sampling_params={"ignore_eos": True},
+            )
+            began_s, text = time.monotonic(), ""
+            async for chunk in running.generate("chat", request):
+                if not text:
+                    first_s.append(time.monotonic() - began_s)
+                    cached.append((chunk.cached_tokens or 0) / chunk.prompt_tokens)
+                text += chunk.text or " "
+            messages.append(Message("assistant", text))
+
+    began_s = time.monotonic()
+    await asyncio.gather(*(one(number) for number in range(CONVERSATIONS)))
+    seconds = time.monotonic() - began_s
+    later = len(cached) // TURNS  # those of the first turns find nothing
+    first_s.sort()
+    return {
+        "first token, p50, s": first_s[len(first_s) // 2],
+        "first token, p95, s": first_s[int(0.95 * len(first_s))],
+        "part of the prompts that was cached": sum(cached) / (len(cached) - later),
+        "all conversations, s": seconds,
+    }
+
+
 MEASURES: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "scale": measure_scale,
     "twice": measure_twice,
     "change": measure_change,
     "decide": measure_decide,
+    "sessions": measure_sessions,
 }
 
 

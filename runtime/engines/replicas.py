@@ -8,10 +8,10 @@ will be. A request that crashes replicas is refused (`quarantine`).
 import asyncio
 import random
 import secrets
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
@@ -25,6 +25,22 @@ LOOKED_AT = 8
 """How many replicas the choice for a request looks at."""
 LOOK_AGAIN_S = 1.0
 """A request that waits looks for new replicas so often."""
+
+
+SESSIONS_KEPT = 10_000
+"""How many sessions an engine remembers the replica of."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """The replica that served the latest request of a session, and how many tokens its prompt had."""
+
+    replica: EngineHandle
+    prompt_tokens: int
+
+
+Choose = Callable[[Sequence[EngineHandle], Home | None], EngineHandle]
+"""Chooses one of the replicas that are ready, given where the request's session is at home."""
 
 
 def replica_name(engine: str, device: str) -> str:
@@ -46,14 +62,15 @@ class Replicas:
     """The replicas of one engine, which all generate the same reply to a greedy request.
 
     They must have started. Their owner closes them, which ends the requests that they serve. `choose` returns the
-    replica for a request, given those that are ready. The default takes the one with the fewest requests. If the
+    replica for a request. The default takes the one with the fewest requests. If the
     placement starts a replica when none is left, `restored` is True, and requests wait for that.
     """
 
     def __init__(self, name: str, replicas: Sequence[EngineHandle], restored: bool = False) -> None:
         self.name = name
         self.restored = restored
-        self.choose: Callable[[Sequence[EngineHandle]], EngineHandle] = _least_loaded
+        self.choose: Choose = _least_loaded
+        self._homes: OrderedDict[str, Home] = OrderedDict()
         self._replicas: tuple[EngineHandle, ...] = ()
         self._quarantine = Quarantine()
         for replica in replicas:
@@ -76,15 +93,17 @@ class Replicas:
         failed: set[EngineHandle] = set()
         with _Meter(request) as meter:
             while True:
-                meter.at(self._replica_for_next(failed))
+                meter.at(self._replica_for_next(failed, request.session))
                 try:
                     async with self._quarantine.turn(call):
-                        replica = await self._ready_replica(meter, failed)
+                        replica = await self._ready_replica(meter, failed, request.session)
                         if self._quarantine.must_wait(call):
                             continue
                         self._quarantine.sent(call, replica)
                         async with aclosing(self._rest_of_reply(replica, request, call, sends)) as chunks:
                             async for chunk in chunks:
+                                if not call.tokens:
+                                    self._remember(request.session, replica, chunk.prompt_tokens)
                                 self._quarantine.streamed(call, chunk)
                                 yield chunk
                     return
@@ -100,17 +119,28 @@ class Replicas:
                     if not self._may_serve(failed):
                         raise
 
-    async def _ready_replica(self, meter: "_Meter", failed: set[EngineHandle]) -> EngineHandle:
+    def _remember(self, session: str | None, replica: EngineHandle, prompt_tokens: int) -> None:
+        if session is not None and len(self._replicas) > 1:
+            self._homes[session] = Home(replica, prompt_tokens)
+            self._homes.move_to_end(session)
+            if len(self._homes) > SESSIONS_KEPT:
+                self._homes.popitem(last=False)
+
+    async def _ready_replica(self, meter: "_Meter", failed: set[EngineHandle], session: str | None) -> EngineHandle:
         """Return a replica that is ready. If none is, wait for the first that will be.
 
         Meanwhile, the request counts at one of them, which wakes if it sleeps. Raises EngineDead if all have failed.
         """
         while True:
-            replica = self._replica_for_next(failed)
+            replica = self._replica_for_next(failed, session)
             meter.at(replica)
             if replica.is_ready:
                 return replica
-            await self._wait_for_any(failed)
+            while True:
+                await self._wait_for_any(failed)
+                gone = not _can_serve(replica, failed) or replica.state is EngineState.LOST
+                if gone or self.serves:
+                    break
 
     async def _wait_for_any(self, failed: set[EngineHandle]) -> None:
         """Wait for a while until a replica is ready. Add those to `failed` that never will be.
@@ -167,16 +197,19 @@ class Replicas:
             return float(left and self._replica_for_next(()).name == replica)
         return 1 / len(ready) if replica in ready else 0.0
 
-    def _replica_for_next(self, failed: Container[EngineHandle]) -> EngineHandle:
+    def _replica_for_next(self, failed: Container[EngineHandle], session: str | None = None) -> EngineHandle:
         """Return the replica for the next request: one that is ready, if any is. Raise EngineDead if none can serve.
 
         Of many replicas, look at a few random ones. The best of them is seldom much worse than the best of all
         (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
         """
         some = self._replicas if len(self._replicas) <= LOOKED_AT else random.sample(self._replicas, LOOKED_AT)
+        home = self._homes.get(session) if session is not None else None
+        if home is not None and home.replica not in some:
+            some = (*some, home.replica)
         ready = [replica for replica in some if replica.is_ready and replica not in failed]
         if ready:
-            return self.choose(ready) if len(ready) > 1 else ready[0]
+            return self.choose(ready, home) if len(ready) > 1 else ready[0]
         left = [replica for replica in self._replicas if _can_serve(replica, failed)]
         if not left and self.restored:
             left = [replica for replica in self._replicas if replica not in failed]
@@ -211,7 +244,8 @@ class Replicas:
                     yield new_part
 
 
-def _least_loaded(ready: Sequence[EngineHandle]) -> EngineHandle:
+def _least_loaded(ready: Sequence[EngineHandle], home: Home | None = None) -> EngineHandle:
+    del home
     return min(ready, key=lambda replica: replica.usage.in_flight)
 
 

@@ -53,6 +53,8 @@ class GenerateRequest:
     - `since_s`: when the request's job began, on the event loop's clock. Among requests of equal priority, the one
       whose job began first is admitted first. None counts from when the engine receives the request.
     - `stream_interval`: tokens per chunk. The first and the last token are streamed immediately in any case.
+    - `session`: requests of one session begin with much the same prompt, so that a replica that served one of them has a
+      part of the next one's KV cache.
     - `trace_headers`: the W3C headers of the span that the request belongs to. An engine whose vLLM traces requests
       makes its own span a child of it.
     - `account`: takes what the request is charged.
@@ -80,6 +82,7 @@ class GenerateRequest:
     stream_interval: int = 1
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
     generate_options: Mapping[str, Any] = field(default_factory=dict)
+    session: str | None = None
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     account: Account = field(default_factory=Account, compare=False, repr=False)
 

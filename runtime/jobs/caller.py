@@ -192,6 +192,7 @@ class Caller:
             priority=job.priority,
             since_s=run.since_s,
             stream_interval=self._stream_interval,
+            session=f"{job.id}/{call.seat}",
         )
 
 
