@@ -53,7 +53,7 @@ class GenerateRequest:
     - `since_s`: when the request's job began, on the event loop's clock. Among requests of equal priority, the one
       whose job began first is admitted first. None counts from when the engine receives the request.
     - `stream_interval`: tokens per chunk. The first and the last token are streamed immediately in any case.
-    - `session`: requests of one session begin with much the same prompt, so that a replica that served one of them has a
+    - `session`: requests of one session begin with much the same prompt, so a replica that served one of them has a
       part of the next one's KV cache.
     - `trace_headers`: the W3C headers of the span that the request belongs to. An engine whose vLLM traces requests
       makes its own span a child of it.
