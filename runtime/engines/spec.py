@@ -112,6 +112,10 @@ class EngineSpec(BaseModel):
     def _refuse_keys_that_troupe_sets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         set_by_troupe = {"additional_config", "disable_log_stats", "distributed_executor_backend"}
         for name in sorted(arguments):
+            if name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size") and arguments[name] != 1:
+                raise ValueError(
+                    f"{name}: an engine runs on one device; use a smaller model, a quantized one, or replicas"
+                )
             if name in cls.model_fields:
                 raise ValueError(f"{name} is a key beside vllm: move it out of vllm")
             if name in set_by_troupe:
