@@ -127,6 +127,7 @@ class RunningTeam:
             self._replicas[engine_of(replica)].add(engine)
         device = engines.device(name, self._terms(engines.engines, alone=False))
         self.devices[name] = await self._owned.enter_async_context(device)
+        self.controllers.match(name)
 
     def orchestrate(self, team: Team, stream_interval: int = STREAM_INTERVAL) -> Orchestrator:
         """Return an orchestrator that runs jobs of a team on these engines.
@@ -164,7 +165,10 @@ class RunningTeam:
 
     def expect_job(self) -> float:
         """Return how long a job that began now would wait for its first engine to wake, and expect one for a while."""
-        soonest = min(self.devices.values(), key=lambda device: device.keeper.wait_of_job_s())
+        devices = [device for device in self.devices.values() if not device.lost]
+        if not devices:
+            return 0.0
+        soonest = min(devices, key=lambda device: device.keeper.wait_of_job_s())
         return soonest.keeper.expect_job()
 
     def _on_event(self, event: Event) -> None:

@@ -1,23 +1,24 @@
 """Runs the engines on the devices of one node, and serves them to the head.
 
-The head attaches itself, sends a plan, and then messages. Everything that the agent has to say goes into one outbox,
-which the head reads: all that has gathered since the last time goes at once, and a beat every 100 ms. Each device is
-controlled here, so that memory keeps moving if the head is gone.
+The head attaches itself, sends a plan, and then messages. The agent puts its messages, and a beat every 100 ms, into
+one outbox, which the head reads in batches. Each device is controlled here, so that memory keeps moving if the head is
+gone.
 
 A new head, or the same one after a pause, attaches itself under a new epoch. The calls of the old epoch are cancelled
-then, or as soon as the head has been silent for `lost_s`. Engines keep their weights. After `orphan_s` without a head
-the agent ends.
+then, or when the head has been silent for `lost_s`. Engines keep their weights. The agent ends after `orphan_s` without
+a head.
 """
 
 import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from importlib.metadata import version
 from pathlib import Path
 
 from runtime.cluster import wire
+from runtime.cluster.attachment import Attachment, Refused
 from runtime.cluster.plan import MEASURED, POLICY, Attached, Limits, Plan
 from runtime.config import PolicyChoice
 from runtime.control import decision_log
@@ -27,26 +28,21 @@ from runtime.devices.device import Device, StartedEngines
 from runtime.devices.handle import Policies, Terms
 from runtime.devices.start import Start, StartedFleet, add_absent, measured, start_placed
 from runtime.engines.fleet import OnState
-from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.handle import EngineHandle, EngineState, Recalled
 from runtime.engines.launcher import Launcher
 from runtime.engines.replicas import engine_of, metered
-from runtime.errors import Death, EngineError, TroupeError
+from runtime.errors import Death, EngineDead, EngineError, TroupeError
 from runtime.residency import catalogue as residency_catalogue
 from runtime.telemetry.sampler import Sampler, best_source
 
 BEAT_S = 0.1
-OUTBOX_ITEMS = 10_000
-"""The outbox ends after so many items, because Ray keeps a little of each. The head opens it again."""
-
-
+HELD_UP_S = 3 * BEAT_S
+"""If the agent looks later than after this time, its event loop was blocked."""
+NOTHING = wire.Expected({}, {}, {}, {}, {}, {})
 StartEngines = Callable[[str, Plan, AsyncExitStack, OnState], Awaitable[Mapping[str, StartedFleet]]]
 """Starts the engines of a plan on a node. What it enters is left when the agent ends. See start_engines."""
 UNFINISHED = "unfinished"
 """The fingerprint of an agent whose head went away while the engines started."""
-
-
-class Refused(EngineError):
-    """The agent does not serve this head. The message says why."""
 
 
 class Agent:
@@ -61,9 +57,10 @@ class Agent:
         self.name = name
         self._start_engines = start or start_engines
         self._on_orphaned = on_orphaned
-        self._head: str | None = None
+        self._attachment: Attachment | None = None
         self._epoch = 0
-        self._heard_s = -math.inf
+        self._looked_s = -math.inf
+        self._closing = False
         self._plan: Plan | None = None
         self._limits = Limits()
         self._started = False
@@ -71,11 +68,7 @@ class Agent:
         self._fleets: Mapping[str, StartedFleet] = {}
         self._devices: dict[str, Device] = {}
         self._expected: dict[str, _PushedForecast] = {}
-        self._items: list[wire.FromAgent] = []
-        self._news = asyncio.Event()
-        self._calls: dict[int, asyncio.Task[None]] = {}
-        self._next = 0
-        self._early: dict[int, bytes] = {}
+        self._waiting: dict[str, list[ExitStack]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def attach(self, head: str, wire_version: int) -> bytes:
@@ -88,20 +81,26 @@ class Agent:
                 f"node {self.name} has version {version('troupe-llm')} of Troupe, whose messages have version "
                 f"{wire.VERSION}; the head's have version {wire_version}; install the same Troupe on both"
             )
-        silent_s = asyncio.get_running_loop().time() - self._heard_s
-        if self._head not in (None, head) and silent_s < self._limits.lost_s:
+        if self._closing:
+            raise Refused(f"the agent of node {self.name} is ending")
+        now_s = asyncio.get_running_loop().time()
+        if not self._tasks:
+            self._looked_s = now_s
+            self._tasks.append(asyncio.create_task(self._watch_head(), name="watch the head"))
+        last = self._attachment
+        # If this process was held up, the other head may have said something that has not been read yet.
+        may_live = now_s - self._looked_s > HELD_UP_S or (
+            last is not None and now_s - last.heard_s < self._limits.lost_s
+        )
+        if last is not None and last.head != head and last.over is None and may_live:
             raise Refused(
-                f"node {self.name} serves another head, {self._head}; stop that one first, or give this one a "
+                f"node {self.name} serves another head, {last.head}; stop that one first, or give this one a "
                 "cluster.namespace of its own"
             )
-        self._drop_calls()
-        self._head = head
+        if last is not None:
+            self._end(last, f"node {self.name} serves another head now, {head}")
         self._epoch += 1
-        self._heard_s = asyncio.get_running_loop().time()
-        self._next, self._early, self._items = 0, {}, []
-        self._news.set()  # ends the old outbox
-        if not self._tasks:
-            self._tasks.append(asyncio.create_task(self._watch_head(), name="watch the head"))
+        self._attachment = Attachment(self._epoch, head, self._obey)
         plan = self._plan
         return Attached(
             self._epoch,
@@ -154,51 +153,58 @@ class Agent:
         self._tasks.append(asyncio.create_task(self._beat(), name="beat"))
 
     async def outbox(self, epoch: int) -> AsyncIterator[bytes]:
-        """Yield what the agent has to say in an epoch, as it comes. Ends after OUTBOX_ITEMS.
-
-        Raises Refused when the epoch ends.
-        """
-        for _ in range(OUTBOX_ITEMS):
-            await self._news.wait()
-            if epoch != self._epoch:
-                raise Refused(f"node {self.name} serves another head now, {self._head}")
-            self._news.clear()
-            items, self._items = self._items, []
-            yield wire.encode(items)
+        """Yield what the agent has to say in an epoch: see Attachment.outbox."""
+        attachment = self._attachment
+        if attachment is None or attachment.epoch != epoch:
+            raise Refused(f"node {self.name} serves another head now")
+        async for data in attachment.outbox():
+            yield data
 
     async def take(self, epoch: int, number: int, data: bytes) -> None:
-        """Take the messages of the head. They are numbered from 0 in each epoch, and may arrive in any order."""
-        if epoch != self._epoch:
-            return
-        self._early[number] = data
-        while (due := self._early.pop(self._next, None)) is not None:
-            self._next += 1
-            self._heard_s = asyncio.get_running_loop().time()
-            for message in wire.to_agent.decode(due):
-                self._obey(message)
+        """Take messages of the head: see Attachment.take. Those of another epoch are ignored."""
+        if self._attachment is not None and self._attachment.epoch == epoch:
+            self._attachment.take(number, data)
 
     async def close(self) -> None:
         """Stop the engines and free everything."""
-        for task in [*self._tasks, *self._calls.values()]:
+        self._closing = True
+        if self._attachment is not None:
+            self._end(self._attachment, f"the agent of node {self.name} is ending")
+        for task in self._tasks:
             task.cancel()
         await self._owned.aclose()
 
-    def say(self, item: wire.FromAgent) -> None:
-        """Put something into the outbox."""
-        self._items.append(item)
-        self._news.set()
+    def _say(self, item: wire.FromAgent) -> None:
+        if self._attachment is not None:
+            self._attachment.say(item)
 
-    def _obey(self, message: wire.ToAgent) -> None:
+    def _end(self, attachment: Attachment, why: str) -> None:
+        """End an attachment, and expect nothing of what its head announced."""
+        attachment.end(why)
+        for expected in self._expected.values():
+            expected.push(NOTHING)
+        for replica in self._waiting:
+            self._count_waiting(replica, 0)
+
+    def _obey(self, attachment: Attachment, message: wire.ToAgent) -> None:
         match message:
-            case wire.Generate() | wire.UntilReady() | wire.Add() | wire.Remove():
-                self._calls[message.number] = asyncio.create_task(self._work(message))
+            case wire.Generate():
+                attachment.begin(message.number, self._generate(attachment, message))
+            case wire.UntilReady():
+                attachment.begin(message.number, self._until_ready(message.replica))
+            case wire.Add():
+                # A start that was cancelled midway would leave memory claimed.
+                attachment.begin(message.number, self._add(message.replica), ends_with_head=False)
+            case wire.Remove():
+                attachment.begin(message.number, self._remove(message.replica), ends_with_head=False)
             case wire.Abort():
-                if task := self._calls.get(message.number):
-                    task.cancel()
+                attachment.abort(message.number)
             case wire.Expect():
                 for name, expected in message.devices.items():
                     if name in self._expected:
                         self._expected[name].push(expected)
+                        for replica in self._devices[name].engines:
+                            self._count_waiting(replica, expected.waiting.get(replica, 0))
             case wire.ExpectJob():
                 self._devices[message.device].keeper.expect_job()
             case wire.Pause():
@@ -220,56 +226,57 @@ class Agent:
         else:
             controller.pin(message.replica, message.grant)
 
-    async def _work(self, message: wire.Generate | wire.UntilReady | wire.Add | wire.Remove) -> None:
-        """Work a call, and say how it ended, unless it is cancelled."""
-        try:
-            device = self._device_of(message.replica)
-            match message:
-                case wire.Generate():
-                    await self._generate(device, message)
-                case wire.UntilReady():
-                    await self._until_ready(device, message.replica)
-                case wire.Add():
-                    await device.add(message.replica)
-                case wire.Remove():
-                    await device.remove(message.replica)
-            self.say(wire.Ended(message.number))
-        except Exception as error:  # noqa: BLE001  the head judges it
-            self.say(wire.Ended(message.number, wire.failure_of(error)))
-        finally:
-            self._calls.pop(message.number, None)
-
     def _device_of(self, replica: str) -> Device:
         for device in self._devices.values():
             if replica in device.engines:
                 return device
-        raise EngineError(f"node {self.name} has no engine {replica}")
+        raise EngineDead(f"node {self.name} has no engine {replica}", Death.KILLED)
 
-    async def _generate(self, device: Device, message: wire.Generate) -> None:
+    async def _add(self, replica: str) -> None:
+        await self._device_of(replica).add(replica)
+
+    async def _remove(self, replica: str) -> None:
+        await self._device_of(replica).remove(replica)
+
+    async def _generate(self, attachment: Attachment, message: wire.Generate) -> None:
+        device = self._device_of(message.replica)
         engine = device.engines[message.replica]
+        if not engine.is_ready:  # it has begun to drain, or has died, while the request was under way
+            raise Recalled
         request = wire.received(message, asyncio.get_running_loop().time())
         with metered(engine, request):
             device.controller.look()
             device.keeper.look()
             async with aclosing(engine.generate(request)) as chunks:
                 async for chunk in chunks:
-                    self.say(wire.Streamed(message.number, chunk))
+                    attachment.say(wire.Streamed(message.number, chunk))
 
-    async def _until_ready(self, device: Device, replica: str) -> None:
-        engine = device.engines[replica]
-        with engine.usage.request(0):
-            device.keeper.look()
-            await engine.until_ready()
+    async def _until_ready(self, replica: str) -> None:
+        await self._device_of(replica).engines[replica].until_ready()
+
+    def _count_waiting(self, replica: str, count: int) -> None:
+        """Count requests that wait for a replica at the head, so that it wakes, or gets memory."""
+        counted = self._waiting.setdefault(replica, [])
+        if len(counted) == count:
+            return
+        device = self._device_of(replica)
+        while len(counted) > count:
+            counted.pop().close()
+        while len(counted) < count:
+            request = ExitStack()
+            request.enter_context(device.engines[replica].usage.request(0))
+            counted.append(request)
+        device.keeper.look()
 
     def _on_state(self, replica: str, state: EngineState, seconds: float) -> None:
-        self.say(wire.Entered(replica, state, seconds))
+        self._say(wire.Entered(replica, state, seconds))
 
     def _publish(self, record: Record) -> None:
-        self.say(wire.Recorded(decision_log.to_line(record)))
+        self._say(wire.Recorded(decision_log.to_line(record)))
 
     async def _beat(self) -> None:
         while True:
-            self.say(wire.Beat({name: self._report(device) for name, device in self._devices.items()}))
+            self._say(wire.Beat({name: self._report(device) for name, device in self._devices.items()}))
             await asyncio.sleep(BEAT_S)
 
     def _report(self, device: Device) -> wire.DeviceReport:
@@ -302,29 +309,26 @@ class Agent:
 
     async def _watch_head(self) -> None:
         """Cancel the calls of a head that is silent. End after `orphan_s` without one."""
-        looked_s = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(BEAT_S)
             now_s = asyncio.get_running_loop().time()
-            if now_s - looked_s > 3 * BEAT_S:  # this process was held up, not the head
-                self._heard_s = now_s
-            looked_s = now_s
-            silent_s = now_s - self._heard_s
-            if silent_s > self._limits.lost_s:
-                self._drop_calls()
-                self._items.clear()  # nobody reads them
+            attachment = self._attachment
+            assert attachment is not None
+            if now_s - self._looked_s > HELD_UP_S:  # this process was held up, not the head
+                attachment.heard_s = now_s
+            self._looked_s = now_s
+            silent_s = now_s - attachment.heard_s
+            if silent_s > self._limits.lost_s and attachment.over is None:
+                self._end(attachment, f"the head has said nothing to node {self.name} for {silent_s:.1f} s")
             if silent_s > self._limits.orphan_s:
                 logging.getLogger(__name__).warning("the head has been silent for %.0f s; the agent ends", silent_s)
-                asyncio.get_running_loop().call_soon(self._end)
+                self._closing = True
+                asyncio.get_running_loop().call_soon(self._end_orphaned)
                 return
 
-    def _end(self) -> None:
-        ending = asyncio.create_task(self.close(), name="end")
-        ending.add_done_callback(lambda task: self._on_orphaned())
-
-    def _drop_calls(self) -> None:
-        for task in self._calls.values():
-            task.cancel()
+    def _end_orphaned(self) -> None:
+        self._ending = asyncio.create_task(self.close(), name="end")
+        self._ending.add_done_callback(lambda task: self._on_orphaned())
 
 
 MakeAgent = Callable[[str, Callable[[], None]], Agent]
@@ -352,7 +356,7 @@ class _Reporter:
         self._replica = replica
 
     def __call__(self, death: Death) -> None:
-        self._agent.say(wire.Died(self._replica, death))
+        self._agent._say(wire.Died(self._replica, death))
 
 
 def _engine_report(engine: EngineHandle, silent: bool) -> wire.EngineReport:
@@ -366,7 +370,7 @@ class _PushedForecast:
     """What the head expects of a device's engines, as ExpectedRequests and ExpectedTimes."""
 
     def __init__(self) -> None:
-        self._expected = wire.Expected({}, {}, {}, {}, {})
+        self._expected = NOTHING
         self._at_s = 0.0
 
     def push(self, expected: wire.Expected) -> None:

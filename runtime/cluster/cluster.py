@@ -5,18 +5,22 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
 
+from pydantic import ValidationError
+
 from runtime.cluster import wire
+from runtime.cluster.attachment import Refused
 from runtime.cluster.link import AgentHandle, Link, Unreachable
 from runtime.cluster.nodes import Node, Nodes
 from runtime.cluster.plan import MEASURED, Attached, Common, Plan
 from runtime.cluster.remote_device import RemoteDevice
 from runtime.config import Config
+from runtime.control import decision_log
 from runtime.devices.placement import Placement, others, place
 from runtime.devices.selection import select
 from runtime.engines.fleet import Measured, OnState
@@ -25,21 +29,28 @@ from runtime.engines.replicas import device_of
 from runtime.errors import ConfigError, EngineError, TroupeError
 
 WATCH_S = 0.5
-"""The head looks for new, lost and returned nodes so often."""
-ATTACH_S = 5.0
-"""An agent that does not answer for so long is not reached."""
+"""Seconds between two looks for new, lost and returned nodes."""
+ATTACH_S = 60.0
+"""Timeout of an attachment, in seconds. A new agent imports for some of them."""
+REATTACH_S = 5.0
+"""The same for an agent that runs already."""
 REPORT_S = 30.0
-"""An agent whose engines have started reports within so many seconds."""
+"""Timeout of the first report of an agent whose engines have started, in seconds."""
 CLOSE_S = 30.0
-"""An agent that has not stopped its engines within so many seconds is killed."""
+"""Timeout of an agent's end, in seconds. It is killed after that."""
+LOST_CLOSE_S = 1.0
+"""The same for an agent that is lost."""
+RETRY_MOST_S = 60.0
+"""Longest pause before a node that could not be used is tried again, in seconds."""
 
 
 class Cluster:
     """The agents of a cluster and their devices, as an async context manager that starts and stops them.
 
-    Agents that already run the same engines, for a head that is gone, are taken over. `on_device` is called with each
-    device of a node that joins later. Entering raises ConfigError if the engines do not fit, and EngineError if one
-    does not start or if an agent serves another head.
+    Agents that already run the same engines, for a head that is gone, are taken over. Nodes that cannot be reached are
+    tried again later. `on_device` is called with each device of a node that joins later. Entering raises ConfigError if
+    the engines do not fit, and EngineError if one does not start, if an agent serves another head, or if no node can be
+    reached.
     """
 
     def __init__(self, nodes: Nodes, config: Config, common: Common, folder: Path, on_state: OnState) -> None:
@@ -66,13 +77,13 @@ class Cluster:
                 raise ConfigError(
                     f"{self._config.source}: cluster: no node can run engines; start one, or change cluster.nodes_with"
                 )
-            members = [self._member(node) for node in nodes]
-            await _all(*(self._reach(member, node) for member, node in zip(members, nodes, strict=True)))
+            members = await self._reach_all(nodes)
             for member in members:
                 self._known.update(member.attached.measured)
             await self._start([member for member in members if member.attached.fingerprint is None])
             for member in members:
-                self.devices.update(await self._live(member))
+                for device in await self._live(member):
+                    self.devices[device.name] = device
             self._watching = asyncio.create_task(self._watch(), name="watch the nodes")
             owned.push_async_callback(_cancel, self._watching)
             self._owned = owned.pop_all()
@@ -85,30 +96,43 @@ class Cluster:
         member = self._members[node.name] = _Member(node, self._on_message, self._on_loss)
         return member
 
+    async def _reach_all(self, nodes: Sequence[Node]) -> "list[_Member]":
+        """Attach this head to all nodes that can be reached. Raise EngineError if there is none, or if one refuses."""
+        members = [self._member(node) for node in nodes]
+        reached = [self._reach(member, node) for member, node in zip(members, nodes, strict=True)]
+        results = await asyncio.gather(*reached, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        fatal = next((error for error in errors if not isinstance(error, NodeUnreachable)), None)
+        if fatal is not None or len(errors) == len(nodes):
+            raise fatal or errors[0]
+        for error in errors:
+            logging.getLogger(__name__).warning("%s; it is tried again later", error)
+        return [member for member, result in zip(members, results, strict=True) if result is None]
+
     async def _reach(self, member: "_Member", node: Node) -> None:
         """Attach this head to the agent of a node. Replace an agent that runs something else.
 
-        An agent serves a head that is gone until it notices that, so that this is tried for a while.
+        An agent serves a head that is gone until it notices that, and an agent that ends is there for a moment. So this
+        is tried for a while. Raises NodeUnreachable, and Refused if the agent serves another head.
         """
         until_s = _now_s() + 2 * self._common.limits.lost_s + 1
+        timeout_s = REATTACH_S if member.reports else ATTACH_S
         while True:
-            member.agent = await self._nodes.agent(node)
             try:
-                async with asyncio.timeout(ATTACH_S if self.devices else 60):  # an agent imports for some seconds
-                    member.attached = await member.link.attach(member.agent, self._head)
-            except EngineError:
+                async with _reaching(node, timeout_s):
+                    agent = await self._nodes.agent(node)
+                    member.attached = await member.link.attach(agent, self._head)
+            except (Refused, NodeUnreachable):
                 if _now_s() > until_s:
                     raise
                 await asyncio.sleep(0.2)
                 continue
-            except (Unreachable, TimeoutError) as error:
-                raise EngineError(f"node {node.name} cannot be reached: {str(error) or 'no answer'}") from None
             if member.attached.fingerprint in (None, self._common.fingerprint):
                 break
             logging.getLogger(__name__).info("the agent of node %s runs something else; it is replaced", node.name)
-            member.agent.kill()
+            agent.kill()
             await asyncio.sleep(0.2)
-        member.node = node
+        member.node, member.agent_or_none = node, agent
         member.link.begin(None)
 
     async def _start(self, fresh: "list[_Member]") -> None:
@@ -125,42 +149,59 @@ class Cluster:
         }
 
         async def start(member: _Member) -> None:
-            try:
+            async with _reaching(member.node):
                 self._known.update(MEASURED.validate_json(await member.agent.start(plans[member.node.name])))
-            except Unreachable as error:
-                raise EngineError(f"node {member.node.name} is lost: {error}") from None
+
+        async def control(member: _Member) -> None:
+            async with _reaching(member.node):
+                await member.agent.control(MEASURED.dump_json(self._known))
 
         await _all(*(start(member) for member in fresh))
-        known = MEASURED.dump_json(self._known)
-        await _all(*(member.agent.control(known) for member in fresh))
+        await _all(*(control(member) for member in fresh))
 
     async def _numbers(self, member: "_Member") -> dict[str, int | None]:
         """Return the numbers of a node's devices, by the names that they have in the cluster."""
         found = member.node.devices
         if found is None:
-            gpus = [] if self._config.devices == (0,) else await member.agent.gpus()
+            async with _reaching(member.node):
+                gpus = [] if self._config.devices == (0,) else await member.agent.gpus()
             found = select(self._config, gpus)
         return {f"{member.node.prefix}{name}": number for name, number in found.items()}
 
     def _plan(self, numbers: Mapping[str, int | None], placed: Placement) -> bytes:
         return Plan(self._common, numbers, placed, others(self._common.specs, placed), str(self._folder)).to_json()
 
-    async def _live(self, member: "_Member") -> dict[str, RemoteDevice]:
-        """Wait for the first report of an agent whose devices are controlled. Return those that are new."""
-        member.link.begin(self._common.limits.lost_s)
+    async def _live(self, member: "_Member") -> list[RemoteDevice]:
+        """Wait for the first report of an agent whose devices are controlled. Return those that are new.
+
+        Raises NodeUnreachable if the agent is lost before.
+        """
         member.reported.clear()
-        async with asyncio.timeout(REPORT_S):
-            await member.reported.wait()
-        new = {}
-        for name, report in member.reports.items():
-            if name not in self.devices:
-                new[name] = RemoteDevice(name, member.link, report)
-        return new
+        member.link.begin(self._common.limits.lost_s)
+        waits = [asyncio.ensure_future(event.wait()) for event in (member.reported, member.link.loss)]
+        try:
+            await asyncio.wait(waits, timeout=REPORT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not member.reported.is_set():
+            raise NodeUnreachable(member.node, member.link.lost or "it reports nothing")
+        for name in member.devices - set(member.reports):
+            self.devices[name].lose(gone=True)
+        for name in member.devices & set(member.reports):
+            self.devices[name].controller.begin()
+        member.devices |= set(member.reports)
+        return [
+            RemoteDevice(name, member.link, report)
+            for name, report in member.reports.items()
+            if name not in self.devices
+        ]
 
     def _on_message(self, member: "_Member", message: wire.FromAgent) -> None:
         match message:
             case wire.Beat():
-                member.reports = message.devices
+                if message.devices:
+                    member.reports = message.devices
                 for name, report in message.devices.items():
                     if name in self.devices:
                         self.devices[name].update(report)
@@ -172,33 +213,39 @@ class Cluster:
                     device.engines[message.replica].enter(message.state)
                 self._on_state(message.replica, message.state, message.seconds)
             case wire.Died():
-                if device := self.devices.get(device_of(message.replica)):
+                device = self.devices.get(device_of(message.replica))
+                if device is not None and message.replica in device.engines:
                     device.engines[message.replica].on_death(message.death)
             case wire.Recorded():
-                for device in self.devices.values():
-                    if device.name in member.reports:
-                        device.record(message.record)
-                        break
+                with suppress(ValidationError):  # of NaN, which JSON does not have
+                    record = decision_log.from_line(message.record)
+                    if record.device in self.devices:
+                        self.devices[record.device].record(record)
 
     def _on_loss(self, member: "_Member") -> None:
         logging.getLogger(__name__).warning("node %s is lost: %s", member.node.name, member.link.lost)
-        for name in member.reports:
-            if name in self.devices:
-                for replica in self.devices[name].engines:
-                    self._on_state(replica, EngineState.LOST, _now_s() - self._began_s)
+        for name in member.devices & set(self.devices):
+            self.devices[name].lose()
+            for replica in self.devices[name].engines:
+                self._on_state(replica, EngineState.LOST, _now_s() - self._began_s)
 
     async def _watch(self) -> None:
         """Attach nodes that are new, and those that were lost and are back."""
+        complaint = ""
         while True:
             try:
                 for node in await self._nodes.alive():
                     member = self._members.get(node.name)
-                    if (member is None or member.link.lost is not None) and node.name not in self._joining:
+                    wanted = member is None or (member.link.lost is not None and _now_s() >= member.retry_at_s)
+                    if wanted and node.name not in self._joining:
                         task = asyncio.create_task(self._join(node), name=f"attach node {node.name}")
                         self._joining[node.name] = task
                         task.add_done_callback(partial(self._joined, node.name))
-            except TroupeError as error:
-                logging.getLogger(__name__).warning("the nodes cannot be listed: %s", error)
+                complaint = ""
+            except Exception as error:
+                if str(error) != complaint:
+                    complaint = str(error)
+                    logging.getLogger(__name__).exception("the nodes cannot be listed")
             await asyncio.sleep(WATCH_S)
 
     def _joined(self, name: str, task: asyncio.Task[None]) -> None:
@@ -213,17 +260,18 @@ class Cluster:
             await self._reach(member, node)
             if member.attached.fingerprint is None:
                 await self._start([member])
-            for name, device in (await self._live(member)).items():
-                self.devices[name] = device
+            for device in await self._live(member):
+                self.devices[device.name] = device
                 if self.on_device is not None:
                     await self.on_device(device)
-        except (TroupeError, TimeoutError, Unreachable) as error:
+        except TroupeError as error:
             member.link.drop()
+            member.failed()
             if (text := str(error)) != member.complaint:
                 member.complaint = text
-                logging.getLogger(__name__).warning("node %s cannot be used yet: %s", node.name, text or "no answer")
+                logging.getLogger(__name__).warning("node %s cannot be used yet: %s", node.name, text)
             return
-        member.complaint = ""
+        member.complaint, member.pause_s = "", 0.0
         logging.getLogger(__name__).info("node %s is used", node.name)
         for name in member.reports:
             for replica, engine in self.devices[name].engines.items():
@@ -231,19 +279,42 @@ class Cluster:
 
     async def _close(self) -> None:
         """Let all agents stop their engines and end."""
-        for task in self._joining.values():
+        joining = [*self._joining.values()]
+        for task in joining:
             task.cancel()
+        if joining:
+            await asyncio.wait(joining)
 
         async def close(member: _Member) -> None:
             agent = member.agent_or_none
             if agent is not None:
                 with suppress(Unreachable, TimeoutError, EngineError):
-                    async with asyncio.timeout(CLOSE_S):
+                    async with asyncio.timeout(CLOSE_S if member.link.lost is None else LOST_CLOSE_S):
                         await agent.close()
                 agent.kill()
             await member.link.close()
 
         await asyncio.gather(*(close(member) for member in self._members.values()))
+
+
+class NodeUnreachable(EngineError):
+    """The agent of a node does not answer or is gone."""
+
+    def __init__(self, node: Node, why: str) -> None:
+        super().__init__(
+            f"node {node.name} cannot be reached: {why or 'no answer'}; see whether it is up (`ray status`), and its "
+            "logs of Ray"
+        )
+
+
+@asynccontextmanager
+async def _reaching(node: Node, timeout_s: float | None = None) -> AsyncIterator[None]:
+    """Raise NodeUnreachable if the agent that is asked within is gone, or does not answer in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except (Unreachable, TimeoutError) as error:
+        raise NodeUnreachable(node, str(error)) from None
 
 
 class _Member:
@@ -259,19 +330,23 @@ class _Member:
         self.link = Link(node.name, lambda message: on_message(self, message), lambda: on_loss(self))
         self.agent_or_none: AgentHandle | None = None
         self.attached = Attached(0, wire.VERSION, "")
+        self.devices: set[str] = set()
         self.reports: Mapping[str, wire.DeviceReport] = {}
         self.reported = asyncio.Event()
         self.complaint = ""
+        self.pause_s = 0.0
+        self.retry_at_s = 0.0
 
     @property
     def agent(self) -> AgentHandle:
-        """The agent that runs on the node."""
+        """The agent of the node, which serves this head or did until it was lost."""
         assert self.agent_or_none is not None
         return self.agent_or_none
 
-    @agent.setter
-    def agent(self, agent: AgentHandle) -> None:
-        self.agent_or_none = agent
+    def failed(self) -> None:
+        """Wait longer after each failure before the node is tried again."""
+        self.pause_s = min(2 * self.pause_s + WATCH_S, RETRY_MOST_S)
+        self.retry_at_s = _now_s() + self.pause_s
 
 
 async def _all(*work: Awaitable[None]) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Protocol
@@ -15,7 +14,7 @@ from runtime.errors import Death, EngineDead, EngineError, TroupeError
 
 LOOK_S = 0.1
 EXPECT_S = 0.25
-"""The head says at least so often that it lives."""
+"""Seconds between two heartbeats of the head, at most."""
 
 
 class Unreachable(Exception):
@@ -31,7 +30,7 @@ class AgentHandle(Protocol):
     async def control(self, known: bytes) -> None: ...
     def outbox(self, epoch: int) -> AsyncIterator[bytes]: ...
     def take(self, epoch: int, number: int, data: bytes) -> None:
-        """Send messages, without waiting. What becomes of them shows in the outbox."""
+        """Send messages without waiting. Results arrive through the outbox."""
 
     async def close(self) -> None:
         """Let the agent stop its engines, then end it."""
@@ -44,12 +43,14 @@ class Link:
     """The connection to an agent, as long as `attach` is repeated after each loss.
 
     `on_message` takes everything that concerns no call. `on_loss` is called when the agent is lost: its process has
-    ended, or it has been silent for `lost_s`.
+    ended, or it has been silent for `lost_s`. `lost` then says why; it is None if the agent is not lost. `loss` is set
+    once the agent of the latest attachment has been lost.
     """
 
     def __init__(self, node: str, on_message: Callable[[wire.FromAgent], None], on_loss: Callable[[], None]) -> None:
         self.node = node
         self.lost: str | None = "it has not been attached yet"
+        self.loss = asyncio.Event()
         self._on_message = on_message
         self._on_loss = on_loss
         self._found = asyncio.Event()
@@ -64,14 +65,15 @@ class Link:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def attach(self, agent: AgentHandle, head: str) -> Attached:
-        """Attach this head to an agent. Raises Unreachable, and EngineError if the agent serves another head."""
+        """Attach this head to an agent. Raises Unreachable, and Refused if the agent serves another head."""
         self._cancel()
+        self.loss.clear()
         attached = Attached.from_json(await agent.attach(head, wire.VERSION))
         self._agent, self._epoch, self._sent, self._pending = agent, attached.epoch, 0, []
         return attached
 
     def begin(self, lost_s: float | None) -> None:
-        """Read what the agent says, and tell it that the head lives.
+        """Read the agent's outbox, and send heartbeats.
 
         With `lost_s`, the agent serves: it is not lost until it has been silent for so long.
         """
@@ -120,7 +122,10 @@ class Link:
         try:
             self.post(make(number))
             while isinstance(answer := await answers.get(), Chunk):
+                ended = answer.finish is not None
                 yield replace(answer, time_s=time.monotonic())
+                if ended:
+                    return
             ended = True
             if answer is not None:
                 raise wire.error_of(answer)
@@ -141,6 +146,7 @@ class Link:
 
     async def close(self) -> None:
         """Stop reading, and end all calls."""
+        self._on_loss = lambda: None
         self._lose("the head closes it")
         tasks = self._tasks
         self._cancel()
@@ -154,7 +160,7 @@ class Link:
 
     async def _read(self) -> None:
         assert self._agent is not None
-        why = "its outbox cannot be read"
+        why: str | None = "its outbox cannot be read"
         try:
             while True:
                 async for data in self._agent.outbox(self._epoch):
@@ -163,8 +169,12 @@ class Link:
                         self._hear(message)
         except (Unreachable, TroupeError) as error:
             why = str(error)
+        except asyncio.CancelledError:
+            why = None  # whoever cancels this says whether the agent is lost
+            raise
         finally:
-            self._lose(why)
+            if why is not None:
+                self._lose(why)
 
     def _hear(self, message: wire.FromAgent) -> None:
         match message:
@@ -199,8 +209,8 @@ class Link:
         self._found.clear()
         for answers in self._calls.values():
             answers.put_nowait(wire.failure_of(self._loss()))
-        with suppress(RuntimeError):  # the event loop is closed
-            self._on_loss()
+        self.loss.set()
+        self._on_loss()
 
     def _loss(self) -> EngineError:
         return EngineDead(f"node {self.node} is lost: {self.lost}", Death.KILLED)

@@ -29,9 +29,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Common:
-    """What all agents are told alike. Agents with the same fingerprint can serve the same head.
+    """The part of the configuration that all agents share. Agents with the same fingerprint can serve the same head.
 
     - `specs`, `requirements`: of each engine, by its name; `may_sleep`: the engines that can be put to sleep.
+    - `devices`: the devices of each node.
     - `memory_bytes`, `kv_cache_bytes`, `host_bytes`: see devices.start.Start.
     """
 
@@ -44,6 +45,7 @@ class Common:
     kv_cache_bytes: int | None = None
     host_bytes: int | None = None
     limits: Limits = Limits()
+    devices: tuple[int, ...] | str = (0,)
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class Common:
             config.device.kv_cache_memory_bytes,
             config.residency.host_memory_bytes,
             limits,
+            config.devices,
         )
 
     @property

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from ipaddress import ip_address
@@ -43,6 +44,7 @@ class RayNodes:
     def __init__(self, config: Config, make_agent: MakeAgent = Agent) -> None:
         assert config.cluster is not None
         self._make_agent = make_agent
+        self._named_twice: set[str] = set()
         self._config = config
         self._cluster: ClusterChoice = config.cluster
         # Ray does not restart it, because that would begin its calls anew.
@@ -52,7 +54,7 @@ class RayNodes:
         await asyncio.to_thread(self._connect)
         try:
             self._check_open()
-        except ConfigError:
+        except BaseException:
             ray.shutdown()
             raise
         return self
@@ -87,7 +89,7 @@ class RayNodes:
             return
         for node in _listed():
             address = node["NodeManagerAddress"]
-            if not ip_address(address).is_loopback:
+            if not _is_loopback(address):
                 raise ConfigError(
                     f"{self._config.source}: cluster: the Ray cluster listens at {address} and asks for no token, so "
                     "that whoever can reach it can run code; set RAY_AUTH_MODE=token on every node and here, or "
@@ -95,7 +97,7 @@ class RayNodes:
                 )
 
     async def alive(self) -> list[Node]:
-        """Return the nodes that can run an agent. Raises ConfigError if two of them have one name."""
+        """Return the nodes that can run an agent, without those of which another one has the name."""
         try:
             found = await asyncio.to_thread(_listed)
         except RayError as error:
@@ -105,11 +107,18 @@ class RayNodes:
         needed = self._cluster.nodes_with
         found = [node for node in found if needed is None or node["Resources"].get(needed)]
         names = [node["NodeName"] for node in found]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ConfigError(
-                f"two nodes of the Ray cluster are called {twice}; start each with a name: ray start --node-name=NAME"
+        for name in {name for name in names if names.count(name) > 1} - self._named_twice:
+            self._named_twice.add(name)
+            logging.getLogger(__name__).warning(
+                "two nodes of the Ray cluster are called %s, and neither is used until one is gone; start each with a "
+                "name of its own: ray start --node-name=NAME",
+                name,
             )
-        return [Node(node["NodeName"], node["NodeID"], f"{node['NodeName']}:") for node in found]
+        return [
+            Node(name, node["NodeID"], f"{name}:")
+            for name, node in zip(names, found, strict=True)
+            if names.count(name) == 1
+        ]
 
     def _parts(self, key: str) -> list[Node]:
         """Return this machine as one node for each device, so that each has an agent of its own."""
@@ -135,6 +144,7 @@ class RayNodes:
                 ).remote,
                 self._make_agent,
                 node.name,
+                self._cluster.orphan_s,
             )
         except (RayError, ValueError) as error:
             raise EngineError(f"the agent of node {node.name} cannot be started: {_first_line(error)}") from None
@@ -142,12 +152,16 @@ class RayNodes:
 
 
 class _RayAgent:
-    """An agent as a Ray actor."""
+    """An agent as a Ray actor. It ends if no head attaches itself within `orphan_s`."""
 
-    def __init__(self, make_agent: MakeAgent, name: str) -> None:
-        self._agent = make_agent(name, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    def __init__(self, make_agent: MakeAgent, name: str, orphan_s: float) -> None:
+        self._agent = make_agent(name, _end)
+        self._alone = threading.Timer(orphan_s, _end)
+        self._alone.daemon = True
+        self._alone.start()
 
     async def attach(self, head: str, wire_version: int) -> bytes:
+        self._alone.cancel()
         return await self._agent.attach(head, wire_version)
 
     async def gpus(self) -> list[int]:
@@ -171,6 +185,10 @@ class _RayAgent:
 
     async def pid(self) -> int:
         return os.getpid()
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Handle:
@@ -222,6 +240,13 @@ def _translated(error: RayError) -> Exception:
     if not isinstance(error, RayTaskError):
         return Unreachable(_first_line(error))
     return error.cause if isinstance(error.cause, TroupeError) else EngineError(_first_line(error.cause))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _listed() -> list[dict[str, Any]]:

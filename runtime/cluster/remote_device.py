@@ -7,14 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
-from pydantic import ValidationError
-
 from runtime.cluster import wire
 from runtime.cluster.link import EXPECT_S, Link
 from runtime.cluster.remote_engine import RemoteEngine
-from runtime.control import decision_log, pins
+from runtime.control import pins
 from runtime.control.contained_policy import ContainedPolicy
 from runtime.control.controller import Counts
+from runtime.control.decision_log import Record
 from runtime.control.snapshot import Snapshot
 from runtime.devices.handle import Terms
 from runtime.engines.grant import Grant
@@ -33,22 +32,30 @@ class RemoteDevice:
 
     def __init__(self, name: str, link: Link, report: wire.DeviceReport) -> None:
         self.name = name
+        self._gone = False
+        self._changed = asyncio.Event()
         self.engines: Mapping[str, RemoteEngine] = {
-            replica: RemoteEngine(replica, link, each) for replica, each in report.engines.items()
+            replica: RemoteEngine(replica, link, each, self._expect_soon) for replica, each in report.engines.items()
         }
         self.controller = RemoteController(name, self.engines, link.post, self._expect_soon)
         self.keeper = RemoteKeeper(name, link.post)
         self.sharing = RemoteMemory()
         self._link = link
         self._terms: Terms | None = None
-        self._changed = asyncio.Event()
         self._telling: asyncio.Task[None] | None = None
         self.update(report)
 
     @property
     def lost(self) -> bool:
-        """Whether its agent does not answer."""
-        return self._link.lost is not None
+        """Whether its agent does not answer, or has it no longer."""
+        return self._gone or self._link.lost is not None
+
+    def lose(self, gone: bool = False) -> None:
+        """Note that the device is lost. `gone`, its agent answers and has it no longer."""
+        self._gone = gone
+        for engine in self.engines.values():
+            engine.gone = gone
+            engine.lose()
 
     def device(self, name: str, terms: Terms) -> "RemoteDevice":
         """Control the device on these terms while it is entered. Its agent knows everything but what is expected."""
@@ -58,18 +65,16 @@ class RemoteDevice:
 
     def update(self, report: wire.DeviceReport) -> None:
         """Take the figures of a report."""
+        self._gone = False
         for replica, each in report.engines.items():
+            self.engines[replica].gone = False
             self.engines[replica].update(each)
         self.sharing.update(report)
         self.controller.update(report)
         self.keeper.update(report)
 
-    def record(self, line: bytes) -> None:
+    def record(self, record: Record) -> None:
         """Log and publish a decision of the agent."""
-        try:
-            record = decision_log.from_line(line)
-        except ValidationError:  # NaN, which JSON does not have
-            return
         record = replace(record, snapshot=replace(record.snapshot, now_s=asyncio.get_running_loop().time()))
         self.controller.note_snapshot(record.snapshot)
         if self._terms is None:
@@ -103,7 +108,12 @@ class RemoteDevice:
         forecast, times = self._terms.forecast, self._terms.call_times
         while True:
             expected = wire.Expected(
-                forecast.open_calls(), forecast.soon({}), forecast.coming(), times.next_call_s(), times.lead_s()
+                forecast.open_calls(),
+                forecast.soon({}),
+                forecast.coming(),
+                times.next_call_s(),
+                times.lead_s(),
+                {name: engine.waiting for name, engine in self.engines.items() if engine.waiting},
             )
             self._link.post(wire.Expect({self.name: expected}))
             await asyncio.sleep(EXPECT_S / 10)
@@ -145,6 +155,16 @@ class RemoteController:
         self._post = post
         self._on_change = on_change
         self._last = wire.ControlCounts()
+        self._wanted: dict[str, wire.ToAgent] = {}
+
+    def begin(self) -> None:
+        """Tell an agent that has been attached what was changed before."""
+        for message in self._wanted.values():
+            self._post(message)
+
+    def _want(self, key: str, message: wire.ToAgent) -> None:
+        self._wanted[key] = message
+        self._post(message)
 
     @property
     def engines(self) -> Mapping[str, EngineHandle]:
@@ -182,17 +202,17 @@ class RemoteController:
     def use(self, policy: ContainedPolicy, budget_bytes: int | None = None) -> None:
         """Let another policy decide from now on, within another budget if one is given."""
         self.policy = policy.name
-        self._post(wire.UsePolicy(self._device, policy.choice.model_dump(mode="json"), budget_bytes))
+        self._want("policy", wire.UsePolicy(self._device, policy.choice.model_dump(mode="json"), budget_bytes))
 
     def pause(self) -> None:
         """Stop deciding until `resume`."""
         self.paused = True
-        self._post(wire.Pause(self._device, True))
+        self._want("pause", wire.Pause(self._device, True))
 
     def resume(self) -> None:
         """Start deciding again."""
         self.paused = False
-        self._post(wire.Pause(self._device, False))
+        self._want("pause", wire.Pause(self._device, False))
 
     def current_grant(self, engine: str) -> Grant:
         """Return an engine's grant, with its admission open. Raises NotFound and InputError."""
@@ -205,13 +225,13 @@ class RemoteController:
         if self.snapshot is None:
             raise InputError(f"engine {engine}: its device has not decided yet; try again in a moment")
         self.pinned = pins.with_pin(self.snapshot, self.pinned, engine, grant or current)
-        self._post(wire.Pin(self._device, engine, self.pinned[engine]))
+        self._want(f"pin {engine}", wire.Pin(self._device, engine, self.pinned[engine]))
 
     def unpin(self, engine: str) -> None:
         """Let policies decide about an engine again. Raises NotFound."""
         pins.require(self._remote_engines, engine)
         self.pinned.pop(engine, None)
-        self._post(wire.Pin(self._device, engine, None))
+        self._want(f"pin {engine}", wire.Pin(self._device, engine, None))
 
 
 class RemoteKeeper:

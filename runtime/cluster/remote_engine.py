@@ -1,31 +1,40 @@
 """A replica on another node, as the head sees it."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 from runtime.cluster import wire
 from runtime.cluster.link import Link
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Recalled
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.usage import Held, UsageMeter
 from runtime.errors import EngineDead, EngineError
 
+GONE_S = 1.0
+"""Seconds between two looks whether a device that is gone is back."""
 _HELD = {EngineState.WAKING: Held.WAKING, EngineState.READY: Held.RESIDENT, EngineState.DRAINING: Held.RESIDENT}
 
 
 class RemoteEngine(EngineHandle):
     """A replica that an agent runs. Its figures are those of the agent's latest report.
 
-    Its agent resizes it, restarts it, puts it to sleep and wakes it. While the agent is lost, so is the replica:
-    requests that it had raise EngineDead, and new ones wait.
+    Its agent resizes it, restarts it, puts it to sleep and wakes it. While the agent is lost, or has the replica no
+    longer (`gone`), the replica is lost: requests that it had raise EngineDead, and new ones wait. `on_wait` is called
+    when requests begin or cease to wait for it.
     """
 
-    def __init__(self, name: str, link: Link, report: wire.EngineReport) -> None:
+    def __init__(
+        self, name: str, link: Link, report: wire.EngineReport, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
         self.name = name
+        self.gone = False
         self.usage = UsageMeter()
+        self._on_wait = on_wait
+        self._sent = 0
+        self._recalled = False
         self._link = link
         self._report = report
         self.update(report)
@@ -36,8 +45,23 @@ class RemoteEngine(EngineHandle):
         if report.limits is not None:
             self.usage.hold(self.held_bytes, _HELD.get(report.stats.state, Held.ASLEEP))
 
+    def lose(self) -> None:
+        """Charge nothing while it is lost."""
+        self.usage.hold(0, Held.ASLEEP)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its agent does not answer or has it no longer."""
+        return self.gone or self._link.lost is not None
+
+    @property
+    def waiting(self) -> int:
+        """The requests that wait at the head until the replica serves."""
+        return max(self.usage.in_flight - self._sent, 0)
+
     def enter(self, state: EngineState) -> None:
         """Note a state that the replica has entered since the latest report."""
+        self._recalled = False
         self._report = wire.EngineReport(
             replace(self._report.stats, state=state),
             self._report.limits,
@@ -55,13 +79,29 @@ class RemoteEngine(EngineHandle):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         now_s = asyncio.get_running_loop().time()
-        async with aclosing(self._link.stream(lambda n: wire.generate(n, self.name, request, now_s))) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        self._sent += 1
+        self._on_wait()
+        try:
+            async with aclosing(self._link.stream(lambda n: wire.generate(n, self.name, request, now_s))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Recalled:
+            self._recalled = True  # until its agent says that it is ready
+            raise
+        finally:
+            self._sent -= 1
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is EngineState.READY and not self._recalled
 
     async def until_ready(self) -> None:
+        self._on_wait()
         while True:
             await self._link.until_found()
+            if self.gone:
+                await asyncio.sleep(GONE_S)
+                continue
             if self.state is EngineState.ABSENT:
                 raise EngineDead(f"engine {self.name} is absent")
             try:
@@ -70,6 +110,7 @@ class RemoteEngine(EngineHandle):
                 if self._link.lost is None:
                     raise
             else:
+                self._recalled = False
                 return
 
     @property
@@ -80,7 +121,7 @@ class RemoteEngine(EngineHandle):
 
     @property
     def held_bytes(self) -> int:
-        return 0 if self._report.limits is None else super().held_bytes
+        return 0 if self._report.limits is None or self.is_lost else super().held_bytes
 
     @property
     def asleep_bytes(self) -> int:
@@ -98,13 +139,13 @@ class RemoteEngine(EngineHandle):
 
     def stats(self) -> EngineStats:
         stats = self._report.stats
-        if self._link.lost is not None:
+        if self.is_lost:
             return replace(stats, state=EngineState.LOST, running=0, waiting=0, pid=None)
         return stats
 
     async def pulse(self) -> None:
-        if self._link.lost is not None:
-            raise EngineDead(f"node {self._link.node} is lost: {self._link.lost}")
+        if self.is_lost:
+            raise EngineDead(f"engine {self.name} is lost: {self._link.lost or 'its device is gone'}")
 
     def kill(self) -> None:
         """Do nothing: its agent kills it if it hangs."""

@@ -43,7 +43,7 @@ class Generate(Message, frozen=True):
 
 
 class UntilReady(Message, frozen=True):
-    """Answer once a replica serves. Meanwhile it counts as called, so that it wakes."""
+    """Answer once a replica serves."""
 
     number: int
     replica: str
@@ -70,13 +70,17 @@ class Abort(Message, frozen=True):
 
 
 class Expected(msgspec.Struct, frozen=True):
-    """The calls that a device's replicas can expect: see control.forecast.Forecast and residency.call_times."""
+    """The calls that a device's replicas can expect: see control.forecast.Forecast and residency.call_times.
+
+    `waiting` counts the requests that wait at the head until a replica serves.
+    """
 
     open_calls: Mapping[str, int]
     soon: Mapping[str, float]
     coming: Mapping[str, float]
     next_call_s: Mapping[str, float]
     lead_s: Mapping[str, float]
+    waiting: Mapping[str, int]
 
 
 class Expect(Message, frozen=True):
@@ -239,8 +243,8 @@ def generate(number: int, replica: str, request: GenerateRequest, now_s: float) 
     age_s = None if request.since_s is None else now_s - request.since_s
     message = Generate(number, replica, replace(request, since_s=None, account=Account()), age_s)
     try:
-        _encoder.encode(message)
-    except (OverflowError, TypeError, RecursionError) as error:
+        to_agent.decode(_encoder.encode([message]))
+    except (OverflowError, TypeError, ValueError, RecursionError, CannotRead) as error:
         raise RequestRefused(f"the request cannot be sent to engine {replica}: {error}") from None
     return message
 

@@ -17,6 +17,8 @@ class Controllers:
     def __init__(self, devices: Mapping[str, DeviceHandle], policies: ContainedPolicies) -> None:
         self._devices = devices
         self._policies = policies
+        self._choice: PolicyChoice | None = None
+        self._paused = False
 
     @property
     def _each(self) -> list[DeviceController]:
@@ -30,6 +32,7 @@ class Controllers:
     def use(self, choice: PolicyChoice) -> None:
         """Replace the active policy. Raises ConfigError or PluginError if the new one is invalid, and keeps the old."""
         contained = [self._policies.contain(choice, "policy") for _ in self._devices]
+        self._choice = choice
         for controller, policy in zip(self._each, contained, strict=True):
             controller.use(policy)
 
@@ -40,13 +43,23 @@ class Controllers:
 
     def pause(self) -> None:
         """Stop deciding until `resume`. Grants stay as they are, but no engine's admission stays paused."""
+        self._paused = True
         for controller in self._each:
             controller.pause()
 
     def resume(self) -> None:
         """Start deciding again."""
+        self._paused = False
         for controller in self._each:
             controller.resume()
+
+    def match(self, device: str) -> None:
+        """Let the controller of a new device use the policy, and be paused, as the others are."""
+        controller = self._devices[device].controller
+        if self._choice is not None:
+            controller.use(self._policies.contain(self._choice, "policy"))
+        if self._paused:
+            controller.pause()
 
     def of(self, engine: str) -> DeviceController:
         """Return the controller of an engine, given by the name of its replica. Raises NotFound."""

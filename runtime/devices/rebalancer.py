@@ -151,7 +151,8 @@ class Rebalancer:
                 await self._devices[device_of(action.remove)].remove(action.remove)
         except EngineError as failure:
             error = str(failure)
-            self._refused_until_s[changing] = asyncio.get_running_loop().time() + AGAIN_S
+            if not self._devices[device_of(changing)].lost:
+                self._refused_until_s[changing] = asyncio.get_running_loop().time() + AGAIN_S
         if action.add is not None:
             self._below.forget(action.add[1])  # its load changes now
         self._note(Change(time.time(), added, action.remove, action.reason, time.monotonic() - began_s, error))

@@ -172,11 +172,13 @@ def _surplus(view: PlacementView) -> list[Action]:
 def _missing(view: PlacementView) -> list[Action]:
     """Return a new replica, on the idlest device with room, for each engine that has too few."""
     actions = []
+    free_bytes = {name: device.free_bytes for name, device in view.devices.items() if not device.changing}
     for engine, bounds in view.engines.items():
         count = view.count.get(engine, 0)
-        room = [name for name in bounds.devices if view.devices[name].free_bytes >= bounds.needed_bytes]
+        room = [name for name in bounds.devices if free_bytes.get(name, 0) >= bounds.needed_bytes]
         if count < bounds.least and room:
             idlest = min(room, key=lambda name: (view.load[name], name))
+            free_bytes[idlest] -= bounds.needed_bytes
             actions.append(Action((engine, idlest), None, f"{count} replicas are fewer than {bounds.least}"))
     return actions
 

@@ -131,39 +131,38 @@ class Replicas:
 
         Meanwhile, the request counts at one of them, which wakes if it sleeps. Raises EngineDead if all have failed.
         """
-        while True:
-            replica = self._replica_for_next(failed, session)
-            meter.at(replica)
-            if replica.is_ready:
-                return replica
-            while True:
-                await self._wait_for_any(failed)
-                gone = not _can_serve(replica, failed) or replica.state is EngineState.LOST
-                if gone or self.serves:
-                    break
-
-    async def _wait_for_any(self, failed: set[EngineHandle]) -> None:
-        """Wait for a while until a replica is ready. Add those to `failed` that never will be.
-
-        Raises EngineDead if none is left.
-        """
-        waiting = {
-            asyncio.ensure_future(replica.until_ready()): replica
-            for replica in self._replicas
-            if _can_serve(replica, failed)
-        }
-        if not waiting:
-            await asyncio.sleep(LOOK_AGAIN_S)
-            return
+        waiting: dict[asyncio.Task[None], EngineHandle] = {}
         try:
-            done, _ = await asyncio.wait(waiting, timeout=LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
+            while True:
+                replica = self._replica_for_next(failed, session)
+                meter.at(replica)
+                if replica.is_ready:
+                    return replica
+                await self._wait_for_any(waiting, failed)
+                while _can_serve(replica, failed) and replica.state is not EngineState.LOST and not self.serves:
+                    await self._wait_for_any(waiting, failed)
         finally:
             for task in waiting:
                 task.cancel()
+
+    async def _wait_for_any(self, waiting: "dict[asyncio.Task[None], EngineHandle]", failed: set[EngineHandle]) -> None:
+        """Wait for a while until a replica is ready. Add those to `failed` that never will be.
+
+        `waiting` has the tasks that wait for replicas; it is kept from one call to the next. Raises EngineDead if no
+        replica is left.
+        """
+        for replica in self._replicas:
+            if _can_serve(replica, failed) and replica not in waiting.values():
+                waiting[asyncio.ensure_future(replica.until_ready())] = replica
+        if not waiting:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            return
+        done, _ = await asyncio.wait(waiting, timeout=LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
+            replica = waiting.pop(task)
             if task.exception() is not None:
-                if waiting[task].state is not EngineState.ABSENT:  # it may come back
-                    failed.add(waiting[task])
+                if replica.state is not EngineState.ABSENT:  # it may come back
+                    failed.add(replica)
                 if not self._may_serve(failed):
                     task.result()  # raises
 

@@ -110,9 +110,10 @@ class EngineSpec(BaseModel):
     @field_validator("vllm")
     @classmethod
     def _refuse_keys_that_troupe_sets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        parallel = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
         set_by_troupe = {"additional_config", "disable_log_stats", "distributed_executor_backend"}
         for name in sorted(arguments):
-            if name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size") and arguments[name] != 1:
+            if name in parallel and arguments[name] != 1:
                 raise ValueError(
                     f"{name}: an engine runs on one device; use a smaller model, a quantized one, or replicas"
                 )

@@ -163,7 +163,9 @@ class SupervisedEngine(EngineHandle):
             self._without_token.discard(recall)
 
     def _report_death(self, engine: EngineHandle, death: Death) -> None:
-        """Report the death of an engine once, and check the engine now. Do neither if it was closed."""
+        """Report the death of an engine once, and check the engine now. Do neither if it was ended on purpose."""
+        if self._rest in (EngineState.COLD, EngineState.ABSENT):
+            return
         if self._failure is None and engine is self._engine and engine is not self._mourned:
             self._mourned = engine
             self.on_death(death)

@@ -65,7 +65,6 @@ class LocalAgent:
         if not self.dead.is_set():
             self.dead.set()
             self.thawed.set()
-            self.agent.say(None)  # type: ignore[arg-type]  # wakes the outbox, which is not read any more
             self.ending = asyncio.create_task(self.agent.close())
 
 

@@ -110,3 +110,11 @@ def test_of_idle_replicas_one_that_sleeps_is_removed_first() -> None:
     sleeping = replace(replica("solver@1", 0, IDLE_S), ready=False)
     (action,) = decide(view(replica("solver@0", 0, IDLE_S), sleeping))
     assert action.remove == "solver@1"
+
+
+def test_engines_that_lost_their_replicas_go_to_devices_with_room_for_all_of_them() -> None:
+    lost = replace(SOLVER, devices=frozenset({"0", "1"}), needed_bytes=600)
+    engines = {"planner": lost, "solver": lost, "critic": lost}
+    devices = {"0": DeviceLoad(1000), "1": DeviceLoad(700), "2": DeviceLoad(5000, changing=True)}
+    added = [action.add for action in decide(PlacementView([], engines, devices))]
+    assert added == [("planner", "0"), ("solver", "1")]  # the critic waits for room

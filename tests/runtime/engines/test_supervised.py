@@ -97,6 +97,7 @@ async def test_an_engine_sleeps_after_its_requests_and_wakes_for_those_that_it_h
     assert made.engines[0].stats().state is EngineState.CLOSED
     await asyncio.sleep(10)  # no pulse restarts it, and no request times out
     assert len(made.engines) == 1
+    assert engine.stats().held == 1
     await engine.wake()
     assert text(await held) == WORDS
     assert engine.stats().state is EngineState.READY
