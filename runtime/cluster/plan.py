@@ -104,7 +104,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Attached:
-    """What an agent says when a head attaches itself.
+    """An agent's answer to a head that attaches itself.
 
     - `epoch`: names the time until the next head attaches itself. Messages of another epoch are ignored.
     - `version`: the version of the messages; `troupe`: that of Troupe.

@@ -1,4 +1,4 @@
-"""Pins: grants at which a user holds engines, and which of them fit a snapshot. Pure; nothing here moves memory."""
+"""Pins: grants at which a user holds engines, and which of them fit a snapshot. Nothing here moves memory."""
 
 import math
 from collections.abc import Collection, Mapping

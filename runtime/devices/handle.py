@@ -52,7 +52,7 @@ class Terms:
 
 
 class DeviceController(Protocol):
-    """What shows and changes the sizes of a device's engines. Controller describes the methods."""
+    """The interface to a device's controller. Controller describes the methods."""
 
     counts: Counts
 
@@ -79,7 +79,7 @@ class DeviceController(Protocol):
 
 
 class DeviceKeeper(Protocol):
-    """What puts a device's engines to sleep and wakes them. Keeper describes the methods."""
+    """The interface to a device's keeper. Keeper describes the methods."""
 
     @property
     def counts(self) -> keeper.Counts: ...

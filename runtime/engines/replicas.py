@@ -24,7 +24,7 @@ from runtime.errors import EngineDead, RequestQuarantined
 LOOKED_AT = 8
 """How many replicas the choice for a request looks at."""
 LOOK_AGAIN_S = 1.0
-"""A request that waits looks for new replicas so often."""
+"""Seconds between two looks of a waiting request for new replicas."""
 
 
 SESSIONS_KEPT = 10_000
