@@ -287,9 +287,11 @@ class Cluster:
 
         async def close(member: _Member) -> None:
             agent = member.agent_or_none
+            was_lost = member.link.lost is not None
+            member.link.expect_end()
             if agent is not None:
                 with suppress(Unreachable, TimeoutError, EngineError):
-                    async with asyncio.timeout(CLOSE_S if member.link.lost is None else LOST_CLOSE_S):
+                    async with asyncio.timeout(LOST_CLOSE_S if was_lost else CLOSE_S):
                         await agent.close()
                 agent.kill()
             await member.link.close()

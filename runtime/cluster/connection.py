@@ -10,6 +10,7 @@ from runtime.cluster.plan import Common, Limits
 from runtime.config import Config
 from runtime.control.snapshotter import EngineRequirements
 from runtime.engines.fleet import OnState
+from runtime.engines.launcher import prepare_head
 from runtime.engines.spec import EngineSpec
 from runtime.errors import ConfigError
 
@@ -36,6 +37,7 @@ async def connected(
             f"{config.source}: cluster: Ray cannot be imported ({error}); install it: pip install 'troupe-llm[cluster]'"
         ) from None
     assert config.cluster is not None
+    prepare_head(specs.values())
     limits = Limits(config.cluster.lost_s, config.cluster.orphan_s)
     common = Common.of(config, specs, may_sleep, requirements, limits)
     async with RayNodes(config, make_agent) as nodes, Cluster(nodes, config, common, folder, on_state) as cluster:

@@ -144,9 +144,13 @@ class Link:
         self._lose("it has not been attached again")
         self._cancel()
 
+    def expect_end(self) -> None:
+        """Let the agent end without a call of `on_loss`."""
+        self._on_loss = lambda: None
+
     async def close(self) -> None:
         """Stop reading, and end all calls."""
-        self._on_loss = lambda: None
+        self.expect_end()
         self._lose("the head closes it")
         tasks = self._tasks
         self._cancel()

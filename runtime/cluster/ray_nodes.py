@@ -4,9 +4,10 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import Any, Self, TypeVar
 
@@ -19,6 +20,7 @@ from runtime.cluster.link import AgentHandle, Unreachable
 from runtime.cluster.nodes import Node
 from runtime.config import Cluster as ClusterChoice
 from runtime.config import Config
+from runtime.engines import temp_folder
 from runtime.errors import ConfigError, EngineError, TroupeError
 
 CALLS_AT_ONCE = 100_000
@@ -29,8 +31,12 @@ SETTINGS = {
     "RAY_memory_monitor_refresh_ms": "0",  # it would kill an agent when the host's memory is 95% full
 }
 """Settings for the nodes that this process starts. Others are started by their users: see the README."""
+CONNECT_S = 5.0
+"""Timeout of a first connection to the cluster, in seconds."""
 OWN_STORE_BYTES = 100 << 20
 """The memory for objects of a cluster that this process starts. Ray takes a third of the machine's by default."""
+SESSION_BYTES = len("/session_2026-11-30_09-52-05_478080_4194304/sockets/plasma_store")
+"""The length of the path of Ray's sockets in its folder."""
 T = TypeVar("T")
 
 
@@ -51,24 +57,31 @@ class RayNodes:
         self._actors: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_RayAgent)
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self._connect)
-        try:
+        with ExitStack() as owned:
+            # Ray's sessions, with logs and sockets, of a cluster that this process starts.
+            self._temporary = owned.enter_context(temp_folder.folder(SESSION_BYTES))
+            owned.callback(ray.shutdown)
+            await asyncio.to_thread(self._connect)
             self._check_open()
-        except BaseException:
-            ray.shutdown()
-            raise
+            self._owned = owned.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await asyncio.to_thread(ray.shutdown)
+        await asyncio.to_thread(self._owned.close)
 
     def _connect(self) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        self._check_reachable()
         local = self._cluster.address == "local"
         if local:  # nothing of a cluster on this machine alone may listen beyond it
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        own: dict[str, Any] = {"include_dashboard": False, "num_gpus": 0, "object_store_memory": OWN_STORE_BYTES}
+        own: dict[str, Any] = {
+            "include_dashboard": False,
+            "num_gpus": 0,
+            "object_store_memory": OWN_STORE_BYTES,
+            "_temp_dir": str(self._temporary),
+        }
         try:
             ray.init(
                 address=self._cluster.address,
@@ -78,10 +91,23 @@ class RayNodes:
                 **(own if local else {}),
             )
         except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise ConfigError(
-                f"{self._config.source}: cluster.address: the Ray cluster {self._cluster.address!r} cannot be used: "
-                f"{_first_line(error)}; start one with `ray start --head`, or use the address local"
-            ) from None
+            raise self._unusable(error) from None
+
+    def _check_reachable(self) -> None:
+        """Raise ConfigError if nothing listens at the address. Ray would try for minutes."""
+        host, colon, port = self._cluster.address.rpartition(":")
+        if not colon or not port.isdecimal():
+            return
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"{self._config.source}: cluster.address: the Ray cluster {self._cluster.address!r} cannot be used: "
+            f"{_first_line(error)}; start one with `ray start --head`, or use the address local"
+        )
 
     def _check_open(self) -> None:
         """Raise ConfigError if others can reach the cluster and nobody has said that they may."""

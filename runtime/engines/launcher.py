@@ -79,11 +79,21 @@ def _import_vllm_engine() -> ModuleType:
 
 def prepare_process(specs: Collection[EngineSpec], run_folder: Path, temporary_folder: Path) -> None:
     """Set the environment variables that vLLM reads, and start the forkserver. Call this before importing vLLM."""
-    if all(spec.model.startswith("/") for spec in specs):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local folders, so no hub needs to be asked
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _set_environment(specs)
     os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
     threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
     forkserver.start(run_folder / "engines.log", threads)
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process only; logs.log_to configures its logging
+
+
+def prepare_head(specs: Collection[EngineSpec]) -> None:
+    """Set the environment variables for a process that uses vLLM, and starts no engine. Call it before the import."""
+    _set_environment(specs)
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+
+
+def _set_environment(specs: Collection[EngineSpec]) -> None:
+    if all(spec.model.startswith("/") for spec in specs):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local folders, so no hub needs to be asked
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

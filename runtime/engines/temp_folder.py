@@ -13,16 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = "troupe-engines-"
-PATH_MAX_BYTES = 107 - len(f"/{PREFIX}xxxxxxxx/xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx")
-"""The longest possible base folder: vLLM binds a Unix socket named by a UUID in the new folder, and Linux allows 107
-bytes for such a path."""
+SOCKET_BYTES = len("/xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx")
+"""The length of the path of a Unix socket in the new folder: vLLM names it by a UUID."""
+PATH_MAX_BYTES = 107 - len(f"/{PREFIX}xxxxxxxx")
+"""The longest possible base folder and socket's path together: Linux allows 107 bytes for the path of a socket."""
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
-    """Make a folder that only this user can read, and remove it at the end."""
+def folder(socket_bytes: int = SOCKET_BYTES) -> Iterator[Path]:
+    """Make a folder that only this user can read, and remove it at the end.
+
+    It is not in TMPDIR if the path of a socket, of which `socket_bytes` are in the new folder, would be too long there.
+    """
     base = tempfile.gettempdir()
-    if len(os.fsencode(base)) > PATH_MAX_BYTES:
+    if len(os.fsencode(base)) > PATH_MAX_BYTES - socket_bytes:
         base = "/tmp"
     _remove_abandoned(Path(base))
     path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
