@@ -72,6 +72,7 @@ class RayNodes:
     def _connect(self) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of outboxes that end when this head goes
         self._check_reachable()
         local = self._cluster.address == "local"
         if local:  # nothing of a cluster on this machine alone may listen beyond it

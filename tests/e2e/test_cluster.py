@@ -32,10 +32,10 @@ def machines() -> Iterator[Machines]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(machines: Machines, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningTeam]:
-    """A team with modelled engines on both nodes, which take twenty times as long as real ones."""
+    """A team with modelled engines on both nodes, which take eight times as long as real ones."""
     found = on_cluster(machines.address, lost_s=PATIENT_S)
     folder = tmp_path_factory.mktemp("run")
-    async with start_team(found, assemble(found), folder, make_agent=partial(modelled_agent, time_scale=20)) as team:
+    async with start_team(found, assemble(found), folder, make_agent=partial(modelled_agent, time_scale=8)) as team:
         yield team
 
 
