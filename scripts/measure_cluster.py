@@ -2,13 +2,15 @@
 
     python scripts/measure_cluster.py calls              what a call through an agent costs, beside one in this process
     python scripts/measure_cluster.py losses [--times N] how soon replies go on after the loss of an agent, or of a node
+    python scripts/measure_cluster.py heads [--times N]  how soon a new head serves after kill -9 of the old one
 
-`losses` also checks that every reply is whole.
+`losses` also checks that every reply is whole. `heads` runs real engines, and checks that every job is done once.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import signal
 import statistics
 import sys
@@ -19,6 +21,8 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,11 +38,12 @@ from runtime.jobs.team import assemble
 from runtime.simulation.assembly import start_modelled_team
 from runtime.simulation.modelled_agent import modelled_agent
 from scripts.measure import spread
-from scripts.ray_machines import Machines, on_cluster
+from scripts.ray_machines import NODE, Machines, on_cluster
 
 STREAMS = 64
 STEP_S = 0.02
 TOKENS = 150
+PROBLEM = "(12+7)*3-(45-5)"
 
 
 def words(request: GenerateRequest) -> str:
@@ -201,13 +206,106 @@ async def _until(condition: Callable[[], bool], seconds: float = 120) -> None:
             await asyncio.sleep(0.05)
 
 
+async def heads(times: int) -> None:
+    """Kill the service while it works on jobs, and start it again. Its agent keeps the engines."""
+    seconds: dict[str, list[float]] = {"listening": [], "ready": [], "first resumed job done": []}
+    accepted: set[str] = set()
+    with Machines("a") as machines, tempfile.TemporaryDirectory() as folder:
+        config = {"extends": "embedded", "cluster": {"address": machines.address, "nodes_with": NODE}}
+        await asyncio.to_thread(Path(folder, "team.yaml").write_text, json.dumps(config))
+        service = await _Serve(folder).start()
+        async with httpx.AsyncClient(timeout=120) as client:
+            for number in range(times):
+                posts = [client.post(f"{service.url}/jobs", json={"problem": PROBLEM}) for _ in range(30)]
+                new = {response.json()["id"] for response in await asyncio.gather(*posts)}
+                accepted |= new
+                service.process.kill()
+                await service.process.wait()
+                began_s = time.monotonic()
+                service = await _Serve(folder).start()
+                seconds["listening"].append(service.listening_s - began_s)
+                seconds["ready"].append(time.monotonic() - began_s)
+                while not any(job["state"] == "done" for job in (await _jobs(client, service)) if job["id"] in new):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                seconds["first resumed job done"].append(time.monotonic() - began_s)
+                latest = {name: round(taken[-1], 2) for name, taken in seconds.items()}
+                print(f"kill {number + 1}: {latest}", file=sys.stderr)
+            while any(job["state"] in ("queued", "running") for job in await _jobs(client, service)):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+            answers = [job["result"]["answer"] for job in await _jobs(client, service)]
+            ended = await _ended(client, service)
+        service.process.terminate()
+        await service.process.wait()
+    print(json.dumps({name: spread(taken) for name, taken in seconds.items()}, indent=2, default=str))
+    print(
+        json.dumps(
+            {
+                "accepted": len(accepted),
+                "right": answers.count("17"),
+                "ended more than once": len(ended) - len(set(ended)),
+            }
+        )
+    )
+
+
+class _Serve:
+    """`troupe serve` in a process of its own."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self.url = ""
+        self.listening_s = 0.0
+
+    async def start(self) -> "_Serve":
+        """Start it, and wait until it is ready."""
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "runtime.cli.main", "serve", "--port", "0", "--json", "--config", "team.yaml"),
+            cwd=self._folder,
+            env={**os.environ, "TROUPE_HOME": self._folder, "HF_HUB_OFFLINE": "1"},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            event = json.loads(line)
+            if event["event"] == "listening":
+                self.url, self.listening_s = event["url"], time.monotonic()
+            if event["event"] == "ready":
+                return self
+        raise RuntimeError("the service ended before it was ready")
+
+
+async def _jobs(client: httpx.AsyncClient, service: _Serve) -> list[dict[str, Any]]:
+    jobs: list[dict[str, Any]] = (await client.get(f"{service.url}/jobs", params={"limit": 1000})).json()["jobs"]
+    return jobs
+
+
+async def _ended(client: httpx.AsyncClient, service: _Serve) -> list[str]:
+    """Return the jobs that have ended, once for each event that says so."""
+    last = (await client.post(f"{service.url}/jobs", json={"problem": "1+1"})).json()["id"]
+    ended = []
+    async with client.stream("GET", f"{service.url}/events", params={"after": 0}) as response:
+        async for line in response.aiter_lines():
+            event = json.loads(line[6:]) if line.startswith("data: ") else {}
+            if event.get("kind") == "done":
+                if event["job"] == last:
+                    break
+                ended.append(event["job"])
+    return ended
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["calls", "losses"])
+    parser.add_argument("what", choices=["calls", "losses", "heads"])
     parser.add_argument("--times", type=int, default=20, help="how often each loss is repeated")
     arguments = parser.parse_args()
     logs.log_to(Path(tempfile.mkdtemp(prefix="measure-cluster-")))
-    await (calls() if arguments.what == "calls" else losses(arguments.times))
+    match arguments.what:
+        case "calls":
+            await calls()
+        case "losses":
+            await losses(arguments.times)
+        case "heads":
+            await heads(arguments.times)
 
 
 if __name__ == "__main__":

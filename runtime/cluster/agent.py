@@ -48,13 +48,16 @@ UNFINISHED = "unfinished"
 class Agent:
     """The agent of one node, or of a part of its devices.
 
-    `on_orphaned` is called when it has ended because no head came. `start` starts the engines of a plan.
+    `on_orphaned` is called when it has ended because no head came. `start` starts the engines of a plan. At `host`, it
+    holds a connection of the head, which closes when its process ends, however it ends.
     """
 
     def __init__(
         self, name: str, on_orphaned: Callable[[], None] = lambda: None, start: StartEngines | None = None
     ) -> None:
         self.name = name
+        self.host: str | None = None
+        self._holding: asyncio.Server | None = None
         self._start_engines = start or start_engines
         self._on_orphaned = on_orphaned
         self._attachment: Attachment | None = None
@@ -101,6 +104,9 @@ class Agent:
             self._end(last, f"node {self.name} serves another head now, {head}")
         self._epoch += 1
         self._attachment = Attachment(self._epoch, head, self._obey)
+        if self._holding is None and self.host is not None:
+            self._holding = await asyncio.start_server(_hold, self.host, 0)
+        pulse = None if self._holding is None else self._holding.sockets[0].getsockname()[:2]
         plan = self._plan
         return Attached(
             self._epoch,
@@ -108,6 +114,7 @@ class Agent:
             version("troupe-llm"),
             fingerprint=(plan.common.fingerprint if self._started else UNFINISHED) if plan else None,
             measured=measured(self._fleets) if self._started else {},
+            pulse=pulse,
         ).to_json()
 
     async def gpus(self) -> list[int]:
@@ -172,6 +179,8 @@ class Agent:
             self._end(self._attachment, f"the agent of node {self.name} is ending")
         for task in self._tasks:
             task.cancel()
+        if self._holding is not None:
+            self._holding.close()
         await self._owned.aclose()
 
     def _say(self, item: wire.FromAgent) -> None:
@@ -346,6 +355,15 @@ async def start_engines(node: str, plan: Plan, owned: AsyncExitStack, on_state: 
     launcher = owned.enter_context(Launcher(processes, folder))
     start = Start(folder, on_state, common.memory_bytes, common.kv_cache_bytes, common.host_bytes, common.may_sleep)
     return await start_placed(owned, launcher, start, plan.devices, plan.placed, plan.absent)
+
+
+async def _hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Hold a connection until the other side closes it. Nothing that it sends is kept."""
+    try:
+        while await reader.read(1024):
+            pass
+    finally:
+        writer.close()
 
 
 class _Reporter:

@@ -1,8 +1,10 @@
 """The head's connection to one agent: its calls, and whether the agent is lost."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Protocol
@@ -13,6 +15,8 @@ from runtime.engines.request import Chunk
 from runtime.errors import Death, EngineDead, EngineError, TroupeError
 
 LOOK_S = 0.1
+PULSE_S = 1.0
+"""Timeout of the connection that shows that an agent's process lives, in seconds."""
 EXPECT_S = 0.25
 """Seconds between two heartbeats of the head, at most."""
 
@@ -60,6 +64,7 @@ class Link:
         self._pending: list[wire.ToAgent] = []
         self._numbers = count()
         self._calls: dict[int, asyncio.Queue[Chunk | wire.Failure | None]] = {}
+        self._pulse: tuple[str, int] | None = None
         self._heard_s = 0.0
         self._lost_s: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -70,6 +75,7 @@ class Link:
         self.loss.clear()
         attached = Attached.from_json(await agent.attach(head, wire.VERSION))
         self._agent, self._epoch, self._sent, self._pending = agent, attached.epoch, 0, []
+        self._pulse = attached.pulse
         return attached
 
     def begin(self, lost_s: float | None) -> None:
@@ -83,6 +89,7 @@ class Link:
             self._tasks = [
                 asyncio.create_task(self._read(), name=f"read from {self.node}"),
                 asyncio.create_task(self._watch(), name=f"watch {self.node}"),
+                asyncio.create_task(self._feel_pulse(), name=f"pulse of {self.node}"),
             ]
         if lost_s is not None:
             self.lost = None
@@ -190,6 +197,23 @@ class Link:
                     answers.put_nowait(message.failure)
             case _:
                 self._on_message(message)
+
+    async def _feel_pulse(self) -> None:
+        """Notice at once that the agent's process has ended: its connection closes. Without one, the beat tells."""
+        if self._pulse is None:
+            return
+        try:
+            async with asyncio.timeout(PULSE_S):
+                reader, writer = await asyncio.open_connection(*self._pulse)
+        except (OSError, TimeoutError) as error:  # a firewall is between them
+            logging.getLogger(__name__).info("node %s can be watched by its beat only: %s", self.node, error)
+            return
+        try:
+            with suppress(OSError):
+                await reader.read()
+            self._lose("its process has ended")
+        finally:
+            writer.close()
 
     async def _watch(self) -> None:
         told_s = looked_s = asyncio.get_running_loop().time()

@@ -110,12 +110,14 @@ class Attached:
     - `version`: the version of the messages; `troupe`: that of Troupe.
     - `fingerprint`: of what it runs; None if it runs nothing yet.
     - `measured`: what it knows about the engines.
+    - `pulse`: the address at which it holds a connection for as long as its process lives, or None.
     """
 
     epoch: int
     version: int
     troupe: str
     fingerprint: str | None = None
+    pulse: tuple[str, int] | None = None
     measured: Mapping[str, Measured] = field(default_factory=dict)
 
     def to_json(self) -> bytes:

@@ -189,6 +189,7 @@ class _RayAgent:
 
     async def attach(self, head: str, wire_version: int) -> bytes:
         self._alone.cancel()
+        self._agent.host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return await self._agent.attach(head, wire_version)
 
     async def gpus(self) -> list[int]:
