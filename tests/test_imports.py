@@ -230,7 +230,7 @@ def test_offences_are_found(path: str, source: str, wrong: list[str]) -> None:
 
 
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
-    heavy = {"mcp", "numpy", "opentelemetry", "torch", "transformers", "vllm"}
-    code = f"import sys, runtime.cli.main; print(sorted({heavy} & set(sys.modules)))"
+    heavy = {"mcp", "numpy", "opentelemetry", "ray", "torch", "transformers", "vllm"}
+    code = f"import sys, runtime.cli.main, runtime.cli.serve; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import Any, Self, TypeVar
 
 import ray
+from ray._private import worker
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -74,6 +75,7 @@ class RayNodes:
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of outboxes that end when this head goes
         self._check_reachable()
+        worker.print_to_stdstream = _log  # what Ray says about lost nodes would mix with a command's output
         local = self._cluster.address == "local"
         if local:  # nothing of a cluster on this machine alone may listen beyond it
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -268,6 +270,11 @@ def _translated(error: RayError) -> Exception:
     if not isinstance(error, RayTaskError):
         return Unreachable(_first_line(error))
     return error.cause if isinstance(error.cause, TroupeError) else EngineError(_first_line(error.cause))
+
+
+def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    del ignore_prefix
+    logging.getLogger("ray").warning("%s: %s", data.get("pid"), "\n".join(map(str, data["lines"])))
 
 
 def _is_loopback(address: str) -> bool:

@@ -78,11 +78,15 @@ async def test_a_killed_agent_is_replaced(running: RunningTeam, machines: Machin
     assert machines.agents("a") != [agent]
 
 
-async def test_a_killed_node_is_replaced_by_one_with_its_name(running: RunningTeam, machines: Machines) -> None:
+async def test_a_killed_node_is_replaced_by_one_with_its_name(
+    running: RunningTeam, machines: Machines, capfd: pytest.CaptureFixture[str]
+) -> None:
     await lose(running, partial(machines.send, "a", signal.SIGKILL))
     machines.forget("a")
     machines.add("a")
     await until(lambda: running.engines["solver@a:0"].is_ready)
+    await asyncio.sleep(10)  # by then Ray knows, too
+    assert "raylet" not in "".join(capfd.readouterr())  # a command's output is for its reader
 
 
 async def test_a_frozen_node_rejoins_with_its_engines(running: RunningTeam, machines: Machines) -> None:
