@@ -208,12 +208,13 @@ async def _until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 async def heads(times: int) -> None:
     """Kill the service while it works on jobs, and start it again. Its agent keeps the engines."""
-    seconds: dict[str, list[float]] = {"listening": [], "ready": [], "first resumed job done": []}
+    seconds: dict[str, list[float]] = {"listening": [], "first resumed job done": [], "ready": []}
     accepted: set[str] = set()
     with Machines("a") as machines, tempfile.TemporaryDirectory() as folder:
         config = {"extends": "embedded", "cluster": {"address": machines.address, "nodes_with": NODE}}
         await asyncio.to_thread(Path(folder, "team.yaml").write_text, json.dumps(config))
-        service = await _Serve(folder).start()
+        service = await _Serve(folder).listen()
+        await service.until_ready()
         async with httpx.AsyncClient(timeout=120) as client:
             for number in range(times):
                 posts = [client.post(f"{service.url}/jobs", json={"problem": PROBLEM}) for _ in range(30)]
@@ -222,12 +223,13 @@ async def heads(times: int) -> None:
                 service.process.kill()
                 await service.process.wait()
                 began_s = time.monotonic()
-                service = await _Serve(folder).start()
-                seconds["listening"].append(service.listening_s - began_s)
-                seconds["ready"].append(time.monotonic() - began_s)
+                service = await _Serve(folder).listen()
+                seconds["listening"].append(time.monotonic() - began_s)
                 while not any(job["state"] == "done" for job in (await _jobs(client, service)) if job["id"] in new):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
                 seconds["first resumed job done"].append(time.monotonic() - began_s)
+                await service.until_ready()
+                seconds["ready"].append(time.monotonic() - began_s)
                 latest = {name: round(taken[-1], 2) for name, taken in seconds.items()}
                 print(f"kill {number + 1}: {latest}", file=sys.stderr)
             while any(job["state"] in ("queued", "running") for job in await _jobs(client, service)):  # noqa: ASYNC110
@@ -254,24 +256,29 @@ class _Serve:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self.url = ""
-        self.listening_s = 0.0
 
-    async def start(self) -> "_Serve":
-        """Start it, and wait until it is ready."""
+    async def listen(self) -> "_Serve":
+        """Start it, and wait until it listens."""
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "runtime.cli.main", "serve", "--port", "0", "--json", "--config", "team.yaml"),
             cwd=self._folder,
             env={**os.environ, "TROUPE_HOME": self._folder, "HF_HUB_OFFLINE": "1"},
             stdout=asyncio.subprocess.PIPE,
         )
+        self.url = (await self._event("listening"))["url"]
+        return self
+
+    async def until_ready(self) -> None:
+        """Wait until it is ready."""
+        await self._event("ready")
+
+    async def _event(self, name: str) -> dict[str, Any]:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
-            event = json.loads(line)
-            if event["event"] == "listening":
-                self.url, self.listening_s = event["url"], time.monotonic()
-            if event["event"] == "ready":
-                return self
-        raise RuntimeError("the service ended before it was ready")
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == name:
+                return event
+        raise RuntimeError(f"the service ended before it was {name}")
 
 
 async def _jobs(client: httpx.AsyncClient, service: _Serve) -> list[dict[str, Any]]:

@@ -63,6 +63,7 @@ class RayNodes:
             self._temporary = owned.enter_context(temp_folder.folder(SESSION_BYTES))
             owned.callback(ray.shutdown)
             await asyncio.to_thread(self._connect)
+            _take_signals_back()
             self._check_open()
             self._owned = owned.pop_all()
         return self
@@ -270,6 +271,12 @@ def _translated(error: RayError) -> Exception:
     if not isinstance(error, RayTaskError):
         return Unreachable(_first_line(error))
     return error.cause if isinstance(error.cause, TroupeError) else EngineError(_first_line(error.cause))
+
+
+def _take_signals_back() -> None:
+    """Install this process's handler of SIGTERM again, which Ray has replaced by one that prints a stack."""
+    if threading.current_thread() is threading.main_thread() and (handler := signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
