@@ -210,7 +210,7 @@ def _placement(count: int, rng: random.Random) -> PlacementView:
     return PlacementView(replicas, engines, dict.fromkeys(names, DeviceLoad(10, 60.0, 60.0)))
 
 
-TURNS, CONVERSATIONS, TURN_WORDS, REPLY_TOKENS = 6, 6, 120, 16
+TURNS, CONVERSATIONS, TURN_WORDS, REPLY_TOKENS = 6, 6, 80, 16
 
 
 def measure_sessions(options: argparse.Namespace) -> dict[str, Any]:
