@@ -10,19 +10,21 @@ from typing import Any, Self
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Ray reads these when it is imported, or when a node starts.
+# Nodes read these when they start.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # whatever its name says: all nodes are on 127.0.0.1
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 import psutil
+from ray._private import ray_constants
 from ray.cluster_utils import Cluster as RayCluster
 
 from runtime import config
 from runtime.config import Cluster, Config
 from runtime.engines.spec import ReplicaRange
+
+ray_constants.ENABLE_RAY_CLUSTER = False  # the same for this process, which may have imported Ray before
 
 SMALL: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
 NODE = "troupe-node"

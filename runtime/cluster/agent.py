@@ -12,8 +12,8 @@ a head.
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from runtime.telemetry.sampler import Sampler, best_source
 BEAT_S = 0.1
 HELD_UP_S = 3 * BEAT_S
 """If the agent looks later than after this time, its event loop was blocked."""
+HELD_MOST = 16
+"""The most connections that an agent holds. It closes others at once."""
 NOTHING = wire.Expected({}, {}, {}, {}, {}, {})
 StartEngines = Callable[[str, Plan, AsyncExitStack, OnState], Awaitable[Mapping[str, StartedFleet]]]
 """Starts the engines of a plan on a node. What it enters is left when the agent ends. See start_engines."""
@@ -58,6 +60,8 @@ class Agent:
         self.name = name
         self.host: str | None = None
         self._holding: asyncio.Server | None = None
+        self._held = 0
+        self._changing: set[asyncio.Task[None]] = set()
         self._start_engines = start or start_engines
         self._on_orphaned = on_orphaned
         self._attachment: Attachment | None = None
@@ -84,6 +88,9 @@ class Agent:
                 f"node {self.name} has version {version('troupe-llm')} of Troupe, whose messages have version "
                 f"{wire.VERSION}; the head's have version {wire_version}; install the same Troupe on both"
             )
+        if self._holding is None and self.host is not None:
+            with suppress(OSError):  # the address is not one of this machine's; the beat shows that the agent lives
+                self._holding = await asyncio.start_server(self._hold, self.host, 0)
         if self._closing:
             raise Refused(f"the agent of node {self.name} is ending")
         now_s = asyncio.get_running_loop().time()
@@ -104,8 +111,6 @@ class Agent:
             self._end(last, f"node {self.name} serves another head now, {head}")
         self._epoch += 1
         self._attachment = Attachment(self._epoch, head, self._obey)
-        if self._holding is None and self.host is not None:
-            self._holding = await asyncio.start_server(_hold, self.host, 0)
         pulse = None if self._holding is None else self._holding.sockets[0].getsockname()[:2]
         plan = self._plan
         return Attached(
@@ -177,11 +182,28 @@ class Agent:
         self._closing = True
         if self._attachment is not None:
             self._end(self._attachment, f"the agent of node {self.name} is ending")
-        for task in self._tasks:
-            task.cancel()
+        ending = [*self._tasks, *self._changing]
+        for task in ending:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if self._changing:
+            await asyncio.wait([*self._changing])
         if self._holding is not None:
             self._holding.close()
         await self._owned.aclose()
+
+    async def _hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Hold a connection until the other side closes it or sends something."""
+        try:
+            if self._held < HELD_MOST:
+                self._held += 1
+                try:
+                    with suppress(OSError):
+                        await reader.read(1)
+                finally:
+                    self._held -= 1
+        finally:
+            writer.close()
 
     def _say(self, item: wire.FromAgent) -> None:
         if self._attachment is not None:
@@ -202,10 +224,9 @@ class Agent:
             case wire.UntilReady():
                 attachment.begin(message.number, self._until_ready(message.replica))
             case wire.Add():
-                # A start that was cancelled midway would leave memory claimed.
-                attachment.begin(message.number, self._add(message.replica), ends_with_head=False)
+                self._change_replicas(attachment, message.number, self._add(message.replica))
             case wire.Remove():
-                attachment.begin(message.number, self._remove(message.replica), ends_with_head=False)
+                self._change_replicas(attachment, message.number, self._remove(message.replica))
             case wire.Abort():
                 attachment.abort(message.number)
             case wire.Expect():
@@ -240,6 +261,12 @@ class Agent:
             if replica in device.engines:
                 return device
         raise EngineDead(f"node {self.name} has no engine {replica}", Death.KILLED)
+
+    def _change_replicas(self, attachment: Attachment, number: int, work: Coroutine[None, None, None]) -> None:
+        """Begin a call that runs to its end, because a start that is cancelled midway would leave memory claimed."""
+        task = attachment.begin(number, work, ends_with_head=False)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
 
     async def _add(self, replica: str) -> None:
         await self._device_of(replica).add(replica)
@@ -357,15 +384,6 @@ async def start_engines(node: str, plan: Plan, owned: AsyncExitStack, on_state: 
     return await start_placed(owned, launcher, start, plan.devices, plan.placed, plan.absent)
 
 
-async def _hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Hold a connection until the other side closes it. Nothing that it sends is kept."""
-    try:
-        while await reader.read(1024):
-            pass
-    finally:
-        writer.close()
-
-
 class _Reporter:
     """Says that a replica's process has died."""
 
@@ -379,7 +397,7 @@ class _Reporter:
 
 def _engine_report(engine: EngineHandle, silent: bool) -> wire.EngineReport:
     try:
-        return wire.EngineReport(engine.stats(), engine.limits, engine.asleep_bytes, silent)
+        return wire.EngineReport(engine.stats(), engine.limits, engine.asleep_bytes, silent, engine.is_ready)
     except EngineError:  # it has not started
         return wire.EngineReport(engine.stats(), None)
 

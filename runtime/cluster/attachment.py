@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 from runtime.cluster import wire
-from runtime.errors import EngineError
+from runtime.errors import Death, EngineDead, EngineError
 
 OUTBOX_ITEMS = 10_000
 """The outbox ends after so many items, because Ray keeps a little of each. The head opens it again."""
@@ -68,18 +68,17 @@ class Attachment:
                 except Exception:
                     logging.getLogger(__name__).exception("%s cannot be carried out", type(message).__name__)
 
-    def begin(self, number: int, work: Coroutine[None, None, None], ends_with_head: bool = True) -> None:
-        """Work a call and say how it ended. It is cancelled at the attachment's end only if it `ends_with_head`."""
+    def begin(self, number: int, work: Coroutine[None, None, None], ends_with_head: bool = True) -> asyncio.Task[None]:
+        """Work a call, and say how it ended. With `ends_with_head`, the end of the attachment cancels it."""
         task = asyncio.create_task(work)
         if ends_with_head:
             self._calls[number] = task
         task.add_done_callback(lambda task: self._ended(number, task))
+        return task
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
         self._calls.pop(number, None)
-        if task.cancelled():
-            return
-        error = task.exception()
+        error = EngineDead("the call was cancelled", Death.KILLED) if task.cancelled() else task.exception()
         self.say(wire.Ended(number, wire.failure_of(error) if isinstance(error, Exception) else None))
 
     def abort(self, number: int) -> None:

@@ -186,10 +186,11 @@ class Cluster:
                 wait.cancel()
         if not member.reported.is_set():
             raise NodeUnreachable(member.node, member.link.lost or "it reports nothing")
-        for name in member.devices - set(member.reports):
-            self.devices[name].lose(gone=True)
-        for name in member.devices & set(member.reports):
-            self.devices[name].controller.begin()
+        for name in member.devices & set(self.devices):
+            if name in member.reports:
+                self.devices[name].controller.begin()
+            else:
+                self.devices[name].lose(gone=True)
         member.devices |= set(member.reports)
         return [
             RemoteDevice(name, member.link, report)
@@ -264,7 +265,9 @@ class Cluster:
                 self.devices[device.name] = device
                 if self.on_device is not None:
                     await self.on_device(device)
-        except TroupeError as error:
+        except Exception as error:
+            if not isinstance(error, TroupeError):
+                logging.getLogger(__name__).exception("node %s cannot be attached", node.name)
             member.link.drop()
             member.failed()
             if (text := str(error)) != member.complaint:

@@ -16,7 +16,7 @@ from runtime.errors import Death, EngineDead, EngineError, TroupeError
 
 LOOK_S = 0.1
 PULSE_S = 1.0
-"""Timeout of the connection that shows that an agent's process lives, in seconds."""
+"""Seconds to wait while connecting to an agent's pulse."""
 EXPECT_S = 0.25
 """Seconds between two heartbeats of the head, at most."""
 
@@ -48,7 +48,7 @@ class Link:
 
     `on_message` takes everything that concerns no call. `on_loss` is called when the agent is lost: its process has
     ended, or it has been silent for `lost_s`. `lost` then says why; it is None if the agent is not lost. `loss` is set
-    once the agent of the latest attachment has been lost.
+    when the agent is lost, and cleared by the next `attach`.
     """
 
     def __init__(self, node: str, on_message: Callable[[wire.FromAgent], None], on_loss: Callable[[], None]) -> None:
@@ -91,7 +91,7 @@ class Link:
                 asyncio.create_task(self._watch(), name=f"watch {self.node}"),
                 asyncio.create_task(self._feel_pulse(), name=f"pulse of {self.node}"),
             ]
-        if lost_s is not None:
+        if lost_s is not None and not self.loss.is_set():
             self.lost = None
             self._found.set()
 
@@ -210,10 +210,23 @@ class Link:
             return
         try:
             with suppress(OSError):
-                await reader.read()
-            self._lose("its process has ended")
+                await reader.read(1)
         finally:
             writer.close()
+        if await self._is_refused():
+            self._lose("its process has ended")
+
+    async def _is_refused(self) -> bool:
+        """Return True if nothing listens at the pulse any more. Something between may have closed the connection."""
+        assert self._pulse is not None
+        try:
+            async with asyncio.timeout(PULSE_S):
+                _, writer = await asyncio.open_connection(*self._pulse)
+        except (OSError, TimeoutError):
+            return True
+        writer.close()
+        logging.getLogger(__name__).info("the pulse of node %s has been closed; its beat is left", self.node)
+        return False
 
     async def _watch(self) -> None:
         told_s = looked_s = asyncio.get_running_loop().time()
@@ -231,13 +244,13 @@ class Link:
                 self._send([wire.Expect({})])
 
     def _lose(self, why: str) -> None:
+        self.loss.set()
         if self.lost is not None:
             return
         self.lost = why
         self._found.clear()
         for answers in self._calls.values():
             answers.put_nowait(wire.failure_of(self._loss()))
-        self.loss.set()
         self._on_loss()
 
     def _loss(self) -> EngineError:

@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import ExitStack, suppress
@@ -12,7 +14,7 @@ from ipaddress import ip_address
 from typing import Any, Self, TypeVar
 
 import ray
-from ray._private import worker
+from ray._private import ray_constants, worker
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -24,6 +26,7 @@ from runtime.config import Config
 from runtime.engines import temp_folder
 from runtime.errors import ConfigError, EngineError, TroupeError
 
+_PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 10)"
 CALLS_AT_ONCE = 100_000
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -79,7 +82,8 @@ class RayNodes:
         worker.print_to_stdstream = _log  # what Ray says about lost nodes would mix with a command's output
         local = self._cluster.address == "local"
         if local:  # nothing of a cluster on this machine alone may listen beyond it
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            ray_constants.ENABLE_RAY_CLUSTER = False  # Ray has read the variable already
         own: dict[str, Any] = {
             "include_dashboard": False,
             "num_gpus": 0,
@@ -114,17 +118,17 @@ class RayNodes:
         )
 
     def _check_open(self) -> None:
-        """Raise ConfigError if others can reach the cluster and nobody has said that they may."""
-        if self._cluster.open or os.environ.get("RAY_AUTH_MODE") == "token":
+        """Raise ConfigError if others can reach the cluster without a token, and nobody has said that they may."""
+        addresses = [node["NodeManagerAddress"] for node in _listed()]
+        reached = next((address for address in addresses if not _is_loopback(address)), None)
+        if reached is None or self._cluster.open:
             return
-        for node in _listed():
-            address = node["NodeManagerAddress"]
-            if not _is_loopback(address):
-                raise ConfigError(
-                    f"{self._config.source}: cluster: the Ray cluster listens at {address} and asks for no token, so "
-                    "that whoever can reach it can run code; set RAY_AUTH_MODE=token on every node and here, or "
-                    "cluster.open to true if the network is yours alone"
-                )
+        if self._cluster.address == "local" or not _asks_for_token(ray.get_runtime_context().gcs_address):
+            raise ConfigError(
+                f"{self._config.source}: cluster: the Ray cluster listens at {reached} and asks for no token, so that "
+                "whoever can reach it can run code; start every node with RAY_AUTH_MODE=token, or set cluster.open to "
+                "true if the network is yours alone"
+            )
 
     async def alive(self) -> list[Node]:
         """Return the nodes that can run an agent, without those of which another one has the name."""
@@ -177,7 +181,7 @@ class RayNodes:
                 self._cluster.orphan_s,
             )
         except (RayError, ValueError) as error:
-            raise EngineError(f"the agent of node {node.name} cannot be started: {_first_line(error)}") from None
+            raise Unreachable(f"its agent cannot be started: {_first_line(error)}") from None
         return _Handle(actor)
 
 
@@ -191,9 +195,10 @@ class _RayAgent:
         self._alone.start()
 
     async def attach(self, head: str, wire_version: int) -> bytes:
-        self._alone.cancel()
         self._agent.host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return await self._agent.attach(head, wire_version)
+        attached = await self._agent.attach(head, wire_version)
+        self._alone.cancel()
+        return attached
 
     async def gpus(self) -> list[int]:
         return await self._agent.gpus()
@@ -271,6 +276,16 @@ def _translated(error: RayError) -> Exception:
     if not isinstance(error, RayTaskError):
         return Unreachable(_first_line(error))
     return error.cause if isinstance(error.cause, TroupeError) else EngineError(_first_line(error.cause))
+
+
+def _asks_for_token(address: str) -> bool:
+    """Return True if the cluster refuses a client without a token. This process may have one, so another one asks."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", _PROBE, address]
+    asked = subprocess.run(
+        command, env=environment | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
+    )
+    return asked.returncode != 0 and "token" in asked.stderr.lower()
 
 
 def _take_signals_back() -> None:

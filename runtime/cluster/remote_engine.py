@@ -42,6 +42,7 @@ class RemoteEngine(EngineHandle):
     def update(self, report: wire.EngineReport) -> None:
         """Take the figures of a report."""
         self._report = report
+        self._recalled = False
         if report.limits is not None:
             self.usage.hold(self.held_bytes, _HELD.get(report.stats.state, Held.ASLEEP))
 
@@ -61,12 +62,12 @@ class RemoteEngine(EngineHandle):
 
     def enter(self, state: EngineState) -> None:
         """Note a state that the replica has entered since the latest report."""
-        self._recalled = False
         self._report = wire.EngineReport(
             replace(self._report.stats, state=state),
             self._report.limits,
             self._report.asleep_bytes,
             self._report.silent,
+            state is EngineState.READY,
         )
 
     @property
@@ -86,14 +87,14 @@ class RemoteEngine(EngineHandle):
                 async for chunk in chunks:
                     yield chunk
         except Recalled:
-            self._recalled = True  # until its agent says that it is ready
+            self._recalled = True  # until its agent reports again
             raise
         finally:
             self._sent -= 1
 
     @property
     def is_ready(self) -> bool:
-        return self.state is EngineState.READY and not self._recalled
+        return self.state is EngineState.READY and self._report.ready and not self._recalled
 
     async def until_ready(self) -> None:
         self._on_wait()
@@ -110,6 +111,7 @@ class RemoteEngine(EngineHandle):
                 if self._link.lost is None:
                     raise
             else:
+                self.enter(EngineState.READY)
                 self._recalled = False
                 return
 

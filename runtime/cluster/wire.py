@@ -168,6 +168,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     limits: EngineLimits | None
     asleep_bytes: int = 0
     silent: bool = False
+    ready: bool = False
 
 
 class ControlCounts(msgspec.Struct, frozen=True):

@@ -91,6 +91,8 @@ class Rebalancer:
         """Look at all devices that are not lost. Leave out the engines whose replicas are changing."""
         replicas, absent = [], set()
         present = {name: device for name, device in self._devices.items() if not device.lost}
+        for name in [name for name in self._called_s if device_of(name) not in present]:
+            del self._called_s[name]  # its time without requests begins anew
         for device in present.values():
             for name, engine in device.engines.items():
                 may_change = now_s >= self._refused_until_s.get(name, 0)

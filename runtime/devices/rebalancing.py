@@ -3,7 +3,7 @@
 It is pure: the same view gives the same actions. It remembers nothing: for how long a state has lasted is in the view.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,7 +122,8 @@ def decide(view: PlacementView) -> list[Action]:
     time, and each device takes part in one action. An engine with fewer replicas than its least gets one, and one with
     more than its most loses one, as after an action of which one half has failed.
     """
-    actions = _idle(view) + _surplus(view) + _missing(view)
+    actions = _idle(view)
+    actions += _surplus(view, {action.remove for action in actions}) + _missing(view)
     grown = {action.add[0] for action in actions if action.add}
     taken = {action.add[1] for action in actions if action.add} | {n for n, d in view.devices.items() if d.changing}
     on_device: dict[str, list[ReplicaView]] = {name: [] for name in view.devices}
@@ -158,10 +159,13 @@ def _idle(view: PlacementView) -> list[Action]:
     return actions
 
 
-def _surplus(view: PlacementView) -> list[Action]:
-    """Return the removal of the least busy replica of each engine that has too many."""
+def _surplus(view: PlacementView, removed: Collection[str | None]) -> list[Action]:
+    """Return the removal of the least busy replica of each engine that has too many and loses none already."""
     actions = []
+    leaving = {replica.engine for replica in view.replicas if replica.name in removed}
     for engine, bounds in view.engines.items():
+        if engine in leaving:
+            continue
         replicas = [each for each in view.replicas if each.engine == engine and each.can_be_removed]
         if view.count.get(engine, 0) > bounds.most and replicas:
             least_busy = min(replicas, key=lambda replica: replica.in_flight)

@@ -1,7 +1,12 @@
 """The commands on a Ray cluster with real engines."""
 
+import contextlib
 import json
+import re
 import signal
+import socket
+import subprocess
+import sys
 
 import httpx
 import psutil
@@ -32,6 +37,49 @@ def test_solve_on_a_local_cluster_leaves_nothing_behind(troupe: Command) -> None
     assert solved.returncode == 0, solved.stderr
     assert json.loads(solved.stdout.splitlines()[-1])["answer"] == "17"
     troupe.nothing_left()
+
+
+def test_a_local_cluster_listens_on_localhost_only(troupe: Command) -> None:
+    (troupe.folder / "local.yaml").write_text("extends: embedded\ncluster: {address: local}\n")
+    for name in [name for name in troupe.environment if name.startswith("RAY_")]:  # as a user's shell
+        del troupe.environment[name]
+    service = Service(troupe, "--config", "local.yaml")
+    reached = set()
+    for process in troupe.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            reached |= {each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(LONG_S) == 0
+    assert reached <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, reached
+    troupe.nothing_left()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_open_cluster_is_refused_whatever_this_process_has(troupe: Command, asks: bool) -> None:
+    mode = {"RAY_AUTH_MODE": "token" if asks else "disabled", "RAY_AUTH_TOKEN": "a" * 32}
+    troupe.environment |= mode | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_TMPDIR": "/tmp"}
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [*ray, "start", "--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=1", "--block"]
+    head = subprocess.Popen(
+        [*start, "--object-store-memory=80000000"], env=troupe.environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert head.stdout is not None
+        address = next(found.group(1) for line in head.stdout if (found := re.search(r"--address='([^']+)'", line)))
+        troupe.environment |= {"RAY_AUTH_MODE": "token"}
+        (troupe.folder / "team.yaml").write_text(f"extends: embedded\ncluster: {{address: '{address}'}}\n")
+        solved = troupe.run("solve", PROBLEM, "--config", "team.yaml")
+        if asks:
+            assert solved.returncode == 0, solved.stderr
+        else:
+            assert solved.returncode == 2
+            assert "asks for no token" in solved.stderr
+    finally:
+        head.terminate()
+        head.wait(LONG_S)
 
 
 def test_a_service_that_was_killed_takes_its_engines_over(troupe: Command) -> None:

@@ -118,3 +118,11 @@ def test_engines_that_lost_their_replicas_go_to_devices_with_room_for_all_of_the
     devices = {"0": DeviceLoad(1000), "1": DeviceLoad(700), "2": DeviceLoad(5000, changing=True)}
     added = [action.add for action in decide(PlacementView([], engines, devices))]
     assert added == [("planner", "0"), ("solver", "1")]  # the critic waits for room
+
+
+def test_an_engine_with_too_many_replicas_loses_one_at_a_time() -> None:
+    bounds = EngineRange(least=2, most=2, needed_bytes=400, start_s=10, devices=frozenset())
+    three = [replica("solver@0", 5), replica("solver@1", 0, IDLE_S), replica("solver@2", 3)]
+    devices = dict.fromkeys("012", LASTED)
+    (action,) = decide(PlacementView(three, {"solver": bounds}, devices))
+    assert action.remove == "solver@1"
