@@ -387,12 +387,12 @@ class Cluster(Section):
         default=1.0,
         ge=0.3,
         le=60,
-        description="A node that has said nothing for so many seconds counts as lost; others continue its replies.",
+        description="A node counts as lost after this many seconds of silence. Other replicas continue its replies.",
     )
     orphan_s: float = Field(
         default=300.0,
         ge=1,
-        description="After the end of the service without a shutdown, agents keep their engines for so many seconds. "
+        description="If the service dies without a shutdown, agents keep their engines for this many seconds. "
         "A service that starts meanwhile takes them over.",
     )
     open: bool = Field(

@@ -1,10 +1,12 @@
 """Measure a cluster of Ray nodes on this machine, over modelled engines. The figures are in runtime/cluster/README.md.
 
     python scripts/measure_cluster.py calls              what a call through an agent costs, beside one in this process
-    python scripts/measure_cluster.py losses [--times N] how soon replies go on after the loss of an agent, or of a node
+    python scripts/measure_cluster.py front              what a token costs the process that accepts requests
+    python scripts/measure_cluster.py losses [--times N] how soon replies resume after an agent or a node is lost
     python scripts/measure_cluster.py heads [--times N]  how soon a new head serves after kill -9 of the old one
 
-`losses` also checks that every reply is whole. `heads` runs real engines, and checks that every job is done once.
+`losses` also checks that every reply is whole. `front` and `heads` run real engines, and `heads` checks that every job
+is done once.
 """
 
 import argparse
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from agents.role import Message
 from runtime import logs
 from runtime.assembly import RunningTeam, start_team
-from runtime.cluster.agent import MakeAgent
+from runtime.cluster.agent import Agent, MakeAgent
 from runtime.config import Config
 from runtime.engines.replicas import device_of
 from runtime.engines.request import GenerateRequest
@@ -141,6 +143,35 @@ def _quantile(values: list[float], q: float) -> float:
     return sorted(values)[int(q * (len(values) - 1))]
 
 
+async def front(repeats: int) -> None:
+    """Compare the processor time of a token in the front process, with engines of its own and behind an agent."""
+    behind = on_cluster("local")
+    device = behind.device.model_copy(update={"memory_bytes": 2 << 30})
+    own = behind.model_copy(update={"cluster": None, "device": device})
+    microseconds: dict[str, list[float]] = {}
+    for name, config in (("own engines", own), ("behind an agent", behind.model_copy(update={"device": device}))):
+        async with team_on(config, Agent) as running:
+            await _generated(running)
+            for _ in range(repeats):
+                began_s = time.process_time()
+                tokens = await _generated(running)
+                microseconds.setdefault(name, []).append((time.process_time() - began_s) * 1e6 / tokens)
+                print(f"{name}: {microseconds[name][-1]:.1f} us a token, {tokens} tokens", file=sys.stderr)
+    print(json.dumps({f"{name}, us a token": spread(taken) for name, taken in microseconds.items()}, indent=2))
+
+
+async def _generated(running: RunningTeam) -> int:
+    """Stream 640 replies of 100 tokens, 32 at a time, each token in a chunk. Return the number of tokens."""
+
+    async def one(number: int) -> int:
+        request = GenerateRequest(
+            str(number), (Message("user", "12+7"),), 0.0, 1.0, 100, sampling_params={"ignore_eos": True}
+        )
+        return len([chunk async for chunk in running.generate("solver", request)])
+
+    return sum([sum(await asyncio.gather(*(one(number) for number in range(32)))) for _ in range(20)])
+
+
 async def losses(times: int) -> None:
     """Kill and freeze agents and nodes while replies are streamed."""
     resumed_s: dict[str, list[float]] = {"agent killed": [], "node killed": [], "node frozen": []}
@@ -155,7 +186,7 @@ async def losses(times: int) -> None:
 
 
 async def _loss(machines: Machines, running: RunningTeam, kind: str, name: str) -> float:
-    """Lose a node under 32 replies. Return the seconds until the first reply of it goes on elsewhere."""
+    """Lose a node under 32 replies. Return the seconds until the first of its replies resumes elsewhere."""
     await _until(lambda: all(len(_serving(running, node)) == 1 for node in "ab"))
     victim = running.engines["solver@a:0"]
     began_s = 0.0
@@ -302,13 +333,15 @@ async def _ended(client: httpx.AsyncClient, service: _Serve) -> list[str]:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["calls", "losses", "heads"])
+    parser.add_argument("what", choices=["calls", "front", "losses", "heads"])
     parser.add_argument("--times", type=int, default=20, help="how often each loss is repeated")
     arguments = parser.parse_args()
     logs.log_to(Path(tempfile.mkdtemp(prefix="measure-cluster-")))
     match arguments.what:
         case "calls":
             await calls()
+        case "front":
+            await front(5)
         case "losses":
             await losses(arguments.times)
         case "heads":

@@ -37,12 +37,12 @@ from runtime.telemetry.sampler import Sampler, best_source
 
 BEAT_S = 0.1
 HELD_UP_S = 3 * BEAT_S
-"""If the agent looks later than after this time, its event loop was blocked."""
+"""Seconds between two looks at the head after which the agent's event loop counts as blocked."""
 HELD_MOST = 16
 """The most connections that an agent holds. It closes others at once."""
 NOTHING = wire.Expected({}, {}, {}, {}, {}, {})
 StartEngines = Callable[[str, Plan, AsyncExitStack, OnState], Awaitable[Mapping[str, StartedFleet]]]
-"""Starts the engines of a plan on a node. What it enters is left when the agent ends. See start_engines."""
+"""Starts the engines of a plan on a node. The agent closes the stack when it ends. See start_engines."""
 UNFINISHED = "unfinished"
 """The fingerprint of an agent whose head went away while the engines started."""
 
@@ -51,7 +51,7 @@ class Agent:
     """The agent of one node, or of a part of its devices.
 
     `on_orphaned` is called when it has ended because no head came. `start` starts the engines of a plan. At `host`, it
-    holds a connection of the head, which closes when its process ends, however it ends.
+    holds a connection of the head. This connection closes when the agent's process ends, even by SIGKILL.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Agent:
     async def attach(self, head: str, wire_version: int) -> bytes:
         """Serve this head from now on. Return an `Attached`.
 
-        Raises Refused if another head has been heard just now, or if it has another version.
+        Raises Refused if the agent serves another head that may be alive, or if this head has another version.
         """
         if wire_version != wire.VERSION:
             raise Refused(
@@ -165,7 +165,7 @@ class Agent:
         self._tasks.append(asyncio.create_task(self._beat(), name="beat"))
 
     async def outbox(self, epoch: int) -> AsyncIterator[bytes]:
-        """Yield what the agent has to say in an epoch: see Attachment.outbox."""
+        """Yield the agent's messages of an epoch: see Attachment.outbox."""
         attachment = self._attachment
         if attachment is None or attachment.epoch != epoch:
             raise Refused(f"node {self.name} serves another head now")
@@ -210,7 +210,7 @@ class Agent:
             self._attachment.say(item)
 
     def _end(self, attachment: Attachment, why: str) -> None:
-        """End an attachment, and expect nothing of what its head announced."""
+        """End an attachment, and drop the calls that its head expected."""
         attachment.end(why)
         for expected in self._expected.values():
             expected.push(NOTHING)
@@ -385,7 +385,7 @@ async def start_engines(node: str, plan: Plan, owned: AsyncExitStack, on_state: 
 
 
 class _Reporter:
-    """Says that a replica's process has died."""
+    """A callback that reports to the head that a replica's process has died."""
 
     def __init__(self, agent: Agent, replica: str) -> None:
         self._agent = agent

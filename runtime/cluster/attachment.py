@@ -1,4 +1,4 @@
-"""The time for which one head is attached to an agent: what it says, what is said to it, and its calls."""
+"""The attachment of one head to an agent: the messages in both directions, and the head's calls."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ class Refused(EngineError):
 class Attachment:
     """One head, from its attachment until the next one, or until it has been silent for too long.
 
-    `obey` carries a message out. Nothing is taken from the head, or said to it, after the end.
+    `obey` carries a message out. After its end, it neither takes nor sends messages.
     """
 
     def __init__(self, epoch: int, head: str, obey: "Callable[[Attachment, wire.ToAgent], None]") -> None:
@@ -40,7 +40,7 @@ class Attachment:
             self._news.set()
 
     async def outbox(self) -> AsyncIterator[bytes]:
-        """Yield what there is to say, as it comes. Ends after OUTBOX_ITEMS. Raises Refused at the attachment's end."""
+        """Yield batches of messages for the head. Ends after OUTBOX_ITEMS. Raises Refused at the attachment's end."""
         for _ in range(OUTBOX_ITEMS):
             await self._news.wait()
             if self.over is not None:
@@ -69,7 +69,7 @@ class Attachment:
                     logging.getLogger(__name__).exception("%s cannot be carried out", type(message).__name__)
 
     def begin(self, number: int, work: Coroutine[None, None, None], ends_with_head: bool = True) -> asyncio.Task[None]:
-        """Work a call, and say how it ended. With `ends_with_head`, the end of the attachment cancels it."""
+        """Run a call, and send its outcome. With `ends_with_head`, the end of the attachment cancels it."""
         task = asyncio.create_task(work)
         if ends_with_head:
             self._calls[number] = task

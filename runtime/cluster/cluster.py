@@ -112,8 +112,8 @@ class Cluster:
     async def _reach(self, member: "_Member", node: Node) -> None:
         """Attach this head to the agent of a node. Replace an agent that runs something else.
 
-        An agent serves a head that is gone until it notices that, and an agent that ends is there for a moment. So this
-        is tried for a while. Raises NodeUnreachable, and Refused if the agent serves another head.
+        Retry for a while: an agent refuses this head until it notices that the old one is gone, and an agent needs a
+        moment to end. Raises NodeUnreachable, and Refused if the agent serves another head.
         """
         until_s = _now_s() + 2 * self._common.limits.lost_s + 1
         timeout_s = REATTACH_S if member.reports else ATTACH_S
@@ -314,7 +314,7 @@ class NodeUnreachable(EngineError):
 
 @asynccontextmanager
 async def _reaching(node: Node, timeout_s: float | None = None) -> AsyncIterator[None]:
-    """Raise NodeUnreachable if the agent that is asked within is gone, or does not answer in time."""
+    """Raise NodeUnreachable if the agent that the block calls is gone, or does not answer in time."""
     try:
         async with asyncio.timeout(timeout_s):
             yield

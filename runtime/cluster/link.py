@@ -44,7 +44,7 @@ class AgentHandle(Protocol):
 
 
 class Link:
-    """The connection to an agent, as long as `attach` is repeated after each loss.
+    """The connection to an agent. After each loss, its owner calls `attach` again.
 
     `on_message` takes everything that concerns no call. `on_loss` is called when the agent is lost: its process has
     ended, or it has been silent for `lost_s`. `lost` then says why; it is None if the agent is not lost. `loss` is set
@@ -81,7 +81,7 @@ class Link:
     def begin(self, lost_s: float | None) -> None:
         """Read the agent's outbox, and send heartbeats.
 
-        With `lost_s`, the agent serves: it is not lost until it has been silent for so long.
+        With `lost_s`, the agent serves, and is lost once it has been silent for that time.
         """
         self._heard_s = asyncio.get_running_loop().time()
         self._lost_s = lost_s
@@ -199,7 +199,7 @@ class Link:
                 self._on_message(message)
 
     async def _feel_pulse(self) -> None:
-        """Notice at once that the agent's process has ended: its connection closes. Without one, the beat tells."""
+        """Detect the end of the agent's process by its closed connection. Without one, only the beat shows it."""
         if self._pulse is None:
             return
         try:

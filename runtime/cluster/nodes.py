@@ -9,7 +9,7 @@ from runtime.cluster.link import AgentHandle
 
 @dataclass(frozen=True)
 class Node:
-    """Where an agent runs. No two nodes have the same name, and a node that comes back has the one that it had.
+    """A place where an agent runs. Names of nodes are unique, and a node that comes back keeps its name.
 
     - `key`: names this start of the node.
     - `prefix`: begins the names of its devices.

@@ -1,4 +1,4 @@
-"""What an agent is told to run, and what it says about itself."""
+"""The plan of what an agent runs, and the agent's answer to a head."""
 
 import hashlib
 import json

@@ -118,7 +118,7 @@ class RayNodes:
         )
 
     def _check_open(self) -> None:
-        """Raise ConfigError if others can reach the cluster without a token, and nobody has said that they may."""
+        """Raise ConfigError if others can reach the cluster without a token, unless `cluster.open` is true."""
         addresses = [node["NodeManagerAddress"] for node in _listed()]
         reached = next((address for address in addresses if not _is_loopback(address)), None)
         if reached is None or self._cluster.open:
@@ -131,7 +131,7 @@ class RayNodes:
             )
 
     async def alive(self) -> list[Node]:
-        """Return the nodes that can run an agent, without those of which another one has the name."""
+        """Return the nodes that can run an agent, except nodes that share a name."""
         try:
             found = await asyncio.to_thread(_listed)
         except RayError as error:

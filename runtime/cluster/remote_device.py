@@ -51,7 +51,7 @@ class RemoteDevice:
         return self._gone or self._link.lost is not None
 
     def lose(self, gone: bool = False) -> None:
-        """Note that the device is lost. `gone`, its agent answers and has it no longer."""
+        """Note that the device is lost. With `gone`, its agent answers but no longer has it."""
         self._gone = gone
         for engine in self.engines.values():
             engine.gone = gone
@@ -158,7 +158,7 @@ class RemoteController:
         self._wanted: dict[str, wire.ToAgent] = {}
 
     def begin(self) -> None:
-        """Tell an agent that has been attached what was changed before."""
+        """Repeat all earlier changes to an agent that has been attached."""
         for message in self._wanted.values():
             self._post(message)
 

@@ -126,7 +126,7 @@ class DeviceHandle(Protocol):
     async def remove(self, replica: str) -> None:
         """Let a replica serve what has a token, then end it. Other replicas serve its other requests.
 
-        Raises EngineError if it does not stop to serve.
+        Raises EngineError if it does not stop serving.
         """
 
     async def __aenter__(self) -> Self: ...

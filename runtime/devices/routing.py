@@ -19,7 +19,7 @@ class Router:
     def __call__(self, ready: Sequence[EngineHandle], home: Home | None = None) -> EngineHandle:
         """Return the replica on whose device the request will wait least for each of its tokens.
 
-        The replica at which its session is at home need not compute the prompt again. It gets the request if this saves
+        The replica that served its session last need not compute the prompt again. It gets the request if this saves
         more time than a reply of average length waits longer there.
         """
         best = min(ready, key=lambda replica: self.round_s(replica.name))

@@ -38,7 +38,7 @@ class StartedFleet(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """What the engines that a process starts have in common.
+    """The settings that all engines of a process share.
 
     - `memory_bytes`, `kv_cache_bytes`: what counts as a whole device, and the limit of its KV caches; see Fleet.
     - `host_bytes`: the host memory for copies of the weights of sleeping engines; None takes half of the machine's.
