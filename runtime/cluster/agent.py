@@ -115,8 +115,6 @@ class Agent:
         plan = self._plan
         return Attached(
             self._epoch,
-            wire.VERSION,
-            version("troupe-llm"),
             fingerprint=(plan.common.fingerprint if self._started else UNFINISHED) if plan else None,
             measured=measured(self._fleets) if self._started else {},
             pulse=pulse,
@@ -403,7 +401,7 @@ def _engine_report(engine: EngineHandle, silent: bool) -> wire.EngineReport:
 
 
 class _PushedForecast:
-    """What the head expects of a device's engines, as ExpectedRequests and ExpectedTimes."""
+    """The head's forecast for a device, as ExpectedRequests and ExpectedTimes."""
 
     def __init__(self) -> None:
         self._expected = NOTHING

@@ -8,7 +8,7 @@ from runtime.cluster import wire
 from runtime.errors import Death, EngineDead, EngineError
 
 OUTBOX_ITEMS = 10_000
-"""The outbox ends after so many items, because Ray keeps a little of each. The head opens it again."""
+"""Items until an outbox ends and the head opens it again. Ray keeps some memory for each item of a stream."""
 
 
 class Refused(EngineError):

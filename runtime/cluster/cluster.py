@@ -334,7 +334,7 @@ class _Member:
         self.node = node
         self.link = Link(node.name, lambda message: on_message(self, message), lambda: on_loss(self))
         self.agent_or_none: AgentHandle | None = None
-        self.attached = Attached(0, wire.VERSION, "")
+        self.attached = Attached(0)
         self.devices: set[str] = set()
         self.reports: Mapping[str, wire.DeviceReport] = {}
         self.reported = asyncio.Event()

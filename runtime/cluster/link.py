@@ -181,7 +181,7 @@ class Link:
         except (Unreachable, TroupeError) as error:
             why = str(error)
         except asyncio.CancelledError:
-            why = None  # whoever cancels this says whether the agent is lost
+            why = None  # the task that cancels this one decides whether the agent is lost
             raise
         finally:
             if why is not None:

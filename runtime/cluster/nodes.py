@@ -29,4 +29,4 @@ class Nodes(Protocol):
         """Return the nodes that can run an agent now."""
 
     async def agent(self, node: Node) -> AgentHandle:
-        """Return the agent of a node. It is started if it does not run. Raises EngineError if that fails."""
+        """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""

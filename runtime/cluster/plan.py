@@ -17,7 +17,7 @@ from runtime.engines.spec import EngineSpec
 
 @dataclass(frozen=True)
 class Limits:
-    """How long the head and an agent wait for each other, in seconds.
+    """Timeouts between the head and an agent, in seconds.
 
     - `lost_s`: a side that has been silent for longer counts as lost, and the calls between them fail.
     - `orphan_s`: an agent without a head ends after this time.
@@ -79,7 +79,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one agent is told to run.
+    """The engines that one agent runs.
 
     - `devices`: the number of each device; see devices.selection.select.
     - `placed`: the replicas to start on each device; `absent`: those that can be added later.
@@ -107,15 +107,12 @@ class Attached:
     """An agent's answer to a head that attaches itself.
 
     - `epoch`: names the time until the next head attaches itself. Messages of another epoch are ignored.
-    - `version`: the version of the messages; `troupe`: that of Troupe.
     - `fingerprint`: of what it runs; None if it runs nothing yet.
     - `measured`: what it knows about the engines.
     - `pulse`: the address at which it holds a connection for as long as its process lives, or None.
     """
 
     epoch: int
-    version: int
-    troupe: str
     fingerprint: str | None = None
     pulse: tuple[str, int] | None = None
     measured: Mapping[str, Measured] = field(default_factory=dict)

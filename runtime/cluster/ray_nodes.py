@@ -165,7 +165,7 @@ class RayNodes:
         return [Node(f"device {n}", key, devices={str(n): None if alone else n}) for n in devices]
 
     async def agent(self, node: Node) -> AgentHandle:
-        """Return the agent of a node. It is started if it does not run. Raises EngineError if that fails."""
+        """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""
         name = f"agent {node.name} {node.key}"
         try:
             actor = await asyncio.to_thread(
@@ -218,9 +218,6 @@ class _RayAgent:
 
     async def close(self) -> None:
         await self._agent.close()
-
-    async def pid(self) -> int:
-        return os.getpid()
 
 
 def _end() -> None:

@@ -47,7 +47,7 @@ class RemoteDevice:
 
     @property
     def lost(self) -> bool:
-        """Whether its agent does not answer, or has it no longer."""
+        """True if its agent does not answer, or no longer has the device."""
         return self._gone or self._link.lost is not None
 
     def lose(self, gone: bool = False) -> None:
@@ -76,7 +76,7 @@ class RemoteDevice:
     def record(self, record: Record) -> None:
         """Log and publish a decision of the agent."""
         record = replace(record, snapshot=replace(record.snapshot, now_s=asyncio.get_running_loop().time()))
-        self.controller.note_snapshot(record.snapshot)
+        self.controller.snapshot = record.snapshot
         if self._terms is None:
             return
         if self._terms.log is not None:
@@ -186,10 +186,6 @@ class RemoteController:
         self._last = new
         self.policy, self.paused = report.policy, report.paused
         self.pinned, self.unfit_pins = dict(report.pinned), report.unfit_pins
-
-    def note_snapshot(self, snapshot: Snapshot) -> None:
-        """Keep the newest snapshot."""
-        self.snapshot = snapshot
 
     def look(self) -> None:
         """Do nothing: the agent looks when a request arrives."""

@@ -52,7 +52,7 @@ class RemoteEngine(EngineHandle):
 
     @property
     def is_lost(self) -> bool:
-        """Whether its agent does not answer or has it no longer."""
+        """True if its agent does not answer, or no longer has the replica."""
         return self.gone or self._link.lost is not None
 
     @property

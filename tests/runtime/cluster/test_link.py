@@ -28,7 +28,7 @@ class Scripted:
         self._pulse = pulse
 
     async def attach(self, head: str, wire_version: int) -> bytes:
-        return Attached(1, wire.VERSION, "0", pulse=self._pulse).to_json()
+        return Attached(1, pulse=self._pulse).to_json()
 
     async def outbox(self, epoch: int) -> AsyncIterator[bytes]:
         while True:
