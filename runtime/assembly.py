@@ -15,12 +15,11 @@ from runtime.control.decision_log import DecisionLog
 from runtime.control.forecast import Forecast
 from runtime.control.snapshotter import EngineRequirements
 from runtime.devices.controllers import Controllers
-from runtime.devices.device import StartedEngines
 from runtime.devices.expected_calls import ExpectedCalls
 from runtime.devices.handle import DeviceHandle, Policies, Publish, Startable, Terms
 from runtime.devices.rebalancer import Rebalancer
 from runtime.devices.routing import Router
-from runtime.devices.start import start_fleets
+from runtime.devices.start import sampled, start_fleets
 from runtime.engines import replicas
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.replicas import engine_of
@@ -35,7 +34,6 @@ from runtime.residency import catalogue as residency_catalogue
 from runtime.residency.call_times import CallTimes
 from runtime.residency.keeper import Counts
 from runtime.residency.policy import ResidencyPolicy
-from runtime.telemetry.sampler import Sampler, best_source
 from runtime.tools import catalogue as tool_catalogue
 from runtime.tools.tool import ToolSource
 from runtime.tools.toolbox import Toolbox
@@ -219,12 +217,7 @@ async def start_team(
             started = cluster.devices
         else:
             fleets = await start_fleets(owned, config, specs, may_sleep, folder, on_state, step_times or {})
-            on_gpu = any(engine.limits.device_uuid for fleet in fleets.values() for engine in fleet.engines.values())
-            sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
-            started = {
-                name: StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest)
-                for name, fleet in fleets.items()
-            }
+            started = await sampled(owned, fleets)
         log = owned.enter_context(DecisionLog(folder / "decisions.jsonl"))
         running = RunningTeam(
             team,

@@ -24,16 +24,15 @@ from runtime.config import PolicyChoice
 from runtime.control import decision_log
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.control.decision_log import Record
-from runtime.devices.device import Device, StartedEngines
+from runtime.devices.device import Device
 from runtime.devices.handle import Policies, Terms
-from runtime.devices.start import Start, StartedFleet, add_absent, measured, start_placed
+from runtime.devices.start import Start, StartedFleet, add_absent, measured, sampled, start_placed
 from runtime.engines.fleet import OnState
 from runtime.engines.handle import EngineHandle, EngineState, Recalled
 from runtime.engines.launcher import Launcher
 from runtime.engines.replicas import engine_of, metered
 from runtime.errors import Death, EngineDead, EngineError, TroupeError
 from runtime.residency import catalogue as residency_catalogue
-from runtime.telemetry.sampler import Sampler, best_source
 
 BEAT_S = 0.1
 HELD_UP_S = 3 * BEAT_S
@@ -139,10 +138,8 @@ class Agent:
         common = self._plan.common
         add_absent(self._fleets, self._plan.absent, MEASURED.validate_json(known), common.may_sleep)
         policies = self._owned.enter_context(ContainedPolicies(common.control.policy, common.control.shadow))
-        on_gpu = any(engine.limits.device_uuid for fleet in self._fleets.values() for engine in fleet.engines.values())
-        sampler = await self._owned.enter_async_context(Sampler(best_source(on_gpu)))
-        for name, fleet in self._fleets.items():
-            for replica, engine in fleet.engines.items():
+        for name, started in (await sampled(self._owned, self._fleets)).items():
+            for replica, engine in started.engines.items():
                 engine.on_death = _Reporter(self, replica)
             self._expected[name] = expected = _PushedForecast()
             shares, shadow = policies.make()
@@ -150,14 +147,13 @@ class Agent:
             terms = Terms(
                 expected,
                 expected,
-                {each: common.requirements[engine_of(each)] for each in fleet.engines},
-                [each for each in fleet.engines if engine_of(each) in common.may_sleep],
+                {each: common.requirements[engine_of(each)] for each in started.engines},
+                [each for each in started.engines if engine_of(each) in common.may_sleep],
                 common.control,
                 Policies(shares, shadow, residency),
                 self._publish,
             )
-            device = StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest).device(name, terms)
-            self._devices[name] = await self._owned.enter_async_context(device)
+            self._devices[name] = await self._owned.enter_async_context(started.device(name, terms))
         self._policies = policies
         self._started = True
         self._tasks.append(asyncio.create_task(self._beat(), name="beat"))

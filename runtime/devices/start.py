@@ -10,6 +10,7 @@ from typing import Protocol
 import psutil
 
 from runtime.config import Config
+from runtime.devices.device import StartedEngines
 from runtime.devices.placement import Placement, place, spares
 from runtime.devices.selection import select
 from runtime.engines.fleet import Fleet, Measured, OnState
@@ -22,6 +23,7 @@ from runtime.engines.spec import EngineSpec, oversubscribe
 from runtime.engines.step_time import StepTime
 from runtime.engines.supervised import SupervisedEngine
 from runtime.errors import EngineError
+from runtime.telemetry.sampler import Sampler, best_source
 
 
 class StartedFleet(Protocol):
@@ -122,6 +124,15 @@ async def start_placed(
     }
     await _enter_all(owned, [*fleets.values()])
     return fleets
+
+
+async def sampled(owned: AsyncExitStack, fleets: Mapping[str, StartedFleet]) -> dict[str, StartedEngines]:
+    """Return the engines of each device with the telemetry of this machine, which `owned` stops."""
+    on_gpu = any(engine.limits.device_uuid for fleet in fleets.values() for engine in fleet.engines.values())
+    sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
+    return {
+        name: StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest) for name, fleet in fleets.items()
+    }
 
 
 def measured(fleets: Mapping[str, StartedFleet]) -> dict[str, Measured]:
