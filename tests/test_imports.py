@@ -49,7 +49,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.errors",
         "runtime.events",
         "runtime.residency",
-        "runtime.telemetry",
     ),
     "runtime.jobs": (
         "agents",
@@ -69,7 +68,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.events",
         "runtime.jobs",
         "runtime.residency",
-        "runtime.telemetry",
         "runtime.tools",
     ),
     "runtime.bench": (
