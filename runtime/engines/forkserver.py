@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from multiprocessing import connection, forkserver, popen_forkserver, process, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -67,8 +68,27 @@ class _Popen(popen_forkserver.Popen):
             return super().poll(os.WNOHANG)
 
 
+_started: ContextVar[list[process.BaseProcess] | None] = ContextVar("started", default=None)
+
+
+@contextmanager
+def started() -> Iterator[list[process.BaseProcess]]:
+    """Collect the processes that tasks and threads begun in this context start, also after it has ended."""
+    processes: list[process.BaseProcess] = []
+    token = _started.set(processes)
+    try:
+        yield processes
+    finally:
+        _started.reset(token)
+
+
 class EngineProcess(ForkServerProcess):
     """A process of the forkserver that does not run the parent's main module again."""
+
+    def start(self) -> None:
+        super().start()
+        if (processes := _started.get()) is not None:
+            processes.append(self)
 
     @staticmethod
     def _Popen(process_obj: process.BaseProcess) -> popen_forkserver.Popen:  # noqa: N802 (multiprocessing's name)

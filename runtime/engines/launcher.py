@@ -95,5 +95,6 @@ def prepare_head(specs: Collection[EngineSpec]) -> None:
 def _set_environment(specs: Collection[EngineSpec]) -> None:
     if all(spec.model.startswith("/") for spec in specs):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local folders, so no hub needs to be asked
+    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "60")  # from a loaded model to a first message; 600 is a hang
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 
 _CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 _GONE = (EngineState.DEAD, EngineState.CLOSED)
+_KILL_EVERY_S = 0.05
 
 # vLLM offers only "fork", which is unsafe in a process with threads, and "spawn", which imports everything again for
 # each engine. Engines come from our forkserver instead.
@@ -105,6 +107,8 @@ class VllmEngine(EngineHandle):
         self._latest = LatestStats()
         self._state = EngineState.STARTING
         self._llm: AsyncLLM | None = None
+        self._starting: asyncio.Future[AsyncLLM] | None = None
+        self._started: list[BaseProcess] = []
         self._leaving: list[Any] = []
         self._requests = self._prompt_tokens = self._completion_tokens = 0
 
@@ -113,18 +117,17 @@ class VllmEngine(EngineHandle):
         return self._state
 
     async def start(self) -> None:
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+        with forkserver.started() as self._started:
+            self._starting = asyncio.ensure_future(asyncio.to_thread(self._start))
         try:
-            # A thread cannot be cancelled. On Ctrl-C, wait until it has started the engine, then close the engine.
-            self._llm = await asyncio.shield(starting)
+            self._llm = await asyncio.shield(self._starting)
         except asyncio.CancelledError:
-            await asyncio.wait([starting])
-            self._llm = None if starting.exception() else starting.result()
             await self.close()
             raise
         except Exception as error:  # vLLM's start-up raises all kinds of errors, and each one means that it failed
             self._state = EngineState.DEAD
             raise EngineError(f"engine {self.name} did not start: {_reason(error)} (log: {self.log})") from error
+        self._starting = None
         for process in self._processes():
             asyncio.get_running_loop().add_reader(process.sentinel, self._process_ended)
         await self._take_first_grant()
@@ -391,8 +394,20 @@ class VllmEngine(EngineHandle):
         reason = report.reason if isinstance(report, ResizeRefused) else report.state
         raise EngineError(f"engine {self.name}: {method} was refused: {reason} (log: {self.log})")
 
+    async def _end_start(self) -> None:
+        """Kill a process that is still starting. The thread that waits for it cannot be cancelled; it ends then."""
+        if self._starting is not None:
+            while not self._starting.done():
+                while self._started:
+                    self._started.pop().kill()
+                await asyncio.wait([self._starting], timeout=_KILL_EVERY_S)
+            if not self._starting.exception():
+                self._llm = self._starting.result()
+            self._starting = None
+
     async def close(self) -> None:
         self._state = EngineState.CLOSED
+        await self._end_start()
         if self._llm is not None:
             self._fail_waiters()
             self._leaving = self._processes()

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from runtime.engines.request import GenerateRequest
 from runtime.engines.spec import EngineSpec
 from runtime.errors import EngineDead, EngineError, RequestRefused
 from runtime.events import EngineChanged, Event
+from scripts.drill_residency import processes
 from scripts.tiny_model import write_chat_model
+from tests.e2e.conftest import LONG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
@@ -59,6 +62,29 @@ async def test_start_up_states_are_reported(fleet: Fleet, events: list[Event]) -
     for name in ("solver", "chat"):
         own = [state for engine, state in states if engine == name]
         assert own == [EngineState.STARTING, EngineState.LOADING, EngineState.LOADED, EngineState.READY]
+
+
+async def test_a_cancelled_start_ends_at_once_however_long_the_weights_take(tmp_path: Path) -> None:
+    before = {process.pid for process in processes()}
+    loading = asyncio.Event()
+
+    def note(_name: str, state: EngineState, _s: float) -> None:
+        if state is EngineState.LOADING:
+            loading.set()
+
+    starting = asyncio.create_task(
+        Fleet({"solver": config.load("embedded").engines["solver"]}, tmp_path, note).__aenter__()
+    )
+    await loading.wait()
+    [process] = [process for process in processes() if process.pid not in before]
+    process.suspend()  # it loads for ever
+    starting.cancel()
+    done, _ = await asyncio.wait([starting], timeout=LONG_S)
+    if not done:
+        process.resume()
+    assert done
+    assert starting.cancelled()
+    assert {process.pid for process in processes()} == before
 
 
 async def test_tokens_stream_with_their_times(fleet: Fleet) -> None:
