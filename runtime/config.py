@@ -402,13 +402,18 @@ class Cluster(Section):
     )
 
 
+Index = Annotated[int, Field(ge=0)]
+Group = Annotated[tuple[Index, ...], Field(min_length=2)]
+
+
 class Config(Section):
     """A whole configuration."""
 
     device: Device = Field(default=Device(), description="The device that the engines share, or each of several.")
-    devices: Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
+    devices: Literal["all"] | Annotated[tuple[Index | Group, ...], Field(min_length=1)] = Field(
         default=(0,),
-        description="The GPUs to use, by their CUDA index, or `all`. Without a GPU, "
+        description="The GPUs to use, by their CUDA index, or `all`. GPUs in brackets work as one device, for engines "
+        "whose `vllm.tensor_parallel_size` is their number: `[[0, 1], 2]` has two devices. Without a GPU, "
         "each number stands for an emulated device of `device.memory_bytes`, and `all` for one device.",
     )
     engines: Mapping[str, EngineSpec] = Field(min_length=1, description="The engines, by name.")
@@ -465,8 +470,10 @@ class Config(Section):
                 )
             if "@" in name:
                 raise ValueError(f"engines.{name}: the name of an engine cannot contain @, which names its replicas")
-        if self.devices != "all" and len(set(self.devices)) < len(self.devices):
-            raise ValueError(f"devices: a device is named twice in {list(self.devices)}; name each device once")
+        if self.devices != "all":
+            numbers = [n for each in self.devices for n in ((each,) if isinstance(each, int) else each)]
+            if len(set(numbers)) < len(numbers):
+                raise ValueError(f"devices: a device is named twice in {numbers}; name each device once")
         self._check_sleep()
         self._check_shares()
         return self

@@ -22,7 +22,7 @@ from runtime.cluster.remote_device import RemoteDevice
 from runtime.config import Config
 from runtime.control import decision_log
 from runtime.devices.placement import Placement, others, place
-from runtime.devices.selection import select
+from runtime.devices.selection import select, sizes
 from runtime.engines.fleet import Measured, OnState
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of
@@ -138,11 +138,13 @@ class Cluster:
     async def _start(self, fresh: "list[_Member]") -> None:
         """Start the engines on agents that run nothing yet: all engines, or none if other agents already run them."""
         numbers = {member.node.name: await self._numbers(member) for member in fresh}
-        names = [name for each in numbers.values() for name in each]
+        devices = {name: gpus for each in numbers.values() for name, gpus in each.items()}
         if self._known:
-            placed: Placement = {name: {} for name in names}
+            placed: Placement = {name: {} for name in devices}
         else:
-            placed = place(self._common.specs, names, self._common.may_sleep, more_devices_come=True)
+            placed = place(
+                self._common.specs, [*devices], self._common.may_sleep, more_devices_come=True, gpus=sizes(devices)
+            )
         plans = {
             member.node.name: self._plan(numbers[member.node.name], {n: placed[n] for n in numbers[member.node.name]})
             for member in fresh
@@ -159,17 +161,18 @@ class Cluster:
         await _all(*(start(member) for member in fresh))
         await _all(*(control(member) for member in fresh))
 
-    async def _numbers(self, member: "_Member") -> dict[str, int | None]:
-        """Return the numbers of a node's devices, by the names that they have in the cluster."""
+    async def _numbers(self, member: "_Member") -> dict[str, tuple[int, ...]]:
+        """Return the numbers of the GPUs of a node's devices, by the names that they have in the cluster."""
         found = member.node.devices
         if found is None:
             async with _reaching(member.node):
                 gpus = [] if self._config.devices == (0,) else await member.agent.gpus()
             found = select(self._config, gpus)
-        return {f"{member.node.prefix}{name}": number for name, number in found.items()}
+        return {f"{member.node.prefix}{name}": numbers for name, numbers in found.items()}
 
-    def _plan(self, numbers: Mapping[str, int | None], placed: Placement) -> bytes:
-        return Plan(self._common, numbers, placed, others(self._common.specs, placed), str(self._folder)).to_json()
+    def _plan(self, numbers: Mapping[str, tuple[int, ...]], placed: Placement) -> bytes:
+        absent = others(self._common.specs, placed, sizes(numbers))
+        return Plan(self._common, numbers, placed, absent, str(self._folder)).to_json()
 
     async def _live(self, member: "_Member") -> list[RemoteDevice]:
         """Wait for the first report of an agent whose devices are controlled. Return those that are new.

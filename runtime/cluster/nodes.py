@@ -13,13 +13,13 @@ class Node:
 
     - `key`: names this start of the node.
     - `prefix`: begins the names of its devices.
-    - `devices`: the numbers of its devices; None if the configuration's are to be looked for there.
+    - `devices`: the numbers of the GPUs of each of its devices; None if the configuration's are to be looked for there.
     """
 
     name: str
     key: str
     prefix: str = ""
-    devices: Mapping[str, int | None] | None = None
+    devices: Mapping[str, tuple[int, ...]] | None = None
 
 
 class Nodes(Protocol):

@@ -45,7 +45,7 @@ class Common:
     kv_cache_bytes: int | None = None
     host_bytes: int | None = None
     limits: Limits = Limits()
-    devices: tuple[int, ...] | str = (0,)
+    devices: tuple[int | tuple[int, ...], ...] | str = (0,)
 
     @classmethod
     def of(
@@ -81,13 +81,13 @@ class Common:
 class Plan:
     """The engines that one agent runs.
 
-    - `devices`: the number of each device; see devices.selection.select.
+    - `devices`: the numbers of each device's GPUs; see devices.selection.select.
     - `placed`: the replicas to start on each device; `absent`: those that can be added later.
     - `folder`: takes the logs of the engines.
     """
 
     common: Common
-    devices: Mapping[str, int | None]
+    devices: Mapping[str, tuple[int, ...]]
     placed: Placement
     absent: Placement
     folder: str

@@ -23,6 +23,7 @@ from runtime.cluster.link import AgentHandle, Unreachable
 from runtime.cluster.nodes import Node
 from runtime.config import Cluster as ClusterChoice
 from runtime.config import Config
+from runtime.devices.selection import select
 from runtime.engines import temp_folder
 from runtime.errors import ConfigError, EngineError, TroupeError
 
@@ -156,13 +157,13 @@ class RayNodes:
 
     def _parts(self, key: str) -> list[Node]:
         """Return this machine as one node for each device, so that each has an agent of its own."""
-        devices = self._config.devices
-        if devices == "all":
+        gpus: tuple[int, ...] = ()
+        if self._config.devices != (0,):
             from runtime.engines.vllm_engine import visible_gpus  # takes seconds to import
 
-            devices = visible_gpus() or (0,)
-        alone = len(devices) == 1
-        return [Node(f"device {n}", key, devices={str(n): None if alone else n}) for n in devices]
+            gpus = visible_gpus()
+        found = select(self._config, gpus)
+        return [Node(f"device {name}", key, devices={name: numbers}) for name, numbers in found.items()]
 
     async def agent(self, node: Node) -> AgentHandle:
         """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""

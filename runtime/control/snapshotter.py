@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.control.costs import Costs
 from runtime.control.forecast import ExpectedRequests
 from runtime.control.snapshot import DeviceView, EngineView, Snapshot
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
-from runtime.telemetry.reading import Reading
+from runtime.telemetry.reading import DeviceReading, Reading
 
 RATE_DECAY_S = 1.0
 """Seconds until the weight of a moment in an average rate has fallen to 1/e."""
@@ -71,7 +71,7 @@ class Snapshotter:
         self._reading = reading
         self._history: dict[str, _History] = {}
         self._costs = Costs()
-        self._uuids: set[str] = set()
+        self._uuids: set[tuple[str, ...]] = set()
         self._reachable_bytes: int | None = None
 
     def take(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
@@ -86,7 +86,7 @@ class Snapshotter:
             if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
         }
         if ready:
-            self._uuids = {self._engines[name].limits.device_uuid for name in ready}
+            self._uuids = {self._engines[name].limits.device_uuids for name in ready}
         device, processes = self._device(held_bytes)
         # The processor's utilization says nothing here: a host computes other things than the engines' steps.
         utilization = device.utilization if device.kind == "gpu" and device.fault is None else None
@@ -191,10 +191,12 @@ class Snapshotter:
             return DeviceView(), {}
         reading = self._reading()
         # A host reading always counts: a GPU without memory of its own uses the host's.
-        ours = [device for device in reading.devices if reading.kind == "host" or device.uuid in self._uuids]
-        if len(ours) != 1:
+        on_host = reading.kind == "host"
+        uuids = next(iter(self._uuids)) or ("",) if len(self._uuids) == 1 else ()
+        ours = [device for device in reading.devices if on_host or device.uuid in uuids]
+        if not ours or len(ours) != (1 if on_host else len(uuids)):
             return DeviceView(kind=reading.kind, fault=reading.fault or self._mismatch(reading)), {}
-        device = ours[0]
+        device = _as_one(ours)
         view = DeviceView(
             kind=reading.kind,
             name=device.name,
@@ -210,10 +212,34 @@ class Snapshotter:
         return view, (device.process_utilization or {}) if view.fault is None else {}
 
     def _mismatch(self, reading: Reading) -> str:
-        """Return the fault of a reading that does not list exactly one device of the engines."""
-        engines = ", ".join(sorted(self._uuids - {""})) or "a device that they do not name"
+        """Return the fault of a reading that does not list exactly one device, or group, of the engines."""
+        engines = (
+            ", ".join(sorted({uuid for uuids in self._uuids for uuid in uuids})) or "a device that they do not name"
+        )
         listed = ", ".join(device.uuid or device.name for device in reading.devices) or "no device"
         return f"the engines run on {engines}; telemetry lists {listed}; exactly one must be the engines' device"
+
+
+def _as_one(group: list[DeviceReading]) -> DeviceReading:
+    """Return GPUs that work as one device: the memory is that of the fullest, the utilization that of the busiest."""
+    tightest = min(group, key=lambda device: device.free_bytes)
+    if len(group) == 1:
+        return tightest
+    return replace(
+        tightest,
+        name=f"{len(group)} x {tightest.name}",
+        utilization=_over(max, [device.utilization for device in group]),
+        power_w=_over(sum, [device.power_w for device in group]),
+        temperature_c=_over(max, [device.temperature_c for device in group]),
+        fault=next((device.fault for device in group if device.fault), None),
+        uuid=" ".join(device.uuid for device in group),
+    )
+
+
+def _over(combine: Callable[[list[float]], float], values: list[float | None]) -> float | None:
+    """Combine the values that are known; None if one is not."""
+    known = [value for value in values if value is not None]
+    return combine(known) if len(known) == len(values) else None
 
 
 def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: float, used_bytes: int) -> None:

@@ -15,12 +15,14 @@ def place(
     devices: Sequence[str],
     may_sleep: Collection[str] = (),
     more_devices_come: bool = False,
+    gpus: Mapping[str, int] | None = None,
 ) -> Placement:
     """Place the replicas of engines on devices, of which no two replicas of one engine share one.
 
     The largest engines are placed first, each on the device with the most room left, so that all devices get about the
     same. An engine's size is the share of the device that it starts with. Those in `may_sleep` need not fit beside the
-    others.
+    others. `gpus` has the number of GPUs of each device that is a group; an engine fits only a device with as many as
+    it needs.
 
     On a single device, a replica has the name of its engine, unless more devices can come. Raises ConfigError if an
     engine does not fit.
@@ -30,14 +32,20 @@ def place(
     for engine in sorted(engines, key=lambda name: -engines[name].gpu_memory_utilization):
         spec = engines[engine]
         share = spec.gpu_memory_utilization
-        count, most = spec.replica_bounds(len(devices))
+        suitable = [device for device in devices if _fits(spec, device, gpus)]
+        if not suitable:
+            raise ConfigError(
+                f"engines.{engine}.vllm.tensor_parallel_size: no device has {spec.gpus} GPUs; the devices are "
+                f"{', '.join(devices)}; name a group under devices, for example [{[*range(spec.gpus)]}]"
+            )
+        count, most = spec.replica_bounds(len(suitable))
         needed = count if more_devices_come else max(count, most)
-        if needed > len(devices):
+        if needed > len(suitable):
             raise ConfigError(
                 f"engines.{engine}.replicas: {needed} replicas need as many devices, but there are "
-                f"{len(devices)} ({', '.join(devices)}); use fewer, or `all` for one on each device"
+                f"{len(suitable)} ({', '.join(suitable)}); use fewer, or `all` for one on each device"
             )
-        for device in sorted(devices, key=lambda name: -room[name])[:count]:
+        for device in sorted(suitable, key=lambda name: -room[name])[:count]:
             awake = 0.0 if engine in may_sleep else share
             if awake > room_awake[device] + 1e-9:
                 raise ConfigError(
@@ -54,19 +62,25 @@ def place(
     return placed
 
 
-def spares(engines: Mapping[str, EngineSpec], placed: Placement) -> Placement:
+def _fits(spec: EngineSpec, device: str, gpus: Mapping[str, int] | None) -> bool:
+    return spec.gpus == (gpus or {}).get(device, 1)
+
+
+def spares(engines: Mapping[str, EngineSpec], placed: Placement, gpus: Mapping[str, int] | None = None) -> Placement:
     """Return the replicas that can be added later: of engines with a range, on each device that has none of theirs."""
     movable = {engine: spec for engine, spec in engines.items() if isinstance(spec.replicas, ReplicaRange)}
     if len(placed) == 1:
         return {device: {} for device in placed}
-    return others(movable, placed)
+    return others(movable, placed, gpus)
 
 
-def others(engines: Mapping[str, EngineSpec], placed: Placement) -> Placement:
-    """Return a replica of each engine for each device that has none of its own."""
+def others(engines: Mapping[str, EngineSpec], placed: Placement, gpus: Mapping[str, int] | None = None) -> Placement:
+    """Return a replica of each engine for each device that it fits and that has none of its own. `gpus`: see place."""
     return {
         device: {
-            name: spec for engine, spec in engines.items() if (name := replica_name(engine, device)) not in of_device
+            name: spec
+            for engine, spec in engines.items()
+            if (name := replica_name(engine, device)) not in of_device and _fits(spec, device, gpus)
         }
         for device, of_device in placed.items()
     }

@@ -1,32 +1,66 @@
 """Finds the devices that a configuration names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from runtime.config import Config
 from runtime.errors import ConfigError
 
 
-def select(config: Config, gpus: Sequence[int]) -> dict[str, int | None]:
-    """Return the devices to use by name, each with its number: that of the GPU, or of an emulated device.
+def select(config: Config, gpus: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the devices to use by name, each with the numbers of its GPUs, or of its emulated ones.
 
-    `gpus` are the visible GPUs as NVML counts them, none on a machine without one. The number is None if there is
+    A device is one GPU, or a group that works as one: `tensor_parallel_size` of its engines is the size of the group.
+    `gpus` are the visible GPUs as NVML counts them, none on a machine without one. A device has no numbers if there is
     nothing to choose. Raises ConfigError if a GPU does not exist, or if emulated devices have no size.
     """
-    wanted = config.devices
-    if wanted == (0,) or (wanted == "all" and len(gpus) < 2):
-        return {"0": None}
+    wanted = groups(config, len(gpus))
+    if wanted == [(0,)]:
+        return {"0": ()}
     if not gpus:
         if config.device.memory_bytes is None:
             raise ConfigError(
                 f"{config.source}: device.memory_bytes: without a GPU, several devices are emulated, and each needs a "
                 "size, for example 2GiB"
             )
-        return {str(number): number for number in wanted if isinstance(number, int)}
-    numbers = range(len(gpus)) if wanted == "all" else wanted
-    for number in numbers:
+        return {name_of(group): group for group in wanted}
+    for number in chain.from_iterable(wanted):
         if number >= len(gpus):
             raise ConfigError(
                 f"{config.source}: devices: there is no GPU {number}; {len(gpus)} are visible, counted from 0, so use "
                 f"0 to {len(gpus) - 1}, or `all`"
             )
-    return {str(number): gpus[number] for number in numbers}
+    return {name_of(group): tuple(gpus[number] for number in group) for group in wanted}
+
+
+def groups(config: Config, gpus: int) -> list[tuple[int, ...]]:
+    """Return the CUDA indices of each device that the configuration names, on a machine with this many GPUs.
+
+    `all` makes groups of as many GPUs as each engine needs. Raises ConfigError if engines need different numbers, or if
+    the GPUs do not suffice for one group.
+    """
+    if config.devices != "all":
+        return [(each,) if isinstance(each, int) else each for each in config.devices]
+    sizes = {spec.gpus for spec in config.engines.values()}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"{config.source}: devices: the engines need {' and '.join(map(str, sorted(sizes)))} GPUs each "
+            "(tensor_parallel_size), so `all` does not say which work together; name them, for example [[0, 1], 2]"
+        )
+    size = max(sizes)
+    if gpus < size and size > 1:
+        raise ConfigError(
+            f"{config.source}: devices: {gpus} GPUs are visible, and an engine needs {size} (tensor_parallel_size); "
+            "without a GPU, name the emulated ones, for example [[0, 1]]"
+        )
+    return [tuple(range(first, first + size)) for first in range(0, max(gpus, 1) - size + 1, size)]
+
+
+def sizes(devices: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return how many GPUs each device has, given what `select` returned."""
+    return {name: max(len(numbers), 1) for name, numbers in devices.items()}
+
+
+def name_of(group: tuple[int, ...]) -> str:
+    """Return the name of a device: the CUDA indices of its GPUs, joined by plus signs."""
+    return "+".join(map(str, group))

@@ -12,7 +12,7 @@ import psutil
 from runtime.config import Config
 from runtime.devices.device import StartedEngines
 from runtime.devices.placement import Placement, place, spares
-from runtime.devices.selection import select
+from runtime.devices.selection import select, sizes
 from runtime.engines.fleet import Fleet, Measured, OnState
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.launcher import Launcher
@@ -71,8 +71,8 @@ async def start_fleets(
     several = config.devices != (0,)  # otherwise there is nothing to find out before the engines report that they start
     gpus = (await launcher.prepare()).visible_gpus() if several else ()
     devices = select(config, gpus)
-    placed = place(specs, [*devices], may_sleep)
-    absent = spares(specs, placed)
+    placed = place(specs, [*devices], may_sleep, gpus=sizes(devices))
+    absent = spares(specs, placed, sizes(devices))
     start = Start(
         folder,
         on_state,
@@ -82,7 +82,7 @@ async def start_fleets(
         may_sleep,
         step_times,
     )
-    used = {name: number for name, number in devices.items() if placed[name] or absent[name]}
+    used = {name: numbers for name, numbers in devices.items() if placed[name] or absent[name]}
     fleets = await start_placed(owned, launcher, start, used, placed, absent)
     add_absent(fleets, absent, measured(fleets), may_sleep)
     return fleets
@@ -92,7 +92,7 @@ async def start_placed(
     owned: AsyncExitStack,
     launcher: Launcher,
     start: Start,
-    devices: Mapping[str, int | None],
+    devices: Mapping[str, tuple[int, ...]],
     placed: Placement,
     absent: Placement,
 ) -> dict[str, Fleet]:
@@ -118,9 +118,9 @@ async def start_placed(
             may_sleep=[name for name in (*placed[device], *absent[device]) if engine_of(name) in start.may_sleep],
             host=host,
             launcher=launcher,
-            device=number,
+            device=numbers,
         )
-        for device, number in devices.items()
+        for device, numbers in devices.items()
     }
     await _enter_all(owned, [*fleets.values()])
     return fleets
@@ -128,7 +128,7 @@ async def start_placed(
 
 async def sampled(owned: AsyncExitStack, fleets: Mapping[str, StartedFleet]) -> dict[str, StartedEngines]:
     """Return the engines of each device with the telemetry of this machine, which `owned` stops."""
-    on_gpu = any(engine.limits.device_uuid for fleet in fleets.values() for engine in fleet.engines.values())
+    on_gpu = any(engine.limits.device_uuids for fleet in fleets.values() for engine in fleet.engines.values())
     sampler = await owned.enter_async_context(Sampler(best_source(on_gpu)))
     return {
         name: StartedEngines(fleet.engines, fleet.sharing, lambda: sampler.latest) for name, fleet in fleets.items()

@@ -44,7 +44,7 @@ class Fleet:
     caches of all engines together. Engines in `step_times` take turns on an emulated device, for their step time.
     Engines in `may_sleep` can give their weights back without ending: `host` is the ledger of the copies that they
     leave in host memory; None takes half of the machine's memory. Fleets of one process share a `launcher`. `device`
-    is the GPU's number, as NVML counts, or that of an emulated device; None takes the first GPU that is visible.
+    has the numbers of its GPUs, as NVML counts, or of emulated ones; empty takes the first GPUs that are visible.
     With `one_at_a_time`, each engine starts alone, is measured and goes to sleep, so that they need not fit together.
     Entering raises EngineError if an engine does not start or if the engines exceed the device: each of them if they
     start one at a time, all together otherwise. All engines are closed then.
@@ -65,7 +65,7 @@ class Fleet:
         may_sleep: Collection[str] = (),
         host: Ledger | None = None,
         launcher: Launcher | None = None,
-        device: int | None = None,
+        device: tuple[int, ...] = (),
     ) -> None:
         self.engines: dict[str, EngineHandle] = {}
         self._specs = specs

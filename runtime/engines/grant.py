@@ -37,8 +37,9 @@ class EngineLimits:
     - `seqs_ceiling`, `step_tokens_floor`, `step_tokens_ceiling`: bounds of `max_active_seqs` (from 0) and
       `max_step_tokens`.
     - `block_bytes`, `block_tokens`: the size of a KV block in bytes and in tokens.
-    - `device_uuid`: the UUID of the GPU or MIG instance of the engine's process, as CUDA reports it there, in lower
-      case and without a prefix. It is empty on the host.
+    - `device_uuids`: the UUIDs of the GPUs or the MIG instance of the engine's processes, as CUDA reports them there,
+      in lower case and without a prefix. There are none on the host. An engine on several GPUs holds the same on each,
+      and memory here is that of one.
     - `asleep_bytes`: what the engine keeps on the device while it sleeps with its process alive.
     - `copy_bytes`: the host memory that a copy of its weights takes while it sleeps in this way; 0 if its process must
       end to free its memory, as on a CPU.
@@ -53,7 +54,7 @@ class EngineLimits:
     step_tokens_ceiling: int
     block_bytes: int = 0
     block_tokens: int = 0
-    device_uuid: str = ""
+    device_uuids: tuple[str, ...] = ()
     asleep_bytes: int = 0
     copy_bytes: int = 0
 

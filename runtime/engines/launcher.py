@@ -15,6 +15,8 @@ from runtime.engines.handle import EngineState
 from runtime.engines.spec import EngineSpec
 from runtime.errors import EngineError
 
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
+
 
 class Launcher:
     """A context manager that several fleets can share. It outlives their engines.
@@ -49,6 +51,7 @@ class Launcher:
         """
         async with self._preparing:
             if self._vllm_engine is None:
+                self._owned.callback(_put_sockets_in, os.environ.get(SOCKETS_VARIABLE))  # of a launcher around this one
                 prepare_process(self._specs, self._run_folder, self.folder)
                 module = await asyncio.to_thread(_import_vllm_engine)
                 self._owned.callback(gc.unfreeze)  # so that the interpreter's exit can free what the import froze
@@ -80,10 +83,17 @@ def _import_vllm_engine() -> ModuleType:
 def prepare_process(specs: Collection[EngineSpec], run_folder: Path, temporary_folder: Path) -> None:
     """Set the environment variables that vLLM reads, and start the forkserver. Call this before importing vLLM."""
     _set_environment(specs)
-    os.environ["VLLM_RPC_BASE_PATH"] = str(temporary_folder)
-    threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
+    _put_sockets_in(str(temporary_folder))
+    threads = max(1, len(os.sched_getaffinity(0)) // sum(spec.gpus for spec in specs))
     forkserver.start(run_folder / "engines.log", threads)
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # in this process only; logs.log_to configures its logging
+
+
+def _put_sockets_in(folder: str | None) -> None:
+    if folder is None:
+        os.environ.pop(SOCKETS_VARIABLE, None)
+    else:
+        os.environ[SOCKETS_VARIABLE] = folder
 
 
 def prepare_head(specs: Collection[EngineSpec]) -> None:

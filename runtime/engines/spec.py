@@ -100,6 +100,11 @@ class EngineSpec(BaseModel):
         default_factory=dict, description="Further vLLM engine arguments, passed on unchanged."
     )
 
+    @property
+    def gpus(self) -> int:
+        """The number of GPUs that one replica needs: vLLM's tensor_parallel_size."""
+        return int(self.vllm.get("tensor_parallel_size", 1))
+
     def replica_bounds(self, devices: int) -> tuple[int, int]:
         """Return the fewest and the most replicas on this many devices."""
         if isinstance(self.replicas, ReplicaRange):
@@ -110,13 +115,13 @@ class EngineSpec(BaseModel):
     @field_validator("vllm")
     @classmethod
     def _refuse_keys_that_troupe_sets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        parallel = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
+        parallel = {"pipeline_parallel_size", "data_parallel_size"}
         set_by_troupe = {"additional_config", "disable_log_stats", "distributed_executor_backend"}
         for name in sorted(arguments):
             if name in parallel and arguments[name] != 1:
-                raise ValueError(
-                    f"{name}: an engine runs on one device; use a smaller model, a quantized one, or replicas"
-                )
+                raise ValueError(f"{name}: use tensor_parallel_size for a model that needs several GPUs, or replicas")
+            if name == "tensor_parallel_size" and not (type(arguments[name]) is int and arguments[name] > 0):
+                raise ValueError(f"{name}: {arguments[name]!r} is not a number of GPUs; give 1 or more")
             if name in cls.model_fields:
                 raise ValueError(f"{name} is a key beside vllm: move it out of vllm")
             if name in set_by_troupe:

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import vllm.v1.engine.utils
 from pydantic import ValidationError
 from vllm.config import VllmConfig
@@ -73,8 +74,8 @@ class VllmEngine(EngineHandle):
     - `step_time`: emulate a device on which a step takes this long. None runs steps as fast as they are.
     - `may_sleep`: on a GPU, hold the weights where they can leave the GPU while the process lives.
     - `starts_small`: without a `grant`, start with the smallest KV cache.
-    - `device`: the number of the GPU to run on, as NVML counts, or of an emulated device. None takes the first GPU
-      that is visible.
+    - `device`: the numbers of the GPUs to run on, as NVML counts, or of emulated ones. Empty takes the first GPUs that
+      are visible.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class VllmEngine(EngineHandle):
         step_time: StepTime | None = None,
         may_sleep: bool = False,
         starts_small: bool = False,
-        device: int | None = None,
+        device: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self.spec = spec
@@ -110,6 +111,7 @@ class VllmEngine(EngineHandle):
         self._starting: asyncio.Future[AsyncLLM] | None = None
         self._started: list[BaseProcess] = []
         self._leaving: list[Any] = []
+        self._ranks: list[psutil.Process] = []
         self._requests = self._prompt_tokens = self._completion_tokens = 0
 
     @property
@@ -130,6 +132,8 @@ class VllmEngine(EngineHandle):
         self._starting = None
         for process in self._processes():
             asyncio.get_running_loop().add_reader(process.sentinel, self._process_ended)
+            if self.spec.gpus > 1:
+                self._ranks += _children(process.pid)
         await self._take_first_grant()
         self._state = EngineState.READY
 
@@ -196,12 +200,13 @@ class VllmEngine(EngineHandle):
         if self._step_time is not None and not current_platform.is_cpu():
             raise EngineError("only engines on a CPU can emulate a device; leave out --emulate on a GPU")
         spec = self.spec
+        executor = "InCoreExecutor" if spec.gpus == 1 else "RanksExecutor"
         further: dict[str, Any] = {
-            "distributed_executor_backend": "runtime.engines.elastic.executor.InCoreExecutor",
+            "distributed_executor_backend": f"runtime.engines.elastic.executor.{executor}",
             "additional_config": {
                 "troupe": {
                     "name": self.name,
-                    "device": self._device or 0,
+                    "device": min(self._device, default=0),
                     "log": str(self.log),
                     "temporary": str(self._temporary),
                     "ceiling_share": spec.max_gpu_memory_utilization,
@@ -218,8 +223,8 @@ class VllmEngine(EngineHandle):
         worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
         scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
         config.parallel_config.worker_cls = f"runtime.engines.elastic.{worker}"
-        if self._device is not None and current_platform.is_cuda():
-            config.parallel_config.assigned_physical_gpu_ids = [self._device]
+        if self._device and current_platform.is_cuda():
+            config.parallel_config.assigned_physical_gpu_ids = [*self._device]
         config.scheduler_config.scheduler_cls = f"runtime.engines.elastic.scheduler.{scheduler}"
         return config
 
@@ -417,6 +422,22 @@ class VllmEngine(EngineHandle):
             await asyncio.to_thread(llm.shutdown, 0)  # kills the process, which holds nothing that would be lost
         for process in self._leaving:  # also if an earlier call was cancelled
             await asyncio.to_thread(process.join)  # its memory is free then
+        while not all(map(_has_ended, self._ranks)):  # noqa: ASYNC110  the kernel kills them, and tells nobody
+            await asyncio.sleep(0.01)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 class LatestStats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml

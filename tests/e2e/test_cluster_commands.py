@@ -89,8 +89,8 @@ def test_a_service_that_was_killed_takes_its_engines_over(troupe: Command) -> No
         )
         (troupe.folder / "team.yaml").write_text(team)
         service = Service(troupe, "--config", "team.yaml")
+        wait_until(lambda: len(_engines(machines)) == 3)
         engines = _engines(machines)
-        assert len(engines) == 3
         accepted = [
             httpx.post(f"{service.url}/jobs", json={"problem": PROBLEM}, timeout=LONG_S).json()["id"] for _ in range(40)
         ]

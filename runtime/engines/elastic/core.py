@@ -8,13 +8,15 @@ README.md lists what happens during a resize, in order.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from runtime.engines.elastic.pages import OutOfMemory
+from runtime.engines.elastic.ranks import InPlace, Ranks
 from runtime.engines.elastic.reports import (
     ResizeApplied,
     ResizeDeferred,
@@ -51,25 +53,29 @@ class _Shrink:
 class Resizer:
     """The resizing of one engine: its scheduler's limits, and the memory behind its worker's KV cache.
 
-    A separate thread releases memory while steps run. No step can touch that memory any more.
+    A separate thread releases memory while steps run, unless `release_in` is given. No step can touch that memory any
+    more.
     """
 
-    def __init__(self, scheduler: ElasticScheduling, worker: ElasticWorker) -> None:
+    def __init__(
+        self, scheduler: ElasticScheduling, worker: ElasticWorker | Ranks, release_in: Executor | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._worker = worker
         self._shrink: _Shrink | None = None
         self._last_deferred: Future[ResizeReport] = Future()
-        self._release_thread = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._release_in = release_in or ThreadPoolExecutor(1, thread_name_prefix="release")
         self._last_release: Future[Any] | None = None
         self._asleep = False
 
     def limits(self) -> EngineLimits:
         """Return what the engine holds besides its KV cache, and the bounds of its grants."""
         worker, config = self._worker, self._scheduler.scheduler_config
+        figures = worker.figures()
         return EngineLimits(
-            device_bytes=worker.device_bytes(),
-            device_uuid=worker.device_uuid(),
-            fixed_bytes=worker.fixed_bytes(),
+            device_bytes=figures.device_bytes,
+            device_uuids=figures.device_uuids,
+            fixed_bytes=figures.fixed_bytes,
             kv_floor_bytes=worker.layout.backed_bytes(worker.floor_blocks),
             kv_ceiling_bytes=worker.layout.backed_bytes(worker.layout.blocks),
             seqs_ceiling=self._scheduler.max_num_running_reqs,
@@ -77,8 +83,8 @@ class Resizer:
             step_tokens_ceiling=config.max_num_batched_tokens,
             block_bytes=sum(run.stride for run in worker.layout.runs),
             block_tokens=self._scheduler.vllm_config.cache_config.block_size,
-            asleep_bytes=worker.asleep_bytes(),
-            copy_bytes=worker.copy_bytes(),
+            asleep_bytes=figures.asleep_bytes,
+            copy_bytes=figures.copy_bytes,
         )
 
     def resize(
@@ -156,7 +162,7 @@ class Resizer:
         if not worker.blocks_asleep:
             self._scheduler.pool.reset_prefix_cache()
         self._scheduler.set_limits(worker.floor_blocks, 0, self._scheduler.max_num_scheduled_tokens)
-        worker.pages.fence()
+        worker.fence()
         released_bytes += worker.back(worker.blocks_asleep)
         self._asleep = True
         return released_bytes
@@ -233,8 +239,8 @@ class Resizer:
 
     def _release(self, release: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run `release` in the release thread, after the steps that the device has been given up to now."""
-        self._worker.pages.fence()
-        future = self._release_thread.submit(release, *args, **kwargs)
+        self._worker.fence()
+        future = self._release_in.submit(release, *args, **kwargs)
         self._last_release = future
         return future
 
@@ -272,7 +278,12 @@ def _completed(report: ResizeReport) -> Future[ResizeReport]:
 
 def _resizer(core: EngineCore) -> Resizer:
     if not hasattr(core, "_troupe_resizer"):
-        core._troupe_resizer = Resizer(core.scheduler, core.model_executor.driver_worker.worker)
+        executor = core.model_executor
+        core._troupe_resizer = (
+            Resizer(core.scheduler, Ranks(executor), InPlace())
+            if isinstance(executor, MultiprocExecutor)
+            else Resizer(core.scheduler, executor.driver_worker.worker)
+        )
     return core._troupe_resizer  # type: ignore[no-any-return]  # vLLM is not analysed
 
 

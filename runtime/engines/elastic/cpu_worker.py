@@ -27,6 +27,17 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
 
     _emulated_device: EmulatedDevice | None = None
 
+    def init_device(self) -> None:
+        """Prepare this process for computing, as vLLM's CPUWorker does."""
+        # The process that uses AMX tiles must request permission from the kernel first. Without it, a bfloat16 model
+        # dies with SIGILL at its first token.
+        torch.cpu._init_amx()
+        if self.vllm_config.model_config.enforce_eager:
+            # vLLM compiles some functions even in eager mode, with a C++ compiler at the first request for logprobs.
+            # That would stall all requests for seconds, and fail without a compiler.
+            torch.compiler.set_stance("force_eager")
+        super().init_device()
+
     def compile_or_warm_up_model(self) -> Any:
         """Warm the model up as the CUDA worker does, then begin to take turns on the emulated device, if there is one.
 
@@ -34,7 +45,7 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
         """
         times = super().compile_or_warm_up_model()
         settings = self.vllm_config.additional_config["troupe"]
-        if settings["step_time"] is not None:
+        if settings["step_time"] is not None and self.is_driver_worker:  # the other ranks of a step wait for its first
             self._emulated_device = EmulatedDevice(
                 Path(settings["temporary"]) / LOCK.format(settings["device"]), StepTime(**settings["step_time"])
             )

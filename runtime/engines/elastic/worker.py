@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from ctypes import c_int8
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from runtime.engines.elastic.layout import BlockLayout, layout_of
 from runtime.engines.elastic.pages import OutOfMemory, Pages
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a worker has measured about its device and itself. The fields are those of EngineLimits."""
+
+    device_bytes: int
+    device_uuids: tuple[str, ...]
+    fixed_bytes: int
+    asleep_bytes: int
+    copy_bytes: int
 
 
 class ElasticWorker:
@@ -68,6 +80,16 @@ class ElasticWorker:
         """Return the UUID of the GPU or MIG instance that this process runs on; empty on the host."""
         return ""
 
+    def figures(self) -> "Figures":
+        """Return what this worker has measured."""
+        return Figures(
+            self.device_bytes(),
+            (self.device_uuid(),) if self.device_uuid() else (),
+            self.fixed_bytes(),
+            self.asleep_bytes(),
+            self.copy_bytes(),
+        )
+
     def fixed_bytes(self) -> int:
         """Return the device bytes that this engine holds, or needs during a step, besides its KV cache."""
         raise NotImplementedError
@@ -110,7 +132,7 @@ class ElasticWorker:
         Raises OutOfMemory, and then backs the same blocks as before.
 
         Before it backs fewer blocks, the caller must ensure two things: no step that could touch the others will be
-        scheduled, and `pages.fence` was called after the last such step was given to the device.
+        scheduled, and `fence` was called after the last such step was given to the device.
         """
         low, high = sorted((self.backed_blocks, blocks))
         change, undo = self.pages.back, self.pages.release
@@ -127,6 +149,10 @@ class ElasticWorker:
             raise
         self.backed_blocks = blocks
         return sum(stop - start for start, stop in done)
+
+    def fence(self) -> None:
+        """Make later releases of memory wait for the steps that the device has been given so far. See Pages.fence."""
+        self.pages.fence()
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Let vLLM's Worker create its KV cache, over our pages. Raises RuntimeError if it allocated memory of its own.

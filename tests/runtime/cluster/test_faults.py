@@ -33,7 +33,7 @@ REQUEST = GenerateRequest("r", (Message("user", "one two three four five"),), 0.
 class TwoDevices(LocalNodes):
     """Nodes with the devices in `numbers`, by name."""
 
-    numbers: dict[str, int | None] = {"0": 0, "1": 1}  # noqa: RUF012  a test changes it on its own instance
+    numbers: dict[str, tuple[int, ...]] = {"0": (0,), "1": (1,)}  # noqa: RUF012  a test changes it on its own instance
 
     async def alive(self) -> list[Node]:
         return [Node(name, name, f"{name}:", self.numbers) for name in self.names]
@@ -210,7 +210,7 @@ async def test_a_device_that_is_gone_after_a_restart_is_lost(tmp_path: Path) -> 
     nodes = TwoDevices("a")
     replicas = dict.fromkeys(("planner", "solver", "critic"), 2)
     async with cluster(nodes, tmp_path, replicas) as made, running(made) as team:
-        nodes.numbers = {"0": 0}
+        nodes.numbers = {"0": (0,)}
         nodes.agents["a"].kill()
         await until(lambda: ready(team, "solver") == {"a:0"})
         assert team.devices["a:1"].lost

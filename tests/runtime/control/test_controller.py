@@ -241,7 +241,7 @@ async def test_memory_taken_by_another_process_shrinks_the_budget() -> None:
 async def test_host_reading_counts_for_a_gpu_without_its_own_memory() -> None:
     async with start_rig() as rig:
         for engine in rig.engines.values():
-            engine._limits = replace(engine.limits, device_uuid="11111111-1111-1111-1111-111111111111")
+            engine._limits = replace(engine.limits, device_uuids=("11111111-1111-1111-1111-111111111111",))
         rig.reading = Reading("host", (DeviceReading("host", 1000 * MIB, 1000 * MIB),))
         await asyncio.sleep(0.15)
         device = rig.records[-1].snapshot.device

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.devices.placement import place
+from runtime.devices.placement import others, place
 from runtime.engines.spec import EngineSpec
 from runtime.errors import ConfigError
 
@@ -32,6 +32,19 @@ def test_replicas_of_an_engine_are_on_different_devices() -> None:
 def test_a_replica_has_the_specification_of_its_engine() -> None:
     engine = spec(0.4, replicas=2)
     assert place({"a": engine}, ["0", "2"]) == {"0": {"a@0": engine}, "2": {"a@2": engine}}
+
+
+def test_an_engine_fits_only_devices_with_as_many_gpus_as_it_needs() -> None:
+    pair, single = spec(0.5, replicas="all", vllm={"tensor_parallel_size": 2}), spec(0.5)
+    sizes = {"0+1": 2, "2": 1, "3+4": 2}
+    assert place({"a": single, "b": pair}, [*sizes], gpus=sizes) == {
+        "0+1": {"b@0+1": pair},
+        "2": {"a@2": single},
+        "3+4": {"b@3+4": pair},
+    }
+    assert [*others({"a": single}, {"2": {}, "3+4": {}}, sizes)["3+4"]] == []
+    with pytest.raises(ConfigError, match=r"engines\.b\.vllm\.tensor_parallel_size: no device has 2 GPUs; "):
+        place({"b": pair}, ["0", "1"])
 
 
 def test_more_replicas_than_devices_are_refused() -> None:

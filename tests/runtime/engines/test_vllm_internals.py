@@ -44,6 +44,7 @@ POOL = "vllm.v1.core.block_pool:BlockPool"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+RANKS = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
 CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 
@@ -127,6 +128,9 @@ CALLED = {
     # In the engine's process.
     "vllm.v1.engine.core:EngineCore.is_scheduler_paused": call(X),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor": call(X),
+    f"{RANKS}._init_executor": call(X),
+    f"{RANKS}._ensure_worker_termination": call([]),
+    f"{RANKS}.collective_rpc": call(X, X, args=X),
     BLOCKS: call([]),
     f"{BLOCKS}.popleft_n": call(X, X),
     f"{BLOCKS}.remove": call(X, X),
@@ -176,11 +180,12 @@ OVERRIDDEN: dict[type, set[str]] = {
         "log_engine_initialized",
     },
     executor.InCoreExecutor: {"_init_executor"},
+    executor.RanksExecutor: {"_init_executor"},
     pool.CompactQueue: {"__init__", "popleft", "popleft_n", "remove", "prepend_n", "get_all_free_blocks"},
     pool.ElasticBlockPool: {"__init__", "free_blocks", "_insert_block_hash", "get_usage", "reset_prefix_cache"},
     scheduler.ElasticScheduler: {"__init__", "schedule", "update_from_output", "make_stats", "_preempt_request"},
     scheduler.ElasticAsyncScheduler: {"__init__", "schedule", "update_from_output", "make_stats", "_preempt_request"},
-    cpu_worker.ElasticCPUWorker: ELASTIC_WORKER,
+    cpu_worker.ElasticCPUWorker: ELASTIC_WORKER | {"init_device"},
     cuda_worker.ElasticCUDAWorker: ELASTIC_WORKER,
 }
 """The vLLM methods that our subclasses override, directly or through our mixins."""
@@ -226,15 +231,16 @@ READ = {
     " max_concurrent_batches structured_outputs_config",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
     "vllm.config:ModelConfig": "enable_cumem_allocator enforce_eager max_model_len",
-    "vllm.config:ParallelConfig": "worker_cls",
+    "vllm.config:ParallelConfig": "assigned_physical_gpu_ids tensor_parallel_size worker_cls",
     "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens scheduler_cls"
     " watermark",
     # In the engine's process.
     "vllm.v1.engine.core:EngineCore": "scheduler model_executor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker vllm_config",
+    RANKS: "vllm_config",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
-    WORKER: "cache_config device init_snapshot model_runner vllm_config",
-    CPU_WORKER: "cache_config device init_snapshot model_runner vllm_config",
+    WORKER: "cache_config device init_snapshot local_rank model_runner vllm_config",
+    CPU_WORKER: "cache_config device init_snapshot is_driver_worker local_rank model_runner vllm_config",
     SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
     " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state deferred_waiting"
     " get_request_counts",
@@ -267,6 +273,9 @@ LOOKED_UP = {
     "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method": "Future add_done_callback",
     "vllm.v1.engine.core:EngineCore.step": "update_from_output",
     "vllm.v1.engine.core:EngineCore.step_with_batch_queue": "update_from_output",
+    f"{RANKS}._init_executor": "get_mp_context OMPProcessManager _ensure_worker_termination",
+    f"{RANKS}.shutdown": "_ensure_worker_termination",
+    "vllm.v1.executor.multiproc_executor:WorkerProc.__init__": "WorkerWrapperBase",  # our functions get one
     f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context initialize_kv_cache",
     f"{WORKER}.load_model": "_maybe_get_memory_pool_context",  # of the tag that CudaWeights looks for
     f"{WORKER}._maybe_get_memory_pool_context": "enable_cumem_allocator use_memory_pool",
@@ -284,7 +293,10 @@ LOOKED_UP = {
 }
 """vLLM functions and the names (globals, attributes, methods) that they must use so that our code takes part."""
 
-VARIABLES = "VLLM_CONFIGURE_LOGGING VLLM_KV_CACHE_LAYOUT VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH"
+VARIABLES = (
+    "VLLM_CONFIGURE_LOGGING VLLM_CPU_OMP_THREADS_BIND VLLM_ENGINE_READY_TIMEOUT_S VLLM_KV_CACHE_LAYOUT"
+    " VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH"
+)
 ADDED = ("troupe_limits", "troupe_resize", "troupe_settled", "troupe_sleep", "troupe_wake")
 """The methods that `core.install` adds to EngineCore."""
 

@@ -256,7 +256,7 @@ async def main():
     for number, uuid in enumerate(sys.argv[1:]):
         engine = FakeEngine(str(number), str, memory=FakeMemory(device=10 << 30), grant=Grant(0.5, 64, 2048))
         await engine.start()
-        engine._limits = replace(engine.limits, device_uuid=uuid)
+        engine._limits = replace(engine.limits, device_uuids=tuple(uuid.split()))
         engine.stats = lambda stats=engine.stats, pid=1000 + number: replace(stats(), pid=pid)
         engines[str(number)] = engine
     with NvmlSource() as source:
@@ -290,6 +290,13 @@ def test_budget_follows_the_device_that_the_engines_run_on(
     seen = observe(tmp_path, uuid, uuid)
     assert (seen["uuid"], seen["name"], seen["used_bytes"] >> 30) == (uuid, name, used_gib)
     assert (seen["fault"], seen["budget"]) == (None, budget_gib)
+
+
+def test_the_budget_of_a_group_follows_the_gpu_that_has_least_free(tmp_path: Path) -> None:
+    group = f"{FREE_GPU} {BUSY_GPU}"
+    seen = observe(tmp_path, group, group)
+    assert (seen["name"], seen["used_bytes"] >> 30, seen["budget"]) == ("2 x NVIDIA H200", 99, 9)
+    assert (seen["uuid"], seen["fault"]) == (f"{BUSY_GPU} {FREE_GPU}", None)
 
 
 @pytest.mark.parametrize(

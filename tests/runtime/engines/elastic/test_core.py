@@ -40,6 +40,21 @@ class Scheduler(ElasticScheduling):
 class Worker(ElasticWorker):
     """An elastic worker whose KV cache is backed up to its ceiling, and whose weights are three granules."""
 
+    local_rank = 0
+    fixed, device, uuid = 10, 100, ""
+
+    def fixed_bytes(self) -> int:
+        return self.fixed
+
+    def device_bytes(self) -> int:
+        return self.device
+
+    def device_uuid(self) -> str:
+        return self.uuid
+
+    def copy_bytes(self) -> int:
+        return WEIGHTS
+
     def __init__(self, pages: Pages, weights: Pages, keeps_kv: bool = False) -> None:
         self.vllm_config = SimpleNamespace(additional_config={"troupe": {"sleep_keeps_kv": keeps_kv}})
         self.weights = weights

@@ -44,7 +44,7 @@ def test_report_is_received_as_sent(report: ResizeReport, insecure: bool, monkey
 @pytest.mark.parametrize("insecure", [False, True])
 def test_limits_are_received_as_sent(insecure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", str(int(insecure)))
-    limits = EngineLimits(1 << 40, 2, 3, 4, 5, 6, 7, 8, 9, "10111213-1415-1617-1819-1a1b1c1d1e1f")
+    limits = EngineLimits(1 << 40, 2, 3, 4, 5, 6, 7, 8, 9, ("10111213-1415-1617-1819-1a1b1c1d1e1f", "2"))
     assert parse_limits(received(limits)) == limits
 
 
