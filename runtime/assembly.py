@@ -27,7 +27,7 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.spec import EngineSpec, ReplicaRange
 from runtime.engines.step_time import StepTime
 from runtime.errors import ConfigError, PluginError
-from runtime.events import CallPaused, EngineChanged, Event, JobAdvanced, Listener, ignore
+from runtime.events import CallPaused, EngineChanged, Event, JobAdvanced, Listener, NodesAwaited, ignore
 from runtime.jobs.orchestrator import STREAM_INTERVAL, Orchestrator
 from runtime.jobs.team import Seat, Team
 from runtime.residency import catalogue as residency_catalogue
@@ -200,6 +200,9 @@ async def start_team(
     def on_state(engine: str, state: EngineState, seconds: float) -> None:
         listener(EngineChanged(engine, state, seconds))
 
+    def on_wait(present: int, wanted: int) -> None:
+        listener(NodesAwaited(present, wanted))
+
     async with AsyncExitStack() as owned:
         policies = owned.enter_context(ContainedPolicies(config.control.policy, config.control.shadow))
         residency = residency_catalogue.make(config.residency.policy.name, config.residency.policy.options)
@@ -212,7 +215,7 @@ async def start_team(
             if step_times:
                 raise ConfigError(f"{config.source}: cluster: a device cannot be emulated on it; leave out --emulate")
             requirements = engine_requirements(team)
-            connection = connected(config, specs, may_sleep, requirements, folder, on_state, make_agent)
+            connection = connected(config, specs, may_sleep, requirements, folder, on_state, on_wait, make_agent)
             cluster = await owned.enter_async_context(connection)
             started = cluster.devices
         else:

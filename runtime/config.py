@@ -195,8 +195,7 @@ class Control(Section):
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="Price of the whole device for an hour, in any currency. `troupe bench` then reports the cost of a "
-        "job.",
+        description="Price of a whole GPU for an hour, in any currency. `troupe bench` then reports the cost of a job.",
     )
 
 
@@ -378,6 +377,12 @@ class Cluster(Section):
         min_length=1,
         description="Use only the nodes that have this resource of Ray, for example GPU. By default all are used.",
     )
+    nodes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Ask the cluster's autoscaler for so many nodes that have `nodes_with`, and wait for them at the "
+        "start, for at most ten minutes. By default the team uses the nodes that are there.",
+    )
     namespace: str = Field(
         default="troupe",
         pattern=r"^[A-Za-z0-9_-]{1,64}$",
@@ -401,16 +406,24 @@ class Cluster(Section):
         "can run code on its nodes.",
     )
 
+    @model_validator(mode="after")
+    def _says_which_nodes(self) -> Self:
+        if self.nodes is not None and self.address == "local":
+            raise ValueError("nodes: a local cluster has one node, this machine; leave it out")
+        if self.nodes is not None and self.nodes_with is None:
+            raise ValueError("nodes: say which resource they have, for example nodes_with: GPU")
+        return self
 
-Index = Annotated[int, Field(ge=0)]
-Group = Annotated[tuple[Index, ...], Field(min_length=2)]
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Config(Section):
     """A whole configuration."""
 
     device: Device = Field(default=Device(), description="The device that the engines share, or each of several.")
-    devices: Literal["all"] | Annotated[tuple[Index | Group, ...], Field(min_length=1)] = Field(
+    devices: Literal["all"] | tuple[int | tuple[int, ...], ...] = Field(
         default=(0,),
         description="The GPUs to use, by their CUDA index, or `all`. GPUs in brackets work as one device, for engines "
         "whose `vllm.tensor_parallel_size` is their number: `[[0, 1], 2]` has two devices. Without a GPU, "
@@ -449,6 +462,15 @@ class Config(Section):
     def source(self) -> Path:
         """Return the file that this configuration was read from."""
         return self._source
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _lists_devices(cls, value: object) -> object:
+        given = value if isinstance(value, list | tuple) else []
+        groups = [each if isinstance(each, list | tuple) else [each] for each in given]
+        if value != "all" and not (groups and all(group and all(map(_is_index, group)) for group in groups)):
+            raise ValueError("give `all`, a list of GPUs such as [0, 1], or one with groups such as [[0, 1], 2]")
+        return value
 
     @model_validator(mode="after")
     def _note_source(self, info: ValidationInfo) -> Self:

@@ -24,6 +24,14 @@ class EngineChanged:
 
 
 @dataclass(frozen=True)
+class NodesAwaited:
+    """The team waits for nodes of its cluster: `present` of the `wanted` ones are there."""
+
+    present: int
+    wanted: int
+
+
+@dataclass(frozen=True)
 class RoleReplied:
     """A seat replied to a call of a job.
 
@@ -161,6 +169,7 @@ class JobEnded:
 
 Event = (
     EngineChanged
+    | NodesAwaited
     | RoleReplied
     | ToolCalled
     | ToolReturned

@@ -150,7 +150,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("runtime/api/http/metrics.py",),
     "mcp": ("runtime/tools/mcp/",),
     "opentelemetry": ("runtime/tracing/",),
-    "ray": ("runtime/cluster/ray_nodes.py", "scripts/ray_machines.py"),
+    "ray": ("runtime/cluster/ray_nodes.py", "scripts/ray_machines.py", "scripts/ray_autoscaler.py"),
     "msgspec": ("runtime/cluster/wire.py", "runtime/engines/"),
     "sqlite3": ("runtime/jobs/journal/database.py",),
 }

@@ -24,12 +24,13 @@ from runtime.bench.table import table
 from runtime.bench.workload import Source
 from runtime.cli import interrupt
 from runtime.cli.config_option import config_option
+from runtime.cli.solve_screen import waiting_line
 from runtime.config import Config, PolicyChoice, ResidencyChoice
 from runtime.control import catalogue
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.step_time import StepTime
 from runtime.errors import ConfigError, InputError
-from runtime.events import EngineChanged, Event, fan_out
+from runtime.events import EngineChanged, Event, NodesAwaited, fan_out
 from runtime.jobs.team import Team, assemble
 from runtime.residency import catalogue as residency_catalogue
 
@@ -291,6 +292,8 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
     def show_start(event: Event) -> None:
         if isinstance(event, EngineChanged) and not bar.has_runs:
             bar.describe(f"{event.engine} {event.state}")
+        elif isinstance(event, NodesAwaited):
+            bar.describe(waiting_line(event))
 
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     async with AsyncExitStack() as owned:

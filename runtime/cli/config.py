@@ -9,7 +9,7 @@ from runtime import config as configuration
 from runtime.assembly import needed_engines, needed_tools
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.devices.placement import place
-from runtime.devices.selection import groups, name_of, sizes
+from runtime.devices.selection import group_size, groups, name_of, sizes
 from runtime.jobs import team as teams
 from runtime.tools.toolbox import Toolbox
 
@@ -40,8 +40,10 @@ def check(file: str) -> None:
     team = teams.assemble(found)
     asyncio.run(_start_tools(found, team))
     ContainedPolicies(found.control.policy, found.control.shadow, threads=False)
-    if found.devices != "all":  # how many these are depends on the machine
-        specs = needed_engines(found, team)
+    specs = needed_engines(found, team)
+    if found.devices == "all":  # how many these are depends on the machine
+        group_size(found, specs)
+    else:
         devices = {name_of(group): group for group in groups(found, 0)}
         place(specs, [*devices], [name for name in specs if found.may_sleep(name)], gpus=sizes(devices))
     click.echo(f"{found.source}: OK ({len(found.engines)} engines; {', '.join(team.seats)}; {found.workflow.name})")

@@ -13,10 +13,11 @@ from runtime import logs, run_folder
 from runtime.assembly import start_team
 from runtime.cli import interrupt
 from runtime.cli.config_option import config_option
+from runtime.cli.solve_screen import waiting_line
 from runtime.config import Config, Mqtt
 from runtime.engines.handle import EngineState
 from runtime.errors import ConfigError
-from runtime.events import EngineChanged, Event
+from runtime.events import EngineChanged, Event, NodesAwaited
 from runtime.jobs.team import Team, assemble
 
 MQTT_PORT = 1883
@@ -92,6 +93,9 @@ async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interr
             if event.state in (EngineState.DEAD, EngineState.FAILED) or (as_json and event.state is EngineState.READY):
                 text = f"[red]engine {event.engine} is {event.state}[/]"
                 report("engine", text, engine=event.engine, state=event.state)
+
+        elif isinstance(event, NodesAwaited):
+            report("waiting", waiting_line(event), nodes=event.present, wanted=event.wanted)
 
     def on_listening(url: str) -> None:
         report("listening", f"listening on [bold]{url}[/] (logs: {folder})", url=url, logs=str(folder))

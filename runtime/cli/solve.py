@@ -18,7 +18,7 @@ from runtime.cli.results_file import read_kept
 from runtime.cli.solve_report import Report
 from runtime.config import Config
 from runtime.errors import InputError, PluginError
-from runtime.events import EngineChanged, Event, RoleReplied, ToolCalled, ToolReturned, fan_out
+from runtime.events import EngineChanged, Event, NodesAwaited, RoleReplied, ToolCalled, ToolReturned, fan_out
 from runtime.jobs import problems
 from runtime.jobs.batch import work_all
 from runtime.jobs.comparison import Comparison
@@ -134,6 +134,8 @@ async def _solve_one(config: Config, team: Team, job: Job, options: Options) -> 
     def show(event: Event) -> None:
         if isinstance(event, EngineChanged):
             status.update(text=engine_progress.update(event))
+        elif isinstance(event, NodesAwaited):
+            status.update(text=solve_screen.waiting_line(event))
         elif isinstance(event, RoleReplied):
             status.update(text="working")
             for entry in event.entries:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from runtime.assembly import RunningTeam
 from runtime.cli import solve_screen, watch
 from runtime.cli.results_file import ResultsFile
-from runtime.events import EngineChanged, Event
+from runtime.events import EngineChanged, Event, NodesAwaited
 from runtime.jobs import problems
 from runtime.jobs.batch import summarise
 from runtime.jobs.job import JobResult
@@ -66,6 +66,8 @@ class Report:
         """Show the engines' progress on the bar while they start and close."""
         if isinstance(event, EngineChanged):
             self._bar.update(self._task, description=self._engine_progress.update(event))
+        elif isinstance(event, NodesAwaited):
+            self._bar.update(self._task, description=solve_screen.waiting_line(event))
 
     def add(self, result: JobResult) -> None:
         """Write or print a result, and count it. Raises TroupeError if the file cannot be written."""

@@ -5,7 +5,7 @@ from rich.markup import escape
 
 from agents.workflow import Entry
 from runtime.engines.handle import EngineState
-from runtime.events import EngineChanged
+from runtime.events import EngineChanged, NodesAwaited
 from runtime.jobs.batch import Summary
 from runtime.jobs.job import JobResult
 
@@ -34,6 +34,11 @@ class EngineProgress:
         if all(state is EngineState.READY for state in self._states.values()):
             return "solving"
         return ", ".join(f"{name} {state}" for name, state in self._states.items())
+
+
+def waiting_line(event: NodesAwaited) -> str:
+    """Return what the team waits for."""
+    return f"waiting for nodes: {event.present} of {event.wanted} are there"
 
 
 def entry_line(entry: Entry) -> str:

@@ -30,6 +30,8 @@ from runtime.errors import ConfigError, EngineError, TroupeError
 
 WATCH_S = 0.5
 """Seconds between two looks for new, lost and returned nodes."""
+NODES_S = 600.0
+"""Longest wait for the nodes that the autoscaler was asked for, in seconds."""
 ATTACH_S = 60.0
 """Timeout of an attachment, in seconds. A new agent imports for some of them."""
 REATTACH_S = 5.0
@@ -43,6 +45,9 @@ LOST_CLOSE_S = 1.0
 RETRY_MOST_S = 60.0
 """Longest pause before a node that could not be used is tried again, in seconds."""
 
+OnWait = Callable[[int, int], None]
+"""Called with the number of nodes that are there, and of those that are awaited."""
+
 
 class Cluster:
     """The agents of a cluster and their devices, as an async context manager that starts and stops them.
@@ -53,7 +58,15 @@ class Cluster:
     reached.
     """
 
-    def __init__(self, nodes: Nodes, config: Config, common: Common, folder: Path, on_state: OnState) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        config: Config,
+        common: Common,
+        folder: Path,
+        on_state: OnState,
+        on_wait: OnWait = lambda present, wanted: None,
+    ) -> None:
         self.devices: dict[str, RemoteDevice] = {}
         self.on_device: Callable[[RemoteDevice], Awaitable[None]] | None = None
         self._nodes = nodes
@@ -61,6 +74,7 @@ class Cluster:
         self._common = common
         self._folder = folder
         self._on_state = on_state
+        self._on_wait = on_wait
         self._head = f"{socket.gethostname()}, process {os.getpid()} ({secrets.token_hex(3)})"
         self._members: dict[str, _Member] = {}
         self._known: dict[str, Measured] = {}
@@ -72,7 +86,7 @@ class Cluster:
         self._began_s = _now_s()
         async with AsyncExitStack() as owned:
             owned.push_async_callback(self._close)
-            nodes = await self._nodes.alive()
+            nodes = await self._first_nodes()
             if not nodes:
                 raise ConfigError(
                     f"{self._config.source}: cluster: no node can run engines; start one, or change cluster.nodes_with"
@@ -91,6 +105,21 @@ class Cluster:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._owned.aclose()
+
+    async def _first_nodes(self) -> list[Node]:
+        """Return the nodes to start on. Wait for those that the cluster's autoscaler was asked for, if any."""
+        nodes = await self._nodes.alive()
+        wanted = (self._config.cluster and self._config.cluster.nodes) or 0
+        until_s, seen = _now_s() + NODES_S, None
+        while len(nodes) < wanted and _now_s() < until_s:
+            if seen != len(nodes):
+                self._on_wait(len(nodes), wanted)
+            seen = len(nodes)
+            await asyncio.sleep(WATCH_S)
+            nodes = await self._nodes.alive()
+        if len(nodes) < wanted:
+            logging.getLogger(__name__).warning("starting without all nodes; `ray status` says what is missing")
+        return nodes
 
     def _member(self, node: Node) -> "_Member":
         member = self._members[node.name] = _Member(node, self._on_message, self._on_loss)
@@ -167,7 +196,7 @@ class Cluster:
         if found is None:
             async with _reaching(member.node):
                 gpus = [] if self._config.devices == (0,) else await member.agent.gpus()
-            found = select(self._config, gpus)
+            found = select(self._config, gpus, self._common.specs)
         return {f"{member.node.prefix}{name}": numbers for name, numbers in found.items()}
 
     def _plan(self, numbers: Mapping[str, tuple[int, ...]], placed: Placement) -> bytes:

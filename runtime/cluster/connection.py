@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from runtime.cluster.agent import Agent, MakeAgent
-from runtime.cluster.cluster import Cluster
+from runtime.cluster.cluster import Cluster, OnWait
 from runtime.cluster.plan import Common, Limits
 from runtime.config import Config
 from runtime.control.snapshotter import EngineRequirements
@@ -23,6 +23,7 @@ async def connected(
     requirements: Mapping[str, EngineRequirements],
     folder: Path,
     on_state: OnState,
+    on_wait: OnWait,
     make_agent: MakeAgent = Agent,
 ) -> AsyncIterator[Cluster]:
     """Connect to the Ray cluster of a configuration, start its agents and their engines, and stop them at the end.
@@ -40,5 +41,8 @@ async def connected(
     prepare_head(specs.values())
     limits = Limits(config.cluster.lost_s, config.cluster.orphan_s)
     common = Common.of(config, specs, may_sleep, requirements, limits)
-    async with RayNodes(config, make_agent) as nodes, Cluster(nodes, config, common, folder, on_state) as cluster:
+    async with (
+        RayNodes(config, make_agent) as nodes,
+        Cluster(nodes, config, common, folder, on_state, on_wait) as cluster,
+    ):
         yield cluster

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 import ray
 from ray._private import ray_constants, worker
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -56,6 +57,7 @@ class RayNodes:
         assert config.cluster is not None
         self._make_agent = make_agent
         self._named_twice: set[str] = set()
+        self._asked: list[dict[str, float]] = []
         self._config = config
         self._cluster: ClusterChoice = config.cluster
         # Ray does not restart it, because that would begin its calls anew.
@@ -69,6 +71,7 @@ class RayNodes:
             await asyncio.to_thread(self._connect)
             _take_signals_back()
             self._check_open()
+            owned.callback(self._release)
             self._owned = owned.pop_all()
         return self
 
@@ -134,13 +137,11 @@ class RayNodes:
     async def alive(self) -> list[Node]:
         """Return the nodes that can run an agent, except nodes that share a name."""
         try:
-            found = await asyncio.to_thread(_listed)
+            found = await asyncio.to_thread(self._wanted)
         except RayError as error:
             raise EngineError(f"the nodes of the Ray cluster cannot be listed: {_first_line(error)}") from None
         if self._cluster.address == "local":
             return self._parts(found[0]["NodeID"]) if found else []
-        needed = self._cluster.nodes_with
-        found = [node for node in found if needed is None or node["Resources"].get(needed)]
         names = [node["NodeName"] for node in found]
         for name in {name for name in names if names.count(name) > 1} - self._named_twice:
             self._named_twice.add(name)
@@ -154,6 +155,33 @@ class RayNodes:
             for name, node in zip(names, found, strict=True)
             if names.count(name) == 1
         ]
+
+    def _wanted(self) -> list[dict[str, Any]]:
+        """Return the nodes that have the configured resource, as Ray describes them."""
+        needed = self._cluster.nodes_with
+        found = [node for node in _listed() if needed is None or node["Resources"].get(needed)]
+        if needed is not None and self._cluster.nodes is not None:
+            self._ask(needed, [node["Resources"][needed] for node in found])
+        return found
+
+    def _ask(self, resource: str, found: list[float]) -> None:
+        """Ask the cluster's autoscaler to keep the nodes in use, and for those that are missing.
+
+        A request is a list of resources, each of which fits one node: all that a node has of `resource`, so that no two
+        share a node. Missing nodes are taken to have as much as the largest. The request stays in force until the next.
+        """
+        missing = (self._cluster.nodes or 0) - len(found)
+        amounts = sorted(found) + [max(found, default=1)] * missing
+        bundles = [{resource: amount} for amount in amounts]
+        if bundles != self._asked:
+            request_resources(bundles=bundles)
+            self._asked = bundles
+
+    def _release(self) -> None:
+        """Tell the autoscaler that no node is needed any more."""
+        if self._asked:
+            with suppress(RayError, RuntimeError):
+                request_resources(bundles=[])
 
     def _parts(self, key: str) -> list[Node]:
         """Return this machine as one node for each device, so that each has an agent of its own."""

@@ -44,6 +44,7 @@ class RemoteEngine(EngineHandle):
         self._report = report
         self._recalled = False
         if report.limits is not None:
+            self.usage.gpus = report.limits.gpus
             self.usage.hold(self.held_bytes, _HELD.get(report.stats.state, Held.ASLEEP))
 
     def lose(self) -> None:

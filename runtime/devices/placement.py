@@ -36,7 +36,7 @@ def place(
         if not suitable:
             raise ConfigError(
                 f"engines.{engine}.vllm.tensor_parallel_size: no device has {spec.gpus} GPUs; the devices are "
-                f"{', '.join(devices)}; name a group under devices, for example [{[*range(spec.gpus)]}]"
+                f"{', '.join(devices)}; change it, or add such a device to devices, for example {[*range(spec.gpus)]}"
             )
         count, most = spec.replica_bounds(len(suitable))
         needed = count if more_devices_come else max(count, most)

@@ -117,7 +117,8 @@ class Rebalancer:
             )
             for name, device in present.items()
         }
-        engines = {name: self._range(name, absent, len(present)) for name in self.bounds if name not in busy}
+        ranges = {name: self._range(name, absent, len(present)) for name in self.bounds if name not in busy}
+        engines = {name: found for name, found in ranges.items() if found is not None}
         return PlacementView(replicas, engines, devices)
 
     def _idle_s(self, name: str, now_s: float) -> float:
@@ -126,9 +127,12 @@ class Rebalancer:
             self._called_s[name], self._arrived[name] = now_s, usage.arrived
         return now_s - self._called_s[name]
 
-    def _range(self, engine: str, absent: set[str], devices: int) -> EngineRange:
+    def _range(self, engine: str, absent: set[str], devices: int) -> EngineRange | None:
+        """Return how many replicas an engine can have, and where. None if no device that is present fits it."""
         names = [replica_name(engine, device) for device in self._devices]
         known = [each for name in names if (each := self._devices[device_of(name)].engines.get(name)) is not None]
+        if not known:
+            return None
         # An absent replica says how long a start takes. One that sleeps says how long it takes to wake.
         replica = next((each for each in known if each.state is EngineState.ABSENT), known[0])
         least, most = self.bounds[engine]

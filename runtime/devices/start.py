@@ -70,7 +70,7 @@ async def start_fleets(
     launcher = owned.enter_context(Launcher(processes, folder))
     several = config.devices != (0,)  # otherwise there is nothing to find out before the engines report that they start
     gpus = (await launcher.prepare()).visible_gpus() if several else ()
-    devices = select(config, gpus)
+    devices = select(config, gpus, specs)
     placed = place(specs, [*devices], may_sleep, gpus=sizes(devices))
     absent = spares(specs, placed, sizes(devices))
     start = Start(

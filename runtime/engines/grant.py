@@ -40,6 +40,7 @@ class EngineLimits:
     - `device_uuids`: the UUIDs of the GPUs or the MIG instance of the engine's processes, as CUDA reports them there,
       in lower case and without a prefix. There are none on the host. An engine on several GPUs holds the same on each,
       and memory here is that of one.
+    - `gpus`: the number of GPUs of the engine.
     - `asleep_bytes`: what the engine keeps on the device while it sleeps with its process alive.
     - `copy_bytes`: the host memory that a copy of its weights takes while it sleeps in this way; 0 if its process must
       end to free its memory, as on a CPU.
@@ -57,6 +58,7 @@ class EngineLimits:
     device_uuids: tuple[str, ...] = ()
     asleep_bytes: int = 0
     copy_bytes: int = 0
+    gpus: int = 1
 
     def held_bytes(self, share: float) -> int:
         """Return the bytes that a share of the device allows in total, including weights and buffers.

@@ -237,6 +237,10 @@ class SupervisedEngine(EngineHandle):
             if self._awake.is_set():  # otherwise it was put to sleep
                 self._report_death(self._engine, error.death)
             return False
+        except EngineError:  # every engine that works can run what a pulse runs
+            self._report_death(self._engine, Death.HUNG)
+            self._engine.kill()
+            return False
         if self._rest is None:
             self._ready.set()
         return True
@@ -430,6 +434,7 @@ class SupervisedEngine(EngineHandle):
         stats = self._engine.stats()
         if stats.state is EngineState.READY and stats.grant is not None:
             self._limits = self._engine.limits
+            self.usage.gpus = self._limits.gpus
             self.usage.hold(self._limits.held_bytes(stats.grant.gpu_memory_utilization))
 
     def stats(self) -> EngineStats:

@@ -29,13 +29,28 @@ def folder(socket_bytes: int = SOCKET_BYTES) -> Iterator[Path]:
     if len(os.fsencode(base)) > PATH_MAX_BYTES - socket_bytes:
         base = "/tmp"
     _remove_abandoned(Path(base))
-    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = os.open(path, os.O_RDONLY)
+    path, lock = _make(base)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _make(base: str) -> tuple[Path, int]:
+    """Return a new folder and the file descriptor of its lock.
+
+    Another process may find the folder before it is locked, and remove it. Then make another one.
+    """
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
         os.close(lock)
 
 

@@ -112,9 +112,11 @@ class UsageMeter:
 
     - `arrived`, `finished`: counts of requests.
     - `idle`: the charge for the time without requests in flight.
+    - `gpus`: on how many GPUs the engine holds the same bytes. Charges are for all of them.
     """
 
     def __init__(self) -> None:
+        self.gpus = 1
         self.arrived = 0
         self.finished = 0
         self.idle = Charge()
@@ -131,9 +133,9 @@ class UsageMeter:
         return self.arrived - self.finished
 
     def hold(self, nbytes: int, held: Held = Held.RESIDENT) -> None:
-        """Set the bytes that the engine holds from now on, weights and buffers included, and what for."""
+        """Set the bytes that the engine holds of each GPU from now on, weights and buffers included, and what for."""
         self._settle()
-        self._held_bytes, self._held = nbytes, held
+        self._held_bytes, self._held = nbytes * self.gpus, held
 
     @contextmanager
     def request(self, rank: int) -> Iterator[None]:

@@ -132,9 +132,12 @@ class VllmEngine(EngineHandle):
         self._starting = None
         for process in self._processes():
             asyncio.get_running_loop().add_reader(process.sentinel, self._process_ended)
-            if self.spec.gpus > 1:
-                self._ranks += _children(process.pid)
-        await self._take_first_grant()
+            self._ranks += self._children(process.pid)
+        try:
+            await self._take_first_grant()
+        except EngineError:
+            await self.close()
+            raise
         self._state = EngineState.READY
 
     async def _take_first_grant(self) -> None:
@@ -154,7 +157,6 @@ class VllmEngine(EngineHandle):
             if not isinstance(outcome, Rejected):
                 return
             reason = outcome.reason
-        await self.close()
         raise EngineError(f"engine {self.name} did not start: {reason} (log: {self.log})")
 
     def _first_grant(self, limits: EngineLimits) -> Grant:
@@ -168,11 +170,17 @@ class VllmEngine(EngineHandle):
         return Grant(share, limits.seqs_ceiling, limits.step_tokens_ceiling)
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        """Call a method of the engine core, which runs it between two steps. Raise EngineDead if it is gone."""
+        """Call a method of the engine core, which runs it between two steps.
+
+        Raises EngineError if the method fails, and EngineDead if the engine core is gone.
+        """
+        core = self._ready().engine_core
         try:
-            return await self._ready().engine_core.call_utility_async(method, *arguments)
+            return await core.call_utility_async(method, *arguments)
         except EngineDeadError as error:
             raise self._dead() from error
+        except Exception as error:  # vLLM's client raises a plain Exception if the method fails
+            raise EngineError(f"engine {self.name}: {method} failed: {error} (log: {self.log})") from error
 
     def _dead(self) -> EngineDead:
         """Mark the engine as dead, unless it was closed, and return the error to raise."""
@@ -302,14 +310,14 @@ class VllmEngine(EngineHandle):
                     settled = asyncio.ensure_future(self._settle(grant))
                     await asyncio.sleep(0)  # sends the second call before another resize can start
                     return Deferred(grant, report.held_bytes, grace_s, settled)
-            except EngineDead as error:
+            except EngineError as error:
                 return Rejected(grant, str(error))
         return self._applied(grant, report)
 
     async def _settle(self, grant: Grant) -> Applied | Rejected | Superseded:
         try:
             report = parse_report(await self._call("troupe_settled"))
-        except EngineDead as error:
+        except EngineError as error:
             return Rejected(grant, str(error))
         return Superseded(grant) if isinstance(report, ResizeSuperseded) else self._applied(grant, report)
 
@@ -351,6 +359,15 @@ class VllmEngine(EngineHandle):
         for process in self._processes():
             process.kill()
 
+    def _children(self, pid: int | None) -> list[psutil.Process]:
+        """Return the ranks of an engine that runs on several GPUs, given its process; none for another engine."""
+        if self.spec.gpus == 1:
+            return []
+        try:
+            return psutil.Process(pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
     def _processes(self) -> list[Any]:
         manager = self._llm and self._llm.engine_core.resources.engine_manager
         return list(manager.processes) if manager else []
@@ -388,12 +405,7 @@ class VllmEngine(EngineHandle):
 
     async def _move(self, method: str) -> ResizeApplied:
         """Call `troupe_sleep` or `troupe_wake`. Raise EngineError if the engine refuses or fails."""
-        try:
-            report = parse_report(await self._call(method))
-        except EngineError:
-            raise
-        except Exception as error:  # vLLM's client raises a plain Exception if a method of the engine core fails
-            raise EngineError(f"engine {self.name}: {method} failed: {error} (log: {self.log})") from error
+        report = parse_report(await self._call(method))
         if isinstance(report, ResizeApplied):
             return report
         reason = report.reason if isinstance(report, ResizeRefused) else report.state
@@ -401,13 +413,16 @@ class VllmEngine(EngineHandle):
 
     async def _end_start(self) -> None:
         """Kill a process that is still starting. The thread that waits for it cannot be cancelled; it ends then."""
-        if self._starting is not None:
-            while not self._starting.done():
+        starting = self._starting
+        if starting is not None:
+            while not starting.done():
                 while self._started:
-                    self._started.pop().kill()
-                await asyncio.wait([self._starting], timeout=_KILL_EVERY_S)
-            if not self._starting.exception():
-                self._llm = self._starting.result()
+                    process = self._started.pop()
+                    self._ranks += self._children(process.pid)
+                    process.kill()
+                await asyncio.wait([starting], timeout=_KILL_EVERY_S)
+            if self._starting is not None and not starting.exception():  # otherwise another call has closed it
+                self._llm = starting.result()
             self._starting = None
 
     async def close(self) -> None:
@@ -422,20 +437,13 @@ class VllmEngine(EngineHandle):
             await asyncio.to_thread(llm.shutdown, 0)  # kills the process, which holds nothing that would be lost
         for process in self._leaving:  # also if an earlier call was cancelled
             await asyncio.to_thread(process.join)  # its memory is free then
-        while not all(map(_has_ended, self._ranks)):  # noqa: ASYNC110  the kernel kills them, and tells nobody
+        while not all(map(_has_ended, self._ranks)):  # noqa: ASYNC110  only a parent is told of a process's end
             await asyncio.sleep(0.01)
-
-
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _has_ended(process: psutil.Process) -> bool:
     try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
+        return not process.is_running() or bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

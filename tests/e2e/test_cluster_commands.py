@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from scripts.ray_autoscaler import SETTINGS, Autoscaled
 from scripts.ray_machines import NODE, Machines
 from tests.e2e.conftest import LONG_S, Command, wait_until
 from tests.e2e.test_serve import Service
@@ -80,6 +81,30 @@ def test_an_open_cluster_is_refused_whatever_this_process_has(troupe: Command, a
     finally:
         head.terminate()
         head.wait(LONG_S)
+
+
+def test_the_autoscaler_adds_the_nodes_that_a_team_asks_for_and_ends_them_afterwards(troupe: Command) -> None:
+    with Autoscaled(most=3) as cluster:
+        team = f"""
+            extends: embedded
+            cluster: {{address: '{cluster.address}', nodes_with: {NODE}, nodes: 2, lost_s: {PATIENT_S}}}
+            engines: {{solver: {{replicas: 2}}}}
+        """
+        (troupe.folder / "team.yaml").write_text(team)
+        troupe.environment |= SETTINGS
+        serving = troupe.start("serve", "--port", 0, "--json", "--config", "team.yaml")
+        assert serving.stdout is not None
+        events = []
+        for line in serving.stdout:
+            events.append(json.loads(line))
+            if events[-1]["event"] == "ready":
+                break
+        assert {"event": "waiting", "nodes": 0, "wanted": 2} in events
+        url = next(event["url"] for event in events if event["event"] == "listening")
+        assert len(httpx.get(f"{url}/devices", timeout=LONG_S).json()) == 2
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(LONG_S) == 0
+        wait_until(lambda: cluster.nodes() == 0)
 
 
 def test_a_service_that_was_killed_takes_its_engines_over(troupe: Command) -> None:

@@ -21,6 +21,7 @@ from runtime.engines.spec import EngineSpec
 from runtime.jobs.team import assemble
 from scripts.drill_residency import processes
 from scripts.tiny_model import write_chat_model
+from tests.e2e.conftest import LONG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 MIB = 1 << 20
@@ -96,9 +97,13 @@ async def test_all_ranks_follow_a_resize_while_they_generate(running: RunningTea
     assert await talking == expected
 
 
-async def test_a_killed_rank_costs_no_reply(running: RunningTeam) -> None:
-    expected = await replies(partial(running.generate, "one"), 3)
-    talking = asyncio.create_task(replies(partial(running.generate, "one"), 3))
+@pytest.mark.parametrize("count", [1, 3])  # an engine that crashed would convict a single request
+async def test_a_killed_rank_costs_no_reply(running: RunningTeam, count: int) -> None:
+    expected = await replies(partial(running.generate, "one"), count)
+    talking = asyncio.create_task(replies(partial(running.generate, "one"), count))
+    async with asyncio.timeout(LONG_S):
+        while not running.engines["one"].stats().running:  # noqa: ASYNC110  no event
+            await asyncio.sleep(0)
     pid = running.engines["one"].stats().pid
     assert pid is not None
     ranks = psutil.Process(pid).children()
@@ -122,7 +127,7 @@ async def test_a_closed_engine_leaves_no_rank(model: Path, tmp_path: Path) -> No
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("vllm_dist_*")}
+    return {path.name for pattern in ("vllm_dist_*", "psm_*") for path in Path("/dev/shm").glob(pattern)}
 
 
 def has_ended(process: psutil.Process) -> bool:

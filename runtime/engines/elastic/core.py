@@ -53,8 +53,8 @@ class _Shrink:
 class Resizer:
     """The resizing of one engine: its scheduler's limits, and the memory behind its worker's KV cache.
 
-    A separate thread releases memory while steps run, unless `release_in` is given. No step can touch that memory any
-    more.
+    A thread releases memory while steps run, because no step can touch that memory any more. An executor in
+    `release_in` takes the place of this thread.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Resizer:
         self._worker = worker
         self._shrink: _Shrink | None = None
         self._last_deferred: Future[ResizeReport] = Future()
+        self._releases_between_steps = release_in is not None
         self._release_in = release_in or ThreadPoolExecutor(1, thread_name_prefix="release")
         self._last_release: Future[Any] | None = None
         self._asleep = False
@@ -85,6 +86,7 @@ class Resizer:
             block_tokens=self._scheduler.vllm_config.cache_config.block_size,
             asleep_bytes=figures.asleep_bytes,
             copy_bytes=figures.copy_bytes,
+            gpus=worker.gpus,
         )
 
     def resize(
@@ -238,7 +240,7 @@ class Resizer:
             self._release(self._finish_shrink, shrink)
 
     def _release(self, release: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `release` in the release thread, after the steps that the device has been given up to now."""
+        """Run `release` where memory is released, after the steps that the device has been given up to now."""
         self._worker.fence()
         future = self._release_in.submit(release, *args, **kwargs)
         self._last_release = future
@@ -247,7 +249,7 @@ class Resizer:
     def _release_unused(self, shrink: _Shrink, unused_from: int) -> ResizeReport:
         """Release the blocks from `unused_from` up, above the highest block in use, and report what is still held.
 
-        Runs in the release thread.
+        Runs where memory is released.
         """
         if unused_from < self._worker.backed_blocks:
             shrink.moved_bytes += self._worker.back(unused_from)
@@ -257,13 +259,16 @@ class Resizer:
     def _finish_shrink(self, shrink: _Shrink) -> None:
         """Release all blocks above the new capacity and report the shrink as applied.
 
-        Runs in the release thread. An error reaches the caller of the shrink, and `resize` raises it again.
+        Runs where memory is released. An error reaches the caller of the shrink, and `resize` raises it again.
         """
+        began_s = time.perf_counter()
         try:
             shrink.moved_bytes += self._worker.back(shrink.capacity)
         except BaseException as error:
             shrink.finished.set_exception(error)
             raise
+        if self._releases_between_steps:
+            shrink.stall_seconds += time.perf_counter() - began_s
         seconds = time.perf_counter() - shrink.started_s
         shrink.finished.set_result(
             ResizeApplied(shrink.kv_cache_bytes, shrink.moved_bytes, seconds, shrink.stall_seconds, shrink.preempted)

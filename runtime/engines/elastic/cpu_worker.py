@@ -1,5 +1,6 @@
 """The elastic worker on the CPU."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
             # That would stall all requests for seconds, and fail without a compiler.
             torch.compiler.set_stance("force_eager")
         super().init_device()
+        # The ranks of an engine share named memory, which killed ranks would leave behind. All have opened it now.
+        for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*"):
+            path.unlink(missing_ok=True)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm the model up as the CUDA worker does, then begin to take turns on the emulated device, if there is one.
@@ -45,7 +49,7 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
         """
         times = super().compile_or_warm_up_model()
         settings = self.vllm_config.additional_config["troupe"]
-        if settings["step_time"] is not None and self.is_driver_worker:  # the other ranks of a step wait for its first
+        if settings["step_time"] is not None and self.is_driver_worker:  # the other ranks wait for the first
             self._emulated_device = EmulatedDevice(
                 Path(settings["temporary"]) / LOCK.format(settings["device"]), StepTime(**settings["step_time"])
             )

@@ -16,6 +16,8 @@ from runtime.engines.elastic.worker import ElasticWorker
 
 CONTEXT_BYTES = 768 << 20
 """GPU bytes that a process holds outside PyTorch's allocator, mostly the CUDA context. A bound, not a measurement."""
+GROUP_BYTES = 1 << 30
+"""The same for a process that works with others: the buffers of NCCL and of vLLM's all-reduce. Also a bound."""
 
 
 class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
@@ -60,11 +62,12 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
         return device_uuid(torch.cuda.current_device())
 
     def fixed_bytes(self) -> int:
-        """Return what PyTorch's allocator holds, plus the peak of a full step, plus CONTEXT_BYTES.
+        """Return what PyTorch's allocator holds, plus the peak of a full step, plus CONTEXT_BYTES and GROUP_BYTES.
 
         The allocator holds weights, CUDA graphs and what warm-up left. Memory of other processes does not count.
         """
-        return int(torch.cuda.memory_reserved(self.device)) + self._peak_activation_bytes + CONTEXT_BYTES
+        outside_bytes = CONTEXT_BYTES + (GROUP_BYTES if self.parallel_config.world_size > 1 else 0)
+        return int(torch.cuda.memory_reserved(self.device)) + self._peak_activation_bytes + outside_bytes
 
     def copy_bytes(self) -> int:
         return self._weights.nbytes if self._weights else 0

@@ -4,6 +4,7 @@ With one device, the worker is in the engine core's process. With several, each 
 """
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from vllm.config import VllmConfig
+from vllm.utils.system_utils import get_mp_context
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -34,29 +36,38 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not anal
 class RanksExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
     """vLLM's executor with a process for each device, which the engine core forks.
 
-    The kernel kills the ranks when the engine core ends: `forkserver_preload` sees to that.
+    `forkserver_preload` has the kernel kill a forked rank when the engine core ends.
     """
 
     def _init_executor(self) -> None:
         """Set this process up as the executor of one device does, then fork the ranks, which load the model."""
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would ask for a NUMA node for each rank
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        if get_mp_context().get_start_method() != "fork":
+            raise RuntimeError("vLLM would not fork the ranks of this engine, so they could outlive it")
         with _loading(self.vllm_config):
             super()._init_executor()
-        # On a CPU, the ranks share named memory, which a killed rank would leave behind. All have opened it now.
-        for path in Path("/dev/shm").glob(f"{self.collective_rpc(_ident)[0]}*"):
-            path.unlink(missing_ok=True)
+        for path in {path for worker in self.workers for path in _queues(worker.proc.pid)}:
+            path.unlink(missing_ok=True)  # killed processes would leave it behind, and all have opened it
 
     @staticmethod
     def _ensure_worker_termination(worker_procs: list[BaseProcess]) -> None:
-        """Kill the ranks. vLLM waits for their goodbye first, and a rank never says it while another one is missing."""
+        """Kill the ranks. vLLM would wait 5 s for them to exit, which a rank blocked in a collective does not.
+
+        If one of them was killed, kill this process too, so that the client sees a kill rather than a crash.
+        """
+        if any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in worker_procs):
+            os.kill(os.getpid(), signal.SIGKILL)
         for process in worker_procs:
             process.kill()
         for process in worker_procs:
             process.join()
 
 
-def _ident(_rank: object) -> str:
-    return os.environ.get("VLLM_DIST_IDENT") or "none"  # of the shared memory of a rank and its group
+def _queues(pid: int) -> list[Path]:
+    """Return the files of vLLM's queues in shared memory that a process has mapped."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [Path(line[line.index("/dev/shm/psm_") :]) for line in lines if "/dev/shm/psm_" in line]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """What a resize needs of the workers. The methods are those of ElasticWorker, and bytes are those of one device.
+    """All workers of an engine. Resizer uses it like an ElasticWorker; bytes are those of one device.
 
     `executor` is vLLM's MultiprocExecutor. Its calls reach the ranks in order, so only the engine core's thread may
     make them. Raises RuntimeError if the ranks lay their caches out differently.
@@ -27,25 +27,30 @@ class Ranks:
     def __init__(self, executor: Any) -> None:
         self._executor = executor
         caches = self._all(_cache)
+        self.gpus = len(caches)
         self.layout = caches[0].layout
         if any(cache.layout != self.layout for cache in caches):
             raise RuntimeError("the ranks lay their KV caches out differently, so they cannot be resized together")
         self.blocks_asleep = max(cache.blocks_asleep for cache in caches)
         self.floor_blocks = self.backed_blocks = max(cache.floor_blocks for cache in caches)
-        self.back(self.floor_blocks)  # a rank whose warm-up wrote fewer blocks than another's follows it
+        self._moved(_back, self.floor_blocks)  # a rank whose warm-up wrote fewer blocks than another's follows it
 
     def _all(self, function: Callable[..., T], *arguments: Any) -> list[T]:
-        """Call a function with the worker of each rank, and return the results in the order of the ranks."""
-        results: list[T] = self._executor.collective_rpc(function, args=arguments)
+        """Call a function with the worker of each rank, and return the results in the order of the ranks.
+
+        Raises the error of the first rank that failed, once all have answered.
+        """
+        answers: list[T | Exception] = self._executor.collective_rpc(_answer, args=(function, *arguments))
+        results = []
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            results.append(answer)
         return results
 
-    def _moved(self, function: Callable[..., int | Exception], *arguments: Any) -> int:
-        """Call a function that moves memory, and return the bytes. Raise the error of the first rank that failed."""
-        results = self._all(function, *arguments)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return max(result for result in results if isinstance(result, int))
+    def _moved(self, function: Callable[..., int], *arguments: Any) -> int:
+        """Call a function that moves memory, and return the bytes on one device."""
+        return max(self._all(function, *arguments))
 
     def figures(self) -> Figures:
         """Return the figures of the rank that leaves the least of its device; `copy_bytes` are those of all."""
@@ -60,6 +65,8 @@ class Ranks:
 
     def back(self, blocks: int) -> int:
         """Back the same blocks in every rank: see ElasticWorker.back. If one rank cannot, none does."""
+        if blocks == self.backed_blocks:  # to ask the ranks would wait for the steps in flight
+            return 0
         try:
             moved_bytes = self._moved(_back, blocks)
         except Exception:
@@ -97,36 +104,37 @@ class _Cache:
     blocks_asleep: int
 
 
-# The following run in a rank's process. vLLM passes its wrapper of the worker.
+# The following run in a rank's process.
 
 
-def _cache(rank: Any) -> _Cache:
-    worker: ElasticWorker = rank.worker
-    return _Cache(worker.layout, worker.floor_blocks, worker.blocks_asleep)
+def _answer(rank: Any, function: Callable[..., T], *arguments: Any) -> T | Exception:
+    """Call a function with the rank's worker, which vLLM has wrapped. Return the result or the error.
 
-
-def _figures(rank: Any) -> Figures:
-    worker: ElasticWorker = rank.worker
-    return worker.figures()
-
-
-def _back(rank: Any, blocks: int) -> int | Exception:
-    rank.worker.fence()
-    return _or_error(rank, rank.worker.back, blocks)
-
-
-def _release_weights(rank: Any) -> int | Exception:
-    return _or_error(rank, rank.worker.release_weights)
-
-
-def _restore_weights(rank: Any) -> int | Exception:
-    return _or_error(rank, rank.worker.restore_weights)
-
-
-def _or_error(rank: Any, move: Callable[..., int], *arguments: Any) -> int | Exception:
-    """Return the bytes moved, or the error. vLLM would send only the text of an error that is raised."""
+    If a rank raised the error, vLLM would not read what the others answer, and take it for the next answer.
+    """
     try:
-        return move(*arguments)
+        return function(rank.worker, *arguments)
     except Exception as error:  # noqa: BLE001 (the engine core raises it)
         kind = OutOfMemory if isinstance(error, OutOfMemory) else RuntimeError
         return kind(f"device {rank.worker.local_rank} of the group: {error}")
+
+
+def _cache(worker: ElasticWorker) -> _Cache:
+    return _Cache(worker.layout, worker.floor_blocks, worker.blocks_asleep)
+
+
+def _figures(worker: ElasticWorker) -> Figures:
+    return worker.figures()
+
+
+def _back(worker: ElasticWorker, blocks: int) -> int:
+    worker.fence()
+    return worker.back(blocks)
+
+
+def _release_weights(worker: ElasticWorker) -> int:
+    return worker.release_weights()
+
+
+def _restore_weights(worker: ElasticWorker) -> int:
+    return worker.restore_weights()

@@ -17,7 +17,7 @@ from runtime.engines.elastic.pages import OutOfMemory, Pages
 
 @dataclass(frozen=True)
 class Figures:
-    """What a worker has measured about its device and itself. The fields are those of EngineLimits."""
+    """A worker's measurements of its device and of itself, for EngineLimits."""
 
     device_bytes: int
     device_uuids: tuple[str, ...]
@@ -41,6 +41,7 @@ class ElasticWorker:
     layout: BlockLayout
     floor_blocks: int
     backed_blocks = 0
+    gpus = 1
     _warming_up = False
 
     def ceiling_bytes(self) -> int:

@@ -32,6 +32,7 @@ def load(folder: Path, **keys: Any) -> config.Config:
         ([0, 1, 2], (), {"0": (0,), "1": (1,), "2": (2,)}),
         ([[0, 2], 1], (3, 5, 7), {"0+2": (3, 7), "1": (5,)}),
         ([[0, 1]], (), {"0+1": (0, 1)}),
+        ([[0]], (3,), {"0": ()}),
     ],
 )
 def test_devices_are_numbered_as_cuda_sees_them(
@@ -67,7 +68,7 @@ def test_emulated_devices_need_a_size(tmp_path: Path) -> None:
     [
         ({"devices": [0, 0]}, r"devices: a device is named twice in \[0, 0\]"),
         ({"devices": [[0, 1], 1]}, r"devices: a device is named twice in \[0, 1, 1\]"),
-        ({"devices": [[0]]}, "devices"),
+        ({"devices": [[]]}, r"devices: give `all`, a list of GPUs such as \[0, 1\], or one with groups"),
         ({"devices": []}, "devices"),
         ({"devices": [-1]}, "devices"),
         ({"devices": "some"}, "devices"),

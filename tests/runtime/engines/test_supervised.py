@@ -48,6 +48,20 @@ async def test_a_hanging_engine_is_killed_and_its_requests_are_sent_again(replic
     assert made.engines[0].stats().state is EngineState.CLOSED
 
 
+async def test_an_engine_whose_pulse_fails_is_killed_and_its_requests_are_sent_again(
+    replicas: Replicas, made: Made
+) -> None:
+    async def fail() -> None:
+        raise EngineError("the ranks do not answer")
+
+    task = asyncio.create_task(reply(replicas))
+    await asyncio.sleep(0.03)
+    made.engines[0].pulse = fail  # type: ignore[method-assign]
+    assert text(await task) == WORDS
+    assert made.engines[0].stats().state is EngineState.CLOSED
+    assert len(made.engines) == 2
+
+
 async def test_an_engine_that_keeps_dying_fails_with_the_reason(
     engine: SupervisedEngine, replicas: Replicas, made: Made
 ) -> None:

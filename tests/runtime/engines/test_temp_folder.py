@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,24 @@ def test_the_folder_of_a_killed_owner_is_removed_and_that_of_a_living_one_stays(
             assert not held.exists()
             assert folder.is_dir()
     assert foreign.is_dir()
+
+
+def test_a_folder_that_another_process_removes_before_it_is_locked_is_made_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def make(mkdtemp: Callable[..., str] = tempfile.mkdtemp, **options: str) -> str:
+        made.append(mkdtemp(**options))
+        if len(made) == 1:
+            temp_folder._remove_abandoned(base)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make)
+    with temp_folder.folder() as folder:
+        assert folder.is_dir()
+        assert not Path(made[0]).exists()
+    assert list(base.iterdir()) == []
 
 
 def test_a_long_tmpdir_is_replaced_by_tmp(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:

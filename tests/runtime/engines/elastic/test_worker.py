@@ -150,7 +150,7 @@ def test_fixed_bytes_include_the_peak_of_a_full_step(monkeypatch: pytest.MonkeyP
             )
             self.cache_config = self.vllm_config.cache_config
             self.model_config = SimpleNamespace(multimodal_config=None)
-            self.parallel_config = SimpleNamespace()
+            self.parallel_config = SimpleNamespace(world_size=1)
             self.device = torch.device("cpu")
             self.init_snapshot = mem_utils.MemorySnapshot(device=self.device)
             self.model_runner = SimpleNamespace(
