@@ -32,8 +32,8 @@ WATCH_S = 0.5
 """Seconds between two looks for new, lost and returned nodes."""
 NODES_S = 600.0
 """Longest wait for the nodes that the autoscaler was asked for, in seconds."""
-ATTACH_S = 60.0
-"""Timeout of an attachment, in seconds. A new agent imports for some of them."""
+ATTACH_S = 300.0
+"""Timeout of an attachment, in seconds. A new agent first imports vLLM, which takes long on a busy machine."""
 REATTACH_S = 5.0
 """The same for an agent that runs already."""
 REPORT_S = 30.0
