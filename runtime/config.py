@@ -380,7 +380,7 @@ class Cluster(Section):
     nodes: int | None = Field(
         default=None,
         ge=1,
-        description="Ask the cluster's autoscaler for so many nodes that have `nodes_with`, and wait for them at the "
+        description="Ask the cluster's autoscaler for this many nodes that have `nodes_with`, and wait for them at the "
         "start, for at most ten minutes. By default the team uses the nodes that are there.",
     )
     namespace: str = Field(

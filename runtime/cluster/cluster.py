@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from runtime.cluster import wire
 from runtime.cluster.attachment import Refused
 from runtime.cluster.link import AgentHandle, Link, Unreachable
-from runtime.cluster.nodes import Node, Nodes
+from runtime.cluster.nodes import NODES_S, Node, Nodes
 from runtime.cluster.plan import MEASURED, Attached, Common, Plan
 from runtime.cluster.remote_device import RemoteDevice
 from runtime.config import Config
@@ -30,12 +30,10 @@ from runtime.errors import ConfigError, EngineError, TroupeError
 
 WATCH_S = 0.5
 """Seconds between two looks for new, lost and returned nodes."""
-NODES_S = 600.0
-"""Longest wait for the nodes that the autoscaler was asked for, in seconds."""
 ATTACH_S = 300.0
 """Timeout of an attachment, in seconds. A new agent first imports vLLM, which takes long on a busy machine."""
 REATTACH_S = 5.0
-"""The same for an agent that runs already."""
+"""Timeout of an attachment to an agent that runs already, in seconds."""
 REPORT_S = 30.0
 """Timeout of the first report of an agent whose engines have started, in seconds."""
 CLOSE_S = 30.0
@@ -46,7 +44,7 @@ RETRY_MOST_S = 60.0
 """Longest pause before a node that could not be used is tried again, in seconds."""
 
 OnWait = Callable[[int, int], None]
-"""Called with the number of nodes that are there, and of those that are awaited."""
+"""Called with the number of nodes that are there, and the number that the team waits for."""
 
 
 class Cluster:
@@ -79,6 +77,7 @@ class Cluster:
         self._members: dict[str, _Member] = {}
         self._known: dict[str, Measured] = {}
         self._joining: dict[str, asyncio.Task[None]] = {}
+        self._had_agents: set[str] = set()
         self._began_s = 0.0
         self._owned = AsyncExitStack()
 
@@ -86,10 +85,12 @@ class Cluster:
         self._began_s = _now_s()
         async with AsyncExitStack() as owned:
             owned.push_async_callback(self._close)
-            nodes = await self._first_nodes()
+            self._had_agents = await self._nodes.with_agents()
+            nodes = await self._nodes.alive() if self._had_agents else await self._first_nodes()
             if not nodes:
                 raise ConfigError(
                     f"{self._config.source}: cluster: no node can run engines; start one, or change cluster.nodes_with"
+                    "; with cluster.nodes, `ray status` says why the autoscaler starts none"
                 )
             members = await self._reach_all(nodes)
             for member in members:
@@ -116,9 +117,15 @@ class Cluster:
                 self._on_wait(len(nodes), wanted)
             seen = len(nodes)
             await asyncio.sleep(WATCH_S)
-            nodes = await self._nodes.alive()
+            with suppress(EngineError):
+                nodes = await self._nodes.alive()
         if len(nodes) < wanted:
-            logging.getLogger(__name__).warning("starting without all nodes; `ray status` says what is missing")
+            logging.getLogger(__name__).warning(
+                "%s: cluster.nodes: the team starts with %d of %d nodes; see `ray status`",
+                self._config.source,
+                len(nodes),
+                wanted,
+            )
         return nodes
 
     def _member(self, node: Node) -> "_Member":
@@ -145,7 +152,7 @@ class Cluster:
         moment to end. Raises NodeUnreachable, and Refused if the agent serves another head.
         """
         until_s = _now_s() + 2 * self._common.limits.lost_s + 1
-        timeout_s = REATTACH_S if member.reports else ATTACH_S
+        timeout_s = REATTACH_S if member.reports or node.name in self._had_agents else ATTACH_S
         while True:
             try:
                 async with _reaching(node, timeout_s):

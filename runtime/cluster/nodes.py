@@ -22,11 +22,18 @@ class Node:
     devices: Mapping[str, tuple[int, ...]] | None = None
 
 
+NODES_S = 600.0
+"""Longest wait for nodes that an autoscaler was asked for, in seconds."""
+
+
 class Nodes(Protocol):
     """The nodes of a cluster that are alive, and their agents."""
 
     async def alive(self) -> list[Node]:
         """Return the nodes that can run an agent now."""
+
+    async def with_agents(self) -> set[str]:
+        """Return the names of the nodes on which an agent runs."""
 
     async def agent(self, node: Node) -> AgentHandle:
         """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Self, TypeVar
 
@@ -17,11 +19,12 @@ import ray
 from ray._private import ray_constants, worker
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runtime.cluster.agent import Agent, MakeAgent
 from runtime.cluster.link import AgentHandle, Unreachable
-from runtime.cluster.nodes import Node
+from runtime.cluster.nodes import NODES_S, Node
 from runtime.config import Cluster as ClusterChoice
 from runtime.config import Config
 from runtime.devices.selection import select
@@ -30,6 +33,10 @@ from runtime.errors import ConfigError, EngineError, TroupeError
 
 _PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 10)"
 CALLS_AT_ONCE = 100_000
+AGENT = "agent "
+"""How the names of agents begin in Ray. The node's name and key follow."""
+RENEW_S = 10.0
+"""Seconds after which a request for nodes is sent again."""
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 would be inherited by every engine
@@ -57,7 +64,7 @@ class RayNodes:
         assert config.cluster is not None
         self._make_agent = make_agent
         self._named_twice: set[str] = set()
-        self._asked: list[dict[str, float]] = []
+        self._request = _NodeRequest(config.cluster)
         self._config = config
         self._cluster: ClusterChoice = config.cluster
         # Ray does not restart it, because that would begin its calls anew.
@@ -71,7 +78,7 @@ class RayNodes:
             await asyncio.to_thread(self._connect)
             _take_signals_back()
             self._check_open()
-            owned.callback(self._release)
+            owned.callback(self._request.end)
             self._owned = owned.pop_all()
         return self
 
@@ -160,28 +167,8 @@ class RayNodes:
         """Return the nodes that have the configured resource, as Ray describes them."""
         needed = self._cluster.nodes_with
         found = [node for node in _listed() if needed is None or node["Resources"].get(needed)]
-        if needed is not None and self._cluster.nodes is not None:
-            self._ask(needed, [node["Resources"][needed] for node in found])
+        self._request.renew([node["Resources"][needed] for node in found] if needed else [])
         return found
-
-    def _ask(self, resource: str, found: list[float]) -> None:
-        """Ask the cluster's autoscaler to keep the nodes in use, and for those that are missing.
-
-        A request is a list of resources, each of which fits one node: all that a node has of `resource`, so that no two
-        share a node. Missing nodes are taken to have as much as the largest. The request stays in force until the next.
-        """
-        missing = (self._cluster.nodes or 0) - len(found)
-        amounts = sorted(found) + [max(found, default=1)] * missing
-        bundles = [{resource: amount} for amount in amounts]
-        if bundles != self._asked:
-            request_resources(bundles=bundles)
-            self._asked = bundles
-
-    def _release(self) -> None:
-        """Tell the autoscaler that no node is needed any more."""
-        if self._asked:
-            with suppress(RayError, RuntimeError):
-                request_resources(bundles=[])
 
     def _parts(self, key: str) -> list[Node]:
         """Return this machine as one node for each device, so that each has an agent of its own."""
@@ -193,9 +180,17 @@ class RayNodes:
         found = select(self._config, gpus)
         return [Node(f"device {name}", key, devices={name: numbers}) for name, numbers in found.items()]
 
+    async def with_agents(self) -> set[str]:
+        """Return the names of the nodes on which an agent runs."""
+        try:
+            names = await asyncio.to_thread(list_named_actors)
+        except RayError as error:
+            raise EngineError(f"the agents of the Ray cluster cannot be listed: {_first_line(error)}") from None
+        return {name.removeprefix(AGENT).rpartition(" ")[0] for name in names if name.startswith(AGENT)}
+
     async def agent(self, node: Node) -> AgentHandle:
         """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""
-        name = f"agent {node.name} {node.key}"
+        name = f"{AGENT}{node.name} {node.key}"
         try:
             actor = await asyncio.to_thread(
                 self._actors.options(
@@ -208,18 +203,68 @@ class RayNodes:
                 self._make_agent,
                 node.name,
                 self._cluster.orphan_s,
+                self._cluster.nodes is not None,
             )
         except (RayError, ValueError) as error:
             raise Unreachable(f"its agent cannot be started: {_first_line(error)}") from None
         return _Handle(actor)
 
 
-class _RayAgent:
-    """An agent as a Ray actor. It ends if no head attaches itself within `orphan_s`."""
+class _NodeRequest:
+    """The team's request to Ray's autoscaler for nodes.
 
-    def __init__(self, make_agent: MakeAgent, name: str, orphan_s: float) -> None:
-        self._agent = make_agent(name, _end)
-        self._alone = threading.Timer(orphan_s, _end)
+    It is a list of resources, one for each node: all that the node has of a resource, so that no two share a node.
+
+    - Ray keeps one list for the whole cluster, in memory, until the next one comes. So it is sent again and again.
+    - Ray ignores a list of which a part fits no node. So a missing node is taken to be as small as the smallest one
+      there, and after NODES_S it is no longer asked for.
+    """
+
+    def __init__(self, cluster: ClusterChoice) -> None:
+        self._resource, self._count = cluster.nodes_with or "", cluster.nodes or 0
+        self._lock = threading.Lock()
+        self._sent: list[dict[str, float]] = []
+        self._sent_s = self._complete_s = time.monotonic()
+        self._ended = False
+
+    def renew(self, found: list[float]) -> None:
+        """Ask for the nodes that have these amounts of the resource, and for those that are missing."""
+        now_s = time.monotonic()
+        with self._lock:
+            if self._ended or not self._count:
+                return
+            if len(found) >= self._count:
+                self._complete_s = now_s
+            missing = self._count - len(found) if now_s < self._complete_s + NODES_S else 0
+            amounts = sorted(found, reverse=True)[: self._count] + [min(found, default=1)] * missing
+            bundles = [{self._resource: amount} for amount in amounts]
+            if bundles != self._sent or now_s > self._sent_s + RENEW_S:
+                self._sent, self._sent_s = bundles, now_s
+                request_resources(bundles=bundles)
+
+    def end(self) -> None:
+        """Tell the autoscaler that this team needs no nodes any more."""
+        with self._lock:
+            self._ended = True
+            if self._sent:
+                _release_nodes()
+
+
+def _release_nodes() -> None:
+    with suppress(RayError, RuntimeError):
+        request_resources(bundles=[])
+
+
+class _RayAgent:
+    """An agent as a Ray actor. It ends if no head attaches itself within `orphan_s`.
+
+    An agent that ends without a head releases the nodes if `asked_for_nodes`, because nobody else does.
+    """
+
+    def __init__(self, make_agent: MakeAgent, name: str, orphan_s: float, asked_for_nodes: bool) -> None:
+        end = partial(_end, asked_for_nodes)
+        self._agent = make_agent(name, end)
+        self._alone = threading.Timer(orphan_s, end)
         self._alone.daemon = True
         self._alone.start()
 
@@ -249,7 +294,9 @@ class _RayAgent:
         await self._agent.close()
 
 
-def _end() -> None:
+def _end(asked_for_nodes: bool) -> None:
+    if asked_for_nodes:
+        _release_nodes()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

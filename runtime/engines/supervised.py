@@ -103,6 +103,7 @@ class SupervisedEngine(EngineHandle):
     def begin_absent(self, limits: EngineLimits, start_s: float) -> None:
         """Begin without a process. `limits` and `start_s` are those of another replica, until this one has started."""
         self._limits, self._start_s = limits, start_s
+        self.usage.gpus = limits.gpus
         self.usage.hold(0, Held.ASLEEP)
         self._awake.clear()
         self._enter_absent()
@@ -237,7 +238,7 @@ class SupervisedEngine(EngineHandle):
             if self._awake.is_set():  # otherwise it was put to sleep
                 self._report_death(self._engine, error.death)
             return False
-        except EngineError:  # every engine that works can run what a pulse runs
+        except EngineError:  # the call failed, which it does in no engine that works
             self._report_death(self._engine, Death.HUNG)
             self._engine.kill()
             return False

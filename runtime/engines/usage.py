@@ -58,7 +58,7 @@ class Charge:
 class Account:
     """What one request is charged by all engines that work on it.
 
-    `device_seconds` is its part of the devices' memory, from 0 to 1, times seconds.
+    `device_seconds` is its part of the memory of a GPU, times seconds, summed over the GPUs of each engine.
     """
 
     charge: Charge = Charge()

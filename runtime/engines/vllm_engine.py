@@ -311,15 +311,21 @@ class VllmEngine(EngineHandle):
                     await asyncio.sleep(0)  # sends the second call before another resize can start
                     return Deferred(grant, report.held_bytes, grace_s, settled)
             except EngineError as error:
-                return Rejected(grant, str(error))
+                return self._rejected(grant, error)
         return self._applied(grant, report)
 
     async def _settle(self, grant: Grant) -> Applied | Rejected | Superseded:
         try:
             report = parse_report(await self._call("troupe_settled"))
         except EngineError as error:
-            return Rejected(grant, str(error))
+            return self._rejected(grant, error)
         return Superseded(grant) if isinstance(report, ResizeSuperseded) else self._applied(grant, report)
+
+    def _rejected(self, grant: Grant, error: EngineError) -> Rejected:
+        """Reject a grant because the engine is dead. If it only failed to resize, kill it: what it holds is unknown."""
+        if not isinstance(error, EngineDead):
+            self.kill()
+        return Rejected(grant, str(error))
 
     def _applied(self, grant: Grant, report: ResizeReport) -> Applied:
         assert isinstance(report, ResizeApplied), report
@@ -437,7 +443,7 @@ class VllmEngine(EngineHandle):
             await asyncio.to_thread(llm.shutdown, 0)  # kills the process, which holds nothing that would be lost
         for process in self._leaving:  # also if an earlier call was cancelled
             await asyncio.to_thread(process.join)  # its memory is free then
-        while not all(map(_has_ended, self._ranks)):  # noqa: ASYNC110  only a parent is told of a process's end
+        while not all(map(_has_ended, self._ranks)):  # noqa: ASYNC110  the kernel tells only their parent
             await asyncio.sleep(0.01)
 
 

@@ -33,7 +33,7 @@ _ENDED_EARLY = {"length": "cut off at {} tokens", "repetition": "ended because i
 class Caller:
     """Makes the calls of all jobs, with the engines and tools of the team.
 
-    `price` is the cost of the whole device per hour. A call is charged for its share of the device's memory over time.
+    `price` is the cost of a whole GPU per hour. A call is charged for its share of the memory of each GPU over time.
     """
 
     def __init__(

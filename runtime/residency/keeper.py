@@ -209,7 +209,11 @@ class Keeper:
         before, self.snapshot = self.snapshot, self._take(asyncio.get_running_loop().time())
         snapshot = self.snapshot
         if before is not None:
-            idle_bytes = sum(engine.awake_bytes for engine in before.residences if engine.awake and not engine.calls)
+            idle_bytes = sum(
+                engine.awake_bytes * self._engines[engine.name].usage.gpus
+                for engine in before.residences
+                if engine.awake and not engine.calls
+            )
             self.counts.idle_byte_seconds += idle_bytes * (snapshot.now_s - before.now_s)
         decision = self._decide(snapshot)
         for name in decision.sleep:

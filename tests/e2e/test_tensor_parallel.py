@@ -16,6 +16,7 @@ from runtime.assembly import RunningTeam, start_team
 from runtime.engines import sharing
 from runtime.engines.fleet import Fleet
 from runtime.engines.grant import Deferred, Grant, Rejected
+from runtime.engines.handle import EngineState
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.spec import EngineSpec
 from runtime.jobs.team import assemble
@@ -95,6 +96,19 @@ async def test_all_ranks_follow_a_resize_while_they_generate(running: RunningTea
             await outcome.settled
         await asyncio.sleep(0.05)
     assert await talking == expected
+
+
+async def test_an_engine_of_a_group_sleeps_and_wakes(running: RunningTeam) -> None:
+    expected = await replies(partial(running.generate, "one"), 3)
+    replica = running.devices["0+1"].engines["one"]
+    pid = replica.stats().pid
+    assert pid is not None
+    ranks = psutil.Process(pid).children()
+    await replica.sleep()
+    assert replica.stats().state is EngineState.COLD
+    assert all(map(has_ended, ranks))
+    await replica.wake()
+    assert await replies(partial(running.generate, "one"), 3) == expected
 
 
 @pytest.mark.parametrize("count", [1, 3])  # an engine that crashed would convict a single request

@@ -72,6 +72,8 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nengines: {solver: {vllm: {pipeline_parallel_size: 2}}}\n", ["tensor_parallel_size"]),
     ("extends: embedded\nengines: {solver: {vllm: {tensor_parallel_size: 0}}}\n", ["0 is not a number of GPUs"]),
     ("extends: embedded\ncluster: {adress: auto}\n", ["cluster.adress: unknown key; did you mean address?"]),
+    ("extends: embedded\ncluster: {nodes: 2}\n", ["cluster", "nodes_with: GPU"]),
+    ("extends: embedded\ncluster: {address: local, nodes: 2, nodes_with: GPU}\n", ["a local cluster has one node"]),
     ("extends: embedded\ncluster: {lost_s: 0}\n", ["cluster.lost_s", "0.3"]),
     ("extends: embedded\ncluster: {namespace: a b}\n", ["cluster.namespace"]),
     ("extends: embedded\nengines: {solver: {max_num_seqs: many}}\n", ["engines.solver.max_num_seqs", "'many'"]),

@@ -150,7 +150,7 @@ class Metrics(Collector):
         labels = ["model_name", "held"]
         seconds = CounterMetricFamily("troupe:engine_seconds", "Seconds in each state of its memory.", labels=labels)
         byte_seconds = CounterMetricFamily(
-            "troupe:engine_byte_seconds", "Bytes of the device held, times seconds.", labels=labels
+            "troupe:engine_byte_seconds", "Bytes held, on all GPUs of the engine, times seconds.", labels=labels
         )
         for name, engine in self.engines.items():
             for held, spent in engine.usage.spent().items():

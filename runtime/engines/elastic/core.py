@@ -240,7 +240,7 @@ class Resizer:
             self._release(self._finish_shrink, shrink)
 
     def _release(self, release: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `release` where memory is released, after the steps that the device has been given up to now."""
+        """Run `release`, in the release thread or its substitute, after the steps that the device has been given."""
         self._worker.fence()
         future = self._release_in.submit(release, *args, **kwargs)
         self._last_release = future
@@ -249,7 +249,7 @@ class Resizer:
     def _release_unused(self, shrink: _Shrink, unused_from: int) -> ResizeReport:
         """Release the blocks from `unused_from` up, above the highest block in use, and report what is still held.
 
-        Runs where memory is released.
+        Runs in the release thread or its substitute.
         """
         if unused_from < self._worker.backed_blocks:
             shrink.moved_bytes += self._worker.back(unused_from)
@@ -259,7 +259,8 @@ class Resizer:
     def _finish_shrink(self, shrink: _Shrink) -> None:
         """Release all blocks above the new capacity and report the shrink as applied.
 
-        Runs where memory is released. An error reaches the caller of the shrink, and `resize` raises it again.
+        Runs in the release thread or its substitute. An error reaches the caller of the shrink, and `resize` raises it
+        again.
         """
         began_s = time.perf_counter()
         try:

@@ -17,7 +17,7 @@ from runtime.engines.elastic.worker import ElasticWorker
 CONTEXT_BYTES = 768 << 20
 """GPU bytes that a process holds outside PyTorch's allocator, mostly the CUDA context. A bound, not a measurement."""
 GROUP_BYTES = 1 << 30
-"""The same for a process that works with others: the buffers of NCCL and of vLLM's all-reduce. Also a bound."""
+"""GPU bytes of the buffers of NCCL and of vLLM's all-reduce in a process that works with others. A bound as well."""
 
 
 class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml

@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from runtime.engines import startup_reports
 from runtime.engines.elastic import core
 from runtime.engines.handle import EngineState
+
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, 0)
+"""Exit codes of a rank that was killed from outside. vLLM's handler of SIGTERM exits with 0."""
 
 
 class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is not analysed: see pyproject.toml
@@ -44,7 +48,10 @@ class RanksExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not ana
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would ask for a NUMA node for each rank
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         if get_mp_context().get_start_method() != "fork":
-            raise RuntimeError("vLLM would not fork the ranks of this engine, so they could outlive it")
+            raise RuntimeError(
+                "vLLM cannot fork the processes of this engine, for example under WSL or with numa_bind, and "
+                "others could outlive it: leave out numa_bind, or set tensor_parallel_size to 1"
+            )
         with _loading(self.vllm_config):
             super()._init_executor()
         for path in {path for worker in self.workers for path in _queues(worker.proc.pid)}:
@@ -52,12 +59,16 @@ class RanksExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not ana
 
     @staticmethod
     def _ensure_worker_termination(worker_procs: list[BaseProcess]) -> None:
-        """Kill the ranks. vLLM would wait 5 s for them to exit, which a rank blocked in a collective does not.
+        """Kill the ranks. vLLM would wait 5 s for them to exit, and a rank blocked in a collective never exits.
 
         If one of them was killed, kill this process too, so that the client sees a kill rather than a crash.
         """
-        if any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in worker_procs):
-            os.kill(os.getpid(), signal.SIGKILL)
+        ended = connection.wait([process.sentinel for process in worker_procs], timeout=0)
+        for process in worker_procs:
+            if process.sentinel in ended:
+                process.join(1)  # its exit code comes a moment later
+                if process.exitcode in _KILLED:
+                    os.kill(os.getpid(), signal.SIGKILL)
         for process in worker_procs:
             process.kill()
         for process in worker_procs:

@@ -38,13 +38,13 @@ class Ranks:
     def _all(self, function: Callable[..., T], *arguments: Any) -> list[T]:
         """Call a function with the worker of each rank, and return the results in the order of the ranks.
 
-        Raises the error of the first rank that failed, once all have answered.
+        If a rank failed, raises OutOfMemory or RuntimeError, once all have answered.
         """
-        answers: list[T | Exception] = self._executor.collective_rpc(_answer, args=(function, *arguments))
+        answers: list[T | _Failed] = self._executor.collective_rpc(_answer, args=(function, *arguments))
         results = []
         for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
+            if isinstance(answer, _Failed):
+                raise OutOfMemory(answer.reason) if answer.out_of_memory else RuntimeError(answer.reason)
             results.append(answer)
         return results
 
@@ -98,6 +98,12 @@ class InPlace(Executor):
 
 
 @dataclass(frozen=True)
+class _Failed:
+    reason: str
+    out_of_memory: bool
+
+
+@dataclass(frozen=True)
 class _Cache:
     layout: BlockLayout
     floor_blocks: int
@@ -107,16 +113,16 @@ class _Cache:
 # The following run in a rank's process.
 
 
-def _answer(rank: Any, function: Callable[..., T], *arguments: Any) -> T | Exception:
-    """Call a function with the rank's worker, which vLLM has wrapped. Return the result or the error.
+def _answer(rank: Any, function: Callable[..., T], *arguments: Any) -> T | _Failed:
+    """Call a function with the rank's worker, which vLLM has wrapped. Return the result, or why it failed.
 
-    If a rank raised the error, vLLM would not read what the others answer, and take it for the next answer.
+    A rank must neither raise nor return an exception: vLLM would then not read the answers of the later ranks, and
+    return them for the next call.
     """
     try:
         return function(rank.worker, *arguments)
     except Exception as error:  # noqa: BLE001 (the engine core raises it)
-        kind = OutOfMemory if isinstance(error, OutOfMemory) else RuntimeError
-        return kind(f"device {rank.worker.local_rank} of the group: {error}")
+        return _Failed(f"device {rank.worker.local_rank} of the group: {error}", isinstance(error, OutOfMemory))
 
 
 def _cache(worker: ElasticWorker) -> _Cache:

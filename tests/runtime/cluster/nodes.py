@@ -79,6 +79,9 @@ class LocalNodes:
     async def alive(self) -> list[Node]:
         return [Node(name, name, f"{name}:") for name in self.names]
 
+    async def with_agents(self) -> set[str]:
+        return {name for name, agent in self.agents.items() if not agent.dead.is_set()}
+
     async def agent(self, node: Node) -> AgentHandle:
         if node.name not in self.names:
             raise EngineError(f"the agent of node {node.name} cannot be started: the node is gone")

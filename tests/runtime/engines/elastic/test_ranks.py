@@ -2,6 +2,7 @@
 
 import ctypes
 import pickle
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +22,19 @@ class Executor:
 
     def __init__(self, workers: list[Worker]) -> None:
         self.workers = workers
+        self.queues: list[deque[bytes]] = [deque() for _ in workers]
 
     def collective_rpc(self, function: Callable[..., Any], args: tuple[Any, ...] = ()) -> list[Any]:
         sent = pickle.dumps((function, args))
-        answers = []
-        for worker in self.workers:
+        for worker, answers in zip(self.workers, self.queues, strict=True):
             called, arguments = pickle.loads(sent)
-            answers.append(called(SimpleNamespace(worker=worker), *arguments))
-        return answers
+            answers.append(pickle.dumps(called(SimpleNamespace(worker=worker), *arguments)))
+        results = []
+        for answers in self.queues:  # an error leaves the later ranks' answers in their queues
+            results.append(pickle.loads(answers.popleft()))
+            if isinstance(results[-1], Exception):
+                raise RuntimeError(f"Worker failed with error '{results[-1]}'")
+        return results
 
 
 @pytest.fixture
@@ -101,11 +107,15 @@ def test_if_one_rank_is_out_of_memory_none_grows(workers: list[Worker], driver: 
     resizing = resizer(scheduler, workers)
     resizing.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S)
     before = driver.stub_in_use()
-    driver.stub_set_limit(before + 4 * BLOCK)  # enough for the first rank
-    report = resizing.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
-    assert isinstance(report, ResizeRefused)
-    assert report.reason.startswith("device 1 of the group: ")
-    assert (backed(workers), driver.stub_in_use(), scheduler.pool.num_gpu_blocks) == ([4, 4], before, 4)
+    for memory, reason in ((4 * BLOCK, "device 1 of the group: "), (0, "device 0 of the group: ")):
+        driver.stub_set_limit(before + memory)  # enough for the first rank, then for none
+        report = resizing.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+        assert isinstance(report, ResizeRefused)
+        assert report.reason.startswith(reason)
+        assert (backed(workers), driver.stub_in_use(), scheduler.pool.num_gpu_blocks) == ([4, 4], before, 4)
+    driver.stub_set_limit(before + 8 * BLOCK)
+    assert isinstance(resizing.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S), ResizeApplied)
+    assert backed(workers) == [BLOCKS, BLOCKS]
 
 
 def test_limits_are_those_of_the_rank_that_leaves_least(workers: list[Worker]) -> None:
