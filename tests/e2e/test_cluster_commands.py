@@ -87,24 +87,25 @@ def test_the_autoscaler_adds_the_nodes_that_a_team_asks_for_and_ends_them_afterw
     with Autoscaled(most=3) as cluster:
         team = f"""
             extends: embedded
-            cluster: {{address: '{cluster.address}', nodes_with: {NODE}, nodes: 2, lost_s: {PATIENT_S}}}
+            cluster: {{address: '{cluster.address}', nodes_with: {NODE}, nodes: 2, lost_s: {PATIENT_S}, orphan_s: 2}}
             engines: {{solver: {{replicas: 2}}}}
         """
         (troupe.folder / "team.yaml").write_text(team)
         troupe.environment |= SETTINGS
-        serving = troupe.start("serve", "--port", 0, "--json", "--config", "team.yaml")
-        assert serving.stdout is not None
-        events = []
-        for line in serving.stdout:
-            events.append(json.loads(line))
-            if events[-1]["event"] == "ready":
-                break
-        assert {"event": "waiting", "nodes": 0, "wanted": 2} in events
-        url = next(event["url"] for event in events if event["event"] == "listening")
-        assert len(httpx.get(f"{url}/devices", timeout=LONG_S).json()) == 2
-        serving.send_signal(signal.SIGTERM)
-        assert serving.wait(LONG_S) == 0
-        wait_until(lambda: cluster.nodes() == 0)
+        for end, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):  # its agents outlive the second one
+            serving = troupe.start("serve", "--port", 0, "--json", "--config", "team.yaml")
+            assert serving.stdout is not None
+            events = []
+            for line in serving.stdout:
+                events.append(json.loads(line))
+                if events[-1]["event"] == "ready":
+                    break
+            assert {"event": "waiting", "nodes": 0, "wanted": 2} in events
+            url = next(event["url"] for event in events if event["event"] == "listening")
+            assert len(httpx.get(f"{url}/devices", timeout=LONG_S).json()) == 2
+            serving.send_signal(end)
+            assert serving.wait(LONG_S) == code
+            wait_until(lambda: cluster.nodes() == 0)
 
 
 def test_a_service_that_was_killed_takes_its_engines_over(troupe: Command) -> None:

@@ -23,7 +23,7 @@ from tests.e2e.traced_worker import Step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
-TIMES = {"fast": StepTime(60), "slow": StepTime(300, 1)}
+TIMES = {"fast": StepTime(20), "slow": StepTime(100, 1)}
 
 
 @pytest.fixture(scope="module")
