@@ -35,7 +35,7 @@ def place(
         suitable = [device for device in devices if _fits(spec, device, gpus)]
         if not suitable:
             raise ConfigError(
-                f"engines.{engine}.vllm.tensor_parallel_size: no device has {spec.gpus} GPUs; the devices are "
+                f"engines.{engine}.vllm.tensor_parallel_size: no device has {_count(spec.gpus)}; the devices are "
                 f"{', '.join(devices)}; change it, or add such a device to devices, for example {[*range(spec.gpus)]}"
             )
         count, most = spec.replica_bounds(len(suitable))
@@ -84,6 +84,10 @@ def others(engines: Mapping[str, EngineSpec], placed: Placement, gpus: Mapping[s
         }
         for device, of_device in placed.items()
     }
+
+
+def _count(gpus: int) -> str:
+    return "a single GPU" if gpus == 1 else f"{gpus} GPUs"
 
 
 def _room(room: Mapping[str, float]) -> str:
