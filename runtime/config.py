@@ -463,6 +463,12 @@ class Config(Section):
         """Return the file that this configuration was read from."""
         return self._source
 
+    @property
+    def device_groups(self) -> list[tuple[int, ...]]:
+        """The CUDA indices of each device in `devices`; empty for `all`."""
+        devices = () if self.devices == "all" else self.devices
+        return [(each,) if isinstance(each, int) else each for each in devices]
+
     @field_validator("devices", mode="before")
     @classmethod
     def _lists_devices(cls, value: object) -> object:
@@ -492,10 +498,9 @@ class Config(Section):
                 )
             if "@" in name:
                 raise ValueError(f"engines.{name}: the name of an engine cannot contain @, which names its replicas")
-        if self.devices != "all":
-            numbers = [n for each in self.devices for n in ((each,) if isinstance(each, int) else each)]
-            if len(set(numbers)) < len(numbers):
-                raise ValueError(f"devices: a device is named twice in {numbers}; name each device once")
+        numbers = [number for group in self.device_groups for number in group]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"devices: a device is named twice in {numbers}; name each device once")
         self._check_sleep()
         self._check_shares()
         return self

@@ -93,7 +93,6 @@ async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interr
             if event.state in (EngineState.DEAD, EngineState.FAILED) or (as_json and event.state is EngineState.READY):
                 text = f"[red]engine {event.engine} is {event.state}[/]"
                 report("engine", text, engine=event.engine, state=event.state)
-
         elif isinstance(event, NodesAwaited):
             report("waiting", waiting_line(event), nodes=event.present, wanted=event.wanted)
 

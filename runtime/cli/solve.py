@@ -132,10 +132,8 @@ async def _solve_one(config: Config, team: Team, job: Job, options: Options) -> 
     running: RunningTeam | None = None
 
     def show(event: Event) -> None:
-        if isinstance(event, EngineChanged):
+        if isinstance(event, EngineChanged | NodesAwaited):
             status.update(text=engine_progress.update(event))
-        elif isinstance(event, NodesAwaited):
-            status.update(text=solve_screen.waiting_line(event))
         elif isinstance(event, RoleReplied):
             status.update(text="working")
             for entry in event.entries:

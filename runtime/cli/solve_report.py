@@ -63,11 +63,9 @@ class Report:
         self._owned.close()
 
     def on_event(self, event: Event) -> None:
-        """Show the engines' progress on the bar while they start and close."""
-        if isinstance(event, EngineChanged):
+        """Show on the bar how the team starts and closes."""
+        if isinstance(event, EngineChanged | NodesAwaited):
             self._bar.update(self._task, description=self._engine_progress.update(event))
-        elif isinstance(event, NodesAwaited):
-            self._bar.update(self._task, description=solve_screen.waiting_line(event))
 
     def add(self, result: JobResult) -> None:
         """Write or print a result, and count it. Raises TroupeError if the file cannot be written."""

@@ -21,13 +21,15 @@ def output_console(screen: Console) -> Console:
 
 
 class EngineProgress:
-    """The state of each engine, in words."""
+    """What a team that starts, works or ends is doing, in words."""
 
     def __init__(self) -> None:
         self._states: dict[str, EngineState] = {}
 
-    def update(self, event: EngineChanged) -> str:
-        """Note an engine's new state, and return what the team is doing."""
+    def update(self, event: EngineChanged | NodesAwaited) -> str:
+        """Note an engine's new state or what the team waits for, and return what it is doing."""
+        if isinstance(event, NodesAwaited):
+            return waiting_line(event)
         self._states[event.engine] = event.state
         if event.state is EngineState.CLOSED:
             return "closing the engines"

@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,6 @@ class Cluster:
         self._members: dict[str, _Member] = {}
         self._known: dict[str, Measured] = {}
         self._joining: dict[str, asyncio.Task[None]] = {}
-        self._had_agents: set[str] = set()
         self._began_s = 0.0
         self._owned = AsyncExitStack()
 
@@ -85,14 +84,14 @@ class Cluster:
         self._began_s = _now_s()
         async with AsyncExitStack() as owned:
             owned.push_async_callback(self._close)
-            self._had_agents = await self._nodes.with_agents()
-            nodes = await self._nodes.alive() if self._had_agents else await self._first_nodes()
+            with_agents = await self._nodes.with_agents()
+            nodes = await self._nodes.alive() if with_agents else await self._first_nodes()
             if not nodes:
                 raise ConfigError(
                     f"{self._config.source}: cluster: no node can run engines; start one, or change cluster.nodes_with"
                     "; with cluster.nodes, `ray status` says why the autoscaler starts none"
                 )
-            members = await self._reach_all(nodes)
+            members = await self._reach_all(nodes, with_agents)
             for member in members:
                 self._known.update(member.attached.measured)
             await self._start([member for member in members if member.attached.fingerprint is None])
@@ -132,10 +131,10 @@ class Cluster:
         member = self._members[node.name] = _Member(node, self._on_message, self._on_loss)
         return member
 
-    async def _reach_all(self, nodes: Sequence[Node]) -> "list[_Member]":
+    async def _reach_all(self, nodes: Sequence[Node], with_agents: Collection[str]) -> "list[_Member]":
         """Attach this head to all nodes that can be reached. Raise EngineError if there is none, or if one refuses."""
         members = [self._member(node) for node in nodes]
-        reached = [self._reach(member, node) for member, node in zip(members, nodes, strict=True)]
+        reached = [self._reach(member, member.node, member.node.name in with_agents) for member in members]
         results = await asyncio.gather(*reached, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         fatal = next((error for error in errors if not isinstance(error, NodeUnreachable)), None)
@@ -145,14 +144,14 @@ class Cluster:
             logging.getLogger(__name__).warning("%s; it is tried again later", error)
         return [member for member, result in zip(members, results, strict=True) if result is None]
 
-    async def _reach(self, member: "_Member", node: Node) -> None:
+    async def _reach(self, member: "_Member", node: Node, has_agent: bool) -> None:
         """Attach this head to the agent of a node. Replace an agent that runs something else.
 
         Retry for a while: an agent refuses this head until it notices that the old one is gone, and an agent needs a
         moment to end. Raises NodeUnreachable, and Refused if the agent serves another head.
         """
         until_s = _now_s() + 2 * self._common.limits.lost_s + 1
-        timeout_s = REATTACH_S if member.reports or node.name in self._had_agents else ATTACH_S
+        timeout_s = REATTACH_S if has_agent else ATTACH_S
         while True:
             try:
                 async with _reaching(node, timeout_s):
@@ -297,7 +296,7 @@ class Cluster:
         """Attach a node, new or returned. An agent without engines gets absent replicas, which the placement starts."""
         member = self._members.get(node.name) or self._member(node)
         try:
-            await self._reach(member, node)
+            await self._reach(member, node, bool(member.reports))
             if member.attached.fingerprint is None:
                 await self._start([member])
             for device in await self._live(member):

@@ -34,7 +34,7 @@ from runtime.errors import ConfigError, EngineError, TroupeError
 _PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 10)"
 CALLS_AT_ONCE = 100_000
 AGENT = "agent "
-"""How the names of agents begin in Ray. The node's name and key follow."""
+"""Prefix of an agent's name in Ray, before the name and the key of its node."""
 RENEW_S = 10.0
 """Seconds after which a request for nodes is sent again."""
 SETTINGS = {
@@ -136,15 +136,15 @@ class RayNodes:
             return
         if self._cluster.address == "local" or not _asks_for_token(ray.get_runtime_context().gcs_address):
             raise ConfigError(
-                f"{self._config.source}: cluster: the Ray cluster listens at {reached} and asks for no token, so that "
-                "whoever can reach it can run code; start every node with RAY_AUTH_MODE=token, or set cluster.open to "
-                "true if the network is yours alone"
+                f"{self._config.source}: cluster: the Ray cluster listens at {reached} and asks for no token, so "
+                "anyone who can reach it can run code; start every node with RAY_AUTH_MODE=token, or set cluster.open "
+                "to true if you alone use the network"
             )
 
     async def alive(self) -> list[Node]:
         """Return the nodes that can run an agent, except nodes that share a name."""
         try:
-            found = await asyncio.to_thread(self._wanted)
+            found = await asyncio.to_thread(self._renew)
         except RayError as error:
             raise EngineError(f"the nodes of the Ray cluster cannot be listed: {_first_line(error)}") from None
         if self._cluster.address == "local":
@@ -163,8 +163,8 @@ class RayNodes:
             if names.count(name) == 1
         ]
 
-    def _wanted(self) -> list[dict[str, Any]]:
-        """Return the nodes that have the configured resource, as Ray describes them."""
+    def _renew(self) -> list[dict[str, Any]]:
+        """Renew the request for nodes. Return those that have the configured resource, as Ray describes them."""
         needed = self._cluster.nodes_with
         found = [node for node in _listed() if needed is None or node["Resources"].get(needed)]
         self._request.renew([node["Resources"][needed] for node in found] if needed else [])
@@ -258,7 +258,7 @@ def _release_nodes() -> None:
 class _RayAgent:
     """An agent as a Ray actor. It ends if no head attaches itself within `orphan_s`.
 
-    An agent that ends without a head releases the nodes if `asked_for_nodes`, because nobody else does.
+    With `asked_for_nodes`, it then withdraws the request for nodes, which the head that has gone cannot do.
     """
 
     def __init__(self, make_agent: MakeAgent, name: str, orphan_s: float, asked_for_nodes: bool) -> None:

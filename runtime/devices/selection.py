@@ -44,7 +44,7 @@ def groups(config: Config, gpus: int, specs: Mapping[str, EngineSpec] | None = N
     the GPUs do not suffice for one group.
     """
     if config.devices != "all":
-        return [(each,) if isinstance(each, int) else each for each in config.devices]
+        return config.device_groups
     size = group_size(config, specs or config.engines)
     if gpus < size and size > 1:
         raise ConfigError(

@@ -71,7 +71,7 @@ class Command:
             with contextlib.suppress(psutil.NoSuchProcess):
                 parent = psutil.Process(root.pid)
                 self._seen.update([parent, *parent.children(recursive=True)])
-        return [process for process in self._seen if _lives(process)]
+        return [process for process in self._seen if lives(process)]
 
     def engines(self) -> list[psutil.Process]:
         """Return the living engine processes, which vLLM names `EngineCore`."""
@@ -90,7 +90,8 @@ def wait_until(holds: Callable[[], bool], seconds: float = LONG_S) -> None:
         time.sleep(0.05)
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Return True if a process runs; a zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -22,7 +22,7 @@ from runtime.engines.spec import EngineSpec
 from runtime.jobs.team import assemble
 from scripts.drill_residency import processes
 from scripts.tiny_model import write_chat_model
-from tests.e2e.conftest import LONG_S
+from tests.e2e.conftest import LONG_S, lives
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 MIB = 1 << 20
@@ -106,7 +106,7 @@ async def test_an_engine_of_a_group_sleeps_and_wakes(running: RunningTeam) -> No
     ranks = psutil.Process(pid).children()
     await replica.sleep()
     assert replica.stats().state is EngineState.COLD
-    assert all(map(has_ended, ranks))
+    assert not any(map(lives, ranks))
     await replica.wake()
     assert await replies(partial(running.generate, "one"), 3) == expected
 
@@ -125,7 +125,7 @@ async def test_a_killed_rank_costs_no_reply(running: RunningTeam, count: int) ->
     ranks[1].kill()
     assert await talking == expected
     assert running.engines["one"].stats().pid != pid
-    assert all(map(has_ended, ranks))
+    assert not any(map(lives, ranks))
 
 
 async def test_a_closed_engine_leaves_no_rank(model: Path, tmp_path: Path) -> None:
@@ -136,16 +136,9 @@ async def test_a_closed_engine_leaves_no_rank(model: Path, tmp_path: Path) -> No
         assert pid is not None
         ranks = psutil.Process(pid).children()
         assert len(ranks) == 2
-    assert all(map(has_ended, ranks))
+    assert not any(map(lives, ranks))
     assert shared_memory() <= before
 
 
 def shared_memory() -> set[str]:
     return {path.name for pattern in ("vllm_dist_*", "psm_*") for path in Path("/dev/shm").glob(pattern)}
-
-
-def has_ended(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True

@@ -7,6 +7,7 @@ queue that also carries the steps, and waits until each has made it.
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, ParamSpec, TypeVar
 
 from runtime.engines.elastic.layout import BlockLayout
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All workers of an engine. Resizer uses it like an ElasticWorker; bytes are those of one device.
+    """All ranks of an engine, with the methods of ElasticWorker that a Resizer calls. Bytes are those of one device.
 
     `executor` is vLLM's MultiprocExecutor. Its calls reach the ranks in order, so only the engine core's thread may
     make them. Raises RuntimeError if the ranks lay their caches out differently.
@@ -54,7 +55,7 @@ class Ranks:
 
     def figures(self) -> Figures:
         """Return the figures of the rank that leaves the least of its device; `copy_bytes` are those of all."""
-        each = self._all(_figures)
+        each: list[Figures] = self._all(methodcaller("figures"))
         return Figures(
             min(figures.device_bytes for figures in each),
             tuple(uuid for figures in each for uuid in figures.device_uuids),
@@ -79,10 +80,10 @@ class Ranks:
         """Do nothing: each rank sets its fence itself, before it releases memory."""
 
     def release_weights(self) -> int:
-        return self._moved(_release_weights)
+        return self._moved(methodcaller("release_weights"))
 
     def restore_weights(self) -> int:
-        return self._moved(_restore_weights)
+        return self._moved(methodcaller("restore_weights"))
 
 
 class InPlace(Executor):
@@ -129,18 +130,6 @@ def _cache(worker: ElasticWorker) -> _Cache:
     return _Cache(worker.layout, worker.floor_blocks, worker.blocks_asleep)
 
 
-def _figures(worker: ElasticWorker) -> Figures:
-    return worker.figures()
-
-
 def _back(worker: ElasticWorker, blocks: int) -> int:
     worker.fence()
     return worker.back(blocks)
-
-
-def _release_weights(worker: ElasticWorker) -> int:
-    return worker.release_weights()
-
-
-def _restore_weights(worker: ElasticWorker) -> int:
-    return worker.restore_weights()
