@@ -73,8 +73,9 @@ def test_bench_on_an_emulated_device_says_so_in_every_output(troupe: Command, tm
 
 
 def test_interrupted_bench_keeps_its_rows_and_ends_its_engines(troupe: Command, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = troupe.start("bench", "closed", "-p", "static", "--out", out)
+    workload, out = tmp_path / "mine.yaml", tmp_path / "out"
+    workload.write_text(SHORT_WORKLOAD)
+    process = troupe.start("bench", workload, "-p", "static", "--repeats", 500, "--out", out)
     jobs = out / results.JOBS
     wait_until(lambda: process.poll() is not None or (jobs.exists() and jobs.stat().st_size > 2_000))
     assert troupe.engines()

@@ -101,7 +101,7 @@ def test_wrong_usage_is_reported_before_any_engine_starts(
     assert not (tmp_path / "home").exists()
 
 
-def start_long_run(troupe: Command, out: Path, *options: object, count: int = 200) -> subprocess.Popen[str]:
+def start_long_run(troupe: Command, out: Path, *options: object, count: int = 80) -> subprocess.Popen[str]:
     """Start a run over many problems, and return once it has added two results to `out`."""
     lines = SAMPLE.with_name("held-out.jsonl").read_text().splitlines(keepends=True)[:count]
     problems = troupe.folder / "p.jsonl"
@@ -147,15 +147,15 @@ def test_an_interrupted_run_keeps_its_results_and_resumes(troupe: Command) -> No
         assert "Traceback" not in err
         troupe.nothing_left()
         before, kept = kept, results(out)
-        assert len(before) + 2 <= len(kept) < 200
+        assert len(before) + 2 <= len(kept) < 80
         assert before.items() <= kept.items()
     again = troupe.run("solve", "--file", troupe.folder / "p.jsonl", "--out", out)
     assert again.returncode == 2
     assert "--resume" in again.stderr
     resumed = troupe.run("solve", "--file", troupe.folder / "p.jsonl", "--out", out, "--resume")
-    assert f"{len(kept)} problems are done, {200 - len(kept)} to go" in resumed.stderr
+    assert f"{len(kept)} problems are done, {80 - len(kept)} to go" in resumed.stderr
     whole = results(out)
-    assert len(whole) == len(out.read_text().splitlines()) == 200
+    assert len(whole) == len(out.read_text().splitlines()) == 80
     assert kept.items() <= whole.items()
 
 
