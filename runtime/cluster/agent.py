@@ -31,6 +31,7 @@ from runtime.engines.fleet import OnState
 from runtime.engines.handle import EngineHandle, EngineState, Recalled
 from runtime.engines.launcher import Launcher
 from runtime.engines.replicas import engine_of, metered
+from runtime.engines.vllm_import import import_with_vllm
 from runtime.errors import Death, EngineDead, EngineError, TroupeError
 from runtime.residency import catalogue as residency_catalogue
 
@@ -121,9 +122,8 @@ class Agent:
 
     async def gpus(self) -> list[int]:
         """Return the numbers of the GPUs on this node, as NVML counts. None without GPUs."""
-        from runtime.engines.vllm_engine import visible_gpus  # takes seconds to import
-
-        return list(visible_gpus())
+        vllm_engine = await asyncio.to_thread(import_with_vllm, "runtime.engines.vllm_engine")
+        return list(vllm_engine.visible_gpus())
 
     async def start(self, plan: bytes) -> bytes:
         """Start the engines of a plan. Return what they have measured, by engine. Raises EngineError."""
@@ -338,7 +338,10 @@ class Agent:
         )
 
     async def _watch_head(self) -> None:
-        """Cancel the calls of a head that is silent. End after `orphan_s` without one."""
+        """End the attachment of a silent head, unless the engines still start. End after `orphan_s` without one.
+
+        While they start, there are no calls to cancel, and the head would give its start up.
+        """
         while True:
             await asyncio.sleep(BEAT_S)
             now_s = asyncio.get_running_loop().time()
@@ -348,7 +351,7 @@ class Agent:
                 attachment.heard_s = now_s
             self._looked_s = now_s
             silent_s = now_s - attachment.heard_s
-            if silent_s > self._limits.lost_s and attachment.over is None:
+            if self._started and silent_s > self._limits.lost_s and attachment.over is None:
                 self._end(attachment, f"the head has said nothing to node {self.name} for {silent_s:.1f} s")
             if silent_s > self._limits.orphan_s:
                 logging.getLogger(__name__).warning("the head has been silent for %.0f s; the agent ends", silent_s)

@@ -96,7 +96,7 @@ class Cluster:
                 self._known.update(member.attached.measured)
             await self._start([member for member in members if member.attached.fingerprint is None])
             for member in members:
-                for device in await self._live(member):
+                for device in await self._live_at_last(member):
                     self.devices[device.name] = device
             self._watching = asyncio.create_task(self._watch(), name="watch the nodes")
             owned.push_async_callback(_cancel, self._watching)
@@ -208,6 +208,22 @@ class Cluster:
     def _plan(self, numbers: Mapping[str, tuple[int, ...]], placed: Placement) -> bytes:
         absent = others(self._common.specs, placed, sizes(numbers))
         return Plan(self._common, numbers, placed, absent, str(self._folder)).to_json()
+
+    async def _live_at_last(self, member: "_Member") -> list[RemoteDevice]:
+        """Do as `_live`, and attach the agent again if it is lost before, as it may be on a busy machine.
+
+        Raises NodeUnreachable if that goes on for REPORT_S, or if the agent has ended.
+        """
+        until_s = _now_s() + REPORT_S
+        while True:
+            try:
+                return await self._live(member)
+            except NodeUnreachable:
+                if _now_s() > until_s:
+                    raise
+                await self._reach(member, member.node, has_agent=True)
+                if member.attached.fingerprint is None:  # it is a new one, without engines
+                    raise
 
     async def _live(self, member: "_Member") -> list[RemoteDevice]:
         """Wait for the first report of an agent whose devices are controlled. Return those that are new.

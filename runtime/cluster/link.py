@@ -244,9 +244,12 @@ class Link:
                 self._send([wire.Expect({})])
 
     def _lose(self, why: str) -> None:
-        self.loss.set()
         if self.lost is not None:
+            if not self.loss.is_set():  # lost before it served
+                self.lost = why
+            self.loss.set()
             return
+        self.loss.set()
         self.lost = why
         self._found.clear()
         for answers in self._calls.values():

@@ -23,12 +23,14 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runtime.cluster.agent import Agent, MakeAgent
+from runtime.cluster.cluster import ATTACH_S
 from runtime.cluster.link import AgentHandle, Unreachable
 from runtime.cluster.nodes import NODES_S, Node
 from runtime.config import Cluster as ClusterChoice
 from runtime.config import Config
 from runtime.devices.selection import select
 from runtime.engines import temp_folder
+from runtime.engines.vllm_import import import_with_vllm
 from runtime.errors import ConfigError, EngineError, TroupeError
 
 _PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 10)"
@@ -148,7 +150,7 @@ class RayNodes:
         except RayError as error:
             raise EngineError(f"the nodes of the Ray cluster cannot be listed: {_first_line(error)}") from None
         if self._cluster.address == "local":
-            return self._parts(found[0]["NodeID"]) if found else []
+            return await self._parts(found[0]["NodeID"]) if found else []
         names = [node["NodeName"] for node in found]
         for name in {name for name in names if names.count(name) > 1} - self._named_twice:
             self._named_twice.add(name)
@@ -170,13 +172,12 @@ class RayNodes:
         self._request.renew([node["Resources"][needed] for node in found] if needed else [])
         return found
 
-    def _parts(self, key: str) -> list[Node]:
+    async def _parts(self, key: str) -> list[Node]:
         """Return this machine as one node for each device, so that each has an agent of its own."""
         gpus: tuple[int, ...] = ()
         if self._config.devices != (0,):
-            from runtime.engines.vllm_engine import visible_gpus  # takes seconds to import
-
-            gpus = visible_gpus()
+            vllm_engine = await asyncio.to_thread(import_with_vllm, "runtime.engines.vllm_engine")
+            gpus = vllm_engine.visible_gpus()
         found = select(self._config, gpus)
         return [Node(f"device {name}", key, devices={name: numbers}) for name, numbers in found.items()]
 
@@ -256,7 +257,7 @@ def _release_nodes() -> None:
 
 
 class _RayAgent:
-    """An agent as a Ray actor. It ends if no head attaches itself within `orphan_s`.
+    """An agent as a Ray actor. It ends if no head attaches itself within `orphan_s`, or ATTACH_S if that is longer.
 
     With `asked_for_nodes`, it then withdraws the request for nodes, which the head that has gone cannot do.
     """
@@ -264,7 +265,7 @@ class _RayAgent:
     def __init__(self, make_agent: MakeAgent, name: str, orphan_s: float, asked_for_nodes: bool) -> None:
         end = partial(_end, asked_for_nodes)
         self._agent = make_agent(name, end)
-        self._alone = threading.Timer(orphan_s, end)
+        self._alone = threading.Timer(max(orphan_s, ATTACH_S), end)
         self._alone.daemon = True
         self._alone.start()
 

@@ -1,8 +1,6 @@
 """What all engines that this process starts have in common: the forkserver, their sockets, and vLLM's client side."""
 
 import asyncio
-import gc
-import importlib
 import os
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -13,7 +11,7 @@ from typing import Self
 from runtime.engines import forkserver, startup_reports, temp_folder
 from runtime.engines.handle import EngineState
 from runtime.engines.spec import EngineSpec
-from runtime.errors import EngineError
+from runtime.engines.vllm_import import import_with_vllm
 
 SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 
@@ -53,7 +51,7 @@ class Launcher:
             if self._vllm_engine is None:
                 self._owned.callback(_put_sockets_in, os.environ.get(SOCKETS_VARIABLE))  # of a launcher around this one
                 prepare_process(self._specs, self._run_folder, self.folder)
-                module = await asyncio.to_thread(_import_vllm_engine)
+                module = await asyncio.to_thread(import_with_vllm, "runtime.engines.vllm_engine")
                 self._owned.enter_context(startup_reports.listening(self.folder, self._report))
                 self._vllm_engine = module
             return self._vllm_engine
@@ -61,24 +59,6 @@ class Launcher:
     def _report(self, name: str, state: EngineState) -> None:
         if report := self.reports.get(name):
             report(state)
-
-
-def _import_vllm_engine() -> ModuleType:
-    """Import vLLM's client side. Raise EngineError if that fails.
-
-    The import creates a million objects, and none is garbage. So the collector neither runs during the import nor looks
-    at these objects later. In particular, the interpreter does not search them when it exits, which takes 2 s.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        importlib.import_module("runtime.engines.torch_logging").propagate()
-        return importlib.import_module("runtime.engines.vllm_engine")
-    except ImportError as error:
-        raise EngineError(f"vLLM cannot be imported ({error}); run `troupe doctor` to see how to fix it") from error
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def prepare_process(specs: Collection[EngineSpec], run_folder: Path, temporary_folder: Path) -> None:

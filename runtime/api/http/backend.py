@@ -16,6 +16,7 @@ from runtime.config import Config
 from runtime.control.snapshot import Snapshot
 from runtime.engines.handle import EngineHandle
 from runtime.engines.request import Chunk, GenerateRequest
+from runtime.engines.vllm_import import import_with_vllm
 from runtime.errors import Busy
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
@@ -75,7 +76,8 @@ class Backend:
         return self._seat_models[seat]
 
     def _make_seat_model(self, seat: str) -> None:
-        from runtime.api.http.vllm_serving import EngineFront, SeatModel  # the import of vLLM takes seconds
+        import_with_vllm("runtime.api.http.vllm_serving")
+        from runtime.api.http.vllm_serving import EngineFront, SeatModel
 
         if seat in self._seat_models:
             return

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 
 from runtime.api.http.team_requests import TEAM, TeamChat, TeamResponse
+from runtime.engines.vllm_import import import_with_vllm
 
 _SCHEMAS = "#/components/schemas"
 
@@ -34,8 +35,7 @@ def _document(app: FastAPI, seats: list[str]) -> dict[str, Any]:
 
 
 def _describe_bodies(document: dict[str, Any], seats: list[str]) -> None:
-    from runtime.api.http import vllm_serving  # the import of vLLM takes seconds
-
+    vllm_serving = import_with_vllm("runtime.api.http.vllm_serving")
     bodies = {path: api.classes for path, api in vllm_serving.ROUTES.items()}
     for path, team_class in (("/v1/chat/completions", TeamChat), ("/v1/responses", TeamResponse)):
         bodies[path] = (team_class, *bodies[path])

@@ -54,6 +54,22 @@ class DiesOnce(LocalAgent):
         self.kill()
 
 
+class HearsLate(LocalAgent):
+    """An agent that hears nothing of the head for `seconds`, while its engines start within 3 s."""
+
+    def __init__(self, agent: Agent, seconds: float) -> None:
+        super().__init__(agent)
+        self._hears_s = asyncio.get_running_loop().time() + seconds
+
+    async def start(self, plan: bytes) -> bytes:
+        await asyncio.sleep(3)
+        return await super().start(plan)
+
+    def take(self, epoch: int, number: int, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(max(self._hears_s - loop.time(), 0), super().take, epoch, number, data)
+
+
 async def collect(stream: AsyncGenerator[Chunk, None]) -> list[Chunk]:
     return [chunk async for chunk in stream]
 
@@ -279,6 +295,16 @@ async def test_an_agent_that_dies_while_it_starts_is_named(tmp_path: Path, befor
     with pytest.raises(EngineError, match=r"node a cannot be reached: .*ray status"):
         async with cluster(nodes, tmp_path):
             pass
+
+
+@virtual
+@pytest.mark.parametrize("seconds", [2, 8])
+async def test_a_head_that_is_held_up_while_engines_start_starts_all_the_same(tmp_path: Path, seconds: float) -> None:
+    nodes = LocalNodes("a", "b")
+    nodes.agents["a"] = HearsLate(modelled_agent("a"), seconds)
+    async with cluster(nodes, tmp_path) as made, running(made) as team:
+        assert set(made.devices) == {"a:0", "b:0"}
+        assert_right(await work(team, 20), 20)
 
 
 @virtual
