@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ class Cluster:
                     f"{self._config.source}: cluster: no node can run engines; start one, or change cluster.nodes_with"
                     "; with cluster.nodes, `ray status` says why the autoscaler starts none"
                 )
-            members = await self._reach_all(nodes, with_agents)
+            members = await self._reach_all(nodes)
             for member in members:
                 self._known.update(member.attached.measured)
             await self._start([member for member in members if member.attached.fingerprint is None])
@@ -131,10 +131,10 @@ class Cluster:
         member = self._members[node.name] = _Member(node, self._on_message, self._on_loss)
         return member
 
-    async def _reach_all(self, nodes: Sequence[Node], with_agents: Collection[str]) -> "list[_Member]":
+    async def _reach_all(self, nodes: Sequence[Node]) -> "list[_Member]":
         """Attach this head to all nodes that can be reached. Raise EngineError if there is none, or if one refuses."""
         members = [self._member(node) for node in nodes]
-        reached = [self._reach(member, member.node, member.node.name in with_agents) for member in members]
+        reached = [self._reach(member, member.node) for member in members]
         results = await asyncio.gather(*reached, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         fatal = next((error for error in errors if not isinstance(error, NodeUnreachable)), None)
@@ -144,19 +144,25 @@ class Cluster:
             logging.getLogger(__name__).warning("%s; it is tried again later", error)
         return [member for member, result in zip(members, results, strict=True) if result is None]
 
-    async def _reach(self, member: "_Member", node: Node, has_agent: bool) -> None:
+    async def _reach(self, member: "_Member", node: Node) -> None:
         """Attach this head to the agent of a node. Replace an agent that runs something else.
 
         Retry for a while: an agent refuses this head until it notices that the old one is gone, and an agent needs a
-        moment to end. Raises NodeUnreachable, and Refused if the agent serves another head.
+        moment to end. Raises NodeUnreachable, and Refused if the agent serves another head. If this is cancelled, a new
+        agent ends, because no head would end it.
         """
         until_s = _now_s() + 2 * self._common.limits.lost_s + 1
-        timeout_s = REATTACH_S if has_agent else ATTACH_S
         while True:
+            has_agent = node.name in await self._nodes.with_agents()
             try:
-                async with _reaching(node, timeout_s):
+                async with _reaching(node, REATTACH_S if has_agent else ATTACH_S):
                     agent = await self._nodes.agent(node)
-                    member.attached = await member.link.attach(agent, self._head)
+                    try:
+                        member.attached = await member.link.attach(agent, self._head)
+                    except asyncio.CancelledError:
+                        if not has_agent:
+                            agent.kill()
+                        raise
             except (Refused, NodeUnreachable):
                 if _now_s() > until_s:
                     raise
@@ -221,7 +227,7 @@ class Cluster:
             except NodeUnreachable:
                 if _now_s() > until_s:
                     raise
-                await self._reach(member, member.node, has_agent=True)
+                await self._reach(member, member.node)
                 if member.attached.fingerprint is None:  # it is a new one, without engines
                     raise
 
@@ -312,7 +318,7 @@ class Cluster:
         """Attach a node, new or returned. An agent without engines gets absent replicas, which the placement starts."""
         member = self._members.get(node.name) or self._member(node)
         try:
-            await self._reach(member, node, bool(member.reports))
+            await self._reach(member, node)
             if member.attached.fingerprint is None:
                 await self._start([member])
             for device in await self._live(member):

@@ -87,7 +87,7 @@ def test_the_autoscaler_adds_the_nodes_that_a_team_asks_for_and_ends_them_afterw
     with Autoscaled(most=3) as cluster:
         team = f"""
             extends: embedded
-            cluster: {{address: '{cluster.address}', nodes_with: {NODE}, nodes: 2, lost_s: {PATIENT_S}, orphan_s: 10}}
+            cluster: {{address: '{cluster.address}', nodes_with: {NODE}, nodes: 2, lost_s: {PATIENT_S}, orphan_s: 20}}
             engines: {{solver: {{replicas: 2}}}}
         """
         (troupe.folder / "team.yaml").write_text(team)

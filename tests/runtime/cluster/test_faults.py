@@ -14,7 +14,7 @@ from runtime.cluster import wire
 from runtime.cluster.agent import Agent
 from runtime.cluster.attachment import Refused
 from runtime.cluster.cluster import Cluster
-from runtime.cluster.link import Unreachable
+from runtime.cluster.link import AgentHandle, Unreachable
 from runtime.cluster.nodes import Node
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk, GenerateRequest
@@ -305,6 +305,34 @@ async def test_a_head_that_is_held_up_while_engines_start_starts_all_the_same(tm
     async with cluster(nodes, tmp_path) as made, running(made) as team:
         assert set(made.devices) == {"a:0", "b:0"}
         assert_right(await work(team, 20), 20)
+
+
+class NeverAttaches(LocalAgent):
+    """An agent that is still importing its modules."""
+
+    async def attach(self, head: str, wire_version: int) -> bytes:
+        await asyncio.sleep(1e6)
+        return b""
+
+
+class Attaching(LocalNodes):
+    """Nodes of which new ones have agents that never attach."""
+
+    async def agent(self, node: Node) -> AgentHandle:
+        if node.name not in self.agents and len(self.agents) > 0:
+            self.agents[node.name] = NeverAttaches(self._make(node.name))
+        return await super().agent(node)
+
+
+@virtual
+async def test_leaving_ends_an_agent_that_has_not_been_attached_yet(tmp_path: Path) -> None:
+    nodes = Attaching("a")
+    async with cluster(nodes, tmp_path):
+        nodes.names.append("b")
+        await until(lambda: "b" in nodes.agents)
+        await asyncio.sleep(10)
+        assert not nodes.agents["b"].dead.is_set()
+    assert nodes.agents["b"].dead.is_set()
 
 
 @virtual
