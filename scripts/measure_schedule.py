@@ -6,13 +6,15 @@
 Both are for engines that take turns on one device (`lanes: 1`).
 
 **search.** All jobs of a burst arrive at once. Each calls engines one after the other, and each call takes one block of
-memory. The search finds the schedule that ends all jobs first, and the one with the shortest mean job time. It knows
-the lengths of all replies, and moves memory at no cost. Whenever a call ends, it chooses which engine runs next, and
-which waiting calls this engine admits. Policies run over modelled engines, under the real controller.
+memory. The search finds the schedule that ends all jobs first, and the one with the shortest mean job time, among those
+that preempt nothing. It knows the lengths of all replies, and moves memory at no cost. Whenever a call ends, it chooses
+which engine runs next, and which waiting calls this engine admits. Policies run over modelled engines, under the real
+controller.
 
 **bound.** A step of an engine takes at least `step_s`, and computes at most the sequences whose blocks fit into the
 memory that the other engines can spare. So the calls of the jobs that arrive at a time t or later take at least a
-certain time, and none of them begins before t. No schedule can be faster. The bound is not always within reach.
+certain time, and none of them begins before t. The bound is not always within reach. The modelled processor undercuts
+it by a step now and then: a step that began alone keeps its speed when another one begins.
 """
 
 import argparse
@@ -358,6 +360,8 @@ def measure_bound(folder: Path, name: str, config: str) -> dict[str, Any]:
     """
     constants = load.read(name)
     assert constants.lanes == 1, f"the engines of {name} do not take turns"
+    assert constants.device_bytes is None, f"the engines of {name} sleep"
+    assert results.read_summary(folder).kind == "simulation", f"{folder} is not a simulation"
     budget_bytes = constants.kv_cache_bytes or configuration.load(config).device.kv_cache_memory_bytes
     assert budget_bytes is not None, f"neither {name} nor {config} says how much KV cache there is"
     runs: dict[tuple[float, str, int], list[JobRow]] = defaultdict(list)
@@ -376,7 +380,7 @@ def main() -> None:
     search = commands.add_parser("search", help="print times of policies, as multiples of the best schedule's")
     search.add_argument("--policies", default=POLICIES)
     search.add_argument("--plays", type=int, default=11, help="plays of each burst under each policy")
-    bound = commands.add_parser("bound", help="print tokens/s of policies, as parts of a bound")
+    bound = commands.add_parser("bound", help="print tokens/s of policies on one device, as parts of a bound")
     bound.add_argument("folder", type=Path)
     bound.add_argument("--constants", default=CONSTANTS)
     bound.add_argument("--config", default="embedded-scarce")

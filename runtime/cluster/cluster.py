@@ -31,7 +31,7 @@ from runtime.errors import ConfigError, EngineError, TroupeError
 WATCH_S = 0.5
 """Seconds between two looks for new, lost and returned nodes."""
 ATTACH_S = 300.0
-"""Timeout of an attachment, in seconds. A new agent first imports vLLM, which takes long on a busy machine."""
+"""Timeout of an attachment to a new agent, in seconds. Its process has to start, which takes long on a busy machine."""
 REATTACH_S = 5.0
 """Timeout of an attachment to an agent that runs already, in seconds."""
 REPORT_S = 30.0
@@ -153,14 +153,14 @@ class Cluster:
         """
         until_s = _now_s() + 2 * self._common.limits.lost_s + 1
         while True:
-            has_agent = node.name in await self._nodes.with_agents()
             try:
-                async with _reaching(node, REATTACH_S if has_agent else ATTACH_S):
-                    agent = await self._nodes.agent(node)
+                async with _reaching(node, REATTACH_S):
+                    agent, created = await self._nodes.agent(node)
+                async with _reaching(node, ATTACH_S if created else REATTACH_S):
                     try:
                         member.attached = await member.link.attach(agent, self._head)
                     except asyncio.CancelledError:
-                        if not has_agent:
+                        if created:
                             agent.kill()
                         raise
             except (Refused, NodeUnreachable):
@@ -225,7 +225,7 @@ class Cluster:
             try:
                 return await self._live(member)
             except NodeUnreachable:
-                if _now_s() > until_s:
+                if _now_s() > until_s or member.node.name not in await self._nodes.with_agents():
                     raise
                 await self._reach(member, member.node)
                 if member.attached.fingerprint is None:  # it is a new one, without engines

@@ -35,5 +35,8 @@ class Nodes(Protocol):
     async def with_agents(self) -> set[str]:
         """Return the names of the nodes on which an agent runs."""
 
-    async def agent(self, node: Node) -> AgentHandle:
-        """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""
+    async def agent(self, node: Node) -> tuple[AgentHandle, bool]:
+        """Return the agent of a node, and whether this call has created it because none ran.
+
+        Raises Unreachable if that fails. If this is cancelled, it leaves no new agent behind.
+        """

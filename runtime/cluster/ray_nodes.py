@@ -189,26 +189,40 @@ class RayNodes:
             raise EngineError(f"the agents of the Ray cluster cannot be listed: {_first_line(error)}") from None
         return {name.removeprefix(AGENT).rpartition(" ")[0] for name in names if name.startswith(AGENT)}
 
-    async def agent(self, node: Node) -> AgentHandle:
-        """Return the agent of a node. It is started if it does not run. Raises Unreachable if that fails."""
+    async def agent(self, node: Node) -> tuple[AgentHandle, bool]:
+        """Return the agent of a node, and whether this call has created it because none ran.
+
+        Raises Unreachable if that fails. If this is cancelled, it leaves no new agent behind.
+        """
+        finding = asyncio.create_task(asyncio.to_thread(self._agent, node))
+        try:
+            return await asyncio.shield(finding)
+        except asyncio.CancelledError:
+            await asyncio.wait([finding], timeout=CONNECT_S)
+            if finding.done() and not finding.exception():
+                agent, created = finding.result()
+                if created:
+                    agent.kill()
+            raise
+
+    def _agent(self, node: Node) -> "tuple[_Handle, bool]":
         name = f"{AGENT}{node.name} {node.key}"
         try:
-            actor = await asyncio.to_thread(
-                self._actors.options(
-                    name=name,
-                    lifetime="detached",
-                    get_if_exists=True,
-                    max_concurrency=CALLS_AT_ONCE,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node.key, soft=False),
-                ).remote,
-                self._make_agent,
-                node.name,
-                self._cluster.orphan_s,
-                self._cluster.nodes is not None,
+            with suppress(ValueError):  # there is none
+                return _Handle(ray.get_actor(name)), False
+            made = self._actors.options(
+                name=name,
+                lifetime="detached",
+                max_concurrency=CALLS_AT_ONCE,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.key, soft=False),
             )
+            arguments = (self._make_agent, node.name, self._cluster.orphan_s, self._cluster.nodes is not None)
+            try:
+                return _Handle(made.remote(*arguments)), True
+            except ValueError:  # another head has just created one
+                return _Handle(ray.get_actor(name)), False
         except (RayError, ValueError) as error:
             raise Unreachable(f"its agent cannot be started: {_first_line(error)}") from None
-        return _Handle(actor)
 
 
 class _NodeRequest:

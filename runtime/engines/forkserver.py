@@ -39,7 +39,8 @@ def start(log: Path, threads: int) -> None:
     os.environ.update({LOG_VARIABLE: str(log), PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)})
     # An engine's threads wait for each other many times a step. By default they spin for so long that a step of two
     # threads takes 1.6 times as long while other processes use the cores. On idle cores both settings are equally fast.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # A killed engine leaves semaphores behind. Python's resource tracker removes them; its warning would only confuse.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     _shorten_socket_path()

@@ -11,7 +11,7 @@ def propagate() -> None:
     Importing PyTorch gives each of its loggers a handler for stderr and stops propagation, so a program that sends its
     logging to a file still shows, for example, "No CUDA runtime is found". Call it before importing vLLM.
     """
-    for name, logger in logging.root.manager.loggerDict.items():
+    for name, logger in list(logging.root.manager.loggerDict.items()):
         if not name.startswith("torch") or not isinstance(logger, logging.Logger):
             continue
         for handler in [h for h in logger.handlers if type(h) is logging.StreamHandler]:

@@ -82,9 +82,13 @@ class LocalNodes:
     async def with_agents(self) -> set[str]:
         return {name for name, agent in self.agents.items() if not agent.dead.is_set()}
 
-    async def agent(self, node: Node) -> AgentHandle:
+    async def agent(self, node: Node) -> tuple[AgentHandle, bool]:
         if node.name not in self.names:
             raise EngineError(f"the agent of node {node.name} cannot be started: the node is gone")
-        if node.name not in self.agents or self.agents[node.name].dead.is_set():
-            self.agents[node.name] = LocalAgent(self._make(node.name))
-        return self.agents[node.name]
+        created = node.name not in self.agents or self.agents[node.name].dead.is_set()
+        if created:
+            self.agents[node.name] = self.new_agent(self._make(node.name))
+        return self.agents[node.name], created
+
+    def new_agent(self, agent: Agent) -> LocalAgent:
+        return LocalAgent(agent)

@@ -14,7 +14,7 @@ from runtime.cluster import wire
 from runtime.cluster.agent import Agent
 from runtime.cluster.attachment import Refused
 from runtime.cluster.cluster import Cluster
-from runtime.cluster.link import AgentHandle, Unreachable
+from runtime.cluster.link import Unreachable
 from runtime.cluster.nodes import Node
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.request import Chunk, GenerateRequest
@@ -316,12 +316,10 @@ class NeverAttaches(LocalAgent):
 
 
 class Attaching(LocalNodes):
-    """Nodes of which new ones have agents that never attach."""
+    """Nodes of which all but the first have agents that never attach."""
 
-    async def agent(self, node: Node) -> AgentHandle:
-        if node.name not in self.agents and len(self.agents) > 0:
-            self.agents[node.name] = NeverAttaches(self._make(node.name))
-        return await super().agent(node)
+    def new_agent(self, agent: Agent) -> LocalAgent:
+        return NeverAttaches(agent) if self.agents else LocalAgent(agent)
 
 
 @virtual
