@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests three times beside four busy loops, because no test may depend on an idle machine. Stops at the first run
-# that fails. Takes about an hour on two cores.
+# that fails. Takes over two hours on two cores.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 
