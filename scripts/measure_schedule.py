@@ -27,7 +27,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from agents.workflow import Entry, Outcome, RoleCall, Unusable, Workflow
 from runtime import config as configuration
 from runtime.bench import results
 from runtime.bench.output import Output
-from runtime.bench.results import JobRow
+from runtime.bench.results import JobRow, Spread
 from runtime.bench.workload import Arrival, Script, Source, Workload
 from runtime.cli.bench import Plan, rivals
 from runtime.cli.simulate import Simulated, run_simulated
@@ -72,10 +72,6 @@ class Burst:
     jobs: Mapping[tuple[Call, ...], int]
     blocks: int
 
-    @property
-    def tokens(self) -> int:
-        return sum(count * sum(call.tokens for call in calls) for calls, count in self.jobs.items())
-
 
 CHAIN = (Call("planner", 60), Call("solver", 120), Call("critic", 40))
 LONG = (Call("planner", 60), Call("solver", 300), Call("critic", 40))
@@ -101,7 +97,7 @@ class Running(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where all jobs of a burst are. Jobs of a kind are alike, so `waiting` counts them by kind and next call."""
+    """The progress of a burst. `waiting` counts the jobs of each kind by the call that they wait for."""
 
     waiting: tuple[tuple[int, ...], ...]
     running: tuple[Running, ...]
@@ -279,10 +275,6 @@ def play(burst: Burst, engines: Mapping[str, EngineModel], policies: str, plays:
     return {policy: played[1:] for policy, played in jobs.items()}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
 def measure_search(policies: str, plays: int) -> dict[str, Any]:
     """Return the best times of every burst in seconds, and those of the policies as multiples of them."""
     constants = load.read(CONSTANTS)
@@ -302,7 +294,7 @@ def measure_search(policies: str, plays: int) -> dict[str, Any]:
         for policy, played in play(burst, engines, policies, plays).items():
             all_jobs = [max(row.jct_s for row in rows) / least_s for rows in played]
             each_job = [statistics.fmean(row.jct_s for row in rows) / mean_s for rows in played]
-            record[name][policy] = {"all": spread(all_jobs), "mean": spread(each_job)}
+            record[name][policy] = {"all": asdict(Spread.of(all_jobs)), "mean": asdict(Spread.of(each_job))}
         print(name, json.dumps(record[name]), file=sys.stderr)
     return record
 
@@ -311,7 +303,7 @@ def measure_search(policies: str, plays: int) -> dict[str, Any]:
 
 
 class Demand(NamedTuple):
-    """What calls need of an engine: steps times blocks, steps times sequences, and prompt tokens."""
+    """Counts what calls need of an engine. `block_steps` adds up the blocks that they hold in each of their steps."""
 
     block_steps: int = 0
     tokens: int = 0
@@ -371,7 +363,10 @@ def measure_bound(folder: Path, name: str, config: str) -> dict[str, Any]:
     for (of_load, policy, _), rows in sorted(runs.items()):
         end_s = max(row.arrived_s + row.jct_s for row in rows)
         parts[f"load {of_load:g}"][policy].append(least_end_s(rows, constants, budget_bytes) / end_s)
-    return {of_load: {policy: spread(each) for policy, each in policies.items()} for of_load, policies in parts.items()}
+    return {
+        of_load: {policy: asdict(Spread.of(each)) for policy, each in policies.items()}
+        for of_load, policies in parts.items()
+    }
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ def output_console(screen: Console) -> Console:
 
 
 class EngineProgress:
-    """What a team that starts, works or ends is doing, in words."""
+    """Describes what a team is doing: starting, working or closing."""
 
     def __init__(self) -> None:
         self._states: dict[str, EngineState] = {}

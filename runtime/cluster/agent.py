@@ -340,7 +340,7 @@ class Agent:
     async def _watch_head(self) -> None:
         """End the attachment of a silent head, unless the engines still start. End after `orphan_s` without one.
 
-        While they start, there are no calls to cancel, and the head would give its start up.
+        While they start, there are no calls to cancel, and a head whose attachment ends cannot finish its start.
         """
         while True:
             await asyncio.sleep(BEAT_S)

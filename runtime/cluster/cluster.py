@@ -218,7 +218,7 @@ class Cluster:
     async def _live_at_last(self, member: "_Member") -> list[RemoteDevice]:
         """Do as `_live`, and attach the agent again if it is lost before, as it may be on a busy machine.
 
-        Raises NodeUnreachable if that goes on for REPORT_S, or if the agent has ended.
+        Raises NodeUnreachable if the agent has ended, or is lost again after REPORT_S.
         """
         until_s = _now_s() + REPORT_S
         while True:

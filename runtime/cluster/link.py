@@ -244,13 +244,13 @@ class Link:
                 self._send([wire.Expect({})])
 
     def _lose(self, why: str) -> None:
-        if self.lost is not None:
-            if not self.loss.is_set():  # lost before it served
-                self.lost = why
-            self.loss.set()
+        if self.loss.is_set():
             return
         self.loss.set()
+        served = self.lost is None
         self.lost = why
+        if not served:
+            return
         self._found.clear()
         for answers in self._calls.values():
             answers.put_nowait(wire.failure_of(self._loss()))

@@ -1,4 +1,4 @@
-"""Importing vLLM in a process that goes on working meanwhile."""
+"""Imports vLLM while the other threads of the process go on working."""
 
 import gc
 import importlib

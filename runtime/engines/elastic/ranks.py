@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All ranks of an engine, with the methods of ElasticWorker that a Resizer calls. Bytes are those of one device.
+    """Calls all ranks of an engine. A Resizer uses it in place of an ElasticWorker. Byte counts are of one device.
 
     `executor` is vLLM's MultiprocExecutor. Its calls reach the ranks in order, so only the engine core's thread may
     make them. Raises RuntimeError if the ranks lay their caches out differently.
