@@ -295,6 +295,7 @@ def _combined_requirements(seats: Sequence[Seat]) -> EngineRequirements:
     return EngineRequirements(
         priority=min(seat.priority for seat in seats),
         minimum_share=sum(minimum_shares) if minimum_shares else None,
+        jct_slo_s=_shortest(seat.jct_slo_s for seat in seats),
         slo_s=_shortest(seat.slo_s for seat in seats),
         ttft_slo_s=_shortest(seat.ttft_slo_s for seat in seats),
         tpot_slo_s=_shortest(seat.tpot_slo_s for seat in seats),

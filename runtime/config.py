@@ -89,6 +89,13 @@ class Member(Section):
         "default `turns` sets nothing aside, and `paper` the same for all engines. An engine with several seats has "
         "the sum of theirs.",
     )
+    jct_slo_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Objective for the duration of one job, in seconds. The policy `turns` serves an engine earlier "
+        "while a job that waits for it has taken a large part of it.",
+    )
     slo_s: float | None = Field(
         default=None,
         gt=0,

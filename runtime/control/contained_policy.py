@@ -1,7 +1,8 @@
 """Policies whose faults are contained: the service keeps the last good grants, whatever a policy does.
 
 Refuses a policy that raises or takes too long, a grant outside its engine's bounds (NaN included) or for an unknown
-engine, grants that exceed the budget together, and grants that pause the admission of every engine with work.
+engine, grants that exceed the budget together, a pause without a reason, and grants that pause the admission of every
+engine with work. Ends pauses that are overdue.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from typing import Self
 
 from runtime.config import PolicyChoice
 from runtime.control import catalogue, pauses
-from runtime.control.policy import Decision, Policy
+from runtime.control.policy import Decision, Policy, Reasons
 from runtime.control.snapshot import Snapshot
 from runtime.daemon_thread import DaemonExecutor
 from runtime.engines.grant import Grant
@@ -34,7 +35,7 @@ class Answer:
 
 
 class ContainedPolicy:
-    """A wrapper of a policy that never raises and returns only decisions that can be applied.
+    """A wrapper of a policy that never raises and returns only decisions that can be applied and starve no engine.
 
     With an `executor`, it decides in the executor's thread within `limit_s` seconds, so that a policy that hangs blocks
     nothing. Without one (built-in policies, and simulations on a virtual clock), it decides in the caller's thread,
@@ -70,7 +71,7 @@ class ContainedPolicy:
         except Exception as error:  # noqa: BLE001  a third-party policy may raise anything
             return Answer(None, f"policy {self.name} raised {error!r}")
         fault = _fault(snapshot, decision)
-        return Answer(None, f"policy {self.name}: {fault}") if fault else Answer(decision)
+        return Answer(None, f"policy {self.name}: {fault}") if fault else Answer(_without_starving(snapshot, decision))
 
     async def _call(self, snapshot: Snapshot) -> Decision:
         if self._executor is None:
@@ -129,6 +130,17 @@ class ContainedPolicies:
             executor.shutdown()
 
 
+def _without_starving(snapshot: Snapshot, decision: Decision) -> Decision:
+    """Return a decision, changed so that no engine starves."""
+    overdue = pauses.end_overdue(snapshot, decision.grants)
+    if not overdue:
+        return decision
+    return Decision(
+        {**decision.grants, **{name: grant for name, (grant, _) in overdue.items()}},
+        {**decision.reasons, **{name: reason for name, (_, reason) in overdue.items()}},
+    )
+
+
 def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
     """Return why a decision cannot be applied, or None."""
     engines = snapshot.engines
@@ -137,6 +149,9 @@ def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
             return f"there is no engine {name!r}; the engines are {', '.join(engines)}"
         if violation := engines[name].limits.violation(grant):
             return f"engine {name}: {violation}"
+        # The reasons of built-in policies are not formatted here, because they are formatted only when they are read.
+        if pauses.is_paused(grant) and not isinstance(decision.reasons, Reasons) and not decision.reasons.get(name):
+            return f"engine {name}: it pauses admission (max_active_seqs is 0) without a reason; add one to `reasons`"
     if pauses.starves(snapshot, decision.grants):
         return (
             "it pauses the admission of every engine that has requests; at least one must have max_active_seqs above 0"

@@ -227,8 +227,8 @@ class Controller:
         policy = self._policy.name
         answer, shadow = await self._decide(pinned.rest(snapshot))
         self._note_decision(snapshot, answer.grants)
-        decided = answer.grants if answer.decision else self._room_for_wakes(pinned.rest(snapshot))
-        grants = {**pauses.end_overdue(snapshot, decided), **pinned.in_force}
+        decided = answer.grants if answer.decision else self._without_decision(pinned.rest(snapshot))
+        grants = {**decided, **pinned.in_force}
         outcomes = await self._apply(snapshot, grants)
         if cause == BURST and outcomes:
             self._start_timing(since_s, outcomes)
@@ -254,6 +254,12 @@ class Controller:
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
         room = self._room_for_wakes(pins.fit(snapshot, self._pinned).rest(snapshot))
         await self._apply(snapshot, {**pauses.end_all(snapshot), **room})
+
+    def _without_decision(self, snapshot: Snapshot) -> Mapping[str, Grant]:
+        """Return the grants that must change although no policy has decided."""
+        room = self._room_for_wakes(snapshot)
+        overdue = pauses.end_overdue(snapshot, room)
+        return {**room, **{name: grant for name, (grant, _) in overdue.items()}}
 
     def _room_for_wakes(self, snapshot: Snapshot) -> Mapping[str, Grant]:
         """Return grants that leave the memory that engines wait for to wake; none if no engine waits."""

@@ -1,4 +1,7 @@
-"""The bound of pauses: no engine waits longer than MOST_S to admit requests, whatever a policy decides or fails to."""
+"""The bound of pauses: every engine with requests admits some and finishes some, whatever a policy decides.
+
+A pause ends after MOST_S, and requests of an engine that has finished none for MOST_S are not preempted.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,20 +16,27 @@ A shorter bound would end turns before the replies in them have finished. Of the
 slowest takes 25 s for a mean reply (the solver on an L4)."""
 
 
-def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, Grant]:
-    """Return the grants of a decision, changed so that no engine stays paused longer than MOST_S.
+def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, tuple[Grant, str]]:
+    """Return the grants of a decision that must change so that no engine starves, changed, each with the reason.
 
-    An overdue engine, in which a request has waited for that long, admits requests until the next decision. Its KV
-    cache is never below its floor, so it has room for one at least, unless requests that it admitted before still run.
+    - An engine that was paused for MOST_S, in which a request has waited for that long, admits requests until it runs
+      one. Its KV cache is never below its floor, so it has room for one at least.
+    - An engine of which no request has ended for MOST_S may be paused, but its running requests are not preempted.
+
+    After an overdue pause, at least one request therefore ends, even if a policy preempts at every tick.
     """
-    admitted = {
-        name: admitting(grants.get(name, view.grant), view.limits)
-        for name, view in snapshot.engines.items()
+    changed = {}
+    for name, view in snapshot.engines.items():
+        grant = grants.get(name, view.grant)
+        if not is_paused(grant):
+            continue
         # After a preemption an engine may report requests as running that wait: then it makes no step.
-        if min(view.paused_s, max(view.oldest_wait_s, view.stalled_s)) > MOST_S
-        and is_paused(grants.get(name, view.grant))
-    }
-    return {**grants, **admitted}
+        if min(view.paused_s, max(view.oldest_wait_s, view.stalled_s)) > MOST_S:
+            changed[name] = admitting(grant, view.limits), f"was paused for {view.paused_s:.0f} s: admits requests"
+        elif grant.preempt and view.unanswered_s > MOST_S:
+            reason = f"no request has ended for {view.unanswered_s:.0f} s: paused without preempting"
+            changed[name] = replace(grant, preempt=False), reason
+    return changed
 
 
 def end_all(snapshot: Snapshot) -> dict[str, Grant]:

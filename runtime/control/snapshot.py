@@ -18,18 +18,22 @@ class EngineView:
     - `coming`: all requests that the current jobs are still expected to make, including `soon`.
     - `preemptions`: count since the engine started.
     - `oldest_wait_s`: waiting time of the oldest request that does not run, in seconds; 0 if none waits.
+    - `oldest_job_s`: time since the oldest job with such a request began, in seconds; 0 if none waits.
     - `sequence_bytes`: average KV cache of one sequence.
     - `reply_tokens`: average length of recent replies; 0 if none has ended.
-    - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not.
-    - `stalled_s`: for how long it has completed no step although requests run, in seconds.
+    - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not. A pause that ends while requests
+      wait counts until one of them runs.
+    - `stalled_s`: for how long it has completed no step although it has requests that run or that it could admit, in
+      seconds.
+    - `unanswered_s`: for how long it has had requests and none has ended, in seconds.
     - `cost`: what its steps cost.
     - `prompt_ratio`: how many prompt tokens its steps computed recently for each token that they generated.
     - `utilization`: the part of the time in which it used the device, as NVML reports it for its process; None if
       telemetry does not report it.
     - `priority`: 1 is the most urgent.
     - `minimum_share`: of the memory that can move; None if not configured.
-    - `slo_s`, `ttft_slo_s`, `tpot_slo_s`: the tightest objectives of its roles for the duration of a call, the time to
-      its first token, and the time between two tokens, in seconds; None if not configured.
+    - `jct_slo_s`, `slo_s`, `ttft_slo_s`, `tpot_slo_s`: the tightest objectives of its roles for the duration of a job and
+      of a call, the time to a call's first token, and the time between two tokens, in seconds; None if not configured.
     """
 
     name: str
@@ -46,15 +50,18 @@ class EngineView:
     completions_per_s: float = 0.0
     preemptions: int = 0
     oldest_wait_s: float = 0.0
+    oldest_job_s: float = 0.0
     sequence_bytes: float = 0.0
     reply_tokens: float = 0.0
     paused_s: float = 0.0
     stalled_s: float = 0.0
+    unanswered_s: float = 0.0
     cost: StepCost = PRIOR
     prompt_ratio: float = 0.0
     utilization: float | None = None
     priority: int = 1
     minimum_share: float | None = None
+    jct_slo_s: float | None = None
     slo_s: float | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None

@@ -28,6 +28,7 @@ class EngineRequirements:
 
     priority: int = 1
     minimum_share: float | None = None
+    jct_slo_s: float | None = None
     slo_s: float | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
@@ -39,6 +40,7 @@ class _History:
 
     at_s: float
     stepped_at_s: float
+    answered_at_s: float
     arrived: int
     finished: int
     arrivals_per_s: float = 0.0
@@ -48,6 +50,7 @@ class _History:
     completion_tokens: int = 0
     replies: float = 0.0
     tokens_of_replies: float = 0.0
+    admits: bool = True
     paused_since_s: float | None = None
     steps: int = 0
 
@@ -146,12 +149,12 @@ class Snapshotter:
         usage = engine.usage
         history = self._history.get(name)
         if history is None:
-            history = self._history[name] = _History(now_s, now_s, usage.arrived, usage.finished)
+            history = self._history[name] = _History(now_s, now_s, now_s, usage.arrived, usage.finished)
         used_bytes = int(stats.kv_cache_usage * stats.kv_cache_bytes)
         decayed_peak = history.peak_in_flight * math.exp((history.at_s - now_s) / PEAK_DECAY_S)
         history.peak_in_flight = max(in_flight, decayed_peak)
         _update(history, engine, stats, now_s, used_bytes)
-        waiting_since_s = usage.waiting_since_s(stats.running)
+        waiting = usage.waiting(stats.running)
         assert stats.grant is not None
         terms = self._terms.get(name, EngineRequirements())
         return EngineView(
@@ -169,17 +172,20 @@ class Snapshotter:
             arrivals_per_s=history.arrivals_per_s,
             completions_per_s=history.completions_per_s,
             preemptions=stats.preemptions,
-            oldest_wait_s=0.0 if waiting_since_s is None else now_s - waiting_since_s,
+            oldest_wait_s=0.0 if waiting is None else now_s - waiting.arrived_s,
+            oldest_job_s=0.0 if waiting is None else now_s - waiting.began_s,
             sequence_bytes=history.sequence_bytes,
             # A running request has generated half of its reply, on average.
             reply_tokens=history.tokens_of_replies / (history.replies + stats.running / 2) if history.replies else 0.0,
             paused_s=0.0 if history.paused_since_s is None else now_s - history.paused_since_s,
             stalled_s=now_s - history.stepped_at_s,
+            unanswered_s=now_s - history.answered_at_s,
             cost=self._costs.cost(name),
             prompt_ratio=self._costs.prompt_ratio(name),
             utilization=utilization,
             priority=terms.priority,
             minimum_share=terms.minimum_share,
+            jct_slo_s=terms.jct_slo_s,
             slo_s=terms.slo_s,
             ttft_slo_s=terms.ttft_slo_s,
             tpot_slo_s=terms.tpot_slo_s,
@@ -245,12 +251,17 @@ def _over(combine: Callable[[list[float]], float], values: list[float | None]) -
 def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: float, used_bytes: int) -> None:
     """Update an engine's averages from its counters."""
     usage, running = engine.usage, stats.running
-    if stats.grant is not None and stats.grant.max_active_seqs:
+    admits = stats.grant is not None and stats.grant.max_active_seqs > 0
+    if admits and (running or not usage.in_flight):
         history.paused_since_s = None
-    elif history.paused_since_s is None:
+    elif not admits and history.paused_since_s is None:
         history.paused_since_s = now_s
-    if not running or not stats.work.steps or stats.work.steps != history.steps:
-        history.steps, history.stepped_at_s = stats.work.steps, now_s
+    # The first step of a request counts no running request before it has ended.
+    could_step = running or (admits and usage.in_flight)
+    if not could_step or admits != history.admits or stats.work.steps != history.steps:
+        history.admits, history.steps, history.stepped_at_s = admits, stats.work.steps, now_s
+    if not usage.in_flight or usage.finished != history.finished:
+        history.answered_at_s = now_s
     if running and used_bytes:
         newest = max(used_bytes / running, engine.limits.block_bytes)
         mean = history.sequence_bytes or newest

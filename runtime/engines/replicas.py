@@ -286,7 +286,7 @@ class _Meter:
 @contextmanager
 def metered(replica: EngineHandle, request: GenerateRequest) -> Iterator[None]:
     """Count a request of a replica, and charge it for its part of the replica's memory and time."""
-    with replica.usage.request(request.rank(asyncio.get_running_loop().time())):
+    with replica.usage.request(request.rank(asyncio.get_running_loop().time()), request.since_s):
         charged_before = replica.usage.charged()
         try:
             yield

@@ -105,6 +105,15 @@ class Usage:
 class _InFlight:
     rank: int
     arrived_s: float
+    began_s: float
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The requests of an engine that wait: when the first of them arrived, and when the oldest of their jobs began."""
+
+    arrived_s: float
+    began_s: float
 
 
 class UsageMeter:
@@ -138,12 +147,16 @@ class UsageMeter:
         self._held_bytes, self._held = nbytes * self.gpus, held
 
     @contextmanager
-    def request(self, rank: int) -> Iterator[None]:
-        """Count a request as in flight. `rank` is its GenerateRequest.rank, by which engines admit requests."""
+    def request(self, rank: int, began_s: float | None = None) -> Iterator[None]:
+        """Count a request as in flight.
+
+        `rank` is its GenerateRequest.rank, by which engines admit requests, and `began_s` when its job began, if it has
+        one.
+        """
         self._settle()
         self.arrived += 1
-        number = self.arrived
-        self._in_flight[number] = _InFlight(rank, asyncio.get_running_loop().time())
+        number, now_s = self.arrived, asyncio.get_running_loop().time()
+        self._in_flight[number] = _InFlight(rank, now_s, now_s if began_s is None else began_s)
         try:
             yield
         finally:
@@ -151,15 +164,15 @@ class UsageMeter:
             self.finished += 1
             del self._in_flight[number]
 
-    def waiting_since_s(self, running: int) -> float | None:
-        """Return when the oldest waiting request arrived, given how many requests run, or None if none waits.
+    def waiting(self, running: int) -> Waiting | None:
+        """Return the requests that wait, given how many requests run, or None if none waits.
 
         The meter does not see which requests run. It assumes those of the lowest ranks, because engines admit by rank.
         """
         if running >= len(self._in_flight):  # the usual case; it saves the sort
             return None
         waiting = sorted(self._in_flight.values(), key=lambda request: request.rank)[running:]
-        return min(request.arrived_s for request in waiting)
+        return Waiting(min(request.arrived_s for request in waiting), min(request.began_s for request in waiting))
 
     def spent(self) -> Mapping[Held, Spent]:
         """Return the engine's time and memory since the beginning, by what the memory was held for."""

@@ -45,6 +45,7 @@ class Seat:
     tool_calls_max: int = 8
     priority: int = 1
     minimum_share: float | None = None
+    jct_slo_s: float | None = None
     slo_s: float | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
@@ -199,6 +200,7 @@ def _seat(config: Config, name: str, member: Member) -> Seat:
         tool_calls_max=member.tool_calls_max,
         priority=member.priority,
         minimum_share=member.minimum_share,
+        jct_slo_s=member.jct_slo_s,
         slo_s=member.slo_s,
         ttft_slo_s=member.ttft_slo_s,
         tpot_slo_s=member.tpot_slo_s,

@@ -25,9 +25,11 @@ and long queues count most. This is the max-weight rule. T counts the prompt tok
 - When the turn of an engine ends, its running requests finish beside the engines whose turn it is, or they are
   preempted: see below.
 - The controller ends a pause after 30 s, so that no engine starves.
-- The weight of an engine with an objective for a call or its first token grows up to tenfold while a request waits.
+- The weight of an engine with an objective for a job, a call or its first token grows up to tenfold while a request
+  waits.
 - With an objective for the time between tokens, as many sequences run as T(S) allows. The time that then remains in a
-  round bounds the prompt tokens of a step.
+  round bounds the prompt tokens of a step. The round includes engines whose turn has ended and which still run
+  requests.
 - An engine with a minimum share keeps it, even while it is paused.
 
 The policy does not remember the present set: the grants in the snapshot show it.
@@ -46,7 +48,8 @@ engines have Q requests in flight, which take W seconds of the device. The engin
   served. A request of the others takes W / Q on average. Preempting m requests therefore pays if it saves more time
   than m requests of the others take: F - P > m W / Q.
 
-If a reply takes much longer than a turn, as on a small GPU, x is small and the requests finish.
+If a reply takes much longer than a turn, as on a small GPU, x is small and the requests finish. So do those with an
+objective for the time between tokens, and those of an engine that has finished none for long.
 
 Sources: L. Tassiulas and A. Ephremides, "Stability properties of constrained queueing systems and scheduling policies
 for maximum throughput in multihop radio networks", 1992 (max-weight); see `waterfill` for the division of memory.
@@ -59,6 +62,7 @@ from itertools import combinations
 
 from pydantic import Field
 
+from runtime.control import pauses
 from runtime.control.costs import ENOUGH
 from runtime.control.policies.waterfill import Waterfill, water_fill
 from runtime.control.policy import Decision, Sizes, bound, damp, decision, fit
@@ -72,6 +76,9 @@ LEAST_PROMPT_TOKENS = 256
 """The least that a step may compute of prompts. Less would cost many steps."""
 MOST_URGENT = 10.0
 """The most by which an objective multiplies an engine's weight."""
+MEASURED_BESIDE = ENOUGH / 2
+"""Confidence in a cost from which objectives are kept. The cost of an engine that never computes alone has at most
+ENOUGH; half of that is as many samples as ENOUGH is for one that does."""
 MEASURED = 0.9
 """Confidence in the lanes from which requests are preempted. Until then they finish beside the other engines, which
 shows how many lanes there are."""
@@ -181,7 +188,14 @@ class _Demand:
 
         For an engine without running requests, the grant stays as it is. The module's docstring derives the rule.
         """
-        running = [index for index, view in enumerate(self.views) if view.running and view.limits.block_bytes]
+        running = [
+            index
+            for index, view in enumerate(self.views)
+            if view.running
+            and view.limits.block_bytes
+            and view.tpot_slo_s is None
+            and view.unanswered_s <= pauses.MOST_S
+        ]
         unchanged = [index for index, view in enumerate(self.views) if not view.running and view.grant.preempt]
         if self._snapshot.lanes_confidence < MEASURED:
             return frozenset(unchanged)
@@ -272,34 +286,44 @@ class _Demand:
         Both are empty without such objectives, if no concurrency keeps them, and until the costs are measured.
         """
         objective_s = min((o for i in self.live if (o := self.views[i].tpot_slo_s) is not None), default=None)
-        costs = [self.views[index].cost for index in chosen]
-        if objective_s is None or any(cost.confidence < ENOUGH for cost in costs):
+        if objective_s is None:
             return {}, {}
-        lanes = min(self._snapshot.lanes, len(chosen))
-        left_s = objective_s - sum(cost.step_s for cost in costs) / lanes
+        draining = [i for i, v in enumerate(self.views) if v.running and i not in chosen and i not in self.preempted]
+        stepping = [*chosen, *draining]
+        costs = [self.views[index].cost for index in stepping]
+        if any(cost.confidence < MEASURED_BESIDE for cost in costs):
+            return {}, {}
+        lanes = min(self._snapshot.lanes, len(stepping))
+        drain_s = sum(self.views[index].cost.sequence_s * self.views[index].running for index in draining) / lanes
+        left_s = objective_s - sum(cost.step_s for cost in costs) / lanes - drain_s
         if left_s <= 0:
             return {}, {}
-        counts = self._sequences(chosen, [sizes[index] for index in chosen])
-        decode_s = sum(cost.sequence_s * count for cost, count in zip(costs, counts, strict=True)) / lanes
-        part = min(left_s / decode_s, 1.0) if decode_s else 1.0
+        counts = dict(zip(chosen, self._sequences(chosen, [sizes[index] for index in chosen]), strict=True))
+        decode_s = prefill_s = 0.0
+        for index, count in counts.items():
+            view = self.views[index]
+            decode_s += view.cost.sequence_s * count / lanes
+            prefill_s += view.cost.prompt_token_s * view.prompt_ratio * count / lanes
+        part = min(left_s / (decode_s + prefill_s), 1.0) if decode_s + prefill_s else 1.0
         prompts_s = (left_s - part * decode_s) * lanes
         sequences, step_tokens = {}, {}
-        for index, cost, count in zip(chosen, costs, counts, strict=True):
+        for index, cost in zip(stepping, costs, strict=True):
             limits = self.views[index].limits
-            if part < 1:
-                sequences[index] = min(max(int(part * count), 1), limits.seqs_ceiling)
+            if part < 1 and index in counts:
+                sequences[index] = min(max(int(part * counts[index]), 1), limits.seqs_ceiling)
             if cost.prompt_token_s:
                 most = 2.0 * limits.step_tokens_ceiling  # a cost of almost nothing would allow any number
                 prompt_tokens = max(int(min(prompts_s / cost.prompt_token_s, most)), LEAST_PROMPT_TOKENS)
                 rounded = 1 << prompt_tokens.bit_length() - 1  # so that it rarely changes
-                step_tokens[index] = min(limits.seqs_ceiling + rounded, limits.step_tokens_ceiling)
+                tokens = min(limits.seqs_ceiling + rounded, limits.step_tokens_ceiling)
+                step_tokens[index] = max(tokens, limits.step_tokens_floor)
         return sequences, step_tokens
 
     def _sequences(self, chosen: Engines, sizes: Sizes) -> list[float]:
         """Return how many sequences each engine of a set can run in its bytes."""
         return [
-            min(size / max(self.views[index].sequence_bytes, 1), self.views[index].in_flight)
-            for index, size in zip(chosen, sizes, strict=True)
+            min(size / max(view.sequence_bytes, 1), view.in_flight, view.limits.seqs_ceiling)
+            for size, view in zip(sizes, [self.views[index] for index in chosen], strict=True)
         ]
 
     def _fill(self, chosen: Engines) -> Sizes:
@@ -311,11 +335,21 @@ class _Demand:
 
 
 def _urgency(view: EngineView) -> float:
-    """Return by how much the wait for an engine multiplies its weight: 1 without an objective or a wait."""
-    objectives_s = [o for o in (view.slo_s, view.ttft_slo_s) if o is not None]
-    if not objectives_s:
-        return 1.0
-    return 1 / max(1 - view.oldest_wait_s / min(objectives_s), 1 / MOST_URGENT)
+    """Return by how much the wait for an engine multiplies its weight: 1 without an objective or a wait.
+
+    It grows as the oldest request uses up the time that it can wait: the objective for a first token, or that for a
+    job or a call less the time of a reply. At least half of an objective counts, because one that is shorter than a
+    reply would otherwise always be urgent.
+    """
+    reply_s = view.reply_tokens * view.cost.seconds(max(view.running, 1))
+    used = 0.0
+    if view.ttft_slo_s is not None:
+        used = view.oldest_wait_s / view.ttft_slo_s
+    if view.slo_s is not None:
+        used = max(used, view.oldest_wait_s / max(view.slo_s - reply_s, view.slo_s / 2))
+    if view.jct_slo_s is not None:
+        used = max(used, view.oldest_job_s / max(view.jct_slo_s - reply_s, view.jct_slo_s / 2))
+    return 1 / max(1 - used, 1 / MOST_URGENT)
 
 
 def _with_minimum_shares(snapshot: Snapshot) -> Snapshot:

@@ -24,13 +24,25 @@ LIMITS = EngineLimits(
 )
 
 
-def view(name: str, kv_mib: float = 100, block_bytes: int = 0, paused: bool = False, **changes: Any) -> EngineView:
+def view(
+    name: str,
+    kv_mib: float = 100,
+    block_bytes: int = 0,
+    paused: bool = False,
+    step_tokens_floor: int = 1,
+    **changes: Any,
+) -> EngineView:
     """Return an engine with a KV cache of `kv_mib`, half of it in use; a sequence takes 1 MiB."""
     kv = int(kv_mib * MIB)
     grant = Grant(LIMITS.share(kv), 0 if paused else LIMITS.seqs_ceiling, LIMITS.step_tokens_ceiling)
     return EngineView(
         name,
-        replace(LIMITS, block_bytes=block_bytes, block_tokens=16 if block_bytes else 0),
+        replace(
+            LIMITS,
+            block_bytes=block_bytes,
+            block_tokens=16 if block_bytes else 0,
+            step_tokens_floor=step_tokens_floor,
+        ),
         grant,
         kv,
         kv // 2,
@@ -61,6 +73,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             f"e{number}",
             draw(st.floats(10, 900)),
             draw(st.sampled_from([0, 1, MIB // 3, 20 * MIB])),
+            step_tokens_floor=draw(st.sampled_from([1, 1500])),
             in_flight=draw(st.integers(0, 300)),
             running=draw(st.integers(0, 64)),
             soon=draw(st.floats(0, 100)),
@@ -68,6 +81,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             arrivals_per_s=draw(st.floats(0, 1e4)),
             completions_per_s=draw(st.floats(0, 1e4)),
             oldest_wait_s=draw(st.floats(0, 100)),
+            oldest_job_s=draw(st.floats(0, 1000)),
+            unanswered_s=draw(st.sampled_from([0, 100])),
             sequence_bytes=draw(st.floats(1, 50 * MIB)),
             priority=draw(st.integers(1, 5)),
             minimum_share=draw(st.none() | st.floats(0, 1)),
@@ -76,6 +91,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             cost=StepCost(*draw(st.tuples(st.floats(1e-6, 10), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)))),
             prompt_ratio=draw(st.floats(0, 1e4)),
             reply_tokens=draw(st.floats(0, 1e4)),
+            jct_slo_s=draw(st.none() | st.floats(1e-3, 1e3)),
             slo_s=draw(st.none() | st.floats(1e-3, 1e3)),
             ttft_slo_s=draw(st.none() | st.floats(1e-3, 1e3)),
             tpot_slo_s=draw(st.none() | st.floats(1e-3, 10)),

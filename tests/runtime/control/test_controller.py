@@ -57,11 +57,12 @@ class Rig:
     def share(self, name: str) -> float:
         return round(self.engines[name].grant.gpu_memory_utilization, 3)
 
-    async def ask(self, name: str, count: int) -> None:
+    async def ask(self, name: str, count: int, prompt_tokens: int = 1) -> None:
         """Send `count` requests to an engine at once, and wait for all replies."""
+        prompt = " ".join(["hello"] * prompt_tokens)
 
         async def send(number: int) -> None:
-            request = GenerateRequest(f"{name}{number}", (Message("user", "hello"),), 0.0, 1.0, 50)
+            request = GenerateRequest(f"{name}{number}", (Message("user", prompt),), 0.0, 1.0, 50)
             async for _ in self.replicas[name].generate(request):
                 pass
 
@@ -595,6 +596,69 @@ async def test_a_paused_engine_is_admitted_when_its_policy_fails_or_the_controll
         await asyncio.sleep(1)
         assert rig.controller.snapshot is not None  # it stays current, although the last record shows a pause
         assert rig.controller.snapshot.engines["b"].paused_s == 0 < rig.records[-1].snapshot.engines["b"].paused_s
+
+
+class Preempting(Policy):
+    """A policy that preempts an engine at every tick: always `victim`, or each of both in turn if it is None."""
+
+    def __init__(self, victim: str | None = None) -> None:
+        super().__init__(Value())
+        self._victim = victim
+        self._ticks = 0
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        self._ticks += 1
+        victim = self._victim or "ab"[self._ticks % 2]
+        grants = {
+            name: replace(view.grant, max_active_seqs=0 if name == victim else 500, preempt=name == victim)
+            for name, view in snapshot.engines.items()
+        }
+        return Decision(grants, dict.fromkeys(grants, "preempting"))
+
+
+SLOW = ServiceTime(step_s=0.3, token_s=0, prefill_s=0)
+"""A step takes three ticks."""
+LONG = 4000
+"""Length of a prompt, in tokens, that takes two steps."""
+
+
+@simulated
+async def test_requests_end_although_a_policy_preempts_their_engine_at_every_tick() -> None:
+    async with start_rig(Preempting("b"), times=SLOW) as rig:
+        work = asyncio.create_task(rig.keep_busy("a"))
+        await asyncio.wait_for(rig.ask("b", 2, LONG), 4 * pauses.MOST_S)
+        work.cancel()
+        reasons = [record.decision.reasons["b"] for record in rig.records if record.decision]
+        assert {reason.split(" for ")[0] for reason in reasons} == {
+            "preempting",
+            "was paused",
+            "no request has ended",
+        }
+        shown = next(r.decision for r in rig.records if r.decision and r.decision.reasons["b"].startswith("was paused"))
+        assert shown.grants["b"].max_active_seqs == 500  # the record has what was applied
+
+
+@simulated
+async def test_requests_end_although_a_policy_preempts_another_engine_at_every_tick() -> None:
+    async with start_rig(Preempting(), times=SLOW) as rig:
+        await asyncio.wait_for(asyncio.gather(rig.ask("a", 2, LONG), rig.ask("b", 2, LONG)), 4 * pauses.MOST_S)
+
+
+class WithoutReasons(Stopping):
+    """A policy that pauses an engine and does not say why."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        return Decision(super().decide(snapshot).grants)
+
+
+@simulated
+async def test_a_pause_without_a_reason_is_refused() -> None:
+    async with start_rig(WithoutReasons(Value())) as rig:
+        await asyncio.sleep(0.5)
+        fault = rig.records[-1].fault
+        assert fault is not None
+        assert "engine b: it pauses admission (max_active_seqs is 0) without a reason" in fault
+        assert rig.engines["b"].grant.max_active_seqs == 500
 
 
 @simulated

@@ -18,8 +18,9 @@ def test_an_overdue_engine_is_admitted_with_the_memory_that_the_decision_gives_i
         paused("a", pauses.MOST_S + 1, in_flight=3, oldest_wait_s=pauses.MOST_S + 1), view("b", in_flight=9)
     )
     decided = {"a": replace(seen.engines["a"].grant, gpu_memory_utilization=0.123)}
-    grants = pauses.end_overdue(seen, decided)
-    assert grants == {"a": replace(decided["a"], max_active_seqs=LIMITS.seqs_ceiling)}
+    grant, reason = pauses.end_overdue(seen, decided)["a"]
+    assert grant == replace(decided["a"], max_active_seqs=LIMITS.seqs_ceiling)
+    assert reason == "was paused for 31 s: admits requests"
     assert set(pauses.end_overdue(seen, {})) == {"a"}  # the policy failed, and changes nothing
 
 
@@ -39,6 +40,15 @@ def test_an_engine_that_reports_requests_as_running_but_makes_no_step_is_overdue
         paused("a", pauses.MOST_S + 1, in_flight=2, running=2, stalled_s=pauses.MOST_S + 1), view("b", in_flight=9)
     )
     assert set(pauses.end_overdue(seen, {})) == {"a"}
+
+
+def test_requests_of_an_engine_that_has_finished_none_for_long_are_not_preempted() -> None:
+    seen = snapshot(*(view(name, in_flight=3, unanswered_s=pauses.MOST_S + more) for name, more in (("a", 1), ("b", -1))))
+    ended = {name: replace(v.grant, max_active_seqs=0, preempt=True) for name, v in seen.engines.items()}
+    changed = pauses.end_overdue(seen, ended)
+    assert changed == {
+        "a": (replace(ended["a"], preempt=False), "no request has ended for 31 s: paused without preempting")
+    }
 
 
 def test_a_decision_starves_if_it_pauses_every_engine_with_requests() -> None:

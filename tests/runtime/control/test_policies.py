@@ -250,13 +250,31 @@ def changed(seen: Snapshot, name: str, **changes: Any) -> Snapshot:
     return replace(seen, engines={**seen.engines, name: replace(seen.engines[name], **changes)})
 
 
-@pytest.mark.parametrize("objective", ["slo_s", "ttft_slo_s"])
+@pytest.mark.parametrize("objective", ["jct_slo_s", "slo_s", "ttft_slo_s"])
 def test_turns_serves_an_engine_earlier_while_a_request_waits_for_its_objective(objective: str) -> None:
     seen = team(a=30, b=90, c=20)
-    waits = changed(seen, "a", oldest_wait_s=4.0)
+    waits = changed(seen, "a", oldest_wait_s=4.0, oldest_job_s=4.0)
     assert admitted(waits) == {"b"}
     assert admitted(changed(waits, "a", **{objective: 5.0})) == {"a"}
     assert admitted(changed(waits, "a", **{objective: 500.0})) == {"b"}
+
+
+def test_an_objective_leaves_time_for_the_reply() -> None:
+    """A reply takes 10 s. Of 25 s for the call, 15 s are left to wait; of 8 s, half counts."""
+    seen = changed(team(a=40, b=90, c=20), "a", reply_tokens=1000, oldest_wait_s=9)
+    assert admitted(changed(seen, "a", slo_s=100.0)) == {"b"}
+    assert admitted(changed(seen, "a", slo_s=25.0)) == {"a"}
+    assert admitted(changed(seen, "a", slo_s=8.0)) == {"a"}
+    assert admitted(changed(seen, "a", slo_s=8.0, oldest_wait_s=0.5)) == {"b"}
+    assert admitted(changed(seen, "a", ttft_slo_s=25.0)) == {"b"}  # a first token needs no reply
+
+
+def test_turns_counts_no_more_sequences_than_an_engine_may_run() -> None:
+    """The floor of engine b holds all 64 requests in its queue, but it runs only 4 of them at once."""
+    seen = changed(team(a=70, b=64), "b", sequence_bytes=10 * MIB / 64)
+    assert admitted(seen) == {"b"}
+    few = changed(seen, "b", limits=replace(LIMITS, seqs_ceiling=4))
+    assert {n for n, g in catalogue.make("turns").decide(few).grants.items() if g.max_active_seqs} == {"a"}
 
 
 def test_turns_limits_concurrency_to_the_objective_for_the_time_between_tokens() -> None:
@@ -278,6 +296,37 @@ def test_turns_limits_step_tokens_so_that_prompts_keep_the_objective_of_any_engi
     decided = catalogue.make("turns").decide(changed(seen, "a", tpot_slo_s=0.020))
     assert {g.max_step_tokens for g in decided.grants.values()} == {64 + 512}  # 800, rounded down, and all sequences
     assert {g.max_active_seqs for g in decided.grants.values()} == {LIMITS.seqs_ceiling}
+
+
+def test_turns_keeps_objectives_per_token_beside_engines_whose_turn_has_ended() -> None:
+    """A round has 24 ms: 10 for the step of b, 10.5 for that of a, which still runs 5, and 3.5 ms for 35 sequences."""
+    seen = changed(team(a=5, b=90), "b", tpot_slo_s=0.024)
+    assert decided_sequences(changed(seen, "a", running=0)) == LIMITS.seqs_ceiling
+    assert decided_sequences(changed(seen, "a", running=5)) == 35
+
+
+def decided_sequences(seen: Snapshot) -> int:
+    return catalogue.make("turns").decide(seen).grants["b"].max_active_seqs
+
+
+def test_prompts_count_in_the_objective_for_the_time_between_tokens() -> None:
+    """3 ms are left beside the step. A sequence takes 0.1 ms, and 0.1 ms more if 10 prompt tokens come with it."""
+    seen = changed(team(a=5, b=90), "b", tpot_slo_s=0.01305, cost=replace(A_GPU, prompt_token_s=0.00001))
+    assert decided_sequences(seen) == 30
+    assert decided_sequences(changed(seen, "b", prompt_ratio=10)) == 15
+
+
+def test_objectives_per_token_are_kept_before_an_engine_has_computed_alone() -> None:
+    seen = changed(team(a=5, b=90), "b", tpot_slo_s=0.01305, cost=replace(A_GPU, confidence=0.3))
+    assert decided_sequences(seen) == 30
+
+
+def test_turns_gives_no_fewer_step_tokens_than_an_engine_takes() -> None:
+    """Without chunked prefill, a step must hold a whole prompt."""
+    seen = changed(team(replace(A_GPU, prompt_token_s=0.001), a=5, b=90), "b", tpot_slo_s=0.013)
+    assert catalogue.make("turns").decide(seen).grants["b"].max_step_tokens < 1500
+    whole = changed(seen, "b", limits=replace(LIMITS, step_tokens_floor=1500))
+    assert catalogue.make("turns").decide(whole).grants["b"].max_step_tokens == 1500
 
 
 def test_prompts_that_cost_almost_nothing_have_all_step_tokens() -> None:
@@ -329,6 +378,8 @@ def test_turns_preempts_at_the_end_of_a_turn_where_computing_again_is_cheap() ->
     assert preempted(end_of_turn()) == {"a"}
     assert preempted(end_of_turn(prompt_token_s=0.0003)) == set()
     assert preempted(replace(end_of_turn(), lanes_confidence=0.5)) == set()  # the lanes are measured first
+    assert preempted(changed(end_of_turn(), "a", tpot_slo_s=1.0)) == set()
+    assert preempted(changed(end_of_turn(), "a", unanswered_s=pauses.MOST_S + 1)) == set()
 
 
 def test_turns_does_not_preempt_requests_that_would_wait_for_fewer() -> None:

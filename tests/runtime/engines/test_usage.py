@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engines.request import GenerateRequest
-from runtime.engines.usage import Held, UsageMeter
+from runtime.engines.usage import Held, UsageMeter, Waiting
 from runtime.simulation import virtual_time
 
 
@@ -18,7 +18,7 @@ def request(since_s: float | None = None) -> GenerateRequest:
 async def call(meter: UsageMeter, begins_s: float, seconds: float, since_s: float | None = None) -> tuple[float, float]:
     await asyncio.sleep(begins_s)
     before = meter.charged()
-    with meter.request(request(since_s).rank(asyncio.get_running_loop().time())):
+    with meter.request(request(since_s).rank(asyncio.get_running_loop().time()), since_s):
         await asyncio.sleep(seconds)
     spent = meter.charged() - before
     return spent.byte_seconds, spent.engine_seconds
@@ -67,9 +67,9 @@ def test_waiting_requests_are_those_that_arrived_after_the_running_ones() -> Non
         meter = UsageMeter()
         calls = [asyncio.create_task(call(meter, begins, 10)) for begins in (1, 2, 5)]
         await asyncio.sleep(6)
-        assert [meter.waiting_since_s(running) for running in (0, 1, 2, 3)] == [1, 2, 5, None]
+        assert [meter.waiting(running) for running in (0, 1, 2, 3)] == [Waiting(1, 1), Waiting(2, 2), Waiting(5, 5), None]
         await asyncio.sleep(6)
-        assert meter.waiting_since_s(0) == 5
+        assert meter.waiting(0) == Waiting(5, 5)
         await asyncio.gather(*calls)
 
     virtual_time.run(work())
@@ -80,7 +80,7 @@ def test_requests_of_older_jobs_count_as_running_first() -> None:
         meter = UsageMeter()
         calls = [asyncio.create_task(call(meter, *times)) for times in ((5, 10, 5), (6, 10, 6), (8, 10, 1))]
         await asyncio.sleep(9)
-        assert [meter.waiting_since_s(running) for running in (0, 1, 2, 3)] == [5, 5, 6, None]
+        assert [meter.waiting(running) for running in (0, 1, 2, 3)] == [Waiting(5, 1), Waiting(5, 5), Waiting(6, 6), None]
         await asyncio.gather(*calls)
 
     virtual_time.run(work())

@@ -1,0 +1,94 @@
+"""What a snapshot says about time: how long an engine is paused, makes no step, and ends no request."""
+
+import asyncio
+from dataclasses import replace
+
+from runtime.control.forecast import Forecast
+from runtime.control.snapshot import EngineView
+from runtime.control.snapshotter import Snapshotter
+from runtime.engines.fake import FakeEngine
+from runtime.engines.grant import Grant
+from runtime.engines.handle import EngineStats, Work
+from tests.runtime.control.test_controller import simulated
+
+
+class Reporting(FakeEngine):
+    """An engine that reports what a test sets."""
+
+    def __init__(self) -> None:
+        super().__init__("a", lambda request: "")
+        self.running = 0
+        self.steps = 7
+        self.admits = True
+
+    def stats(self) -> EngineStats:
+        grant = Grant(1.0, 64 if self.admits else 0, 2048)
+        return replace(super().stats(), grant=grant, running=self.running, work=Work(steps=self.steps))
+
+
+class Rig:
+    """A snapshotter of one engine."""
+
+    def __init__(self) -> None:
+        self.engine = Reporting()
+        self._snapshotter = Snapshotter({"a": self.engine}, Forecast())
+
+    async def after(self, seconds: float) -> EngineView:
+        """Return the engine's view after some time."""
+        await asyncio.sleep(seconds)
+        return self._snapshotter.take(asyncio.get_running_loop().time(), 1000, 0).engines["a"]
+
+
+@simulated
+async def test_an_engine_that_never_ends_its_first_step_is_stalled() -> None:
+    """It reports no running request before the step has ended."""
+    rig = Rig()
+    await rig.engine.start()
+    await rig.after(10)
+    assert (await rig.after(1)).stalled_s == 0  # it has no request
+    with rig.engine.usage.request(0):
+        assert (await rig.after(3)).stalled_s == 3
+        rig.engine.steps += 1
+        assert (await rig.after(1)).stalled_s == 0
+
+
+@simulated
+async def test_an_engine_is_not_stalled_by_its_pause() -> None:
+    """After a preemption it may report requests as running, and make no step because it is paused."""
+    rig = Rig()
+    await rig.engine.start()
+    with rig.engine.usage.request(0):
+        await rig.after(1)
+        rig.engine.admits, rig.engine.running = False, 1
+        await rig.after(1)
+        assert (await rig.after(5)).stalled_s == 5  # so that its pause is overdue in time
+        rig.engine.admits = True
+        assert (await rig.after(1)).stalled_s == 0  # its turn begins
+        assert (await rig.after(3)).stalled_s == 3
+
+
+@simulated
+async def test_a_pause_lasts_until_a_request_runs() -> None:
+    rig = Rig()
+    await rig.engine.start()
+    rig.engine.admits = False
+    await rig.after(1)
+    with rig.engine.usage.request(0):
+        assert (await rig.after(4)).paused_s == 4
+        rig.engine.admits = True
+        assert (await rig.after(1)).paused_s == 5
+        rig.engine.running = 1
+        assert (await rig.after(1)).paused_s == 0
+
+
+@simulated
+async def test_an_engine_with_requests_is_unanswered_until_one_ends() -> None:
+    rig = Rig()
+    await rig.engine.start()
+    await rig.after(10)
+    assert (await rig.after(1)).unanswered_s == 0
+    with rig.engine.usage.request(0):
+        with rig.engine.usage.request(0):
+            assert (await rig.after(3)).unanswered_s == 3
+        assert (await rig.after(1)).unanswered_s == 0
+        assert (await rig.after(2)).unanswered_s == 2
