@@ -10,8 +10,9 @@ cost. Until there are enough of these, the cost comes from samples beside other 
 slowdown. A weak prior makes a fit exist from the start.
 
 **Lanes.** While m engines compute at once, the lanes are the sum of their speeds, each relative to its engine alone. If
-that is m, there are at least m lanes. Where NVML reports its utilization, an engine that alone keeps the GPU busy for
-half of its steps leaves room for a second one: the lanes are the work per second in which the GPU was busy.
+that is m, there are at least m lanes. Where NVML reports its utilization, the lanes are the work per second in which the
+engines keep the GPU busy. An engine that alone keeps it busy for half of its steps leaves room for a second one. If
+several together keep it busy all the time, there is room for no more than they do.
 """
 
 import logging
@@ -41,14 +42,41 @@ OUTLIER = 4.0
 """A sample above the fit by more than this factor counts as this much: a stall is not the cost of a step."""
 SAMPLES_PER_LOOK = 16
 """About how many samples beside other engines are added at a time, because each takes about 30 µs."""
-LONGEST_STEP_S = 100.0
-"""Reports of a longer mean step are refused."""
+SHORTEST_STEP_S, LONGEST_STEP_S = 1e-5, 100.0
+"""Reports of a mean step outside of these are refused. No GPU launches the kernels of a step in less."""
+MOST_IN_STEP = 1_000_000
+"""Reports of more sequences and prompt tokens in a mean step are refused."""
 SATURATED = 0.9
 """Below this part of the work that the engines would do alone, the device limits them."""
 LEAST_UTILIZATION = 0.1
 """Below this utilization, rounding makes the lanes that follow from it too uncertain."""
 UTILIZATION_S = 1.0
 """NVML averages the utilization over up to this time."""
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """The part of the time in which a GPU is busy, from 0 to 1: with any process, and with the engines' own.
+
+    `own` is None if NVML does not report it for every engine that computes.
+    """
+
+    device: float
+    own: float | None = None
+
+    @property
+    def saturated(self) -> bool:
+        """True if the engines leave no room on the GPU."""
+        return min(self.device, self.device if self.own is None else self.own) >= SATURATED
+
+    @property
+    def partly(self) -> float | None:
+        """The part of the time in which the engines keep a GPU busy that has room for more; None if it has none.
+
+        A GPU that another process fills slows the engines down, and says nothing about how they would share it.
+        """
+        busy = self.device if self.own is None else min(self.device, self.own)
+        return busy if busy > LEAST_UTILIZATION and self.device < SATURATED else None
 
 
 @dataclass(frozen=True)
@@ -115,9 +143,10 @@ class _Fit:
 
 @dataclass
 class _Together:
-    """Engines that compute at once without a change, and those of them that have completed a step since they began."""
+    """Engines that compute at once without a change since some time, and those that have completed a step since then."""
 
     engines: frozenset[str] = frozenset()
+    since_s: float = 0.0
     stepped: set[str] = field(default_factory=set)
 
 
@@ -174,9 +203,9 @@ class Costs:
         now_s: float,
         stats: Mapping[str, EngineStats],
         in_flight: Mapping[str, int],
-        utilization: float | None = None,
+        utilization: Utilization | None = None,
     ) -> None:
-        """Learn from what the engines have done since the last look, and from the device's utilization, if known."""
+        """Learn from what the engines have done since the last look, and from the GPU's utilization, if known."""
         elapsed_s = 0.0 if self._now_s is None else now_s - self._now_s
         self._now_s = now_s
         done = {name: new for name, latest in stats.items() if (new := self._new(name, latest.work)) is not None}
@@ -190,7 +219,7 @@ class Costs:
             return
         self._mix(elapsed_s, done)
         self._fit(now_s, computing, done)
-        self._learn_lanes(elapsed_s, computing, done, utilization)
+        self._learn_lanes(now_s, elapsed_s, computing, done, utilization)
 
     def _new(self, name: str, after: Work) -> Work | None:
         """Return what an engine has done since the last look; None if nothing, or if the report cannot be true."""
@@ -204,7 +233,9 @@ class Costs:
         if min(counts) < 0 and all(count >= 0 for count in astuple(after)):
             return None  # it restarted, and has made more steps than before
         new = Work(*counts)
-        possible = 0 < new.busy_s < LONGEST_STEP_S * new.steps and min(counts) >= 0 < new.sequences + new.prompt_tokens
+        computed = new.sequences + new.prompt_tokens
+        possible = min(counts) >= 0 < computed <= MOST_IN_STEP * new.steps
+        possible = possible and SHORTEST_STEP_S * new.steps <= new.busy_s <= LONGEST_STEP_S * new.steps
         if possible:
             self._faults.pop(name, None)
             return new
@@ -213,8 +244,8 @@ class Costs:
         if name not in self._faults:
             self._faults[name] = (
                 f"it reported steps of {new.busy_s / new.steps:g} s with {new.sequences} sequences and "
-                f"{new.prompt_tokens} prompt tokens in {new.steps}; a step takes from 0 to {LONGEST_STEP_S:g} s "
-                "and computes something"
+                f"{new.prompt_tokens} prompt tokens in {new.steps}; a step takes {SHORTEST_STEP_S:g} to "
+                f"{LONGEST_STEP_S:g} s and computes 1 to {MOST_IN_STEP} of them"
             )
             logging.getLogger(__name__).warning("cost of engine %s: assumed, because %s", name, self._faults[name])
         return None
@@ -239,12 +270,17 @@ class Costs:
             self._beside.setdefault(name, _Fit(now_s)).add(now_s, done[name], slowdown)
 
     def _learn_lanes(
-        self, elapsed_s: float, computing: frozenset[str], done: Mapping[str, Work], utilization: float | None
+        self,
+        now_s: float,
+        elapsed_s: float,
+        computing: frozenset[str],
+        done: Mapping[str, Work],
+        utilization: Utilization | None,
     ) -> None:
         """Take the time since the last look as evidence for the lanes."""
         settled = self._together.stepped >= computing  # their steps since the last look all began beside each other
         if computing != self._together.engines:
-            self._together = _Together(computing)
+            self._together = _Together(computing, now_s)
             settled = False
         self._together.stepped.update(done)
         costs = {name: self.cost(name) for name in computing}
@@ -254,14 +290,20 @@ class Costs:
         fade = math.exp(-elapsed_s / UTILIZATION_S)
         self._recently_worked_s = fade * self._recently_worked_s + sum(alone_s.values())
         self._recent_s = fade * self._recent_s + elapsed_s
-        if utilization is not None and LEAST_UTILIZATION < utilization < SATURATED:
-            self._add_evidence(elapsed_s * self._recently_worked_s / self._recent_s, elapsed_s * utilization)
+        if not computing:
+            return
+        recent_work = self._recently_worked_s / self._recent_s
+        if utilization and (busy := utilization.partly) is not None:
+            self._add_evidence(elapsed_s * recent_work, elapsed_s * busy)
         elif len(computing) > 1 and settled and done.keys() == computing:
             speed = sum(alone_s[name] / new.busy_s for name, new in done.items())
             if speed < SATURATED * len(computing):
                 self._add_evidence(elapsed_s * speed, elapsed_s)
             elif self.lanes < len(computing):
                 self._add_evidence(elapsed_s * len(computing), elapsed_s)
+        elif utilization and utilization.saturated and len(computing) > 1:
+            if now_s - self._together.since_s > 2 * UTILIZATION_S:  # all that NVML has averaged was beside each other
+                self._add_evidence(elapsed_s * recent_work, elapsed_s)
 
     def _add_evidence(self, worked_s: float, busy_s: float) -> None:
         fade = math.exp(-busy_s / MEMORY_S)

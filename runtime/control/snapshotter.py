@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from runtime.control.costs import Costs
+from runtime.control.costs import Costs, Utilization
 from runtime.control.forecast import ExpectedRequests
 from runtime.control.snapshot import DeviceView, EngineView, Snapshot
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats
@@ -91,8 +91,7 @@ class Snapshotter:
         if ready:
             self._uuids = {self._engines[name].limits.device_uuids for name in ready}
         device, processes = self._device(held_bytes)
-        # The processor's utilization says nothing here: a host computes other things than the engines' steps.
-        utilization = device.utilization if device.kind == "gpu" and device.fault is None else None
+        utilization = _utilization(device, processes, ready)
         calls = {name: self._engines[name].usage.in_flight for name in ready}
         self._costs.look(now_s, ready, calls, utilization)
         in_flight = self.in_flight()
@@ -240,6 +239,22 @@ def _as_one(group: list[DeviceReading]) -> DeviceReading:
         fault=next((device.fault for device in group if device.fault), None),
         uuid=" ".join(device.uuid for device in group),
     )
+
+
+def _utilization(
+    device: DeviceView, processes: Mapping[int, float], engines: Mapping[str, EngineStats]
+) -> Utilization | None:
+    """Return the utilization of the engines' GPU; None without one.
+
+    A processor's utilization says nothing about engines, because a host also computes other things than their steps.
+    """
+    if device.kind != "gpu" or device.fault is not None or device.utilization is None:
+        return None
+    own = [processes.get(stats.pid or 0) for stats in engines.values()]
+    if any(used is None and stats.running for used, stats in zip(own, engines.values(), strict=True)):
+        return Utilization(device.utilization)
+    known = [used for used in own if used is not None]
+    return Utilization(device.utilization, sum(known) if known else None)
 
 
 def _over(combine: Callable[[list[float]], float], values: list[float | None]) -> float | None:

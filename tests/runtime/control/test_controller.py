@@ -42,8 +42,8 @@ TIMES = ServiceTime(step_s=0.01, token_s=0, prefill_s=0)
 class Rig:
     """A controller over engines that share 80% of the device equally, and the records that it published."""
 
-    def __init__(self, names: str, times: ServiceTime) -> None:
-        processor = Processor(lanes=1)
+    def __init__(self, names: str, times: ServiceTime, processor: Processor | None = None) -> None:
+        processor = processor or Processor(lanes=1)
         self.engines = {name: StallingEngine(name, 0.8 / len(names), times, processor) for name in names}
         self.handles: dict[str, EngineHandle] = {**self.engines}
         self.replicas = replicas.gathered(self.handles)
@@ -52,6 +52,7 @@ class Rig:
         self.records: list[Record] = []
         self.forecast = Forecast()
         self.reading = Reading("gpu", (DeviceReading("GPU", 0, 0),))
+        self.read: Callable[[], Reading] = lambda: self.reading
         self.controller: Controller
 
     def share(self, name: str) -> float:
@@ -101,10 +102,11 @@ async def start_rig(
     shadow: str | None = None,
     names: str = "ab",
     times: ServiceTime = TIMES,
+    processor: Processor | None = None,
     **options: Any,
 ) -> AsyncIterator[Rig]:
     """Run a controller over started engines, one per letter of `names`; engine b is less urgent."""
-    rig = Rig(names, times)
+    rig = Rig(names, times, processor)
     for engine in rig.engines.values():
         await engine.start()
         rig.ledger.claim(engine.name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
@@ -112,7 +114,7 @@ async def start_rig(
     rig.controller = Controller(
         rig.handles,
         rig.sharing,
-        Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, lambda: rig.reading),
+        Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, lambda: rig.read()),
         ContainedPolicy("chosen", chosen),
         shadow=ContainedPolicy(shadow, catalogue.make(shadow)) if shadow else None,
         publish=rig.records.append,
@@ -689,20 +691,66 @@ async def test_snapshots_carry_the_costs_of_the_engines_steps() -> None:
         assert rig.records[-1].snapshot.engines["b"].cost.confidence == 0
 
 
+async def mean_admitted(read: Callable[["Rig"], Reading], processor: Processor | None = None) -> float:
+    """Return how many of two engines were admitted on average, if both had more work than fits.
+
+    `read` is the telemetry of their GPU. Under `turns`, a GPU that they leave half idle has room for both at once.
+    """
+    costs = ServiceTime(step_s=0.05, token_s=0.00001, prefill_s=0)
+    async with start_rig("turns", times=costs, processor=processor) as rig:
+        rig.read = lambda: read(rig)
+        work = [asyncio.create_task(rig.keep_busy(name)) for name in "ab"]
+        await asyncio.sleep(20)
+        for task in work:
+            task.cancel()
+        late = [record.snapshot.views for record in rig.records if record.snapshot.now_s > 10]
+        return sum(view.grant.max_active_seqs > 0 for views in late for view in views) / len(late)
+
+
 @simulated
 async def test_utilization_that_nvml_reports_decides_whom_turns_admits() -> None:
-    """Both engines have more work than fits. A GPU that they leave half idle has room for both at once."""
-    costs = ServiceTime(step_s=0.05, token_s=0.00001, prefill_s=0)
-
     async def admitted(utilization: float) -> float:
-        """Return how many of the engines with work were admitted, on average."""
-        async with start_rig("turns", times=costs) as rig:
-            rig.reading = Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=utilization),))
-            work = [asyncio.create_task(rig.keep_busy(name)) for name in "ab"]
-            await asyncio.sleep(20)
-            for task in work:
-                task.cancel()
-            late = [record.snapshot.views for record in rig.records if record.snapshot.now_s > 10]
-            return sum(view.grant.max_active_seqs > 0 for views in late for view in views) / len(late)
+        return await mean_admitted(lambda rig: Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=utilization),)))
 
     assert await admitted(0.45) > await admitted(1.0) + 0.3
+
+
+class MeasuredProcessor(Processor):
+    """A processor that knows its utilization: an engine alone keeps it busy for 1 / lanes of its steps."""
+
+    def __init__(self, lanes: float) -> None:
+        super().__init__(lanes)
+        self._busy_s = self._seen_s = self._read_s = self._latest = 0.0
+
+    async def spend(self, seconds: float) -> None:
+        self._count()
+        try:
+            await super().spend(seconds)
+        finally:
+            self._count()
+
+    def _count(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._busy_s += min(self._busy / self._lanes, 1.0) * (now_s - self._seen_s)
+        self._seen_s = now_s
+
+    def utilization(self) -> float:
+        """Return the utilization over the last second or so, as NVML does."""
+        self._count()
+        if self._seen_s - self._read_s >= 1:
+            self._latest = self._busy_s / (self._seen_s - self._read_s)
+            self._busy_s, self._read_s = 0.0, self._seen_s
+        return self._latest
+
+
+@pytest.mark.parametrize(("lanes", "at_least", "at_most"), [(1.0, 1.0, 1.5), (2.2, 1.7, 2.0)])
+def test_turns_follows_the_utilization_of_a_simulated_device(lanes: float, at_least: float, at_most: float) -> None:
+    async def work() -> None:
+        processor = MeasuredProcessor(lanes)
+
+        def read(rig: Rig) -> Reading:
+            return Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=processor.utilization()),))
+
+        assert at_least <= await mean_admitted(read, processor) <= at_most
+
+    virtual_time.run(work())

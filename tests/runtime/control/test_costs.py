@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime.control.costs import ENOUGH, PRIOR, PRIOR_LANES, STALE_S, Costs, StepCost
+from runtime.control.costs import ENOUGH, PRIOR, PRIOR_LANES, STALE_S, Costs, StepCost, Utilization
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState, EngineStats, Work
 
@@ -78,7 +78,8 @@ class Device:
     def _look(self, utilization: float | None) -> None:
         running = {name: stats(work, int(name in self._steps)) for name, work in self._work.items()}
         calls = {name: int(name in self._steps) for name in TRUE}
-        self.costs.look(self._now_s, running, calls, utilization if self._reports_utilization else None)
+        reported = None if utilization is None or not self._reports_utilization else Utilization(utilization)
+        self.costs.look(self._now_s, running, calls, reported)
 
 
 def alone_and_together(now_s: float) -> Collection[str]:
@@ -118,6 +119,55 @@ def test_low_utilization_shows_lanes_of_a_device_that_engines_only_use_alone() -
     assert Device(2.5, utilization=True).run(12, alone).lanes == pytest.approx(2.5, rel=0.2)
 
 
+class Pair:
+    """Two engines whose steps of 80 ms are longer than the time between two looks, and what is learnt from them."""
+
+    def __init__(self) -> None:
+        self.costs = Costs()
+        self._work = {"a": Work(), "b": Work()}
+        self._now_s = 0.0
+
+    def look(self, looks: int, utilization: Utilization | None, active: str, step_s: float = 0.08) -> None:
+        """Look every 50 ms. The `active` engines end a step at every other look, never both at once."""
+        for number in range(looks):
+            self._now_s += 0.05
+            name = "ab"[number % 2]
+            if name in active:
+                self._work[name] = self._work[name].plus(step_s, 4, 0)
+            running = {name: stats(work, 4 * (name in active)) for name, work in self._work.items()}
+            self.costs.look(self._now_s, running, dict.fromkeys("ab", 0), utilization)
+
+
+def test_a_saturated_device_has_no_more_lanes_than_its_engines_use() -> None:
+    """Alone, an engine works 80% of the time. A GPU that is busy for 40% of it has 2 lanes."""
+    pair = Pair()
+    for active in "abab":
+        pair.look(100, Utilization(0.4), active)
+    assert pair.costs.lanes == pytest.approx(2, rel=0.1)
+    pair.look(800, Utilization(1.0), "ab", step_s=0.1)  # 1.6 steps of 80 ms in 100 ms
+    assert pair.costs.lanes == pytest.approx(1.6, rel=0.1)
+
+
+def test_an_idle_device_that_another_process_uses_says_nothing_about_the_lanes() -> None:
+    pair = Pair()
+    for active in "abab":
+        pair.look(100, Utilization(0.4), active)
+    lanes = pair.costs.lanes
+    pair.look(2000, Utilization(0.5), "")
+    assert pair.costs.lanes == lanes
+
+
+@pytest.mark.parametrize(
+    "shared", [Utilization(0.8, own=0.4), Utilization(1.0, own=0.4), Utilization(1.0, own=0.95)], ids=str
+)
+def test_the_use_of_a_device_by_another_process_is_not_the_engines_own(shared: Utilization) -> None:
+    """The engines' own use of 0.4 shows 2 lanes; a device without room shows nothing about engines that run alone."""
+    pair = Pair()
+    for active in "abab":
+        pair.look(100, shared, active)
+    assert pair.costs.lanes == pytest.approx(2 if shared.device < 1 else PRIOR_LANES, rel=0.1)
+
+
 def test_a_fit_follows_an_engine_that_becomes_slower() -> None:
     costs, work, now_s = Costs(), Work(), 0.0
     for step_s in (0.01, 0.03):
@@ -142,6 +192,8 @@ def test_a_stall_is_not_the_cost_of_a_step() -> None:
         {"busy_s": 0.02},  # as before: the steps took no time
         {"busy_s": -1.0},
         {"busy_s": 1e9},
+        {"busy_s": 0.02 + 2e-9},  # two steps of a nanosecond
+        {"sequences": 10**9},
         {"sequences": 0},
         {"prompt_tokens": -1},
     ],

@@ -271,7 +271,7 @@ def test_an_objective_leaves_time_for_the_reply() -> None:
 
 def test_turns_counts_no_more_sequences_than_an_engine_may_run() -> None:
     """The floor of engine b holds all 64 requests in its queue, but it runs only 4 of them at once."""
-    seen = changed(team(a=70, b=64), "b", sequence_bytes=10 * MIB / 64)
+    seen = changed(changed(team(a=40, b=64), "a", sequence_bytes=2 * MIB), "b", sequence_bytes=10 * MIB / 64)
     assert admitted(seen) == {"b"}
     few = changed(seen, "b", limits=replace(LIMITS, seqs_ceiling=4))
     assert {n for n, g in catalogue.make("turns").decide(few).grants.items() if g.max_active_seqs} == {"a"}

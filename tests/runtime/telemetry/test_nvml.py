@@ -315,6 +315,51 @@ def test_unknown_device_is_a_fault(uuids: tuple[str, ...], tmp_path: Path) -> No
     assert (seen["used_bytes"], seen["foreign_bytes"], seen["budget"]) == (0, 0, 20)
 
 
+DECIDE = """
+import json, sys
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from runtime.simulation import virtual_time
+from runtime.telemetry.nvml import NvmlSource
+from tests import stubs
+from tests.runtime.control.test_controller import mean_admitted
+
+folder, lines, samples = Path(sys.argv[1]), json.loads(sys.argv[2]), count(5)
+
+def read(rig):
+    at = next(samples)  # the driver has sampled again since the last read
+    stubs.nvml(folder, {**lines, "2.samples": ",".join(f"{at}:{pid}:{used}" for pid, used in lines["used"].items())})
+    for number, engine in enumerate(rig.engines.values()):
+        engine._limits = replace(engine.limits, device_uuids=("{uuid}",))
+        if engine.stats().pid is None:
+            engine.stats = lambda stats=engine.stats, pid=1000 + number: replace(stats(), pid=pid)
+    return source.read()
+
+with NvmlSource() as source:
+    print(virtual_time.run(mean_admitted(read)))
+"""
+
+
+def decide(folder: Path, utilization: int, used: int) -> float:
+    """Return how many of two engines `turns` admits on average.
+
+    NVML reports the utilization of their GPU and how much of it each of them uses, in percent.
+    """
+    lines = {**GPUS, "2.gpu": utilization, "used": {1000: used, 1001: used}}
+    environment = {**os.environ, **stubs.nvml(folder, GPUS)}
+    command = [sys.executable, "-c", DECIDE.replace("{uuid}", FREE_GPU), str(folder), json.dumps(lines)]
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_decisions_follow_the_utilization_that_nvml_reports(tmp_path: Path) -> None:
+    half_idle = decide(tmp_path, utilization=45, used=45)
+    saturated = decide(tmp_path, utilization=100, used=50)
+    others = decide(tmp_path, utilization=100, used=23)  # a foreign process has the rest
+    assert half_idle > saturated + 0.3
+    assert others == pytest.approx(saturated, abs=0.1)
+
+
 def test_engines_use_of_the_device_is_that_of_their_processes(tmp_path: Path) -> None:
     seen = observe(tmp_path, FREE_GPU, FREE_GPU, FREE_GPU)  # NVML does not list the process of the third
     assert seen["used"] == [0.3, 0, None]
