@@ -42,7 +42,7 @@ from runtime.control.forecast import Forecast
 from runtime.control.snapshotter import EngineRequirements, Snapshotter
 from runtime.engines.fake import FakeEngine, FakeMemory
 from runtime.engines.grant import Grant
-from runtime.engines.handle import EngineState, EngineStats
+from runtime.engines.handle import EngineState, EngineStats, Work
 from runtime.engines.ledger import Ledger
 from runtime.engines.request import GenerateRequest
 from runtime.engines.sharing import Sharing
@@ -58,11 +58,15 @@ WARM_UP = 2
 
 
 class Still(FakeEngine):
-    """An engine whose statistics do not change: requests in flight, `running` of them with one KV block each."""
+    """An engine whose requests do not change: some are in flight, and `running` of them have one KV block each.
+
+    The controller learns what its steps cost, because it completes one between two ticks.
+    """
 
     def __init__(self, name: str, in_flight: int, running: int, open_requests: ExitStack) -> None:
         super().__init__(name, lambda request: "", memory=MEMORY, grant=grant(EACH_BYTES))
         self._active = min(running, in_flight)
+        self._done = Work()
         for _ in range(in_flight):
             open_requests.enter_context(self.usage.request(REQUEST.rank(0)))
 
@@ -70,7 +74,12 @@ class Still(FakeEngine):
         size = self.limits.kv_cache_bytes(self.grant.gpu_memory_utilization)
         usage = self._active * self.limits.block_bytes / size  # at most 1: the floor is two blocks
         waiting = self.usage.in_flight - self._active
-        return EngineStats(EngineState.READY, self.grant, size, self._active, waiting, usage, 0, 0, 0, 0)
+        return EngineStats(EngineState.READY, self.grant, size, self._active, waiting, usage, 0, 0, 0, 0, self._done)
+
+    def step(self) -> None:
+        """Complete a step, if requests run and admission is open."""
+        if self._active and self.grant.max_active_seqs:
+            self._done = self._done.plus(0.01, self._active, 0)
 
 
 def grant(kv_cache_bytes: int) -> Grant:
@@ -173,6 +182,8 @@ async def measure_ticks(rig: Rig, controller: Controller, repeats: int, disturbe
     for repeat in range(WARM_UP + repeats):
         if disturbed:
             await rig.disturb()
+        for engine in rig.engines.values():
+            engine.step()
         seconds, resized = await tick(rig, controller)
         if repeat < WARM_UP:
             continue

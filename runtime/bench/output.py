@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self
 
@@ -17,13 +18,14 @@ from runtime.errors import InputError
 
 
 class Output:
-    """A context manager that creates the folder and owns its files.
+    """A context manager that creates the folder and owns its files. If `emulated`, every row says so.
 
     Entering raises InputError if the folder cannot be created or already holds a benchmark.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, emulated: bool = False) -> None:
         self.folder = folder
+        self._emulated = emulated
         self._owned = ExitStack()
         self._jobs: IO[bytes]
         self._moments: IO[bytes]
@@ -44,11 +46,11 @@ class Output:
 
     def job(self, row: JobRow) -> None:
         """Write a job to `jobs.jsonl`."""
-        self._jobs.write(results.job_line(row))
+        self._jobs.write(results.job_line(replace(row, emulated=self._emulated)))
 
     def moment(self, moment: Moment) -> None:
         """Write a tick of the controller to `decisions.jsonl`."""
-        self._moments.write(results.moment_line(moment))
+        self._moments.write(results.moment_line(replace(moment, emulated=self._emulated)))
 
 
 def default_folder(workload: str) -> Path:

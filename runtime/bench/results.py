@@ -73,7 +73,7 @@ class JobRow:
 
     `arrived_s` is in seconds from the start of the run, and `jct_s` in seconds from the arrival to the answer.
     `gib_seconds` and `engine_seconds` are the job's part of the engines' memory and time. `cost` is the price of that
-    part, or None if the configuration has no price.
+    part, or None if the configuration has no price. `emulated` is True if the engines ran on an emulated device.
     """
 
     policy: str
@@ -89,6 +89,7 @@ class JobRow:
     engine_seconds: float
     cost: float | None
     calls: tuple[CallRow, ...]
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Moment:
     """One tick of the controller, a line of `decisions.jsonl`: what it saw and did.
 
     `at_s` is in seconds from the start of the run. `cause` is "tick", "a burst" and so on. `seconds` is the time from
-    the snapshot until the memory was moved.
+    the snapshot until the memory was moved. `emulated` is True if the engines ran on an emulated device.
     """
 
     policy: str
@@ -109,6 +110,7 @@ class Moment:
     moved_bytes: int
     seconds: float
     utilization: float | None = None
+    emulated: bool = False
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ async def _bench(plan: Plan, teams: Mapping[str, Team]) -> Summary:
 
     started = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic()
     async with AsyncExitStack() as owned:
-        output = owned.enter_context(Output(plan.folder))
+        output = owned.enter_context(Output(plan.folder, plan.emulation is not None))
         bar = await owned.enter_async_context(Bar(plan))
         recorder = Recorder(output.moment)
         listener = fan_out(show_start, recorder.on_event)

@@ -10,9 +10,9 @@ cost. Until there are enough of these, the cost comes from samples beside other 
 slowdown. A weak prior makes a fit exist from the start.
 
 **Lanes.** While m engines compute at once, the lanes are the sum of their speeds, each relative to its engine alone. If
-that is m, there are at least m lanes. Where NVML reports its utilization, the lanes are the work per second in which the
-engines keep the GPU busy. An engine that alone keeps it busy for half of its steps leaves room for a second one. If
-several together keep it busy all the time, there is room for no more than they do.
+that is m, there are at least m lanes. Where NVML reports the GPU's utilization, the lanes are the work per second in
+which the engines keep it busy. An engine that alone keeps it busy for half of its steps leaves room for a second one.
+If several together keep it busy all the time, there is room for no more than they do.
 """
 
 import logging
@@ -143,7 +143,7 @@ class _Fit:
 
 @dataclass
 class _Together:
-    """Engines that compute at once without a change since some time, and those that have completed a step since then."""
+    """Engines that compute at once without a change since a time, and those that have completed a step since then."""
 
     engines: frozenset[str] = frozenset()
     since_s: float = 0.0
@@ -283,6 +283,7 @@ class Costs:
             self._together = _Together(computing, now_s)
             settled = False
         self._together.stepped.update(done)
+        lasting = now_s - self._together.since_s > 2 * UTILIZATION_S  # longer than NVML averages
         costs = {name: self.cost(name) for name in computing}
         if any(cost.confidence < ENOUGH for cost in costs.values()):
             return
@@ -301,9 +302,8 @@ class Costs:
                 self._add_evidence(elapsed_s * speed, elapsed_s)
             elif self.lanes < len(computing):
                 self._add_evidence(elapsed_s * len(computing), elapsed_s)
-        elif utilization and utilization.saturated and len(computing) > 1:
-            if now_s - self._together.since_s > 2 * UTILIZATION_S:  # all that NVML has averaged was beside each other
-                self._add_evidence(elapsed_s * recent_work, elapsed_s)
+        elif utilization and utilization.saturated and len(computing) > 1 and lasting:
+            self._add_evidence(elapsed_s * recent_work, elapsed_s)
 
     def _add_evidence(self, worked_s: float, busy_s: float) -> None:
         fade = math.exp(-busy_s / MEMORY_S)

@@ -3,8 +3,8 @@
 A policy is pure: no clock, no I/O, no state between decisions. The same snapshot always gives the same decision.
 
 Policies compute bytes of KV cache, because only the KV cache can be resized; an engine's share of the device follows
-from it. Sizes are plain lists in the order of the snapshot's engines, because a decision about 1,000 engines should
-take at most a millisecond. A policy usually computes what each engine wants, applies `bound`, `damp` and `fit`, and
+from it. Sizes are plain lists in the order of the snapshot's engines, because these are the fastest in decisions about
+many engines. A policy usually computes what each engine wants, applies `bound`, `damp` and `fit`, and
 returns `decision`, which rounds to whole KV blocks.
 """
 

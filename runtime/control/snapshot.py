@@ -21,8 +21,8 @@ class EngineView:
     - `oldest_job_s`: time since the oldest job with such a request began, in seconds; 0 if none waits.
     - `sequence_bytes`: average KV cache of one sequence.
     - `reply_tokens`: average length of recent replies; 0 if none has ended.
-    - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not. A pause that ends while requests
-      wait counts until one of them runs.
+    - `paused_s`: for how long its admission has been paused, in seconds; 0 if it is not. A pause that ends while
+      requests wait counts until one of them runs.
     - `stalled_s`: for how long it has completed no step although it has requests that run or that it could admit, in
       seconds.
     - `unanswered_s`: for how long it has had requests and none has ended, in seconds.
@@ -32,8 +32,9 @@ class EngineView:
       telemetry does not report it.
     - `priority`: 1 is the most urgent.
     - `minimum_share`: of the memory that can move; None if not configured.
-    - `jct_slo_s`, `slo_s`, `ttft_slo_s`, `tpot_slo_s`: the tightest objectives of its roles for the duration of a job and
-      of a call, the time to a call's first token, and the time between two tokens, in seconds; None if not configured.
+    - `jct_slo_s`, `slo_s`, `ttft_slo_s`, `tpot_slo_s`: the tightest objectives of its roles for the duration of a job
+      and of a call, the time to a call's first token, and the time between two tokens, in seconds; None if not
+      configured.
     """
 
     name: str

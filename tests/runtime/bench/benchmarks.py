@@ -22,7 +22,7 @@ def write_benchmark(
     """Write a benchmark of three repeats. Jobs of a policy take the given seconds times the load, varied by a tenth."""
     rng = random.Random(0)
     runs = []
-    with Output(folder) as output:
+    with Output(folder, "emulation" in changes) as output:
         for repeat in range(3):
             for load in loads:
                 for order, (policy, seconds) in enumerate(speed.items()):

@@ -29,3 +29,11 @@ def test_damaged_line_is_named(tmp_path: Path) -> None:
     jobs.write_bytes(jobs.read_bytes() + b'{"policy": 1}\n')
     with pytest.raises(InputError, match=r"jobs.jsonl, line 271: policy: "):
         list(results.read_jobs(folder))
+
+
+def test_every_row_says_whether_the_device_was_emulated(tmp_path: Path) -> None:
+    real = write_benchmark(tmp_path / "real")
+    emulated = write_benchmark(tmp_path / "emulated", emulation="emulated device: 8 ms")
+    for folder, said in ((real, False), (emulated, True)):
+        assert {row.emulated for row in results.read_jobs(folder)} == {said}
+        assert {moment.emulated for moment in results.read_moments(folder)} == {said}

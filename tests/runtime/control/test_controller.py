@@ -52,8 +52,11 @@ class Rig:
         self.records: list[Record] = []
         self.forecast = Forecast()
         self.reading = Reading("gpu", (DeviceReading("GPU", 0, 0),))
-        self.read: Callable[[], Reading] = lambda: self.reading
+        self.telemetry: Callable[[], Reading] = lambda: self.reading
         self.controller: Controller
+
+    def read(self) -> Reading:
+        return self.telemetry()
 
     def share(self, name: str) -> float:
         return round(self.engines[name].grant.gpu_memory_utilization, 3)
@@ -114,7 +117,7 @@ async def start_rig(
     rig.controller = Controller(
         rig.handles,
         rig.sharing,
-        Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, lambda: rig.read()),
+        Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, rig.read),
         ContainedPolicy("chosen", chosen),
         shadow=ContainedPolicy(shadow, catalogue.make(shadow)) if shadow else None,
         publish=rig.records.append,
@@ -698,7 +701,7 @@ async def mean_admitted(read: Callable[["Rig"], Reading], processor: Processor |
     """
     costs = ServiceTime(step_s=0.05, token_s=0.00001, prefill_s=0)
     async with start_rig("turns", times=costs, processor=processor) as rig:
-        rig.read = lambda: read(rig)
+        rig.telemetry = lambda: read(rig)
         work = [asyncio.create_task(rig.keep_busy(name)) for name in "ab"]
         await asyncio.sleep(20)
         for task in work:

@@ -67,7 +67,12 @@ def test_waiting_requests_are_those_that_arrived_after_the_running_ones() -> Non
         meter = UsageMeter()
         calls = [asyncio.create_task(call(meter, begins, 10)) for begins in (1, 2, 5)]
         await asyncio.sleep(6)
-        assert [meter.waiting(running) for running in (0, 1, 2, 3)] == [Waiting(1, 1), Waiting(2, 2), Waiting(5, 5), None]
+        assert [meter.waiting(running) for running in (0, 1, 2, 3)] == [
+            Waiting(1, 1),
+            Waiting(2, 2),
+            Waiting(5, 5),
+            None,
+        ]
         await asyncio.sleep(6)
         assert meter.waiting(0) == Waiting(5, 5)
         await asyncio.gather(*calls)
@@ -80,7 +85,12 @@ def test_requests_of_older_jobs_count_as_running_first() -> None:
         meter = UsageMeter()
         calls = [asyncio.create_task(call(meter, *times)) for times in ((5, 10, 5), (6, 10, 6), (8, 10, 1))]
         await asyncio.sleep(9)
-        assert [meter.waiting(running) for running in (0, 1, 2, 3)] == [Waiting(5, 1), Waiting(5, 5), Waiting(6, 6), None]
+        assert [meter.waiting(running) for running in (0, 1, 2, 3)] == [
+            Waiting(5, 1),
+            Waiting(5, 5),
+            Waiting(6, 6),
+            None,
+        ]
         await asyncio.gather(*calls)
 
     virtual_time.run(work())
