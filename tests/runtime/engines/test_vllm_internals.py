@@ -1,12 +1,13 @@
 """Lists what Troupe uses of vLLM's internals, and checks that the installed vLLM has all of it.
 
-These tests need no GPU and start no engine, so they can judge a vLLM release that Troupe does not run on yet: put that
-release first on PYTHONPATH, and run this file in an environment that has vLLM's CUDA build.
+These tests need no GPU and start no engine, so they can judge a vLLM release that Troupe does not run on yet. See
+runtime/engines/README.md.
 """
 
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import vllm.envs
 
 from runtime.api.http import vllm_serving
 from runtime.engines import engine_client, vllm_engine
-from runtime.engines.elastic import core, cpu_worker, cuda_worker, executor, pool, scheduler, worker
+from runtime.engines.elastic import core, cpu_worker, cuda_weights, cuda_worker, executor, pool, scheduler, worker
 
 SOURCES = (*Path(vllm_engine.__file__).parent.rglob("*.py"), Path(vllm_serving.__file__))
 X: Any = object()
@@ -44,6 +45,7 @@ POOL = "vllm.v1.core.block_pool:BlockPool"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+EXECUTOR = "vllm.v1.executor.abstract:Executor"
 RANKS = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
 CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
@@ -51,8 +53,10 @@ ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 ENGINE_ARGUMENTS = (
     "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
     " structured_outputs_config distributed_executor_backend additional_config disable_log_stats scheduling_policy"
-    " enable_cumem_allocator reasoning_parser language_model_only"
+    " enable_cumem_allocator reasoning_parser language_model_only tensor_parallel_size pipeline_parallel_size"
+    " prefill_context_parallel_size data_parallel_size nnodes numa_bind"
 )
+"""The arguments that we pass, and those that our checks and errors of `engines.NAME.vllm` name."""
 HANDLER = {
     "chat_template": X,
     "chat_template_content_format": X,
@@ -67,14 +71,19 @@ HANDLER = {
 SERVING = "vllm.entrypoints.openai"
 ANTHROPIC = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
 TOKENIZE = "vllm.entrypoints.serve.tokenize.serving:ServingTokenization"
-SAMPLING = "temperature top_p max_tokens logprobs stop seed structured_outputs output_kind stream_interval"
+SAMPLING = (
+    "temperature top_p max_tokens min_tokens logprobs stop seed structured_outputs repetition_detection output_kind"
+    " stream_interval"
+)
 
 CALLED = {
     # In the client's process.
     "vllm.engine.arg_utils:AsyncEngineArgs": call(**dict.fromkeys(ENGINE_ARGUMENTS.split(), X)),
     "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": call(X),
     f"{ASYNC_LLM}.from_vllm_config": call(X, X, stat_loggers=X, disable_log_stats=X),
-    f"{ASYNC_LLM}.generate": call(X, X, X, X, priority=X, reasoning_ended=X, reasoning_parser_kwargs=X),
+    f"{ASYNC_LLM}.generate": call(
+        X, X, X, X, trace_headers=X, priority=X, reasoning_ended=X, reasoning_parser_kwargs=X
+    ),
     f"{ASYNC_LLM}.shutdown": call(X, X),
     f"{CLIENT}.call_utility_async": call(X, X, X, X, X, X),
     "vllm.renderers.base:BaseRenderer.render_chat_async": call(X, X, X),
@@ -83,6 +92,8 @@ CALLED = {
     "vllm.sampling_params:SamplingParams": call(**dict.fromkeys(SAMPLING.split(), X)),
     "vllm.sampling_params:SamplingParams.update_from_generation_config": call(X, X, X),
     "vllm.sampling_params:StructuredOutputsParams": call(json=X),
+    "vllm.sampling_params:RepetitionDetectionParams": call(max_pattern_size=X, min_count=X),
+    "vllm.logprobs:Logprob": call(logprob=X, rank=X, decoded_token=X),  # as another node sends it
     "vllm.v1.engine.exceptions:EngineDeadError": call(),
     # vLLM's serving layer, over our EngineClient.
     "vllm.config:StructuredOutputsConfig": call(backend=X, disable_any_whitespace=X),
@@ -125,12 +136,14 @@ CALLED = {
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": call(X, X),
     "vllm.platforms.interface:Platform.is_cuda": call(X),
     "vllm.platforms.interface:Platform.is_cpu": call(X),
+    "vllm.platforms.interface:Platform.visible_device_id_to_physical_device_id": call(X, X),
     # In the engine's process.
     "vllm.v1.engine.core:EngineCore.is_scheduler_paused": call(X),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor": call(X),
     f"{RANKS}._init_executor": call(X),
     f"{RANKS}._ensure_worker_termination": call([]),
     f"{RANKS}.collective_rpc": call(X, X, args=X),
+    "vllm.utils.system_utils:get_mp_context": call(),
     BLOCKS: call([]),
     f"{BLOCKS}.popleft_n": call(X, X),
     f"{BLOCKS}.remove": call(X, X),
@@ -142,6 +155,7 @@ CALLED = {
     f"{POOL}.reset_prefix_cache": call(X),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": call(X, X),
     f"{SCHEDULER}._preempt_request": call(X, X, X),
+    f"{SCHEDULER}.get_request_counts": call(X),
     "vllm.v1.core.kv_cache_utils:get_max_concurrency_for_kv_cache_config": call(X, X),
     f"{WORKER}.determine_available_memory": call(X),
     f"{WORKER}.initialize_from_config": call(X, X),
@@ -156,6 +170,12 @@ CALLED = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model": call(X),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model": call(X),
     "vllm.utils.torch_utils:current_stream": call(),
+    f"{CPU_WORKER}.init_device": call(X),
+    f"{CPU_WORKER}.initialize_from_config": call(X, X),
+    f"{CPU_WORKER}._maybe_get_memory_pool_context": call(X, X),
+    f"{CPU_WORKER}.get_supported_kv_cache_layouts": call(X),
+    f"{CPU_WORKER}.compile_or_warm_up_model": call(X),
+    f"{CPU_WORKER}.execute_model": call(X, X),
     f"{CPU_WORKER}._should_warm_up_model": call(X),
     "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides": call(X),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model": call(X),
@@ -180,7 +200,7 @@ OVERRIDDEN: dict[type, set[str]] = {
         "log_engine_initialized",
     },
     executor.InCoreExecutor: {"_init_executor"},
-    executor.RanksExecutor: {"_init_executor"},
+    executor.RanksExecutor: {"_init_executor", "_ensure_worker_termination"},
     pool.CompactQueue: {"__init__", "popleft", "popleft_n", "remove", "prepend_n", "get_all_free_blocks"},
     pool.ElasticBlockPool: {"__init__", "free_blocks", "_insert_block_hash", "get_usage", "reset_prefix_cache"},
     scheduler.ElasticScheduler: {"__init__", "schedule", "update_from_output", "make_stats", "_preempt_request"},
@@ -205,8 +225,21 @@ CALLERS = [
     (scheduler.ElasticScheduler, "make_stats", "self", "vllm.v1.core.sched.scheduler"),
     (scheduler.ElasticScheduler, "_preempt_request", "self", "vllm.v1.core.sched.scheduler"),
     (worker.ElasticWorker, "_maybe_get_memory_pool_context", "self", "vllm.v1.worker.gpu_worker"),
-    (vllm_engine.LatestStats, "record", "logger", "vllm.v1.metrics.loggers"),
-    (vllm_engine.LatestStats, "log_engine_initialized", "logger", "vllm.v1.metrics.loggers"),
+    (worker.ElasticWorker, "initialize_from_config", "self.worker", "vllm.v1.worker.worker_base"),
+    (worker.ElasticWorker, "execute_model", "self.worker", "vllm.v1.worker.worker_base"),
+    (cpu_worker.ElasticCPUWorker, "execute_model", "self.worker", "vllm.v1.worker.worker_base"),
+    (cpu_worker.ElasticCPUWorker, "init_device", "self.worker", "vllm.v1.worker.worker_base"),
+    (executor.InCoreExecutor, "_init_executor", "self", "vllm.v1.executor.abstract"),
+    (executor.RanksExecutor, "_init_executor", "self", "vllm.v1.executor.abstract"),
+    (executor.RanksExecutor, "_ensure_worker_termination", "self", "vllm.v1.executor.multiproc_executor"),
+    (vllm_engine.LatestStats, "record", "per_engine_stat_loggers[engine_idx]", "vllm.v1.metrics.loggers"),
+    (vllm_engine.LatestStats, "log_engine_initialized", "per_engine_stat_logger", "vllm.v1.metrics.loggers"),
+    (vllm_engine.NoPrometheus, "__init__", "stat_logger_factory", "vllm.v1.metrics.loggers"),
+    (vllm_engine.NoPrometheus, "record", "logger", "vllm.v1.metrics.loggers"),
+    (vllm_engine.NoPrometheus, "record_admission_rejection", "logger", "vllm.v1.metrics.loggers"),
+    (vllm_engine.NoPrometheus, "record_sleep_state", "logger", "vllm.v1.metrics.loggers"),
+    (vllm_engine.NoPrometheus, "log_engine_initialized", "logger", "vllm.v1.metrics.loggers"),
+    (engine_client.EngineClient, "check_admission", "engine_client", "vllm.entrypoints.generate.base.serving"),
 ]
 """Calls in vLLM that reach our subclasses: the class, the method, how the receiver's expression ends, the module."""
 
@@ -215,7 +248,10 @@ READ = {
     ASYNC_LLM: "engine_core input_processor log_stats model_config output_handler output_processor renderer",
     "vllm.v1.engine.output_processor:OutputProcessor": "log_stats tracing_enabled",
     "vllm.v1.engine.input_processor:InputProcessor": "generation_config_fields",
-    "vllm.sampling_params:SamplingParams": "all_stop_token_ids min_tokens stop_token_ids",
+    "vllm.inputs.engine:TokensInput": "prompt prompt_token_ids",
+    "vllm.sampling_params:SamplingParams": "__struct_fields__ n temperature top_p max_tokens min_tokens stop seed"
+    " logprobs prompt_logprobs stream_interval stop_token_ids all_stop_token_ids allowed_token_ids logit_bias bad_words"
+    " structured_outputs repetition_detection output_kind skip_clone output_text_buffer_length",
     CLIENT: "resources utility_results",
     "vllm.v1.engine.core_client:BackgroundResources": "engine_manager",
     "vllm.v1.engine.utils:CoreEngineProcManager": "processes",
@@ -223,7 +259,18 @@ READ = {
     "vllm.outputs:CompletionOutput": "index text token_ids finish_reason stop_reason logprobs",
     "vllm.v1.metrics.stats:SchedulerStats": "num_running_reqs num_waiting_reqs kv_cache_usage kv_connector_stats",
     "vllm.sampling_params:RequestOutputKind": "DELTA FINAL_ONLY",
-    f"{SERVING}.responses.protocol:ResponsesRequest": "model_fields",
+    f"{SERVING}.chat_completion.protocol:ChatCompletionRequest": "model_fields model tools tool_choice",
+    f"{SERVING}.completion.protocol:CompletionRequest": "model_fields model prompt",
+    f"{SERVING}.responses.protocol:ResponsesRequest": "model_fields model tools tool_choice",
+    f"{SERVING}.responses.protocol:ResponseCreatedEvent": "sequence_number type",
+    f"{SERVING}.responses.protocol:ResponseInProgressEvent": "sequence_number type",
+    f"{SERVING}.responses.protocol:ResponseCompletedEvent": "sequence_number type",
+    f"{SERVING}.responses.serving:OpenAIServingResponses": "enable_store",
+    "vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest": "model_fields model tools tool_choice",
+    "vllm.entrypoints.anthropic.protocol:AnthropicCountTokensRequest": "model_fields model tools tool_choice",
+    "vllm.entrypoints.serve.tokenize.protocol:TokenizeCompletionRequest": "model_fields model prompt",
+    "vllm.entrypoints.serve.tokenize.protocol:TokenizeChatRequest": "model_fields model tools",
+    "vllm.entrypoints.serve.tokenize.protocol:DetokenizeRequest": "model_fields model",
     "vllm.entrypoints.serve.engine.protocol:ErrorResponse": "error",
     "vllm.entrypoints.serve.engine.protocol:ErrorInfo": "message code param",
     # The configuration.
@@ -231,20 +278,24 @@ READ = {
     " max_concurrent_batches structured_outputs_config",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
     "vllm.config:ModelConfig": "enable_cumem_allocator enforce_eager max_model_len",
-    "vllm.config:ParallelConfig": "assigned_physical_gpu_ids tensor_parallel_size worker_cls",
-    "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens scheduler_cls"
-    " watermark",
+    "vllm.config:ParallelConfig": "assigned_physical_gpu_ids worker_cls world_size",
+    "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens max_num_seqs"
+    " scheduler_cls watermark",
+    "vllm.config:StructuredOutputsConfig": "reasoning_parser",
     # In the engine's process.
     "vllm.v1.engine.core:EngineCore": "scheduler model_executor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker vllm_config",
-    RANKS: "vllm_config",
+    RANKS: "vllm_config workers",
+    "vllm.v1.executor.multiproc_executor:WorkerProcHandle": "proc",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
-    WORKER: "cache_config device init_snapshot local_rank model_runner vllm_config",
+    WORKER: "cache_config device init_snapshot local_rank model_runner parallel_config vllm_config",
     CPU_WORKER: "cache_config device init_snapshot is_driver_worker local_rank model_runner vllm_config",
     SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
-    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state deferred_waiting"
-    " get_request_counts",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool watermark_blocks",
+    " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state"
+    " deferred_waiting",
+    "vllm.v1.core.sched.interface:PauseState": "PAUSED_NEW UNPAUSED",
+    "vllm.v1.engine:EngineCoreOutputs": "scheduler_stats",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool usage watermark_blocks",
     POOL: "blocks free_block_queue num_gpu_blocks",
     BLOCKS: "num_free_blocks",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id ref_cnt",
@@ -260,15 +311,28 @@ READ = {
     "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_tensors",
     "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
 }
-"""The instance attributes that our code reads or sets."""
+"""The attributes, fields and keys that our code reads, sets or names."""
 
 LOOKED_UP = {
     # Functions that must look up a name that we replace.
     "vllm.v1.engine.utils:CoreEngineProcManager.__init__": "get_mp_context Process",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__": "BlockPool",
     "vllm.v1.worker.utils:allocate_kv_cache": "torch zeros",
-    "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker": "register_triton_kernel_overrides",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker": "register_triton_kernel_overrides"
+    " resolve_obj_by_qualname worker_cls",
+    # Functions that must load our classes, or leave them in place.
+    f"{EXECUTOR}.get_class": "resolve_obj_by_qualname distributed_executor_backend",
+    "vllm.config:SchedulerConfig.get_scheduler_cls": "resolve_obj_by_qualname scheduler_cls",
+    "vllm.platforms.cpu:CpuPlatform.check_and_update_config": "distributed_executor_backend uni worker_cls auto",
     # Functions that must call our methods or read our limits.
+    f"{EXECUTOR}.determine_available_memory": "collective_rpc determine_available_memory",
+    f"{EXECUTOR}.get_supported_kv_cache_layouts": "collective_rpc get_supported_kv_cache_layouts",
+    f"{EXECUTOR}.initialize_from_config": "collective_rpc initialize_from_config",
+    f"{EXECUTOR}.compile_or_warm_up_model": "collective_rpc compile_or_warm_up_model",
+    f"{RANKS}.collective_rpc": "cloudpickle dumps",
+    "vllm.v1.executor.multiproc_executor:WorkerProc._execute_worker_rpc": "cloudpickle loads partial worker",
+    f"{WORKER}.init_device": "assigned_physical_gpu_ids set_assigned_physical_gpu_ids",
+    f"{WORKER}.determine_available_memory": "kv_cache_memory_bytes profile_run",
     "vllm.v1.engine.core:EngineCoreProc._handle_client_request": "getattr _invoke_utility_method",
     "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method": "Future add_done_callback",
     "vllm.v1.engine.core:EngineCore.step": "update_from_output",
@@ -276,12 +340,13 @@ LOOKED_UP = {
     f"{RANKS}._init_executor": "get_mp_context OMPProcessManager _ensure_worker_termination",
     f"{RANKS}.shutdown": "_ensure_worker_termination",
     "vllm.v1.executor.multiproc_executor:WorkerProc.__init__": "WorkerWrapperBase",  # our functions get one
-    f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context initialize_kv_cache",
-    f"{WORKER}.load_model": "_maybe_get_memory_pool_context",  # of the tag that CudaWeights looks for
+    f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context kv_cache initialize_kv_cache",
+    f"{WORKER}.load_model": f"_maybe_get_memory_pool_context {cuda_weights.TAG}",
     f"{WORKER}._maybe_get_memory_pool_context": "enable_cumem_allocator use_memory_pool",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors": "allocate_kv_cache",
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": "allocate_kv_cache",
-    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": "get_supported_kv_cache_layouts compile_or_warm_up_model",
+    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": "determine_available_memory get_supported_kv_cache_layouts"
+    " initialize_from_config compile_or_warm_up_model",
     f"{WORKER}.compile_or_warm_up_model": "execute_model",
     f"{SCHEDULER}.schedule": "max_num_active_reqs max_num_scheduled_tokens _pause_state UNPAUSED",
     f"{SCHEDULER}.get_num_unfinished_requests": "_pause_state PAUSED_NEW",  # so that a paused engine core waits
@@ -290,15 +355,26 @@ LOOKED_UP = {
     f"{POOL}.get_new_blocks": "popleft_n _maybe_evict_cached_block",
     f"{POOL}.touch": "remove",
     f"{POOL}.free_blocks": "prepend_n append_n",
+    f"{POOL}.reset_prefix_cache": "num_gpu_blocks get_num_free_blocks",
+    # Functions that name the files in shared memory which we delete.
+    f"{CPU_WORKER}.init_device": "environ VLLM_DIST_IDENT",
+    "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed.make_group_name": "VLLM_DIST_IDENT",
+    "vllm.distributed.device_communicators.shm_broadcast:ShmRingBuffer.__init__": "SharedMemory",
 }
-"""vLLM functions and the names (globals, attributes, methods) that they must use so that our code takes part."""
+"""vLLM functions and the names (globals, attributes, methods) and strings that they must use so that our code works."""
 
 VARIABLES = (
-    "VLLM_CONFIGURE_LOGGING VLLM_CPU_OMP_THREADS_BIND VLLM_ENGINE_READY_TIMEOUT_S VLLM_KV_CACHE_LAYOUT"
-    " VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH"
+    "VLLM_ALLOW_INSECURE_SERIALIZATION VLLM_CONFIGURE_LOGGING VLLM_CPU_OMP_THREADS_BIND VLLM_ENGINE_READY_TIMEOUT_S"
+    " VLLM_KV_CACHE_LAYOUT VLLM_NO_USAGE_STATS VLLM_RPC_BASE_PATH VLLM_WORKER_MULTIPROC_METHOD"
 )
+"""The environment variables that our code sets, or whose effect it expects."""
 ADDED = ("troupe_limits", "troupe_resize", "troupe_settled", "troupe_sleep", "troupe_wake")
 """The methods that `core.install` adds to EngineCore."""
+ATTACHED = {
+    "vllm.v1.core.sched.output:SchedulerOutput": "troupe_began_s",
+    "vllm.v1.engine.core:EngineCore": "_troupe_resizer",
+}
+"""The attributes that we attach to vLLM's objects."""
 
 
 def look_up(place: str) -> Any:
@@ -307,7 +383,12 @@ def look_up(place: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = inspect.getattr_static(found, part) if isinstance(found, type) else getattr(found, part)
-    return found.__func__ if isinstance(found, classmethod | staticmethod) else found
+    return plain(found)
+
+
+def plain(thing: Any) -> Any:
+    """Return the function in a class method or a static method, and anything else unchanged."""
+    return thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
 
 
 def imports() -> Iterator[str]:
@@ -343,21 +424,23 @@ def attributes(cls: type) -> set[str]:
 
 
 def names_used(code: CodeType) -> set[str]:
-    """Return the globals, attributes and methods that a function and its inner functions use."""
+    """Return the globals, attributes, methods and strings that a function and its inner functions use."""
     inner = (names_used(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*inner)
+    strings = (constant for constant in code.co_consts if isinstance(constant, str))
+    return {*code.co_names, *strings}.union(*inner)
 
 
 def base_method(cls: type, name: str) -> Any:
     """Return the vLLM method that the class overrides, or None if vLLM has no method of that name."""
     theirs = (base for base in cls.__mro__ if base.__module__.startswith("vllm"))
-    return next((base.__dict__[name] for base in theirs if name in base.__dict__), None)
+    return next((plain(base.__dict__[name]) for base in theirs if name in base.__dict__), None)
 
 
 def replaced(cls: type) -> set[str]:
     """Return the names of the vLLM methods that one of our classes overrides."""
     first = next(index for index, base in enumerate(cls.__mro__) if base.__module__.startswith("vllm"))
-    ours = {name for base in cls.__mro__[:first] for name, value in vars(base).items() if inspect.isfunction(value)}
+    members = (member for base in cls.__mro__[:first] for member in vars(base).items())
+    ours = {name for name, value in members if inspect.isfunction(plain(value))}
     return {name for name in ours if inspect.isfunction(base_method(cls, name))}
 
 
@@ -413,7 +496,26 @@ def test_overrides_accept_what_vllm_passes(cls: type, method: str, receiver: str
     for node in found:
         assert not any(isinstance(argument, ast.Starred) for argument in node.args)
         keywords = {str(keyword.arg): X for keyword in node.keywords}
-        inspect.signature(getattr(cls, method)).bind(X, *(X for _ in node.args), **keywords)
+        owner = () if isinstance(inspect.getattr_static(cls, method), staticmethod) else (X,)
+        inspect.signature(getattr(cls, method)).bind(*owner, *(X for _ in node.args), **keywords)
+
+
+def test_vllm_makes_a_stat_logger_from_the_configuration_and_the_engines_index() -> None:
+    found = list(calls_in("vllm.v1.metrics.loggers", "__init__", "per_engine_stat_logger_factory"))
+    assert [[ast.unparse(argument) for argument in node.args] for node in found] == [["vllm_config", "engine_index"]]
+    assert not found[0].keywords
+
+
+def test_cuda_platform_counts_its_devices() -> None:
+    found = importlib.util.find_spec("vllm.platforms.cuda")  # only a CUDA build on a GPU can import it
+    assert found is not None
+    methods = [
+        node
+        for node in ast.walk(ast.parse(Path(str(found.origin)).read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "device_count"
+    ]
+    assert methods
+    assert all(len(node.args.args) == 1 for node in methods), "our call passes no arguments"
 
 
 @pytest.mark.parametrize("place", READ)
@@ -435,6 +537,8 @@ def test_vllm_looks_up_the_names_that_we_replace(place: str) -> None:
         f"{SERVING}.models.serving",
         f"{SERVING}.responses.serving",
         "vllm.entrypoints.anthropic.serving",
+        "vllm.entrypoints.serve.engine.serving",
+        "vllm.entrypoints.serve.tokenize.serving",
     ],
 )
 def test_handlers_use_only_what_our_engine_client_has(module: str) -> None:
@@ -457,7 +561,12 @@ def test_our_engine_client_accepts_what_handlers_pass(module: str) -> None:
         inspect.signature(engine_client.EngineClient.generate).bind(X, *(X for _ in node.args), **keywords)
 
 
-def test_vllm_reads_the_environment_variables_that_we_set() -> None:
+def test_refused_keys_are_keys_of_vllms_requests() -> None:
+    keys = {key for api in vllm_serving.ROUTES.values() for cls in api.classes for key in cls.model_fields}
+    assert vllm_serving.REFUSED - keys == set()
+
+
+def test_vllm_reads_the_environment_variables_that_we_use() -> None:
     assert set(VARIABLES.split()) - set(vllm.envs.environment_variables) == set()
 
 
@@ -467,6 +576,13 @@ def test_added_engine_core_methods_replace_nothing() -> None:
     core.install()
     assert {name for name in vars(engine_core) if name.startswith("troupe_")} == set(ADDED)
     assert all(method is None or method.__module__ == core.__name__ for method in before.values())
+
+
+@pytest.mark.parametrize("place", ATTACHED)
+def test_attached_attributes_are_possible_and_replace_nothing(place: str) -> None:
+    cls = look_up(place)
+    assert cls.__dictoffset__, "objects of a class with slots take no further attributes"
+    assert ATTACHED[place] not in attributes(cls)
 
 
 def test_workers_keep_vllms_allocation_of_the_cache() -> None:
