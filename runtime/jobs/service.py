@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 from runtime.config import Service
 from runtime.errors import Busy, InputError, JournalError
@@ -24,7 +24,7 @@ from runtime.jobs.job import JobResult, JobState, entry_as_json
 from runtime.jobs.journal import queries
 from runtime.jobs.journal.journal import Journal
 from runtime.jobs.journal.records import JobEvent, JobRecord, StartedJob
-from runtime.jobs.journal.transaction import Transaction, Write
+from runtime.jobs.journal.transaction import Transaction
 from runtime.jobs.orchestrator import Orchestrator
 from runtime.jobs.reply_record import ReplyRecord
 from runtime.jobs.retry_policy import RetryPolicy
@@ -32,14 +32,10 @@ from runtime.jobs.submission import Submission
 from runtime.jobs.team import Team
 from runtime.jobs.tool_record import ToolRecord
 
-T = TypeVar("T")
-
 CATCH_UP_EVERY_S = 0.5
 """How often the service looks for what other processes wrote, such as `troupe jobs cancel`."""
 DELETE_EVERY_S = 60.0
 """How often the service deletes ended jobs that it need not keep."""
-JOURNAL_RETRY_S = 1.0
-"""How long a failed write that must not be lost waits for its next try."""
 DAY_S = 86_400
 
 
@@ -69,7 +65,6 @@ class JobService:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._failures: dict[str, int] = {}
-        self._writing: set[asyncio.Task[bool]] = set()
         self._maintenance: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -90,7 +85,7 @@ class JobService:
         assert self._maintenance is not None
         for timer in self._deadlines.values():
             timer.cancel()
-        tasks = [self._maintenance, *self._running.values(), *self._writing]
+        tasks = [self._maintenance, *self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -159,7 +154,8 @@ class JobService:
 
     def cancel_soon(self, id: str) -> None:
         """Cancel a job whose caller has disconnected, without waiting for the journal."""
-        self._write_soon(lambda transaction: transaction.move(id, JobState.CANCELLED, why="its caller disconnected"))
+        cancel = partial(Transaction.move, id=id, state=JobState.CANCELLED, why="its caller disconnected")
+        self.journal.post(cancel, job=id)
 
     async def get(self, id: str) -> JobRecord | None:
         """Return a job as the journal has it, or None if there is no such job."""
@@ -170,9 +166,11 @@ class JobService:
         match event:
             case RoleReplied() if event.job in self._running:
                 reply, entries = ReplyRecord.of(event), [entry_as_json(entry) for entry in event.entries]
-                self.journal.post(lambda transaction: transaction.add_reply(event.job, reply, entries))
+                self.journal.post(
+                    partial(Transaction.add_reply, id=event.job, reply=reply, entries=entries), job=event.job
+                )
             case JobRestarted() if event.job in self._running:
-                self.journal.post(lambda transaction: transaction.restart(event.job))
+                self.journal.post(partial(Transaction.restart, id=event.job), job=event.job)
 
     def _check_room(self) -> None:
         if self.draining:
@@ -211,7 +209,7 @@ class JobService:
     def _expire_in(self, seconds: float, id: str, why: str) -> asyncio.TimerHandle:
         """Start a timer that lets a job expire unless it is cancelled before."""
         expire = partial(Transaction.move, id=id, state=JobState.EXPIRED, why=why)
-        return asyncio.get_running_loop().call_later(max(seconds, 0), self._write_soon, expire)
+        return asyncio.get_running_loop().call_later(max(seconds, 0), partial(self.journal.post, expire, job=id))
 
     def _on_commit(self, events: Sequence[JobEvent]) -> None:
         """Stop working the jobs that ended, even if another process ended them, and publish the events."""
@@ -247,15 +245,15 @@ class JobService:
             await self._work(id, orchestrator)
         except Exception as error:
             logging.getLogger(__name__).exception("job %s", id)
-            why = f"an internal error: {error!r}"
-            self._write_soon(lambda transaction: transaction.move(id, JobState.FAILED, why=why))
+            fail = partial(Transaction.move, id=id, state=JobState.FAILED, why=f"an internal error: {error!r}")
+            self.journal.post(fail, job=id)
         finally:
             del self._running[id]
             self._start_queued()
 
     async def _work(self, id: str, orchestrator: Orchestrator) -> None:
         """Try a job once, from its last reply on. Then write its result, or queue it for another try."""
-        started = await self._write_surely(lambda transaction: transaction.start(id))
+        started = await self.journal.write(lambda transaction: transaction.start(id), job=id)
         if started is None:  # it ended while it was queued
             return
         result = await self._try(started, orchestrator)
@@ -290,40 +288,29 @@ class JobService:
         match event:
             case ToolCalled():
                 call = ToolRecord(event.number, event.seat, event.task, event.call, event.usage)
-                await self._write_surely(lambda transaction: transaction.add_tool_call(event.job, call))
+                await self.journal.write(lambda t: t.add_tool_call(event.job, call), job=event.job)
             case ToolReturned():
-                await self._write_surely(
-                    lambda transaction: transaction.add_tool_use(event.job, event.number, event.seat, event.use)
+                await self.journal.write(
+                    lambda t: t.add_tool_use(event.job, event.number, event.seat, event.use), job=event.job
                 )
 
     async def _end(self, result: JobResult) -> None:
         """Write a job's result. It counts even if it can be written only after the deadline."""
         self._forget(result.id)
         state = JobState.DONE if result.error is None else JobState.FAILED
-        await self._write_surely(
-            lambda transaction: transaction.move(result.id, state, result.as_json(), why=result.error or "")
+        await self.journal.write(
+            lambda transaction: transaction.move(result.id, state, result.as_json(), why=result.error or ""),
+            job=result.id,
         )
 
     async def _queue_again(self, record: JobRecord, why: str, backoff_s: float) -> None:
         """Queue a job for another try after a backoff, during which it keeps its place among the running jobs."""
-        queued = await self._write_surely(lambda transaction: transaction.move(record.id, JobState.QUEUED, why=why))
+        queued = await self.journal.write(
+            lambda transaction: transaction.move(record.id, JobState.QUEUED, why=why), job=record.id
+        )
         await asyncio.sleep(backoff_s)
         if queued and not self.draining:
             self._enqueue(record)
-
-    async def _write_surely(self, write: Write[T]) -> T:
-        """Do a write that must not be lost: try until the journal takes it, for example while the disk is full."""
-        while True:
-            try:
-                return await self.journal.write(write)
-            except JournalError:
-                await asyncio.sleep(JOURNAL_RETRY_S)
-
-    def _write_soon(self, write: Write[bool]) -> None:
-        """Do a write that must not be lost, in a task of its own."""
-        task = asyncio.create_task(self._write_surely(write), name="journal write")
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
 
     async def _maintain_journal(self) -> None:
         """Read what other processes wrote, and delete ended jobs that are too old or too many."""

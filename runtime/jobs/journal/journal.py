@@ -8,6 +8,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -23,14 +24,20 @@ from runtime.jobs.journal.transaction import Transaction, Write
 T = TypeVar("T")
 
 TRANSACTION_MAX_WRITES = 1000
+RETRY_S = 1.0
+"""How long the failed writes of jobs wait for their next try."""
 
 
 @dataclass(frozen=True)
 class _PendingWrite(Generic[T]):
-    """A write that waits for its transaction, and the future that its caller holds."""
+    """A write that waits for its transaction, and the future that its caller holds.
+
+    `job` names the job whose writes must not be lost. It is None for a write that may fail.
+    """
 
     write: Write[T]
     done: asyncio.Future[T]
+    job: str | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,10 @@ class _Outcome:
 
     value: Any = None
     error: Exception | None = None
+
+    def must_be_retried(self, pending: _PendingWrite[Any]) -> bool:
+        """Return True if this is a fault of the file, and the write must not be lost."""
+        return pending.job is not None and isinstance(self.error, JournalError)
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,13 @@ class Journal:
     """An async context manager that holds a journal open for the one service that works its jobs.
 
     Entering raises JournalError if another service holds the file, or if it is damaged or cannot be written. Leaving
-    commits every write that was posted, then closes the file.
+    commits every write that was posted, then closes the file. Writes that still fail are given up.
+
+    A write of a `job` is not lost: it is kept in memory and tried until the file takes it, and the job's later writes
+    wait behind it. Any other write fails at the first fault of the file.
 
     `on_commit` is called on the event loop with the events of each transaction, once they are on the disk. `fault` is
-    the file's error if the latest transaction met one, else None.
+    the file's error if the latest transaction met one or a job's write waits for its next try, else None.
     """
 
     def __init__(self, path: Path, on_commit: Callable[[Sequence[JobEvent]], None] = lambda events: None) -> None:
@@ -65,6 +79,8 @@ class Journal:
         self.fault: str | None = None
         self._on_commit = on_commit
         self._writes: queue.SimpleQueue[_PendingWrite[Any] | None] = queue.SimpleQueue()
+        self._failed: list[_PendingWrite[Any]] = []  # of jobs, for the next try; only the writer thread uses it
+        self._retry_at = 0.0
         self._thread: threading.Thread | None = None
         self._lock: TextIO | None = None
         self._reader: Connection | None = None
@@ -86,17 +102,17 @@ class Journal:
         assert self._lock is not None
         self._lock.close()
 
-    async def write(self, write: Write[T]) -> T:
+    async def write(self, write: Write[T], *, job: str | None = None) -> T:
         """Run a write in a transaction, and return what it returns once the transaction is on the disk.
 
-        The write is done even if the caller is cancelled. Raises JournalError if the file cannot be written, or what
-        `write` itself raises; in both cases nothing of it is written.
+        The write is done even if the caller is cancelled. Raises JournalError if the file cannot be written and the
+        write belongs to no `job`, or what `write` itself raises; in both cases nothing of it is written.
         """
-        return await asyncio.shield(self.post(write))
+        return await asyncio.shield(self.post(write, job=job))
 
-    def post(self, write: Write[T]) -> asyncio.Future[T]:
+    def post(self, write: Write[T], *, job: str | None = None) -> asyncio.Future[T]:
         """Queue a write without waiting for it. Writes are done in the order in which they are posted."""
-        pending = _PendingWrite(write, self._loop.create_future())
+        pending = _PendingWrite(write, self._loop.create_future(), job)
         pending.done.add_done_callback(_mark_retrieved)
         self._writes.put(pending)
         return pending.done
@@ -131,15 +147,27 @@ class Journal:
             while writes := self._next_writes():
                 committed = self._commit(connection, writes, last_event)
                 last_event = committed.last_event
+                self._keep_failed(writes, committed.outcomes)
                 self._update_fault(committed.outcomes)
                 with suppress(RuntimeError):  # the event loop is closed, so no caller waits
                     self._loop.call_soon_threadsafe(self._report, writes, committed)
 
     def _next_writes(self) -> list[_PendingWrite[Any]]:
-        """Wait for a write; return it and those queued behind it. Return an empty list when the journal is left."""
-        first = self._writes.get()
-        if first is None:
-            return []
+        """Wait for a write; return it and those queued behind it. Return an empty list when the journal is left.
+
+        Once failed writes are due again, return them instead, and alone: a full disk may fail what shares a transaction
+        with them.
+        """
+        wait_s = max(self._retry_at - time.monotonic(), 0) if self._failed else None
+        if wait_s != 0:
+            with suppress(queue.Empty):
+                first = self._writes.get(timeout=wait_s)
+                return [] if first is None else self._with_following(first)
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _with_following(self, first: _PendingWrite[Any]) -> list[_PendingWrite[Any]]:
+        """Return a write and those queued behind it."""
         writes = [first]
         with suppress(queue.Empty):
             while len(writes) < TRANSACTION_MAX_WRITES:
@@ -151,12 +179,21 @@ class Journal:
         return writes
 
     def _commit(self, connection: Connection, writes: Sequence[_PendingWrite[Any]], last_event: int) -> _Committed:
-        """Do the writes in one transaction. A write that fails is undone alone; a failed COMMIT fails all of them."""
+        """Do the writes in one transaction. A failed COMMIT fails all of them.
+
+        A write that fails is undone alone. If it must be retried, the later writes of its job fail too.
+        """
         transaction = Transaction(connection, last_event)
+        outcomes: list[_Outcome] = []
+        blocked, waits = {pending.job for pending in self._failed}, _Outcome(error=JournalError(self.fault))
         try:
             with translate_errors(self.path):
                 connection.execute("BEGIN IMMEDIATE")
-                outcomes = [self._do(pending.write, connection, transaction) for pending in writes]
+                for pending in writes:
+                    outcome = waits if pending.job in blocked else self._do(pending.write, connection, transaction)
+                    if outcome.must_be_retried(pending):
+                        blocked.add(pending.job)
+                    outcomes.append(outcome)
                 connection.execute("COMMIT")
         except JournalError as error:
             roll_back(connection)
@@ -176,10 +213,18 @@ class Journal:
             logging.getLogger(__name__).exception("a write to %s failed", self.path)
             return _Outcome(error=error)
 
+    def _keep_failed(self, writes: Sequence[_PendingWrite[Any]], outcomes: Sequence[_Outcome]) -> None:
+        """Keep the failed writes of jobs for the next try."""
+        if not self._failed:
+            self._retry_at = time.monotonic() + RETRY_S
+        pairs = zip(writes, outcomes, strict=True)
+        self._failed += [pending for pending, outcome in pairs if outcome.must_be_retried(pending)]
+
     def _update_fault(self, outcomes: Sequence[_Outcome]) -> None:
         """Set `fault`, and log a fault once, when it begins."""
         errors = (outcome.error for outcome in outcomes)
-        fault = next((str(error) for error in errors if isinstance(error, JournalError)), None)
+        known = self.fault if self._failed else None
+        fault = next((str(error) for error in errors if isinstance(error, JournalError)), known)
         if fault is not None and self.fault is None:
             logging.getLogger(__name__).error("%s", fault)
         self.fault = fault
@@ -187,7 +232,7 @@ class Journal:
     def _report(self, writes: Sequence[_PendingWrite[Any]], committed: _Committed) -> None:
         """Resolve the callers' futures and publish the events, on the event loop."""
         for pending, outcome in zip(writes, committed.outcomes, strict=True):
-            if pending.done.done():
+            if pending.done.done() or outcome.must_be_retried(pending):
                 continue
             if outcome.error is None:
                 pending.done.set_result(outcome.value)

@@ -112,20 +112,20 @@ class Transaction:
 
     def add_reply(self, id: str, reply: ReplyRecord, entries: list[dict[str, Any]]) -> None:
         """Record a reply, from which the job can resume, and the `entries` that it added to the transcript."""
-        self._add_event(id, time.time(), REPLIED, {**reply.as_json(), "entries": entries})
+        self._add_work(id, REPLIED, {**reply.as_json(), "entries": entries})
 
     def add_tool_call(self, id: str, call: ToolRecord) -> None:
         """Record that a tool is about to run."""
-        self._add_event(id, time.time(), TOOL_CALLED, call.as_json())
+        self._add_work(id, TOOL_CALLED, call.as_json())
 
     def add_tool_use(self, id: str, number: int, seat: str, use: ToolUse) -> None:
         """Record the output of the last tool call that belongs to the job's call `number`."""
         data = {"number": number, "seat": seat, "tool": use.call.tool, "output": use.output, "failed": use.failed}
-        self._add_event(id, time.time(), TOOL_RETURNED, data)
+        self._add_work(id, TOOL_RETURNED, data)
 
     def restart(self, id: str) -> None:
         """Record that a job starts from its beginning: the replies that it has so far are not replayed."""
-        self._add_event(id, time.time(), RESTARTED, {})
+        self._add_work(id, RESTARTED, {})
 
     def catch_up(self) -> None:
         """Add the events that other processes have written to `events`."""
@@ -176,6 +176,11 @@ class Transaction:
                 self._sql.execute("ROLLBACK TO write")
                 self._sql.execute("RELEASE write")
             raise
+
+    def _add_work(self, job: str, kind: str, data: dict[str, Any]) -> None:
+        """Add an event of a job's work, unless the job has ended: its end is its last event."""
+        if self._sql.execute("SELECT 1 FROM jobs WHERE id = ? AND ended_at IS NULL", (job,)).fetchone():
+            self._add_event(job, time.time(), kind, data)
 
     def _add_event(self, job: str, at: float, kind: str, data: dict[str, Any]) -> None:
         inserted = self._sql.execute(

@@ -1,6 +1,7 @@
 """Every accepted job ends once, through failures, cancellations, restarts and kills. Fake engines, a real journal."""
 
 import asyncio
+import math
 import os
 import signal
 import sqlite3
@@ -354,7 +355,7 @@ async def test_job_that_started_too_often_without_ending_fails(tmp_path: Path) -
 
 
 async def test_result_is_written_once_a_full_disk_has_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
     handles = await engines()
     counting = Counting(handles)
     counting.go.clear()
@@ -372,6 +373,50 @@ async def test_result_is_written_once_a_full_disk_has_space(tmp_path: Path, monk
                 with suppress(JournalError):
                     await jobs.journal.write(lambda t: t._sql.execute("PRAGMA max_page_count = 1000000").fetchall())
         assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
+
+
+def fail_the_first_reply(monkeypatch: pytest.MonkeyPatch, failures: float = math.inf) -> list[str]:
+    """Let this many tries to write the first reply of a job fail. Return the list to which each adds the job's id."""
+    add_reply, failed = Transaction.add_reply, list[str]()
+
+    def faulty(transaction: Transaction, id: str, reply: ReplyRecord, entries: list[dict[str, Any]]) -> None:
+        if reply.number == 1 and len(failed) < failures:
+            failed.append(id)
+            raise sqlite3.OperationalError("database or disk is full")
+        add_reply(transaction, id, reply, entries)
+
+    monkeypatch.setattr(Transaction, "add_reply", faulty)
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
+    return failed
+
+
+async def test_replies_during_a_journal_fault_are_written_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_the_first_reply(monkeypatch, failures=5)
+    async with service(tmp_path) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        events = [event async for event in jobs.events.follow_job(record.id)]
+    assert [event.kind for event in events] == ["queued", "running", *["replied"] * STEPS, "done"]
+    assert [event.data["number"] for event in events if event.kind == "replied"] == [*range(1, STEPS + 1)]
+
+
+async def test_restart_during_a_journal_fault_finds_no_reply_without_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles = await engines()
+    counting = Counting(handles)
+    counting.hold_after = 4
+    with monkeypatch.context() as fault:
+        failed = fail_the_first_reply(fault)
+        async with service(tmp_path, handles) as jobs:
+            record, _ = await jobs.submit(PROBLEM)
+            await wait_until(lambda: not counting.go.is_set() and bool(failed))
+    counting.hold_after = 10**9
+    counting.go.set()
+    async with service(tmp_path, handles) as jobs:
+        kinds = [event.kind async for event in jobs.events.follow_job(record.id)]
+    assert kinds == ["queued", "running", "queued", "running", *["replied"] * STEPS, "done"]
 
 
 async def test_job_of_a_cancelled_submission_is_worked(tmp_path: Path) -> None:
@@ -413,7 +458,7 @@ async def test_job_survives_a_stop_that_closes_its_engine_first(tmp_path: Path) 
 
 
 async def test_jobs_start_in_order_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
     team = embedded_team()
     async with JobService(tmp_path / "jobs.db", team, Service(jobs_at_once=4)) as jobs:
         ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(50)]
@@ -474,7 +519,7 @@ async def test_journal_with_an_unreadable_job_is_refused_and_unlocked(tmp_path: 
 async def test_deadline_stops_with_the_work_before_the_result_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
     move, failures, full = Transaction.move, 0, True
 
     def faulty(transaction: Transaction, id: str, state: JobState, *more: Any, **named: Any) -> bool:
@@ -494,7 +539,7 @@ async def test_deadline_stops_with_the_work_before_the_result_is_written(
 
 
 async def test_deadline_is_written_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.jobs.service.JOURNAL_RETRY_S", 0.01)
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
     move, failures = Transaction.move, 3
 
     def faulty(transaction: Transaction, id: str, state: JobState, *more: Any, **named: Any) -> bool:

@@ -30,7 +30,7 @@ from runtime.jobs.team import Seat, Team
 from runtime.jobs.tool_record import ToolRecord
 from runtime.tools.tool import Tool, ToolError
 from runtime.tools.toolbox import Toolbox
-from tests.runtime.jobs.test_service import wait_until
+from tests.runtime.jobs.test_service import fail_the_first_reply, wait_until
 
 Script = Callable[[GenerateRequest], str]
 
@@ -257,10 +257,10 @@ async def test_tools_use_the_tokens_of_the_job() -> None:
     assert "its max_tokens is 1" in str(result.error)
 
 
-async def restarted(path: Path, script: Script, *tools: Counter) -> dict[str, Any]:
+async def restarted(path: Path, script: Script, tool: Counter, seats: Sequence[str] = ("writer",)) -> dict[str, Any]:
     """Work the journal's only job to its end with a new service, and return its result."""
-    async with JobService(path, team()) as jobs:
-        jobs.use(Orchestrator(team(), await engine(script), jobs.on_event, toolbox=await toolbox(*tools)))
+    async with JobService(path, made := team(seats=seats)) as jobs:
+        jobs.use(Orchestrator(made, await engine(script), jobs.on_event, toolbox=await toolbox(tool)))
         [record] = await jobs.journal.read(all_jobs)
         await wait_until(lambda: not any(jobs.counts.values()))
         ended = await jobs.get(record)
@@ -306,6 +306,20 @@ async def test_finished_call_is_not_repeated(tmp_path: Path) -> None:
     assert [entry["output"] for entry in result["steps"]] == ["count is 1", "count is 1", "count is 1"]
     for key in ("completion_tokens", "prompt_tokens"):
         assert result["usage"]["writer"][key] == getattr(whole.usage["writer"], key)
+
+
+async def test_tool_is_not_repeated_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service ends while the first reply cannot be written. The next seat's tool has not run before that reply."""
+    path, tool, seats = tmp_path / "jobs.db", Counter(hangs_at=3), ("writer", "editor", "printer")
+    with monkeypatch.context() as fault:
+        failed = fail_the_first_reply(fault)
+        async with JobService(path, made := team(seats=seats)) as jobs:
+            jobs.use(Orchestrator(made, await engine(calls_first(1)), jobs.on_event, toolbox=await toolbox(tool)))
+            await jobs.submit(Submission(problem="How many?"))
+            await wait_until(lambda: len(failed) > 3 or len(tool.calls) == 3)
+    again = Counter()
+    await restarted(path, calls_first(1), again, seats=seats)
+    assert len(tool.calls) + len(again.calls) == len(seats)
 
 
 async def test_toolbox_repeats_what_its_tools_allow() -> None:

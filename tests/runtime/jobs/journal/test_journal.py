@@ -98,6 +98,43 @@ async def test_failed_transaction_fails_all_its_writes_and_publishes_nothing(tmp
     assert [event.id for event in published] == [1]
 
 
+@pytest.mark.parametrize("undone", ["SELECT 1", "ROLLBACK"], ids=["the write", "the transaction"])
+async def test_failed_writes_of_a_job_are_retried_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undone: str
+) -> None:
+    """The file takes no restart of job a for a while. Everything else of job a waits, and job b does not."""
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
+    published: list[JobEvent] = []
+    restart, failures, is_full = Transaction.restart, 0, True
+
+    def faulty(transaction: Transaction, id: str) -> None:
+        nonlocal failures
+        if id == "a" and is_full:
+            failures += 1
+            transaction._sql.execute(undone)
+            raise sqlite3.OperationalError("database or disk is full")
+        restart(transaction, id)
+
+    monkeypatch.setattr(Transaction, "restart", faulty)
+    async with Journal(tmp_path / "jobs.db", published.extend) as journal:
+        for id in "ab":
+            await journal.write(lambda t, id=id: t.accept(id, SUBMISSION))  # type: ignore[misc]
+        first = journal.post(lambda t: t.restart("a"), job="a")
+        second = journal.post(lambda t: t.move("a", JobState.RUNNING), job="a")
+        async with asyncio.timeout(60):
+            while failures < 3:  # noqa: ASYNC110  there is no event to wait for
+                await asyncio.sleep(0.01)
+        last = journal.post(lambda t: t.move("a", JobState.CANCELLED), job="a")
+        await journal.write(lambda t: t.restart("b"), job="b")
+        assert not any(write.done() for write in (first, second, last))
+        assert journal.fault is not None
+        assert [event.kind for event in published if event.job == "a"] == ["queued"]
+        is_full = False
+        assert [await second, await last] == [True, True]
+        assert [event.kind for event in published if event.job == "a"] == ["queued", "anew", "running", "cancelled"]
+        assert journal.fault is None
+
+
 async def test_write_of_a_cancelled_caller_is_done(journal: Journal) -> None:
     caller = asyncio.create_task(journal.write(lambda t: t.accept("a", SUBMISSION)))
     await asyncio.sleep(0)

@@ -66,6 +66,13 @@ async def test_started_job_gets_its_replies_in_order(journal: Journal) -> None:
     assert await journal.write(lambda t: t.start("a")) is None  # it is running
 
 
+async def test_no_event_follows_the_end_of_a_job(journal: Journal) -> None:
+    await journal.write(lambda t: t.accept("a", SUBMISSION))
+    await journal.write(lambda t: t.move("a", JobState.CANCELLED))
+    await journal.write(lambda t: t.add_reply("a", REPLIES[0], []))
+    assert [event.kind for event in await journal.read(queries.events)] == ["queued", "cancelled"]
+
+
 async def test_ended_jobs_are_deleted_by_age_and_by_number(journal: Journal) -> None:
     for name in "abcd":
         await journal.write(lambda t, name=name: t.accept(name, SUBMISSION))  # type: ignore[misc]
