@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 from pydantic_core import to_json
 
@@ -24,8 +25,11 @@ from runtime.api.mqtt.messages import (
     read_submission,
 )
 from runtime.assembly import RunningTeam
-from runtime.errors import NotFound, TroupeError
+from runtime.errors import Busy, JournalError, NotFound, TroupeError
+from runtime.jobs.journal.journal import RETRY_S
+from runtime.jobs.journal.records import JobRecord
 from runtime.jobs.service import JobService
+from runtime.jobs.submission import Submission
 
 MESSAGE_MAX_BYTES = 1 << 20
 
@@ -35,6 +39,8 @@ logger = logging.getLogger(__name__)
 class IncomingMessages:
     """The handler of submissions and commands, which answers each message and then acknowledges it.
 
+    A message that the service cannot handle because it is stopping, or a job that the journal cannot take, is neither
+    answered nor acknowledged. It stays with the broker, whose limit of messages in flight bounds how many there are.
     `running_team` returns the team whose engines are ready, and raises Busy if there is none.
     """
 
@@ -42,6 +48,8 @@ class IncomingMessages:
         self._topics = topics
         self._jobs = jobs
         self._running_team = running_team
+        self._retried = asyncio.Event()  # the end of the latest retry of a submission
+        self._retried.set()
 
     async def handle_all(self, connection: Connection) -> None:
         """Handle messages until cancelled. Raises BrokerError if the connection is lost.
@@ -80,7 +88,8 @@ class IncomingMessages:
         try:
             _check_size(payload)
             message = read_submission(payload)
-            record, new = await self._jobs.submit(message.submission)
+            async with self._left_to_the_next_start():
+                record, new = await self._put_into_journal(message.submission)
         except Exception as error:  # noqa: BLE001  every error is answered, and _describe logs our own bugs
             rejected = SubmissionRejected(correlation_id=correlation_of(payload), error=_describe(error))
             await connection.publish(self._topics.rejected, to_json(rejected), qos=1)
@@ -88,11 +97,38 @@ class IncomingMessages:
         accepted = SubmissionAccepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
         await connection.publish(self._topics.accepted(record.id), to_json(accepted), qos=1)
 
+    async def _put_into_journal(self, submission: Submission) -> tuple[JobRecord, bool]:
+        """Submit a job, and try again while the journal cannot take it. Later submissions wait meanwhile."""
+        while not self._retried.is_set():
+            await self._retried.wait()
+        with suppress(JournalError):
+            return await self._jobs.submit(submission)
+        earlier, self._retried = self._retried, (retried := asyncio.Event())
+        try:
+            await earlier.wait()
+            while True:
+                with suppress(JournalError):
+                    return await self._jobs.submit(submission)
+                await asyncio.sleep(RETRY_S)
+        finally:
+            retried.set()
+
+    @asynccontextmanager
+    async def _left_to_the_next_start(self) -> AsyncIterator[None]:
+        """If the service is stopping, and the block raises Busy therefore, wait until cancelled."""
+        try:
+            yield
+        except Busy:
+            if self._jobs.draining:
+                await asyncio.Event().wait()
+            raise
+
     async def _command(self, connection: Connection, payload: bytes) -> None:
         message: str | None = None
         try:
             _check_size(payload)
-            await self._execute(read_command(payload))
+            async with self._left_to_the_next_start():
+                await self._execute(read_command(payload))
         except Exception as error:  # noqa: BLE001  as in _submit
             message = _describe(error)
         answer = CommandAnswer(correlation_id=correlation_of(payload), error=message)

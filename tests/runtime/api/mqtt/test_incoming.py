@@ -2,17 +2,22 @@
 
 import asyncio
 import json
-from contextlib import AsyncExitStack
+import sqlite3
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runtime.api.serve import drain
 from runtime.config import Mqtt
+from runtime.jobs.journal.transaction import Transaction
 from runtime.jobs.submission import Submission
-from tests.runtime.api.http.conftest import service
+from tests.runtime.api.http.conftest import configured, service
 from tests.runtime.api.mqtt import brokers
 from tests.runtime.api.mqtt.conftest import TOPICS, reader, with_broker, with_mosquitto
+from tests.runtime.jobs.test_service import wait_until
 
 
 async def test_repeated_submissions_are_one_job(tmp_path: Path, mqtt: Mqtt) -> None:
@@ -97,6 +102,97 @@ async def test_submissions_are_acknowledged_only_after_they_are_in_the_journal(
             await received.wait()
         async with reader(mqtt) as me, service(config):
             assert (await me.until(TOPICS.accepted("+"), correlation_id="c1"))["new"] is True
+
+
+@with_mosquitto
+async def test_messages_during_a_drain_are_left_to_the_next_start(tmp_path: Path) -> None:
+    """The results of running jobs are still published, and a command that needs no engine is executed."""
+    async with brokers.mosquitto(tmp_path) as mqtt, reader(mqtt) as me:
+        config = with_broker(tmp_path, mqtt)
+        async with service(config, time_scale=1) as served:
+            await me.until(TOPICS.state, state="up")
+            await me.submit("before")
+            job = (await me.until(TOPICS.accepted("+"), correlation_id="before"))["id"]
+            await me.until(TOPICS.events(job), kind="running")
+            draining = asyncio.create_task(drain(served.backend, 60))
+            await asyncio.sleep(0)
+            await me.submit("during")
+            for number, command in enumerate(
+                ({"command": "pin", "engine": "solver"}, {"command": "cancel", "job": "x"})
+            ):
+                await me.client.publish(TOPICS.control, json.dumps({"correlation_id": str(number), **command}), qos=1)
+            assert "there is no job" in (await me.until(TOPICS.control_result, correlation_id="1"))["error"]
+            assert (await me.until(TOPICS.result(job)))["state"] == "done"
+            assert await draining == 0
+        answered = {payload.get("correlation_id") for _, payload in me.messages}
+        assert answered.isdisjoint({"during", "0"})
+        async with service(config):
+            assert (await me.until(TOPICS.accepted("+"), correlation_id="during"))["new"] is True
+            await me.until(TOPICS.control_result, correlation_id="0")
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
+    """Let the journal accept no job meanwhile. Yield the list to which each try adds the job's idempotency key."""
+    tries: list[str | None] = []
+
+    def fail(transaction: Transaction, id: str, submission: Submission) -> None:
+        tries.append(submission.idempotency_key)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as fault:
+        fault.setattr(Transaction, "accept", fail)
+        yield tries
+
+
+@with_mosquitto
+async def test_submissions_during_a_journal_fault_wait_at_the_broker_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.api.mqtt.incoming.RETRY_S", 0.01)
+    async with brokers.mosquitto(tmp_path) as mqtt, reader(mqtt) as me:
+        config = with_broker(tmp_path, mqtt)
+        with full_disk(monkeypatch) as tries:
+            async with service(config):
+                await me.until(TOPICS.state, state="up")
+                await me.submit("c1")
+                await wait_until(lambda: len(tries) > 2 or TOPICS.rejected in dict(me.messages))
+        assert TOPICS.rejected not in dict(me.messages)
+        async with service(config):
+            await me.until(TOPICS.accepted("+"), correlation_id="c1")
+
+
+@with_mosquitto
+async def test_submissions_keep_their_order_over_a_journal_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.api.mqtt.incoming.RETRY_S", 0.01)
+    async with brokers.mosquitto(tmp_path) as mqtt, reader(mqtt) as me, service(with_broker(tmp_path, mqtt)) as served:
+        await me.until(TOPICS.state, state="up")
+        with full_disk(monkeypatch) as tries:
+            await asyncio.gather(*map(me.submit, "123"))
+            await wait_until(lambda: bool(tries))
+            await asyncio.gather(*map(me.submit, "456"))
+            await me.client.publish(TOPICS.control, b"{}", qos=1)
+            await me.until(TOPICS.control_result)  # so all submissions have arrived
+            tries.clear()
+            await wait_until(lambda: bool(tries))  # so the first tries are over
+        for key in "123456":
+            await me.until(TOPICS.accepted("+"), correlation_id=key)
+        jobs = (await served.client.get("/jobs")).json()["jobs"]
+        assert [job["idempotency_key"] for job in jobs] == [*"654321"]
+
+
+async def test_full_queue_rejects_submissions(tmp_path: Path, mqtt: Mqtt) -> None:
+    config = configured(tmp_path, jobs_at_once=1, queue_max=1).model_copy(update={"mqtt": mqtt})
+    async with reader(mqtt) as me, service(config, time_scale=50):
+        await me.until(TOPICS.state, state="up")
+        await me.submit("running")
+        await me.until(TOPICS.events("+"), kind="running")
+        await me.submit("waiting")
+        await me.until(TOPICS.accepted("+"), correlation_id="waiting")
+        await me.submit("rejected")
+        assert "the queue is full" in (await me.until(TOPICS.rejected, correlation_id="rejected"))["error"]
 
 
 @with_mosquitto
