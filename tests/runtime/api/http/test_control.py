@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from runtime.engines.fake import FakeEngine
+from runtime.engines.handle import EngineState
+from runtime.engines.supervised import Patience, SupervisedEngine
 from tests.runtime.api.http.conftest import PROBLEM, Served, Start, pause_solver
 
 
@@ -43,6 +46,31 @@ async def test_engines_show_pauses_and_costs(start: Start) -> None:
     assert device["lanes"] >= 1
     assert 0 <= device["lanes_confidence"] <= 1
     assert "utilization" in device
+
+
+async def test_engines_are_listed_while_one_restarts(served: Served) -> None:
+    may_start = asyncio.Event()
+    may_start.set()
+
+    class Waiting(FakeEngine):
+        async def start(self) -> None:
+            await may_start.wait()
+            await super().start()
+
+    engine = SupervisedEngine("solver", lambda grant: Waiting("solver", str), patience=Patience(backoff_s=(0,)))
+    await engine.start()
+    served.backend.ready_team().engines["solver"] = engine
+    limits = (await served.client.get("/engines")).json()[1]["limits"]
+    may_start.clear()
+    engine.kill()
+    async with asyncio.timeout(60):
+        while engine.stats().state is not EngineState.STARTING:  # noqa: ASYNC110  there is no event for it
+            await asyncio.sleep(0.01)
+    response = await served.client.get("/engines")
+    await engine.close()
+    assert response.status_code == 200
+    solver = response.json()[1]
+    assert (solver["state"], solver["limits"]) == ("starting", limits)
 
 
 async def test_each_replica_is_listed_with_its_device_and_pinned_by_its_name(start: Start) -> None:
