@@ -1,30 +1,49 @@
 """Finds the request that crashes its engine, so that it can be refused while the others are served.
 
-It keeps the suspicions against the requests of one engine over the restarts of all of the engine's replicas:
+It keeps the suspicions against the requests of one engine over the restarts of all of the engine's replicas. Only a
+request that was alone in a replica is convicted of the replica's death. When several are in flight, any of them can be
+the cause, whether or not it has streamed something, or none: a GPU fails too.
 
-- A request that crashes an engine usually does so before its first token. The suspects of a crash are therefore the
-  requests in the replica that had streamed nothing yet, or all requests in it if each had streamed something.
-- A request that was alone in the replica when it crashed is poison: it is refused and not sent again.
-- If there are several suspects, they are sent again one at a time, each after the previous one has its first token. New
-  requests wait in the same line. The next crash then has only one suspect that was suspected before, and that one is
-  poison. A suspect that crashed an engine after its first token keeps its turn until its reply ends.
-- A death from outside, by the kernel's OOM killer or an operator, says little about the requests. It makes a request
-  poison only the third time.
+- The death of a replica counts against every request in flight there. Its first kill does not count against a request:
+  the kernel's OOM killer, an operator or the loss of a node often ends an engine for other reasons.
+- A request that was alone is poison at its first crash, its second hang or its fourth kill (DEATHS_TO_CONVICT). It is
+  refused and not sent again. The deaths that it was in flight at no longer count against the others.
+- Suspects are sent alone, one after the other, and all other requests wait for them:
+
+| deaths that count | who is suspected | what is generated alone |
+|---|---|---|
+| 1 | a request that had streamed nothing | one token, as a test |
+| 2 | every request | what a dying engine can have generated beyond what was streamed, as a test |
+| 3 and more | every request | the reply |
+
+So poison is found at its second crash if it crashes before its first token, and at its third if it crashes later. The
+tokens of a test are discarded. After TURN_S, and after twice as long for each death that counts, a request no longer
+keeps others out of its replica. A crash then proves nothing, but the next turn is longer.
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Hashable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from runtime.engines.request import Chunk
 from runtime.errors import Death
 
-KILLS = 3
-"""A request is poison if this many engines were killed while it was a suspect, the last time as the only one."""
-TURN_S = 10.0
-"""The longest turn, in seconds after a replica has received the request."""
+DEATHS_TO_CONVICT = {Death.CRASHED: 1, Death.HUNG: 2, Death.KILLED: 4}
+"""A request is poison if it was alone in a replica when it died, and this many such deaths count against it."""
+TURN_S = 40.0
+"""Half the longest turn of a suspect that one death counts against, in seconds. A hang is noticed within that turn."""
+IN_TRANSIT_TOKENS = 64
+"""More tokens than are lost on their way from an engine that dies."""
+
+
+@dataclass(frozen=True, eq=False)
+class Incident:
+    """The death of a replica, and the calls that were in flight there."""
+
+    death: Death
+    calls: frozenset["Call"]
 
 
 @dataclass(eq=False)
@@ -32,21 +51,38 @@ class Call:
     """One request and what is known about it.
 
     - `tokens`, `characters`: the token ids, and the length of the text, that were streamed of its reply.
-    - `crashes`, `kills`: how many engines crashed (or hung), and how many were killed, while it was a suspect.
-    - `answered`: the engine that has it now has streamed something of its reply.
-    - `suspected`: it became a suspect and has not been served since.
-    - `late`: it may crash an engine after its first token.
+    - `incidents`: the deaths of replicas that had it, without those that another request was convicted of.
+    - `answered`: the replica that has it now has streamed something of its reply.
+    - `untested`: it has to be tested alone before it is sent with others.
+    - `turn_ends_s`: until when it keeps suspects out of its replica, on the event loop's clock.
     - `poison`: how the engine ended that it is blamed for, or None.
     """
 
     tokens: list[int] = field(default_factory=list)
     characters: int = 0
-    crashes: int = 0
-    kills: int = 0
+    incidents: list[Incident] = field(default_factory=list)
     answered: bool = False
-    suspected: bool = False
-    late: bool = False
+    untested: bool = False
+    turn_ends_s: float = 0.0
     poison: Death | None = None
+
+    def count(self, death: Death) -> int:
+        """Return how many deaths of a kind it was in flight at."""
+        return sum(incident.death is death for incident in self.incidents)
+
+    @property
+    def suspicion(self) -> int:
+        """How many deaths count against it."""
+        return len(self.incidents) - min(self.count(Death.KILLED), 1)
+
+    @property
+    def suspected(self) -> bool:
+        """True if it has to be sent alone."""
+        return self.untested or self.suspicion > 2
+
+    def test_tokens(self, stream_interval: int) -> int:
+        """Return how many tokens its test has to generate."""
+        return 1 if self.suspicion < 2 else stream_interval + IN_TRANSIT_TOKENS
 
 
 class Quarantine:
@@ -54,84 +90,94 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._sent: defaultdict[Hashable, set[Call]] = defaultdict(set)
+        self._left = asyncio.Event()
         self._suspects: set[Call] = set()
+        self._no_suspects = asyncio.Event()
+        self._no_suspects.set()
         self._line = asyncio.Lock()
         self._turn: Call | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
     async def turn(self, call: Call) -> AsyncIterator[None]:
-        """Wait until the call may be sent. While there are suspects, calls are sent one at a time."""
+        """Wait until the call may be sent. Suspects are sent one at a time, and before all others."""
         try:
             if call.suspected:
-                self._suspects.add(call)
-            if self._suspects:
                 await self._wait_in_line(call)
+            while self.must_wait(call):
+                await self._no_suspects.wait()
             yield
         finally:
             for calls in self._sent.values():
                 calls.discard(call)
-            self._suspects.discard(call)
+            self._left.set()
             self._end_turn(call)
 
     async def _wait_in_line(self, call: Call) -> None:
+        self._suspects.add(call)
+        self._no_suspects.clear()
         await self._line.acquire()
         self._turn = call
-        if not self._suspects:
+        if not call.suspected:  # another one has been convicted meanwhile
             self._end_turn(call)
 
     def must_wait(self, call: Call) -> bool:
         """Return True if suspects have appeared since the call was let through."""
         return bool(self._suspects) and self._turn is not call
 
+    async def until_alone(self, call: Call, replica: Hashable) -> None:
+        """Wait until a suspect's replica is empty, or the turns of all requests in it are over."""
+        others = self._sent[replica]
+        if self._turn is not call or not others:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(max(other.turn_ends_s for other in others)):
+                while others:
+                    self._left.clear()
+                    await self._left.wait()
+
     def sent(self, call: Call, replica: Hashable) -> None:
         """Note that a replica has the call from now on, until its turn ends or the replica dies."""
+        loop = asyncio.get_running_loop()
         call.answered = False
+        call.turn_ends_s = loop.time() + TURN_S * 2**call.suspicion
         self._sent[replica].add(call)
         if self._turn is call:
             # A reader that stops reading, or an engine that admits nothing, must not block the line for ever.
-            self._timer = asyncio.get_running_loop().call_later(TURN_S, self._end_turn, call)
+            self._timer = loop.call_at(call.turn_ends_s, self._end_turn, call)
 
     def streamed(self, call: Call, chunk: Chunk) -> None:
-        """Note a chunk of the reply. After the first one the next call in the line is sent."""
+        """Note a chunk of the reply."""
         call.tokens += chunk.token_ids
         call.characters += len(chunk.text)
         call.answered = True
-        if not call.late:
-            call.suspected = False
-            self._end_turn(call)
 
     def died(self, replica: Hashable, death: Death) -> None:
         """Judge the calls that a replica had when it died."""
-        sent = self._sent.pop(replica, set())
-        unanswered = {call for call in sent if not call.answered}
-        if death is Death.KILLED:
-            self._judge_kill(unanswered)
-        else:
-            self._judge_crash(unanswered or sent, len(sent) == 1, death)
+        calls = frozenset(self._sent[replica])
+        self._sent[replica].clear()
+        self._left.set()
+        incident = Incident(death, calls)
+        for call in calls:
+            call.incidents.append(incident)
+            call.untested = call.suspicion == 2 or (call.suspicion == 1 and not call.answered)
+        if len(calls) == 1:
+            (alone,) = calls
+            if alone.count(death) >= DEATHS_TO_CONVICT[death]:
+                self._convict(alone, death)
 
-    def _judge_kill(self, suspects: set[Call]) -> None:
-        for call in suspects:
-            call.kills += 1
-            call.suspected |= call.kills > 1
-            if call.kills >= KILLS and len(suspects) == 1:
-                call.poison = Death.KILLED
-
-    def _judge_crash(self, suspects: set[Call], alone: bool, death: Death) -> None:
-        most_crashes = max((call.crashes for call in suspects), default=0)
-        likeliest = [call for call in suspects if call.crashes == most_crashes]
-        for call in suspects:
-            call.crashes += 1
-            call.suspected = True
-            call.late = call.answered and call.crashes > 1
-        crashes_to_convict = 1 if alone and death is Death.CRASHED else 2
-        if len(likeliest) == 1 and likeliest[0].crashes >= crashes_to_convict:
-            likeliest[0].poison = death
+    def _convict(self, call: Call, death: Death) -> None:
+        call.poison = death
+        for incident in call.incidents:
+            for other in incident.calls - {call}:
+                other.incidents.remove(incident)
 
     def _end_turn(self, call: Call) -> None:
+        self._suspects.discard(call)
+        if not self._suspects:
+            self._no_suspects.set()
         if self._turn is call:
             self._turn = None
-            self._suspects.discard(call)
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None

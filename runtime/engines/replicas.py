@@ -10,7 +10,7 @@ import random
 import secrets
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
@@ -19,7 +19,7 @@ from runtime.engines.handle import EngineHandle, EngineState, Recalled
 from runtime.engines.quarantine import Call, Quarantine
 from runtime.engines.reply_replay import ReplyReplay
 from runtime.engines.request import Chunk, GenerateRequest
-from runtime.errors import EngineDead, RequestQuarantined
+from runtime.errors import EngineDead, RequestQuarantined, RequestRefused
 
 LOOKED_AT = 8
 """How many replicas the choice for a request looks at."""
@@ -97,9 +97,14 @@ class Replicas:
                 try:
                     async with self._quarantine.turn(call):
                         replica = await self._ready_replica(meter, failed, request.session)
-                        if self._quarantine.must_wait(call):
+                        await self._quarantine.until_alone(call, replica)
+                        if self._quarantine.must_wait(call) or not replica.is_ready:
                             continue
                         self._quarantine.sent(call, replica)
+                        if call.untested:
+                            await self._test(replica, request, call, sends)
+                            sends += 1
+                            continue
                         async with aclosing(self._rest_of_reply(replica, request, call, sends)) as chunks:
                             async for chunk in chunks:
                                 if not call.tokens:
@@ -219,6 +224,16 @@ class Replicas:
             left,
             key=lambda each: (not each.is_ready, each.state is EngineState.LOST, each.usage.in_flight),
         )
+
+    async def _test(self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int) -> None:
+        """Generate the next tokens of a reply and discard them. Raises EngineDead if the replica dies of them."""
+        most = len(call.tokens) + call.test_tokens(request.stream_interval)
+        part = replace(request, max_tokens=min(most, request.max_tokens or most))
+        with suppress(RequestRefused):  # because of its `min_tokens`, for example
+            async with aclosing(self._rest_of_reply(replica, part, call, sends)) as chunks:
+                async for _ in chunks:
+                    pass
+        call.untested = False
 
     def _rest_of_reply(
         self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from agents.role import Message
-from runtime.engines.fake import FakeEngine, ServiceTime
+from runtime.engines.fake import FakeEngine, ServiceTime, _Sequence
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import Replicas
@@ -15,6 +15,10 @@ from runtime.errors import EngineError
 WORDS = "one two three four five six seven eight"
 REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
 POISON = replace(REQUEST, messages=(Message("user", "poison"),))
+LATE_POISON = replace(REQUEST, messages=(Message("user", "late poison"),), stream_interval=64)
+"""It crashes an engine at the sixth token of its reply. It is streamed as jobs are: the first token, then the rest."""
+LONG = replace(REQUEST, messages=(Message("user", "long"),))
+LONG_WORDS = " ".join([WORDS] * 12)
 QUICK = Patience(hang_s=0.2, pulse_every_s=0.02, backoff_s=(0, 0.01), restarts=4, within_s=60)
 
 
@@ -41,6 +45,13 @@ class Hanging(FakeEngine):
             self._check()
         await super()._spend(seconds)
 
+    def _generate_token(self, sequence: _Sequence) -> None:
+        tokens = len(sequence.request.resume_tokens) + sequence.generated + 1
+        if sequence.request.messages == LATE_POISON.messages and tokens == 6:
+            self.crash()
+        else:
+            super()._generate_token(sequence)
+
 
 @dataclass
 class Made:
@@ -66,6 +77,10 @@ class Made:
                     self.engines[-1].crash()
                 case "kill":
                     self.engines[-1].kill()
+                case "hang":
+                    self.engines[-1].hangs = True
+                case "long":
+                    return LONG_WORDS
             return WORDS.replace("two", "zwei") if self.drift and number else WORDS
 
         engine = Hanging("e", script, times=ServiceTime(step_s=0.01, token_s=0), time_scale=1, grant=grant)
