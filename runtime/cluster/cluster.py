@@ -26,7 +26,7 @@ from runtime.devices.selection import select, sizes
 from runtime.engines.fleet import Measured, OnState
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of
-from runtime.errors import ConfigError, EngineError, TroupeError
+from runtime.errors import ConfigError, Death, EngineError, TroupeError
 
 WATCH_S = 0.5
 """Seconds between two looks for new, lost and returned nodes."""
@@ -287,7 +287,8 @@ class Cluster:
         logging.getLogger(__name__).warning("node %s is lost: %s", member.node.name, member.link.lost)
         for name in member.devices & set(self.devices):
             self.devices[name].lose()
-            for replica in self.devices[name].engines:
+            for replica, engine in self.devices[name].engines.items():
+                engine.on_death(Death.KILLED)
                 self._on_state(replica, EngineState.LOST, _now_s() - self._began_s)
 
     async def _watch(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.spec import ReplicaRange
 from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.usage import Held
-from runtime.errors import EngineError
+from runtime.errors import EngineError, RequestQuarantined
+from runtime.simulation.assembly import right_reply
 from runtime.simulation.modelled_agent import modelled_agent
 from tests.runtime.cluster.nodes import LocalAgent, LocalNodes
 from tests.runtime.cluster.test_cluster import SLOW, assert_right, cluster, ready, running, until, work
@@ -405,6 +407,41 @@ async def test_a_reply_that_is_complete_when_its_agent_is_lost_is_not_replayed(t
                 nodes.agents["a"].kill()
                 await until(lambda: team.devices["a:0"].lost)
         assert [chunk.finish for chunk in chunks if chunk.finish] == ["stop"]
+
+
+@virtual
+async def test_a_request_that_ends_agents_is_refused_and_its_bystanders_are_served(tmp_path: Path) -> None:
+    poison = replace(REQUEST, messages=(Message("user", "poison"),))
+
+    def make(name: str) -> Agent:
+        def script(request: GenerateRequest) -> str:
+            if request.messages == poison.messages:
+                nodes.agents[name].kill()
+            return right_reply(request)
+
+        return modelled_agent(name, time_scale=20, script=script)
+
+    nodes = LocalNodes("a", "b", make=make)
+    async with cluster(nodes, tmp_path, {"solver": 2}) as made, running(made) as team:
+        others = [asyncio.create_task(collect(team.generate("solver", REQUEST))) for _ in range(10)]
+        await until(lambda: team.engines["solver@a:0"].stats().running > 0)
+        async with asyncio.timeout(200):
+            with pytest.raises(RequestQuarantined, match="engine solver was killed; this request is the likeliest"):
+                await collect(team.generate("solver", poison))
+            assert {(await other)[-1].finish for other in others} == {"stop"}
+
+
+@virtual
+async def test_a_request_survives_the_loss_of_three_nodes(tmp_path: Path) -> None:
+    nodes = LocalNodes("a", "b", make=SLOW)
+    async with cluster(nodes, tmp_path, {"solver": 2}) as made, running(made) as team:
+        call = asyncio.create_task(collect(team.generate("solver", REQUEST)))
+        for _ in range(3):
+            await until(lambda: any(team.engines[f"solver@{node}:0"].stats().running for node in "ab"))
+            [node] = [node for node in "ab" if team.engines[f"solver@{node}:0"].stats().running]
+            nodes.agents[node].kill()
+            await until(lambda node=node: team.devices[f"{node}:0"].lost)  # type: ignore[misc]
+        assert (await call)[-1].finish == "stop"
 
 
 async def test_a_second_head_is_refused_by_an_agent_that_was_held_up() -> None:
