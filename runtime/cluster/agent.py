@@ -221,6 +221,8 @@ class Agent:
                 self._change_replicas(attachment, message.number, self._add(message.replica))
             case wire.Remove():
                 self._change_replicas(attachment, message.number, self._remove(message.replica))
+            case wire.Excuse():
+                self._device_of(message.replica).engines[message.replica].excuse_death()
             case wire.Abort():
                 attachment.abort(message.number)
             case wire.Expect():

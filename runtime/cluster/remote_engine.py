@@ -150,6 +150,9 @@ class RemoteEngine(EngineHandle):
         if self.is_lost:
             raise EngineDead(f"engine {self.name} is lost: {self._link.lost or 'its device is gone'}")
 
+    def excuse_death(self) -> None:
+        self._link.post(wire.Excuse(self.name))
+
     def kill(self) -> None:
         """Do nothing: its agent kills it if it hangs."""
 

@@ -17,7 +17,7 @@ from runtime.engines.usage import Account
 from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 from runtime.residency import keeper
 
-VERSION = 2
+VERSION = 3
 """Raise it with every change of a message. A head and an agent of different versions refuse each other."""
 T = TypeVar("T")
 
@@ -60,6 +60,12 @@ class Remove(Message, frozen=True):
     """Let a replica serve what has a token, then end it."""
 
     number: int
+    replica: str
+
+
+class Excuse(Message, frozen=True):
+    """A request caused the latest death of a replica: see EngineHandle.excuse_death."""
+
     replica: str
 
 
@@ -118,7 +124,7 @@ class Pin(Message, frozen=True):
     grant: Grant | None
 
 
-ToAgent = Generate | UntilReady | Add | Remove | Abort | Expect | ExpectJob | UsePolicy | Pause | Pin
+ToAgent = Generate | UntilReady | Add | Remove | Excuse | Abort | Expect | ExpectJob | UsePolicy | Pause | Pin
 
 
 # From an agent to the head.

@@ -191,6 +191,9 @@ class EngineHandle(ABC):
     async def pulse(self) -> None:
         """Return once the engine has completed a round of its loop, which shows that it lives. Raise EngineDead."""
 
+    def excuse_death(self) -> None:  # noqa: B027  only a supervised engine counts its deaths
+        """Note that a request caused the latest death, so that it does not count against the engine."""
+
     @abstractmethod
     def kill(self) -> None:
         """Kill the engine's process. Its requests in flight raise EngineDead."""

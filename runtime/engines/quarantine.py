@@ -7,7 +7,8 @@ the cause, whether or not it has streamed something, or none: a GPU fails too.
 - The death of a replica counts against every request in flight there. Its first kill does not count against a request:
   the kernel's OOM killer, an operator or the loss of a node often ends an engine for other reasons.
 - A request that was alone is poison at its first crash, its second hang or its fourth kill (DEATHS_TO_CONVICT). It is
-  refused and not sent again. The deaths that it was in flight at no longer count against the others.
+  refused and not sent again. The deaths that it was in flight at no longer count against the others, nor against the
+  replicas.
 - Suspects are sent alone, one after the other, and all other requests wait for them:
 
 | deaths that count | who is suspected | what is generated alone |
@@ -23,10 +24,11 @@ keeps others out of its replica. A crash then proves nothing, but the next turn 
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+from runtime.engines.handle import EngineHandle
 from runtime.engines.request import Chunk
 from runtime.errors import Death
 
@@ -42,6 +44,7 @@ IN_TRANSIT_TOKENS = 64
 class Incident:
     """The death of a replica, and the calls that were in flight there."""
 
+    replica: EngineHandle
     death: Death
     calls: frozenset["Call"]
 
@@ -89,7 +92,7 @@ class Quarantine:
     """The suspicions against the requests of one engine. Use it on the event loop only."""
 
     def __init__(self) -> None:
-        self._sent: defaultdict[Hashable, set[Call]] = defaultdict(set)
+        self._sent: defaultdict[EngineHandle, set[Call]] = defaultdict(set)
         self._left = asyncio.Event()
         self._suspects: set[Call] = set()
         self._no_suspects = asyncio.Event()
@@ -125,7 +128,7 @@ class Quarantine:
         """Return True if suspects have appeared since the call was let through."""
         return bool(self._suspects) and self._turn is not call
 
-    async def until_alone(self, call: Call, replica: Hashable) -> None:
+    async def until_alone(self, call: Call, replica: EngineHandle) -> None:
         """Wait until a suspect's replica is empty, or the turns of all requests in it are over."""
         others = self._sent[replica]
         if self._turn is not call or not others:
@@ -136,7 +139,7 @@ class Quarantine:
                     self._left.clear()
                     await self._left.wait()
 
-    def sent(self, call: Call, replica: Hashable) -> None:
+    def sent(self, call: Call, replica: EngineHandle) -> None:
         """Note that a replica has the call from now on, until its turn ends or the replica dies."""
         loop = asyncio.get_running_loop()
         call.answered = False
@@ -152,12 +155,12 @@ class Quarantine:
         call.characters += len(chunk.text)
         call.answered = True
 
-    def died(self, replica: Hashable, death: Death) -> None:
+    def died(self, replica: EngineHandle, death: Death) -> None:
         """Judge the calls that a replica had when it died."""
         calls = frozenset(self._sent[replica])
         self._sent[replica].clear()
         self._left.set()
-        incident = Incident(death, calls)
+        incident = Incident(replica, death, calls)
         for call in calls:
             call.incidents.append(incident)
             call.untested = call.suspicion == 2 or (call.suspicion == 1 and not call.answered)
@@ -169,6 +172,7 @@ class Quarantine:
     def _convict(self, call: Call, death: Death) -> None:
         call.poison = death
         for incident in call.incidents:
+            incident.replica.excuse_death()
             for other in incident.calls - {call}:
                 other.incidents.remove(incident)
 

@@ -5,9 +5,8 @@ Requests wait with `until_ready` during a restart or a sleep. A reply ends with 
 """
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -38,7 +37,8 @@ class Patience:
     - `hang_s`: an engine that takes longer for a pulse hangs and is killed.
     - `pulse_every_s`: the time between two pulses.
     - `backoff_s`: the pauses before the first, second, ... restart within `within_s`. The last one repeats.
-    - `restarts`, `within_s`: an engine that needs more than this many restarts within this time has failed.
+    - `restarts`, `within_s`: an engine that needs more than this many restarts within this time has failed. Restarts
+      after deaths that requests have caused do not count.
     """
 
     hang_s: float = 60
@@ -46,6 +46,14 @@ class Patience:
     backoff_s: tuple[float, ...] = (0, 1, 2, 5, 10)
     restarts: int = 5
     within_s: float = 300
+
+
+@dataclass
+class _Fault:
+    """A death or a failed start of the engine. `excused` is True if a request has caused it."""
+
+    at_s: float
+    excused: bool = False
 
 
 class SupervisedEngine(EngineHandle):
@@ -79,7 +87,7 @@ class SupervisedEngine(EngineHandle):
         self._mourned: EngineHandle | None = None
         self._limits: EngineLimits | None = None
         self._failure: str | None = None
-        self._restart_times_s: deque[float] = deque()
+        self._faults: deque[_Fault] = deque()
         self._held = 0
         self._being_served = 0
         self._none_served = asyncio.Event()
@@ -169,8 +177,14 @@ class SupervisedEngine(EngineHandle):
             return
         if self._failure is None and engine is self._engine and engine is not self._mourned:
             self._mourned = engine
+            self._note_fault()
             self.on_death(death)
             self._suspect()
+
+    def excuse_death(self) -> None:
+        fault = next((fault for fault in reversed(self._faults) if not fault.excused), None)
+        if fault is not None:
+            fault.excused = True
 
     def _suspect(self) -> None:
         """Hold new requests back and check the engine now."""
@@ -247,32 +261,37 @@ class SupervisedEngine(EngineHandle):
         return True
 
     async def _restart(self) -> None:
-        """Start a new engine with the latest grant. Pause between attempts, and fail after too many."""
+        """Start a new engine with the latest grant. Pause longer after each fault, and fail after too many."""
         grant = self._engine.stats().grant
         reason = "it died"
         while True:
             await self._end_process()
-            restarts = self._count_recent_restarts()
+            faults = self._recent_faults()
+            restarts = sum(not fault.excused for fault in faults) - 1
             if restarts >= self._patience.restarts:
                 self._fail(f"{restarts} restarts within {self._patience.within_s:g} s; {reason}")
                 return
-            self._restart_times_s.append(time.monotonic())
-            await asyncio.sleep(self._patience.backoff_s[min(restarts, len(self._patience.backoff_s) - 1)])
+            pauses_s = self._patience.backoff_s
+            await asyncio.sleep(pauses_s[min(len(faults), len(pauses_s)) - 1])
             self._on_state(EngineState.STARTING)
             self._engine = self._make(grant)
             try:
                 await self._engine.start()
             except EngineError as error:
                 reason = str(error)
+                self._note_fault()
             else:
                 self._enter_ready()
                 return
 
-    def _count_recent_restarts(self) -> int:
-        oldest_s = time.monotonic() - self._patience.within_s
-        while self._restart_times_s and self._restart_times_s[0] < oldest_s:
-            self._restart_times_s.popleft()
-        return len(self._restart_times_s)
+    def _note_fault(self) -> None:
+        self._faults.append(_Fault(asyncio.get_running_loop().time()))
+
+    def _recent_faults(self) -> Sequence[_Fault]:
+        oldest_s = asyncio.get_running_loop().time() - self._patience.within_s
+        while self._faults and self._faults[0].at_s < oldest_s:
+            self._faults.popleft()
+        return self._faults
 
     def _fail(self, reason: str) -> None:
         self._failure = f"engine {self.name} keeps failing: {reason}"

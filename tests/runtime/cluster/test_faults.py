@@ -432,6 +432,28 @@ async def test_a_request_that_ends_agents_is_refused_and_its_bystanders_are_serv
 
 
 @virtual
+async def test_poison_uses_up_no_restarts_of_an_agents_engine(tmp_path: Path) -> None:
+    poison = replace(REQUEST, messages=(Message("user", "poison"),))
+
+    def script(request: GenerateRequest) -> str:
+        if request.messages == poison.messages:
+            supervised: Any = on_agent()
+            supervised._engine.crash()
+        return right_reply(request)
+
+    def on_agent() -> EngineHandle:
+        return nodes.agents["a"].agent._devices["a:0"].engines["solver@a:0"]
+
+    nodes = LocalNodes("a", make=lambda name: modelled_agent(name, script=script))
+    async with cluster(nodes, tmp_path) as made, running(made) as team:
+        for _ in range(8):
+            with pytest.raises(RequestQuarantined, match="engine solver crashed"):
+                await collect(team.generate("solver", poison))
+        assert (await collect(team.generate("solver", REQUEST)))[-1].finish == "stop"
+        assert on_agent().state is EngineState.READY
+
+
+@virtual
 async def test_a_request_survives_the_loss_of_three_nodes(tmp_path: Path) -> None:
     nodes = LocalNodes("a", "b", make=SLOW)
     async with cluster(nodes, tmp_path, {"solver": 2}) as made, running(made) as team:

@@ -9,6 +9,7 @@ import pytest
 
 from agents.role import Message
 from runtime.engines import quarantine
+from runtime.engines.handle import EngineState
 from runtime.engines.replicas import Replicas
 from runtime.engines.request import Chunk
 from runtime.engines.supervised import SupervisedEngine
@@ -135,6 +136,26 @@ async def test_a_reader_that_stops_reading_delays_others_by_one_turn_at_most(
     assert text(await reply(replicas)) == WORDS
     assert 0.3 < asyncio.get_running_loop().time() - began_s < 0.4 + 0.1
     await stalled.aclose()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+async def test_crashes_of_poison_use_up_no_restarts_but_are_paused_between(made: Made, beside: bool) -> None:
+    patience = replace(QUICK, backoff_s=(0, 1), restarts=4, within_s=600)
+    async with SupervisedEngine("e", made.make, patience=patience) as engine:
+        replicas = Replicas("e", [engine])
+        began_s = asyncio.get_running_loop().time()
+        for _ in range(10):
+            bystander = asyncio.create_task(reply(replicas)) if beside else None
+            await asyncio.sleep(0.03)
+            with pytest.raises(RequestQuarantined):
+                await reply(replicas, POISON)
+            if bystander is not None:
+                assert text(await bystander) == WORDS
+        crashes = 20 if beside else 10
+        assert asyncio.get_running_loop().time() - began_s > crashes - 2
+        assert text(await reply(replicas)) == WORDS
+        assert len(made.engines) == 1 + crashes
+        assert engine.stats().state is EngineState.READY
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -77,6 +77,22 @@ async def test_an_engine_that_keeps_dying_fails_with_the_reason(
     assert "keeps failing" in getattr(outcome, "reason", "")
 
 
+async def test_an_engine_that_dies_without_a_request_fails(engine: SupervisedEngine, made: Made) -> None:
+    for death in range(QUICK.restarts + 1):
+        assert (engine.stats().state, len(made.engines)) == (EngineState.READY, death + 1)
+        made.engines[-1].crash()
+        await asyncio.sleep(1)
+    assert engine.stats().state is EngineState.FAILED
+
+
+async def test_an_engine_may_die_again_after_a_while(made: Made) -> None:
+    async with SupervisedEngine("e", made.make, patience=replace(QUICK, within_s=10)) as engine:
+        for _ in range(3 * QUICK.restarts):
+            made.engines[-1].crash()
+            await asyncio.sleep(3)
+        assert engine.stats().state is EngineState.READY
+
+
 async def test_a_failed_first_start_raises(made: Made) -> None:
     supervised = SupervisedEngine("e", made.make)
     made.engines[0].fails_to_start = True
