@@ -94,7 +94,7 @@ class Member(Section):
         gt=0,
         allow_inf_nan=False,
         description="Objective for the duration of one job, in seconds. The policy `turns` serves an engine earlier "
-        "while a job that waits for it has taken a large part of it.",
+        "while it keeps a job waiting that has already used a large part of this time.",
     )
     slo_s: float | None = Field(
         default=None,

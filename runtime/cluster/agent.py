@@ -281,6 +281,7 @@ class Agent:
             device.keeper.look()
             async with aclosing(engine.generate(request)) as chunks:
                 async for chunk in chunks:
+                    engine.usage.answered += chunk.finish is not None
                     attachment.say(wire.Streamed(message.number, chunk))
 
     async def _until_ready(self, replica: str) -> None:

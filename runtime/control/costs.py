@@ -56,9 +56,10 @@ UTILIZATION_S = 1.0
 
 @dataclass(frozen=True)
 class Utilization:
-    """The part of the time in which a GPU is busy, from 0 to 1: with any process, and with the engines' own.
+    """The part of the time in which a GPU is busy, from 0 to 1.
 
-    `own` is None if NVML does not report it for every engine that computes.
+    `device` counts all processes, and `own` only those of the engines. `own` is None if NVML does not report it for
+    every engine that computes; then all of `device` counts as theirs.
     """
 
     device: float
@@ -70,8 +71,8 @@ class Utilization:
         return min(self.device, self.device if self.own is None else self.own) >= SATURATED
 
     @property
-    def partly(self) -> float | None:
-        """The part of the time in which the engines keep a GPU busy that has room for more; None if it has none.
+    def unsaturated(self) -> float | None:
+        """The part of the time in which the engines keep the GPU busy; None if that says nothing about its room.
 
         A GPU that another process fills slows the engines down, and says nothing about how they would share it.
         """
@@ -294,7 +295,7 @@ class Costs:
         if not computing:
             return
         recent_work = self._recently_worked_s / self._recent_s
-        if utilization and (busy := utilization.partly) is not None:
+        if utilization and (busy := utilization.unsaturated) is not None:
             self._add_evidence(elapsed_s * recent_work, elapsed_s * busy)
         elif len(computing) > 1 and settled and done.keys() == computing:
             speed = sum(alone_s[name] / new.busy_s for name, new in done.items())

@@ -21,9 +21,9 @@ def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, tu
 
     - An engine that was paused for MOST_S, in which a request has waited for that long, admits requests until it runs
       one. Its KV cache is never below its floor, so it has room for one at least.
-    - An engine of which no request has ended for MOST_S may be paused, but its running requests are not preempted.
+    - An engine that has completed no reply for MOST_S may be paused, but its running requests are not preempted.
 
-    After an overdue pause, at least one request therefore ends, even if a policy preempts at every tick.
+    After an overdue pause, it therefore completes at least one reply, even if a policy preempts at every tick.
     """
     changed = {}
     for name, view in snapshot.engines.items():
@@ -34,7 +34,7 @@ def end_overdue(snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, tu
         if min(view.paused_s, max(view.oldest_wait_s, view.stalled_s)) > MOST_S:
             changed[name] = admitting(grant, view.limits), f"was paused for {view.paused_s:.0f} s: admits requests"
         elif grant.preempt and view.unanswered_s > MOST_S:
-            reason = f"no request has ended for {view.unanswered_s:.0f} s: paused without preempting"
+            reason = f"no reply was completed for {view.unanswered_s:.0f} s: paused without preempting"
             changed[name] = replace(grant, preempt=False), reason
     return changed
 

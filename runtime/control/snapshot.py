@@ -25,7 +25,7 @@ class EngineView:
       requests wait counts until one of them runs.
     - `stalled_s`: for how long it has completed no step although it has requests that run or that it could admit, in
       seconds.
-    - `unanswered_s`: for how long it has had requests and none has ended, in seconds.
+    - `unanswered_s`: for how long it has had requests and has completed no reply, in seconds.
     - `cost`: what its steps cost.
     - `prompt_ratio`: how many prompt tokens its steps computed recently for each token that they generated.
     - `utilization`: the part of the time in which it used the device, as NVML reports it for its process; None if

@@ -43,6 +43,7 @@ class _History:
     answered_at_s: float
     arrived: int
     finished: int
+    answered: int
     arrivals_per_s: float = 0.0
     completions_per_s: float = 0.0
     sequence_bytes: float = 0.0
@@ -88,6 +89,10 @@ class Snapshotter:
             for name, engine in self._engines.items()
             if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
         }
+        for name, history in self._history.items():
+            if name not in ready:  # it restarts or sleeps, and is neither paused nor stalled
+                history.stepped_at_s = history.answered_at_s = now_s
+                history.paused_since_s = None
         if ready:
             self._uuids = {self._engines[name].limits.device_uuids for name in ready}
         device, processes = self._device(held_bytes)
@@ -148,7 +153,7 @@ class Snapshotter:
         usage = engine.usage
         history = self._history.get(name)
         if history is None:
-            history = self._history[name] = _History(now_s, now_s, now_s, usage.arrived, usage.finished)
+            history = self._history[name] = _History(now_s, now_s, now_s, usage.arrived, usage.finished, usage.answered)
         used_bytes = int(stats.kv_cache_usage * stats.kv_cache_bytes)
         decayed_peak = history.peak_in_flight * math.exp((history.at_s - now_s) / PEAK_DECAY_S)
         history.peak_in_flight = max(in_flight, decayed_peak)
@@ -275,8 +280,8 @@ def _update(history: _History, engine: EngineHandle, stats: EngineStats, now_s: 
     could_step = running or (admits and usage.in_flight)
     if not could_step or admits != history.admits or stats.work.steps != history.steps:
         history.admits, history.steps, history.stepped_at_s = admits, stats.work.steps, now_s
-    if not usage.in_flight or usage.finished != history.finished:
-        history.answered_at_s = now_s
+    if not usage.in_flight or usage.answered != history.answered:
+        history.answered, history.answered_at_s = usage.answered, now_s
     if running and used_bytes:
         newest = max(used_bytes / running, engine.limits.block_bytes)
         mean = history.sequence_bytes or newest

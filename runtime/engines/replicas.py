@@ -110,6 +110,7 @@ class Replicas:
                                 if not call.tokens:
                                     self._remember(request.session, replica, chunk.prompt_tokens)
                                 self._quarantine.streamed(call, chunk)
+                                replica.usage.answered += chunk.finish is not None
                                 yield chunk
                     return
                 except Recalled:

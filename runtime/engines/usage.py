@@ -120,6 +120,7 @@ class UsageMeter:
     """The requests of one engine and their charges. All times are on the event loop's clock, in seconds.
 
     - `arrived`, `finished`: counts of requests.
+    - `answered`: how many of the finished ones have got a whole reply. Others were aborted, or sent to another replica.
     - `idle`: the charge for the time without requests in flight.
     - `gpus`: on how many GPUs the engine holds the same bytes. Charges are for all of them.
     """
@@ -128,6 +129,7 @@ class UsageMeter:
         self.gpus = 1
         self.arrived = 0
         self.finished = 0
+        self.answered = 0
         self.idle = Charge()
         self._spent = {held: Spent() for held in Held}
         self._in_flight: dict[int, _InFlight] = {}

@@ -78,7 +78,7 @@ MOST_URGENT = 10.0
 """The most by which an objective multiplies an engine's weight."""
 MEASURED_BESIDE = ENOUGH / 2
 """Confidence in a cost from which objectives are kept. The cost of an engine that never computes alone has at most
-ENOUGH; half of that is as many samples as ENOUGH is for one that does."""
+ENOUGH."""
 MEASURED = 0.9
 """Confidence in the lanes from which requests are preempted. Until then they finish beside the other engines, which
 shows how many lanes there are."""
@@ -289,15 +289,23 @@ class _Demand:
         if objective_s is None:
             return {}, {}
         draining = [i for i, v in enumerate(self.views) if v.running and i not in chosen and i not in self.preempted]
+        # If there is no time beside the draining engines, the objective holds again once they have drained.
+        kept = draining and self._limits_beside(draining, objective_s, chosen, sizes)
+        return kept or self._limits_beside([], objective_s, chosen, sizes) or ({}, {})
+
+    def _limits_beside(
+        self, draining: Engines, objective_s: float, chosen: Engines, sizes: Sizes
+    ) -> tuple[Mapping[int, int], Mapping[int, int]] | None:
+        """Return what `limits` does, for rounds in which some engines still run requests; None if nothing keeps it."""
         stepping = [*chosen, *draining]
         costs = [self.views[index].cost for index in stepping]
         if any(cost.confidence < MEASURED_BESIDE for cost in costs):
-            return {}, {}
+            return None
         lanes = min(self._snapshot.lanes, len(stepping))
         drain_s = sum(self.views[index].cost.sequence_s * self.views[index].running for index in draining) / lanes
         left_s = objective_s - sum(cost.step_s for cost in costs) / lanes - drain_s
         if left_s <= 0:
-            return {}, {}
+            return None
         counts = dict(zip(chosen, self._sequences(chosen, [sizes[index] for index in chosen]), strict=True))
         decode_s = prefill_s = 0.0
         for index, count in counts.items():

@@ -637,7 +637,7 @@ async def test_requests_end_although_a_policy_preempts_their_engine_at_every_tic
         assert {reason.split(" for ")[0] for reason in reasons} == {
             "preempting",
             "was paused",
-            "no request has ended",
+            "no reply was completed",
         }
         shown = next(r.decision for r in rig.records if r.decision and r.decision.reasons["b"].startswith("was paused"))
         assert shown.grants["b"].max_active_seqs == 500  # the record has what was applied

@@ -148,7 +148,7 @@ def test_a_saturated_device_has_no_more_lanes_than_its_engines_use() -> None:
     assert pair.costs.lanes == pytest.approx(1.6, rel=0.1)
 
 
-def test_an_idle_device_that_another_process_uses_says_nothing_about_the_lanes() -> None:
+def test_utilization_is_no_evidence_while_no_engine_computes() -> None:
     pair = Pair()
     for active in "abab":
         pair.look(100, Utilization(0.4), active)
@@ -160,7 +160,7 @@ def test_an_idle_device_that_another_process_uses_says_nothing_about_the_lanes()
 @pytest.mark.parametrize(
     "shared", [Utilization(0.8, own=0.4), Utilization(1.0, own=0.4), Utilization(1.0, own=0.95)], ids=str
 )
-def test_the_use_of_a_device_by_another_process_is_not_the_engines_own(shared: Utilization) -> None:
+def test_only_the_engines_own_use_of_a_device_is_evidence(shared: Utilization) -> None:
     """The engines' own use of 0.4 shows 2 lanes; a device without room shows nothing about engines that run alone."""
     pair = Pair()
     for active in "abab":

@@ -42,14 +42,14 @@ def test_an_engine_that_reports_requests_as_running_but_makes_no_step_is_overdue
     assert set(pauses.end_overdue(seen, {})) == {"a"}
 
 
-def test_requests_of_an_engine_that_has_finished_none_for_long_are_not_preempted() -> None:
+def test_requests_of_an_engine_that_has_completed_no_reply_for_long_are_not_preempted() -> None:
     seen = snapshot(
         *(view(name, in_flight=3, unanswered_s=pauses.MOST_S + more) for name, more in (("a", 1), ("b", -1)))
     )
     ended = {name: replace(v.grant, max_active_seqs=0, preempt=True) for name, v in seen.engines.items()}
     changed = pauses.end_overdue(seen, ended)
     assert changed == {
-        "a": (replace(ended["a"], preempt=False), "no request has ended for 31 s: paused without preempting")
+        "a": (replace(ended["a"], preempt=False), "no reply was completed for 31 s: paused without preempting")
     }
 
 

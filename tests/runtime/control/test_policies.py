@@ -303,6 +303,8 @@ def test_turns_keeps_objectives_per_token_beside_engines_whose_turn_has_ended() 
     seen = changed(team(a=5, b=90), "b", tpot_slo_s=0.024)
     assert decided_sequences(changed(seen, "a", running=0)) == LIMITS.seqs_ceiling
     assert decided_sequences(changed(seen, "a", running=5)) == 35
+    without_time = changed(changed(seen, "a", running=5), "b", tpot_slo_s=0.01305)
+    assert decided_sequences(without_time) == 30  # as if the other engine had drained
 
 
 def decided_sequences(seen: Snapshot) -> int:

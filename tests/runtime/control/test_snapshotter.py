@@ -4,11 +4,11 @@ import asyncio
 from dataclasses import replace
 
 from runtime.control.forecast import Forecast
-from runtime.control.snapshot import EngineView
+from runtime.control.snapshot import EngineView, Snapshot
 from runtime.control.snapshotter import Snapshotter
 from runtime.engines.fake import FakeEngine
 from runtime.engines.grant import Grant
-from runtime.engines.handle import EngineStats, Work
+from runtime.engines.handle import EngineState, EngineStats, Work
 from tests.runtime.control.test_controller import simulated
 
 
@@ -20,10 +20,12 @@ class Reporting(FakeEngine):
         self.running = 0
         self.steps = 7
         self.admits = True
+        self.state_now = EngineState.READY
 
     def stats(self) -> EngineStats:
         grant = Grant(1.0, 64 if self.admits else 0, 2048)
-        return replace(super().stats(), grant=grant, running=self.running, work=Work(steps=self.steps))
+        work = Work(steps=self.steps)
+        return replace(super().stats(), state=self.state_now, grant=grant, running=self.running, work=work)
 
 
 class Rig:
@@ -35,8 +37,15 @@ class Rig:
 
     async def after(self, seconds: float) -> EngineView:
         """Return the engine's view after some time."""
+        return (await self._take(seconds)).engines["a"]
+
+    async def without_view(self, seconds: float) -> bool:
+        """Return True if the engine is not in the snapshot after some time."""
+        return not (await self._take(seconds)).engines
+
+    async def _take(self, seconds: float) -> Snapshot:
         await asyncio.sleep(seconds)
-        return self._snapshotter.take(asyncio.get_running_loop().time(), 1000, 0).engines["a"]
+        return self._snapshotter.take(asyncio.get_running_loop().time(), 1000, 0)
 
 
 @simulated
@@ -82,7 +91,7 @@ async def test_a_pause_lasts_until_a_request_runs() -> None:
 
 
 @simulated
-async def test_an_engine_with_requests_is_unanswered_until_one_ends() -> None:
+async def test_an_engine_with_requests_is_unanswered_until_it_completes_a_reply() -> None:
     rig = Rig()
     await rig.engine.start()
     await rig.after(10)
@@ -90,5 +99,22 @@ async def test_an_engine_with_requests_is_unanswered_until_one_ends() -> None:
     with rig.engine.usage.request(0):
         with rig.engine.usage.request(0):
             assert (await rig.after(3)).unanswered_s == 3
+        assert (await rig.after(1)).unanswered_s == 4  # the request was aborted
+        rig.engine.usage.answered += 1
         assert (await rig.after(1)).unanswered_s == 0
         assert (await rig.after(2)).unanswered_s == 2
+
+
+@simulated
+async def test_an_engine_that_sleeps_is_neither_paused_nor_stalled() -> None:
+    rig = Rig()
+    await rig.engine.start()
+    rig.engine.admits = False
+    await rig.after(1)
+    with rig.engine.usage.request(0):
+        await rig.after(5)
+        rig.engine.state_now = EngineState.ASLEEP
+        assert await rig.without_view(600)
+        rig.engine.state_now = EngineState.READY
+        woken = await rig.after(1)
+        assert (woken.paused_s, woken.stalled_s, woken.unanswered_s) == (0, 0, 1)
