@@ -65,7 +65,8 @@ class Journal:
     """An async context manager that holds a journal open for the one service that works its jobs.
 
     Entering raises JournalError if another service holds the file, or if it is damaged or cannot be written. Leaving
-    commits every write that was posted, then closes the file. Writes that still fail are given up.
+    tries every write that was posted, and once more those that have failed, then closes the file. Writes that fail even
+    then are given up.
 
     A write of a `job` is not lost: it is kept in memory and tried until the file takes it, and the job's later writes
     wait behind it. Any other write fails at the first fault of the file.
@@ -81,6 +82,7 @@ class Journal:
         self._writes: queue.SimpleQueue[_PendingWrite[Any] | None] = queue.SimpleQueue()
         self._failed: list[_PendingWrite[Any]] = []  # of jobs, for the next try; only the writer thread uses it
         self._retry_at = 0.0
+        self._last_event = 0
         self._thread: threading.Thread | None = None
         self._lock: TextIO | None = None
         self._reader: Connection | None = None
@@ -143,14 +145,20 @@ class Journal:
     def _run_writer(self, connection: Connection) -> None:
         """Commit transaction after transaction, in the writer thread."""
         with closing(connection):
-            last_event = queries.last_event(connection)
+            self._last_event = queries.last_event(connection)
             while writes := self._next_writes():
-                committed = self._commit(connection, writes, last_event)
-                last_event = committed.last_event
-                self._keep_failed(writes, committed.outcomes)
-                self._update_fault(committed.outcomes)
-                with suppress(RuntimeError):  # the event loop is closed, so no caller waits
-                    self._loop.call_soon_threadsafe(self._report, writes, committed)
+                self._transact(connection, writes)
+            if self._failed:
+                self._transact(connection, self._take_failed())
+
+    def _transact(self, connection: Connection, writes: Sequence[_PendingWrite[Any]]) -> None:
+        """Do the writes in one transaction, keep those that must be retried, and report the others to their callers."""
+        committed = self._commit(connection, writes)
+        self._last_event = committed.last_event
+        self._keep_failed(writes, committed.outcomes)
+        self._update_fault(committed.outcomes)
+        with suppress(RuntimeError):  # the event loop is closed, so no caller waits
+            self._loop.call_soon_threadsafe(self._report, writes, committed)
 
     def _next_writes(self) -> list[_PendingWrite[Any]]:
         """Wait for a write; return it and those queued behind it. Return an empty list when the journal is left.
@@ -163,6 +171,9 @@ class Journal:
             with suppress(queue.Empty):
                 first = self._writes.get(timeout=wait_s)
                 return [] if first is None else self._with_following(first)
+        return self._take_failed()
+
+    def _take_failed(self) -> list[_PendingWrite[Any]]:
         failed, self._failed = self._failed, []
         return failed
 
@@ -178,12 +189,12 @@ class Journal:
                 writes.append(following)
         return writes
 
-    def _commit(self, connection: Connection, writes: Sequence[_PendingWrite[Any]], last_event: int) -> _Committed:
+    def _commit(self, connection: Connection, writes: Sequence[_PendingWrite[Any]]) -> _Committed:
         """Do the writes in one transaction. A failed COMMIT fails all of them.
 
         A write that fails is undone alone. If it must be retried, the later writes of its job fail too.
         """
-        transaction = Transaction(connection, last_event)
+        transaction = Transaction(connection, self._last_event)
         outcomes: list[_Outcome] = []
         blocked, waits = {pending.job for pending in self._failed}, _Outcome(error=JournalError(self.fault))
         try:
@@ -197,8 +208,8 @@ class Journal:
                 connection.execute("COMMIT")
         except JournalError as error:
             roll_back(connection)
-            return _Committed([_Outcome(error=error)] * len(writes), (), last_event)
-        return _Committed(outcomes, transaction.events, transaction.last_event or last_event)
+            return _Committed([_Outcome(error=error)] * len(writes), (), self._last_event)
+        return _Committed(outcomes, transaction.events, transaction.last_event or self._last_event)
 
     def _do(self, write: Write[Any], connection: Connection, transaction: Transaction) -> _Outcome:
         """Do one write behind a savepoint. Raises JournalError if SQLite has rolled back the whole transaction."""

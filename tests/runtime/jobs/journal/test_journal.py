@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from runtime.errors import JournalError
 from runtime.jobs.job import JobState
 from runtime.jobs.journal import queries
+from runtime.jobs.journal.database import connect
 from runtime.jobs.journal.journal import Journal
 from runtime.jobs.journal.records import JobEvent
 from runtime.jobs.journal.transaction import Transaction, Write
@@ -133,6 +135,27 @@ async def test_failed_writes_of_a_job_are_retried_in_order(
         assert [await second, await last] == [True, True]
         assert [event.kind for event in published if event.job == "a"] == ["queued", "anew", "running", "cancelled"]
         assert journal.fault is None
+
+
+async def test_leaving_tries_failed_writes_again_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file takes writes again before their next try is due. One of them was never tried."""
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 3600.0)
+    restart, is_full = Transaction.restart, True
+
+    def faulty(transaction: Transaction, id: str) -> None:
+        if is_full:
+            raise sqlite3.OperationalError("database or disk is full")
+        restart(transaction, id)
+
+    monkeypatch.setattr(Transaction, "restart", faulty)
+    async with Journal(tmp_path / "jobs.db") as journal:
+        await journal.write(lambda t: t.accept("a", SUBMISSION))
+        journal.post(lambda t: t.restart("a"), job="a")
+        await journal.write(lambda t: None)
+        is_full = False
+        journal.post(lambda t: t.move("a", JobState.RUNNING), job="a")
+    with closing(connect(tmp_path / "jobs.db")) as sql:
+        assert [event.kind for event in queries.events(sql)] == ["queued", "anew", "running"]
 
 
 async def test_write_of_a_cancelled_caller_is_done(journal: Journal) -> None:
