@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Generic, Self, TextIO, TypeVar
 
@@ -32,9 +33,11 @@ RETRY_S = 1.0
 class _PendingWrite(Generic[T]):
     """A write that waits for its transaction, and the future that its caller holds.
 
-    `job` names the job whose writes must not be lost. It is None for a write that may fail.
+    `number` counts the writes in the order in which they are posted. `job` names the job whose writes must not be lost.
+    It is None for a write that may fail.
     """
 
+    number: int
     write: Write[T]
     done: asyncio.Future[T]
     job: str | None
@@ -80,6 +83,7 @@ class Journal:
         self.fault: str | None = None
         self._on_commit = on_commit
         self._writes: queue.SimpleQueue[_PendingWrite[Any] | None] = queue.SimpleQueue()
+        self._numbers = count()
         self._failed: list[_PendingWrite[Any]] = []  # of jobs, for the next try; only the writer thread uses it
         self._retry_at = 0.0
         self._last_event = 0
@@ -114,7 +118,7 @@ class Journal:
 
     def post(self, write: Write[T], *, job: str | None = None) -> asyncio.Future[T]:
         """Queue a write without waiting for it. Writes are done in the order in which they are posted."""
-        pending = _PendingWrite(write, self._loop.create_future(), job)
+        pending = _PendingWrite(next(self._numbers), write, self._loop.create_future(), job)
         pending.done.add_done_callback(_mark_retrieved)
         self._writes.put(pending)
         return pending.done
@@ -146,10 +150,13 @@ class Journal:
         """Commit transaction after transaction, in the writer thread."""
         with closing(connection):
             self._last_event = queries.last_event(connection)
-            while writes := self._next_writes():
-                self._transact(connection, writes)
+            while (writes := self._next_writes()) is not None:
+                if writes:
+                    self._transact(connection, writes)
+                else:
+                    self._retry(connection)
             if self._failed:
-                self._transact(connection, self._take_failed())
+                self._retry(connection)
 
     def _transact(self, connection: Connection, writes: Sequence[_PendingWrite[Any]]) -> None:
         """Do the writes in one transaction, keep those that must be retried, and report the others to their callers."""
@@ -160,22 +167,35 @@ class Journal:
         with suppress(RuntimeError):  # the event loop is closed, so no caller waits
             self._loop.call_soon_threadsafe(self._report, writes, committed)
 
-    def _next_writes(self) -> list[_PendingWrite[Any]]:
-        """Wait for a write; return it and those queued behind it. Return an empty list when the journal is left.
+    def _retry(self, connection: Connection) -> None:
+        """Try the failed writes again, apart from new ones: a full disk may fail all writes of a transaction.
 
-        Once failed writes are due again, return them instead, and alone: a full disk may fail what shares a transaction
-        with them.
+        If some fail together, try each job's alone, so that a large write does not block those of other jobs. Stop
+        after RETRY_S, because new writes wait meanwhile.
+        """
+        failed, self._failed = sorted(self._failed, key=lambda pending: pending.number), []
+        self._transact(connection, failed)
+        jobs = dict.fromkeys(pending.job for pending in self._failed)
+        stop_at = time.monotonic() + RETRY_S
+        for job in jobs if len(jobs) > 1 else ():
+            if time.monotonic() >= stop_at:
+                break
+            alone = [pending for pending in self._failed if pending.job == job]
+            self._failed = [pending for pending in self._failed if pending.job != job]
+            self._transact(connection, alone)
+        self._retry_at = time.monotonic() + RETRY_S
+
+    def _next_writes(self) -> list[_PendingWrite[Any]] | None:
+        """Wait for a write; return it and those queued behind it. Return None when the journal is left.
+
+        Return an empty list once failed writes are due again.
         """
         wait_s = max(self._retry_at - time.monotonic(), 0) if self._failed else None
         if wait_s != 0:
             with suppress(queue.Empty):
                 first = self._writes.get(timeout=wait_s)
-                return [] if first is None else self._with_following(first)
-        return self._take_failed()
-
-    def _take_failed(self) -> list[_PendingWrite[Any]]:
-        failed, self._failed = self._failed, []
-        return failed
+                return None if first is None else self._with_following(first)
+        return []
 
     def _with_following(self, first: _PendingWrite[Any]) -> list[_PendingWrite[Any]]:
         """Return a write and those queued behind it."""

@@ -26,6 +26,8 @@ from runtime.engines.usage import Usage
 from runtime.errors import Busy, EngineError, InputError, JournalError
 from runtime.jobs.job import JobState
 from runtime.jobs.journal import queries
+from runtime.jobs.journal.database import Connection
+from runtime.jobs.journal.journal import Journal
 from runtime.jobs.journal.records import JobRecord, StartedJob
 from runtime.jobs.journal.transaction import Transaction, open_transaction
 from runtime.jobs.orchestrator import Orchestrator
@@ -459,22 +461,32 @@ async def test_job_survives_a_stop_that_closes_its_engine_first(tmp_path: Path) 
 
 async def test_jobs_start_in_order_after_a_journal_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
+    start, retry, failures, is_full = Transaction.start, Journal._retry, 0, True
+
+    def faulty(transaction: Transaction, id: str) -> StartedJob | None:
+        nonlocal failures
+        if is_full:
+            failures += 1
+            raise sqlite3.OperationalError("database or disk is full")
+        return start(transaction, id)
+
+    def retry_after_the_end_of_the_fault(journal: Journal, connection: Connection) -> None:
+        """Let the fault end between two tries. If it ends during one, the jobs that are tried later start first."""
+        nonlocal is_full
+        is_full = not heals
+        retry(journal, connection)
+
+    heals = False
+    monkeypatch.setattr(Transaction, "start", faulty)
+    monkeypatch.setattr(Journal, "_retry", retry_after_the_end_of_the_fault)
     team = embedded_team()
     async with JobService(tmp_path / "jobs.db", team, Service(jobs_at_once=4)) as jobs:
         ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(50)]
-        failures = 0
-
-        def full(transaction: Transaction, id: str) -> None:
-            nonlocal failures
-            failures += 1
-            raise sqlite3.OperationalError("database or disk is full")
-
-        with monkeypatch.context() as fault:
-            fault.setattr(Transaction, "start", full)
-            jobs.use(Orchestrator(team, await engines(), jobs.on_event))
-            await wait_until(lambda: failures > 20)
-            assert sum(jobs.counts.values()) == 50
-            assert jobs.journal.fault is not None
+        jobs.use(Orchestrator(team, await engines(), jobs.on_event))
+        await wait_until(lambda: failures > 20)
+        assert sum(jobs.counts.values()) == 50
+        assert jobs.journal.fault is not None
+        heals = True
         for id in ids:
             assert (await wait_for_end(jobs, id)).state is JobState.DONE
         events = await jobs.journal.read(partial(queries.events, limit=10**6))

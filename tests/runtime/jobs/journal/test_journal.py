@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -135,6 +136,36 @@ async def test_failed_writes_of_a_job_are_retried_in_order(
         assert [await second, await last] == [True, True]
         assert [event.kind for event in published if event.job == "a"] == ["queued", "anew", "running", "cancelled"]
         assert journal.fault is None
+
+
+async def test_failed_write_does_not_block_the_retries_of_other_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All jobs share the transaction that job a fails, as a reply does that is too large for the disk."""
+    monkeypatch.setattr("runtime.jobs.journal.journal.RETRY_S", 0.01)
+    all_posted, is_full = threading.Event(), True
+
+    def start(id: str) -> Write[bool]:
+        def write(transaction: Transaction) -> bool:
+            if id == "a" and is_full:
+                transaction._sql.execute("ROLLBACK")
+                raise sqlite3.OperationalError("database or disk is full")
+            return transaction.move(id, JobState.RUNNING)
+
+        return write
+
+    async with Journal(tmp_path / "jobs.db") as journal, asyncio.timeout(60):
+        for id in "bac":
+            await journal.write(lambda t, id=id: t.accept(id, SUBMISSION))  # type: ignore[misc]
+        journal.post(lambda t: all_posted.wait())
+        b, a, c = (journal.post(start(id), job=id) for id in "bac")
+        all_posted.set()
+        assert [await b, await c] == [True, True]
+        assert not a.done()
+        assert journal.fault is not None
+        is_full = False
+        assert await a
+    assert [record.levelname for record in caplog.records] == ["ERROR"]  # one fault, logged once
 
 
 async def test_leaving_tries_failed_writes_again_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
