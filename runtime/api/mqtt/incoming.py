@@ -48,8 +48,7 @@ class IncomingMessages:
         self._topics = topics
         self._jobs = jobs
         self._running_team = running_team
-        self._retried = asyncio.Event()  # the end of the latest retry of a submission
-        self._retried.set()
+        self._retries = asyncio.Lock()  # of submissions, first come, first served
 
     async def handle_all(self, connection: Connection) -> None:
         """Handle messages until cancelled. Raises BrokerError if the connection is lost.
@@ -98,20 +97,16 @@ class IncomingMessages:
         await connection.publish(self._topics.accepted(record.id), to_json(accepted), qos=1)
 
     async def _put_into_journal(self, submission: Submission) -> tuple[JobRecord, bool]:
-        """Submit a job, and try again while the journal cannot take it. Later submissions wait meanwhile."""
-        while not self._retried.is_set():
-            await self._retried.wait()
+        """Submit a job, and try again while the journal cannot take it. Submissions that arrive meanwhile wait."""
+        async with self._retries:
+            pass  # release the lock at once, so that submissions share a commit
         with suppress(JournalError):
             return await self._jobs.submit(submission)
-        earlier, self._retried = self._retried, (retried := asyncio.Event())
-        try:
-            await earlier.wait()
+        async with self._retries:
             while True:
                 with suppress(JournalError):
                     return await self._jobs.submit(submission)
                 await asyncio.sleep(RETRY_S)
-        finally:
-            retried.set()
 
     @asynccontextmanager
     async def _left_to_the_next_start(self) -> AsyncIterator[None]:

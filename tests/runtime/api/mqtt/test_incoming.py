@@ -12,6 +12,8 @@ import pytest
 
 from runtime.api.serve import drain
 from runtime.config import Mqtt
+from runtime.errors import JournalError
+from runtime.jobs.journal.records import JobRecord
 from runtime.jobs.journal.transaction import Transaction
 from runtime.jobs.submission import Submission
 from tests.runtime.api.http.conftest import configured, service
@@ -181,6 +183,43 @@ async def test_submissions_keep_their_order_over_a_journal_fault(
             await me.until(TOPICS.accepted("+"), correlation_id=key)
         jobs = (await served.client.get("/jobs")).json()["jobs"]
         assert [job["idempotency_key"] for job in jobs] == [*"654321"]
+
+
+@with_mosquitto
+async def test_waiting_submissions_are_first_come_first_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault becomes known for submission 1, then for submission 2. Submission 3 arrives in between, 4 later."""
+    monkeypatch.setattr("runtime.api.mqtt.incoming.RETRY_S", 0.01)
+    async with brokers.mosquitto(tmp_path) as mqtt, reader(mqtt) as me, service(with_broker(tmp_path, mqtt)) as served:
+        await me.until(TOPICS.state, state="up")
+        submit, tries, is_full = served.backend.jobs.submit, list[str | None](), True
+        failed = {"1": asyncio.Event(), "2": asyncio.Event()}
+
+        async def faulty(submission: Submission) -> tuple[JobRecord, bool]:
+            tries.append(key := submission.idempotency_key)
+            if is_full:
+                await failed[str(key)].wait()
+                raise JournalError("database or disk is full")
+            return await submit(submission)
+
+        async def send(key: str) -> None:
+            await me.submit(key)
+            payload = json.dumps({"correlation_id": key})
+            await me.client.publish(TOPICS.control, payload, qos=1)
+            await me.until(TOPICS.control_result, correlation_id=key)  # so the submission has arrived
+
+        monkeypatch.setattr(served.backend.jobs, "submit", faulty)
+        await send("1")
+        await send("2")
+        failed["1"].set()
+        await wait_until(lambda: tries.count("1") > 1)
+        await send("3")
+        failed["2"].set()
+        await send("4")
+        is_full = False
+        tries.clear()
+        for key in "1234":
+            await me.until(TOPICS.accepted("+"), correlation_id=key)
+        assert tries == [*"1324"]
 
 
 async def test_full_queue_rejects_submissions(tmp_path: Path, mqtt: Mqtt) -> None:
