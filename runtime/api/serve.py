@@ -71,7 +71,7 @@ async def serving(
         if with_broker:
             mqtt = await owned.enter_async_context(embedded_broker.broker(mqtt or Mqtt(), paths.home()))
         if mqtt is not None:
-            client = MqttClient(mqtt, team, jobs, monitor, backend.ready_team, tell)
+            client = MqttClient(mqtt, team, jobs, monitor, backend.ready_team, tell, not with_broker)
             await owned.enter_async_context(background(client.run(), "mqtt"))
         running_team = await owned.enter_async_context(open_team(listeners, monitor.record))
         metrics.engines, metrics.controllers = running_team.engines, running_team.controllers

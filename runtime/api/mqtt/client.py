@@ -30,8 +30,8 @@ class MqttClient:
     """The MQTT side of a service, which works whether or not the broker can be reached.
 
     `running_team` returns the team whose engines are ready, and raises Busy if there is none. `tell` is called with a
-    text for the user whenever the state of the connection changes. Raises ConfigError if the password or CA file
-    cannot be read.
+    text for the user whenever the state of the connection changes. `broker_outlives_service` is False for the embedded
+    broker. Raises ConfigError if the password or CA file cannot be read.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class MqttClient:
         monitor: Monitor,
         running_team: Callable[[], RunningTeam],
         tell: Callable[[str], None] = lambda text: None,
+        broker_outlives_service: bool = True,
     ) -> None:
         self._broker = Broker(config)
         self._topics = Topics(config.cluster)
-        self._incoming = IncomingMessages(self._topics, jobs, running_team)
+        self._incoming = IncomingMessages(self._topics, jobs, running_team, broker_outlives_service)
         self._job_events = JobEvents(self._topics, jobs)
         self._states = States(self._topics, team, monitor)
         self._tell = tell

@@ -39,15 +39,25 @@ logger = logging.getLogger(__name__)
 class IncomingMessages:
     """The handler of submissions and commands, which answers each message and then acknowledges it.
 
-    A message that the service cannot handle because it is stopping, or a job that the journal cannot take, is neither
+    A message that the service cannot handle because it is stopping, or whose job the journal cannot take, is neither
     answered nor acknowledged. It stays with the broker, whose limit of messages in flight bounds how many there are.
-    `running_team` returns the team whose engines are ready, and raises Busy if there is none.
+    If the broker would not send the message to the next start, the service answers with the error instead.
+
+    `running_team` returns the team whose engines are ready, and raises Busy if there is none. `broker_outlives_service`
+    is False if the broker ends with this service.
     """
 
-    def __init__(self, topics: Topics, jobs: JobService, running_team: Callable[[], RunningTeam]) -> None:
+    def __init__(
+        self,
+        topics: Topics,
+        jobs: JobService,
+        running_team: Callable[[], RunningTeam],
+        broker_outlives_service: bool = True,
+    ) -> None:
         self._topics = topics
         self._jobs = jobs
         self._running_team = running_team
+        self._broker_outlives_service = broker_outlives_service
         self._retries = asyncio.Lock()  # of submissions, first come, first served
 
     async def handle_all(self, connection: Connection) -> None:
@@ -73,27 +83,30 @@ class IncomingMessages:
 
     async def _handle(self, connection: Connection, message: Message) -> None:
         try:
-            payload = bytes(message.payload)
             if message.topic.matches(self._topics.submit):
-                await self._submit(connection, payload)
+                await self._submit(connection, message)
             else:
-                await self._command(connection, payload)
+                await self._command(connection, message)
         except BrokerError:
             raise
         except Exception:  # our own bug: acknowledge the message, because it would fail again if it were sent again
             logger.exception("cannot handle a message on %s", message.topic)
 
-    async def _submit(self, connection: Connection, payload: bytes) -> None:
+    async def _submit(self, connection: Connection, message: Message) -> None:
+        payload = bytes(message.payload)
         try:
             _check_size(payload)
-            message = read_submission(payload)
-            async with self._left_to_the_next_start():
-                record, new = await self._put_into_journal(message.submission)
+            content = read_submission(payload)
+            async with self._left_to_the_next_start(message):
+                if self._is_sent_to_the_next_start(message):
+                    record, new = await self._put_into_journal(content.submission)
+                else:
+                    record, new = await self._jobs.submit(content.submission)
         except Exception as error:  # noqa: BLE001  every error is answered, and _describe logs our own bugs
             rejected = SubmissionRejected(correlation_id=correlation_of(payload), error=_describe(error))
             await connection.publish(self._topics.rejected, to_json(rejected), qos=1)
             return
-        accepted = SubmissionAccepted(id=record.id, correlation_id=message.correlation_id, state=record.state, new=new)
+        accepted = SubmissionAccepted(id=record.id, correlation_id=content.correlation_id, state=record.state, new=new)
         await connection.publish(self._topics.accepted(record.id), to_json(accepted), qos=1)
 
     async def _put_into_journal(self, submission: Submission) -> tuple[JobRecord, bool]:
@@ -108,25 +121,33 @@ class IncomingMessages:
                     return await self._jobs.submit(submission)
                 await asyncio.sleep(RETRY_S)
 
+    def _is_sent_to_the_next_start(self, message: Message) -> bool:
+        """Return True if the broker sends a message to the next start unless this service acknowledges it."""
+        return self._broker_outlives_service and message.qos > 0
+
     @asynccontextmanager
-    async def _left_to_the_next_start(self) -> AsyncIterator[None]:
-        """If the service is stopping, and the block raises Busy therefore, wait until cancelled."""
+    async def _left_to_the_next_start(self, message: Message) -> AsyncIterator[None]:
+        """If the service is stopping, and the block raises Busy because of that, wait until cancelled.
+
+        Raise the error if the broker does not send the message to the next start.
+        """
         try:
             yield
         except Busy:
-            if self._jobs.draining:
+            if self._jobs.draining and self._is_sent_to_the_next_start(message):
                 await asyncio.Event().wait()
             raise
 
-    async def _command(self, connection: Connection, payload: bytes) -> None:
-        message: str | None = None
+    async def _command(self, connection: Connection, message: Message) -> None:
+        payload = bytes(message.payload)
+        error_text: str | None = None
         try:
             _check_size(payload)
-            async with self._left_to_the_next_start():
+            async with self._left_to_the_next_start(message):
                 await self._execute(read_command(payload))
         except Exception as error:  # noqa: BLE001  as in _submit
-            message = _describe(error)
-        answer = CommandAnswer(correlation_id=correlation_of(payload), error=message)
+            error_text = _describe(error)
+        answer = CommandAnswer(correlation_id=correlation_of(payload), error=error_text)
         await connection.publish(self._topics.control_result, to_json(answer), qos=1)
 
     async def _execute(self, command: Command) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from runtime.api.mqtt.embedded_broker import PASSWORD_FILE, USER
 from runtime.api.serve import drain
 from runtime.config import Mqtt
 from runtime.errors import JournalError
 from runtime.jobs.journal.records import JobRecord
 from runtime.jobs.journal.transaction import Transaction
 from runtime.jobs.submission import Submission
+from scripts.mosquitto import free_port
 from tests.runtime.api.http.conftest import configured, service
 from tests.runtime.api.mqtt import brokers
 from tests.runtime.api.mqtt.conftest import TOPICS, reader, with_broker, with_mosquitto
@@ -162,6 +164,36 @@ async def test_submissions_during_a_journal_fault_wait_at_the_broker_for_the_nex
         assert TOPICS.rejected not in dict(me.messages)
         async with service(config):
             await me.until(TOPICS.accepted("+"), correlation_id="c1")
+
+
+@pytest.mark.parametrize("embedded", [pytest.param(False, marks=with_mosquitto), True], ids=["QoS 0", "embedded"])
+async def test_messages_that_the_broker_would_not_send_again_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    """Neither a drain nor a fault of the journal holds them."""
+    async with AsyncExitStack() as owned:
+        if embedded:
+            monkeypatch.setenv("TROUPE_HOME", str(tmp_path))
+            mqtt = Mqtt(port=free_port(), username=USER, password_file=str(tmp_path / PASSWORD_FILE))
+        else:
+            mqtt = await owned.enter_async_context(brokers.mosquitto(tmp_path))
+        served = await owned.enter_async_context(service(with_broker(tmp_path, mqtt), with_broker=embedded))
+        me = await owned.enter_async_context(reader(mqtt))
+        await me.until(TOPICS.state, state="up")
+
+        async def send(topic: str, **payload: str) -> None:
+            await me.client.publish(topic, json.dumps(payload), qos=int(embedded))
+
+        with full_disk(monkeypatch):
+            await send(TOPICS.submit, problem="1+1", correlation_id="full")
+            assert "disk is full" in (await me.until(TOPICS.rejected, correlation_id="full"))["error"]
+        draining = asyncio.create_task(drain(served.backend, 60))
+        await asyncio.sleep(0)
+        await send(TOPICS.submit, problem="1+1", correlation_id="late")
+        assert "is stopping" in (await me.until(TOPICS.rejected, correlation_id="late"))["error"]
+        await send(TOPICS.control, command="unpin", engine="solver", correlation_id="late")
+        assert "try again later" in (await me.until(TOPICS.control_result, correlation_id="late"))["error"]
+        await draining
 
 
 @with_mosquitto
