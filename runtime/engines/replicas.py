@@ -227,11 +227,19 @@ class Replicas:
         )
 
     async def _test(self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int) -> None:
-        """Generate the next tokens of a reply and discard them. Raises EngineDead if the replica dies of them."""
-        most = len(call.tokens) + call.test_tokens(request.stream_interval)
-        part = replace(request, max_tokens=min(most, request.max_tokens or most))
-        with suppress(RequestRefused):  # because of its `min_tokens`, for example
-            async with aclosing(self._rest_of_reply(replica, part, call, sends)) as chunks:
+        """Generate the next tokens of a reply and discard them. Raises EngineDead if the replica dies of them.
+
+        A reply that cannot be resumed is generated from its beginning. Its tokens are not compared with those that the
+        caller has, because the caller gets none of them.
+        """
+        tokens = len(call.tokens) + call.test_tokens(request.stream_interval)
+        tokens = min(tokens, request.max_tokens or tokens)
+        params = request.sampling_params
+        if "min_tokens" in params:
+            params = {**params, "min_tokens": min(params["min_tokens"], tokens)}  # vLLM refuses more than max_tokens
+        test = replace(_next_send(request, call, sends), max_tokens=tokens, sampling_params=params)
+        with suppress(RequestRefused):  # the reply will be refused as well
+            async with aclosing(replica.generate(test)) as chunks:
                 async for _ in chunks:
                     pass
         call.untested = False
@@ -240,23 +248,26 @@ class Replicas:
         self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int
     ) -> AsyncGenerator[Chunk, None]:
         """Return a stream of the part of the reply that the caller does not have yet."""
-        if sends:  # a new id tells the attempts apart in vLLM's logs and traces
-            request = replace(request, request_id=f"{request.request_id}~{sends}")
-        if not call.tokens:
-            return replica.generate(request)
-        request = replace(request, has_begun=True)
-        if request.resumable:
-            return replica.generate(replace(request, resume_tokens=tuple(call.tokens)))
-        return self._replay(replica, request, ReplyReplay(self.name, call.tokens, call.characters))
+        chunks = replica.generate(_next_send(request, call, sends))
+        if not call.tokens or request.resumable:
+            return chunks
+        return self._replay(chunks, ReplyReplay(self.name, call.tokens, call.characters))
 
-    async def _replay(
-        self, replica: EngineHandle, request: GenerateRequest, replay: ReplyReplay
-    ) -> AsyncGenerator[Chunk, None]:
-        """Generate a reply again from its beginning, and stream what the caller does not have of it."""
-        async with aclosing(replica.generate(request)) as chunks:
+    async def _replay(self, chunks: AsyncGenerator[Chunk, None], replay: ReplyReplay) -> AsyncGenerator[Chunk, None]:
+        """Stream what the caller does not have of a reply that is generated again from its beginning."""
+        async with aclosing(chunks):
             async for chunk in chunks:
                 if (new_part := replay.new_part(chunk)) is not None:
                     yield new_part
+
+
+def _next_send(request: GenerateRequest, call: Call, sends: int) -> GenerateRequest:
+    """Return the request as it is sent after `sends` earlier times."""
+    if sends:  # a new id tells the attempts apart in vLLM's logs and traces
+        request = replace(request, request_id=f"{request.request_id}~{sends}")
+    if call.tokens:
+        request = replace(request, has_begun=True, resume_tokens=tuple(call.tokens) if request.resumable else ())
+    return request
 
 
 def _least_loaded(ready: Sequence[EngineHandle], home: Home | None = None) -> EngineHandle:

@@ -10,7 +10,7 @@ from runtime.engines.handle import EngineState
 from runtime.engines.replicas import Replicas
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.supervised import Patience
-from runtime.errors import EngineError
+from runtime.errors import EngineError, RequestRefused
 
 WORDS = "one two three four five six seven eight"
 REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
@@ -72,6 +72,8 @@ class Made:
 
         def script(request: GenerateRequest) -> str:
             self.requests.append(request)
+            if request.max_tokens and request.sampling_params.get("min_tokens", 0) > request.max_tokens:
+                raise RequestRefused("min_tokens: must be at most max_tokens")  # as vLLM does
             match request.messages[0].content:
                 case "poison":
                     self.engines[-1].crash()
@@ -79,9 +81,8 @@ class Made:
                     self.engines[-1].kill()
                 case "hang":
                     self.engines[-1].hangs = True
-                case "long":
-                    return LONG_WORDS
-            return WORDS.replace("two", "zwei") if self.drift and number else WORDS
+            words = LONG_WORDS if request.messages == LONG.messages else WORDS
+            return words.replace("two", "zwei") if self.drift and number else words
 
         engine = Hanging("e", script, times=ServiceTime(step_s=0.01, token_s=0), time_scale=1, grant=grant)
         engine.fails_to_start = 0 < number <= self.fail_to_start

@@ -121,6 +121,30 @@ async def test_a_fault_delays_each_request_by_a_token_of_those_without_one(
     assert took_s < 0.01 * len(LONG_WORDS.split()) + (0.05 if streamed else 0.05 + 20 * 0.02)
 
 
+async def test_a_test_is_not_compared_with_the_streamed_reply(replicas: Replicas, made: Made) -> None:
+    """The engine that tests the reply generates different tokens. The reply itself gets the same ones again."""
+    schema = replace(LONG, schema={})
+    tasks = [asyncio.create_task(reply(replicas, schema)) for _ in range(2)]
+    for sent in (2, 4):
+        await asyncio.sleep(0.3)
+        assert len(made.requests) == sent
+        made.engines[-1].crash()
+    made.drift = True
+    await asyncio.sleep(0.1)
+    assert len(made.requests) == 5  # the first test
+    made.drift = False
+    assert {text(chunks) for chunks in await asyncio.gather(*tasks)} == {LONG_WORDS}
+
+
+async def test_poison_with_min_tokens_is_tested(replicas: Replicas, made: Made) -> None:
+    others = [asyncio.create_task(reply(replicas)) for _ in range(3)]
+    await until_sent(made, 3)
+    with pytest.raises(RequestQuarantined):
+        await reply(replicas, replace(POISON, sampling_params={"min_tokens": 50}))
+    assert {text(chunks) for chunks in await asyncio.gather(*others)} == {WORDS}
+    assert len(made.engines) == 3
+
+
 async def test_a_reader_that_stops_reading_delays_others_by_one_turn_at_most(
     replicas: Replicas, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
