@@ -9,7 +9,7 @@ TroupeError
 ├── EngineError      an engine could not start, died, or refused a request
 │   ├── EngineDead   the engine's process is gone
 │   └── RequestRefused    an engine cannot serve a request, for example because its prompt is too long
-│       └── RequestQuarantined    a request probably ended its engine and is not sent again
+│       └── RequestQuarantined    a request was alone in its engine when that ended; it is not sent again
 ├── JournalError     the job journal cannot be read or written
 ├── NotFound         no job, model or engine has that name
 └── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
@@ -99,7 +99,7 @@ class RequestRefused(EngineError):
 
 
 class RequestQuarantined(RequestRefused):
-    """The engine ended and this request is the likeliest cause. It is not sent again."""
+    """The engine ended while it had only this request, which is not sent again."""
 
 
 class JournalError(TroupeError):

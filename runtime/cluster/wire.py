@@ -64,7 +64,7 @@ class Remove(Message, frozen=True):
 
 
 class Excuse(Message, frozen=True):
-    """A request caused the latest death of a replica: see EngineHandle.excuse_death."""
+    """A request caused a death of a replica: see EngineHandle.excuse_death."""
 
     replica: str
 

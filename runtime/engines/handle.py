@@ -192,7 +192,10 @@ class EngineHandle(ABC):
         """Return once the engine has completed a round of its loop, which shows that it lives. Raise EngineDead."""
 
     def excuse_death(self) -> None:  # noqa: B027  only a supervised engine counts its deaths
-        """Note that a request caused the latest death, so that it does not count against the engine."""
+        """Note that a request caused a death, so that it does not count against the engine.
+
+        The death is the latest that is not excused yet. This is called once for each death that the request caused.
+        """
 
     @abstractmethod
     def kill(self) -> None:

@@ -85,7 +85,7 @@ class Replicas:
         """Stream the reply to a request, from one replica after another until one of them completes it.
 
         Closing the generator early aborts the request. Raises RequestRefused if the engine refuses the request,
-        RequestQuarantined if it is the likeliest cause of crashes, and EngineDead if all replicas have failed.
+        RequestQuarantined if the quarantine convicts it of crashes, and EngineDead if all replicas have failed.
         """
         if not request.resumable and request.seed is None and request.temperature:
             request = replace(request, seed=secrets.randbits(31))  # a replay repeats a sampled reply only with a seed
@@ -95,7 +95,7 @@ class Replicas:
             while True:
                 meter.at(self._replica_for_next(failed, request.session))
                 try:
-                    async with self._quarantine.turn(call):
+                    async with self._quarantine.cleared(call):
                         replica = await self._ready_replica(meter, failed, request.session)
                         await self._quarantine.until_alone(call, replica)
                         if self._quarantine.must_wait(call) or not replica.is_ready:
@@ -109,18 +109,19 @@ class Replicas:
                             async for chunk in chunks:
                                 if not call.tokens:
                                     self._remember(request.session, replica, chunk.prompt_tokens)
-                                self._quarantine.streamed(call, chunk)
+                                self._quarantine.streamed(call, replica, chunk)
                                 replica.usage.answered += chunk.finish is not None
                                 yield chunk
+                                self._quarantine.read(call)
                     return
                 except Recalled:
                     sends += 1
                 except EngineDead as error:
                     sends += 1
-                    if call.poison:
+                    if call.convicted_of:
                         raise RequestQuarantined(
-                            f"engine {self.name} {call.poison}; this request is the likeliest cause, and is not sent "
-                            "again"
+                            f"engine {self.name} {call.convicted_of} while it had only this request; the request is "
+                            "not sent again"
                         ) from error
                     if not self._may_serve(failed):
                         raise
@@ -241,8 +242,9 @@ class Replicas:
         with suppress(RequestRefused):  # the reply will be refused as well
             async with aclosing(replica.generate(test)) as chunks:
                 async for _ in chunks:
-                    pass
+                    self._quarantine.answered(call, replica)
         call.untested = False
+        self._quarantine.ended(call)
 
     def _rest_of_reply(
         self, replica: EngineHandle, request: GenerateRequest, call: Call, sends: int

@@ -17,6 +17,8 @@ REQUEST = GenerateRequest("r", (Message("user", "go on"),), 0.0, 1.0, 100)
 POISON = replace(REQUEST, messages=(Message("user", "poison"),))
 LATE_POISON = replace(REQUEST, messages=(Message("user", "late poison"),), stream_interval=64)
 """It crashes an engine at the sixth token of its reply. It is streamed as jobs are: the first token, then the rest."""
+ERRS_LATE = replace(REQUEST, messages=(Message("user", "err late"),))
+"""It crashes an engine one step after the first token of its reply, and the engine loses that token."""
 LONG = replace(REQUEST, messages=(Message("user", "long"),))
 LONG_WORDS = " ".join([WORDS] * 12)
 QUICK = Patience(hang_s=0.2, pulse_every_s=0.02, backoff_s=(0, 0.01), restarts=4, within_s=60)
@@ -27,6 +29,7 @@ class Hanging(FakeEngine):
 
     hangs = False
     fails_to_start = False
+    crashes_next_step = False
 
     async def start(self) -> None:
         if self.fails_to_start:
@@ -44,11 +47,19 @@ class Hanging(FakeEngine):
             await asyncio.sleep(0.01)
             self._check()
         await super()._spend(seconds)
+        if self.crashes_next_step:
+            self.crash()
 
     def _generate_token(self, sequence: _Sequence) -> None:
         tokens = len(sequence.request.resume_tokens) + sequence.generated + 1
         if sequence.request.messages == LATE_POISON.messages and tokens == 6:
             self.crash()
+        elif sequence.request.messages == ERRS_LATE.messages:
+            self.crashes_next_step = True
+            sequence.sent = sequence.generated = sequence.generated + 1
+            if sequence.generated == sequence.request.max_tokens:
+                self._remove(sequence)
+                sequence.chunks.put_nowait(replace(self._chunk(sequence, sequence.generated), finish="length"))
         else:
             super()._generate_token(sequence)
 

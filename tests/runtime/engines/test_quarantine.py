@@ -9,12 +9,15 @@ import pytest
 
 from agents.role import Message
 from runtime.engines import quarantine
+from runtime.engines.fake import FakeEngine
 from runtime.engines.handle import EngineState
+from runtime.engines.quarantine import Call, Quarantine
 from runtime.engines.replicas import Replicas
 from runtime.engines.request import Chunk
 from runtime.engines.supervised import SupervisedEngine
-from runtime.errors import RequestQuarantined
+from runtime.errors import Death, RequestQuarantined
 from tests.runtime.engines.supervision import (
+    ERRS_LATE,
     LATE_POISON,
     LONG,
     LONG_WORDS,
@@ -43,7 +46,7 @@ async def test_late_poison_is_found_and_not_its_bystander(replicas: Replicas, ma
     bystander = asyncio.create_task(reply(replicas, LONG))
     await until_sent(made, 2)
     made.engines[-1].crash()
-    with pytest.raises(RequestQuarantined, match="engine e crashed; this request is the likeliest cause"):
+    with pytest.raises(RequestQuarantined, match="engine e crashed while it had only this request"):
         _ = [chunk async for chunk in poison]
     assert text(await bystander) == LONG_WORDS
     assert len(made.engines) <= 4
@@ -62,14 +65,17 @@ async def test_late_poison_is_found_among_new_requests(replicas: Replicas, made:
     assert len(made.engines) <= 4
 
 
-async def test_poison_that_takes_longer_than_a_turn_is_found(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quarantine, "TURN_S", 0.005)
+async def test_poison_that_takes_longer_than_its_time_alone_is_found(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is resumed shortly before the token that crashes the engine."""
+    monkeypatch.setattr(quarantine, "ALONE_S", 0.035)
     async with SupervisedEngine("e", made.make, patience=replace(QUICK, restarts=100)) as engine:
         replicas = Replicas("e", [engine])
         others = [asyncio.create_task(reply(replicas, LONG)) for _ in range(3)]
         async with asyncio.timeout(60):
             with pytest.raises(RequestQuarantined):
-                await reply(replicas, LATE_POISON)
+                await reply(replicas, replace(LATE_POISON, stream_interval=1))
         assert {text(chunks) for chunks in await asyncio.gather(*others)} == {LONG_WORDS}
     assert len(made.engines) < 10
 
@@ -145,21 +151,131 @@ async def test_poison_with_min_tokens_is_tested(replicas: Replicas, made: Made) 
     assert len(made.engines) == 3
 
 
-async def test_a_reader_that_stops_reading_delays_others_by_one_turn_at_most(
-    replicas: Replicas, made: Made, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first_reads", [True, False])
+async def test_a_reader_that_stops_reading_delays_others_by_two_seconds_at_most(
+    replicas: Replicas, made: Made, first_reads: bool
 ) -> None:
-    monkeypatch.setattr(quarantine, "TURN_S", 0.05)
+    """The API reads no further from the reply to one prompt until every prompt of its request has its first token."""
     jobs_request = replace(LONG, stream_interval=64)
     stalled, other = replicas.generate(jobs_request), replicas.generate(jobs_request)
     for _ in range(3):
         await asyncio.gather(anext(stalled), anext(other))
         made.engines[-1].crash()
-    await anext(stalled)  # it was in flight at three crashes, so that its turn lasts until its reply ends
+    began_s = asyncio.get_running_loop().time()
+    if first_reads:
+        await asyncio.gather(anext(stalled), anext(other))  # both were in flight at three crashes
+        assert asyncio.get_running_loop().time() - began_s < 2.1
+    else:
+        await anext(stalled)
+        await other.aclose()
+    assert text(await reply(replicas)) == WORDS
+    assert asyncio.get_running_loop().time() - began_s < 4.3
+    await stalled.aclose()
+    await other.aclose()
+
+
+async def test_a_reader_that_reads_slowly_delays_others_by_its_time_alone(
+    replicas: Replicas, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "ALONE_S", 3.0)
+    slow, other = replicas.generate(LONG), replicas.generate(LONG)
+    for _ in range(3):
+        await asyncio.gather(anext(slow), anext(other))
+        made.engines[-1].crash()
+    await anext(slow)
     await other.aclose()
     began_s = asyncio.get_running_loop().time()
+    waiting = asyncio.create_task(reply(replicas))
+    while not waiting.done():
+        await asyncio.sleep(1)
+        await anext(slow)
+    assert 3 <= asyncio.get_running_loop().time() - began_s <= 5
+    await slow.aclose()
+
+
+async def test_a_bystander_is_not_convicted_after_another_caller_has_left(replicas: Replicas, made: Made) -> None:
+    """The engine still runs the request whose caller has left."""
+    bystander = asyncio.create_task(reply(replicas, LONG))
+    leaving = asyncio.create_task(reply(replicas, LONG))
+    await asyncio.sleep(0.3)
+    leaving.cancel()
+    await asyncio.sleep(0.05)
+    made.engines[-1].crash()
+    assert text(await bystander) == LONG_WORDS
+
+
+async def test_a_bystander_is_not_convicted_of_the_hangs_of_requests_that_time_out(
+    replicas: Replicas, made: Made
+) -> None:
+    bystander = asyncio.create_task(reply(replicas, LONG))
+    for _ in range(3):
+        leaving = asyncio.create_task(reply(replicas, replace(POISON, messages=(Message("user", "hang"),))))
+        await asyncio.sleep(0.1)
+        leaving.cancel()
+        await asyncio.sleep(0.4)
+    assert text(await bystander) == LONG_WORDS
+
+
+async def test_a_request_that_left_is_no_longer_in_flight_once_a_later_one_is_answered(
+    replicas: Replicas, made: Made
+) -> None:
+    leaving = replicas.generate(REQUEST)
+    await anext(leaving)
+    await leaving.aclose()
     assert text(await reply(replicas)) == WORDS
-    assert 0.3 < asyncio.get_running_loop().time() - began_s < 0.4 + 0.1
-    await stalled.aclose()
+    with pytest.raises(RequestQuarantined):
+        await reply(replicas, POISON)
+    assert len(made.requests) == 3
+
+
+async def test_an_error_that_shows_after_the_first_token_is_not_blamed_on_the_next_test(
+    replicas: Replicas, made: Made
+) -> None:
+    others = [asyncio.create_task(reply(replicas))]
+    await until_sent(made, 1)
+    late = asyncio.create_task(reply(replicas, ERRS_LATE))
+    await until_sent(made, 2)
+    others += [asyncio.create_task(reply(replicas)) for _ in range(3)]
+    with pytest.raises(RequestQuarantined):
+        await late
+    assert {text(chunks) for chunks in await asyncio.gather(*others)} == {WORDS}
+    assert len(made.engines) == 3
+
+
+async def test_a_conviction_spares_the_others_their_tests(replicas: Replicas, made: Made) -> None:
+    """Poison is the first in the line, because it is refused while it is sent."""
+    others = [asyncio.create_task(reply(replicas)) for _ in range(20)]
+    await until_sent(made, 20)
+    with pytest.raises(RequestQuarantined):
+        await reply(replicas, POISON)
+    assert {text(chunks) for chunks in await asyncio.gather(*others)} == {WORDS}
+    tests = [request for request in made.requests if request.max_tokens != REQUEST.max_tokens]
+    assert len(tests) == 1
+
+
+class Lost(FakeEngine):
+    """A replica that can be lost with its node. `excused` counts the deaths that were excused."""
+
+    lost = False
+    excused = 0
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.LOST if self.lost else super().state
+
+    def excuse_death(self) -> None:
+        self.excused += 1
+
+
+async def test_a_conviction_excuses_no_death_that_the_replica_has_not_noted() -> None:
+    replica, call, suspicions = Lost("e", lambda request: WORDS), Call(), Quarantine()
+    replica.lost = True
+    suspicions.sent(call, replica)
+    suspicions.died(replica, Death.KILLED)
+    replica.lost = False
+    suspicions.sent(call, replica)
+    suspicions.died(replica, Death.CRASHED)
+    assert (call.convicted_of, replica.excused) == (Death.CRASHED, 1)
 
 
 @pytest.mark.parametrize("beside", [False, True])
