@@ -50,8 +50,23 @@ def fails(snapshot: Snapshot) -> object:
         (lambda s: grants(c=0.2), "there is no engine 'c'; the engines are a, b"),
         (lambda s: grants(a=0.4, b=0.4), "the engines would hold 838860800 bytes; the budget is 524288000 bytes"),
         (lambda s: Decision({"a": Grant(0.2, 1000, 2048)}), "engine a: max_active_seqs 1000"),
+        (lambda s: Decision({"a": Grant(0.2, -1, 2048)}), "engine a: max_active_seqs -1"),
+        (lambda s: Decision({"a": Grant(0.2, 64, -1)}), "engine a: max_step_tokens -1"),
+        (lambda s: Decision({"a": Grant(0.2, 0, 2048)}, {"a": ""}), "engine a: it pauses admission"),
     ],
-    ids=["raises", "no-decision", "nan", "inf", "below-floor", "unknown-engine", "over-budget", "too-many-sequences"],
+    ids=[
+        "raises",
+        "no-decision",
+        "nan",
+        "inf",
+        "below-floor",
+        "unknown-engine",
+        "over-budget",
+        "too-many-sequences",
+        "negative-sequences",
+        "negative-step-tokens",
+        "pause-without-reason",
+    ],
 )
 @pytest.mark.parametrize("threads", [False, True], ids=["inline", "thread"])
 async def test_invalid_answer_is_refused_with_its_fault(
