@@ -26,10 +26,11 @@ So poison is found at its second crash if it crashes before its first token, and
 tokens of a test are discarded.
 
 A suspect keeps others out for ALONE_S at most, and for UNREAD_S at most after its caller has stopped reading. They
-wait for requests that are no suspects for OTHERS_S at most after these were sent. So N suspects delay other
-requests by at most N * ALONE_S + OTHERS_S, besides restarts. A death after the time alone counts against all requests
-in flight, and convicts none. Poison that is resumed after what was streamed then crashes within its next time alone. If
-poison cannot be resumed and takes longer than ALONE_S to crash, it is not found, and uses up the engine's restarts.
+wait for requests that are no suspects for OTHERS_S at most after these were sent. So after each death, N suspects
+delay other requests by at most N * ALONE_S + OTHERS_S, besides restarts. A death after the time alone counts against
+all requests in flight, and convicts none. Poison that is resumed after what was streamed then crashes within its next
+time alone. If poison cannot be resumed and takes longer than ALONE_S to crash, it is not found, and uses up the
+engine's restarts.
 """
 
 import asyncio
@@ -37,10 +38,11 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 
-from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.handle import EngineHandle, EngineState, Recalled
 from runtime.engines.request import Chunk
-from runtime.errors import Death
+from runtime.errors import Death, RequestRefused
 
 DEATHS_TO_CONVICT = {Death.CRASHED: 1, Death.HUNG: 2, Death.KILLED: 4}
 """A request is convicted if it was alone in a replica when it died, and this many such deaths count against it."""
@@ -76,7 +78,7 @@ class Call:
     - `answered`: the replica that has it now has streamed something of its reply.
     - `untested`: it has to be tested alone before it is sent with others.
     - `alone_until_s`: until when it keeps suspects out of its replica, on the event loop's clock.
-    - `left_before`: the calls whose callers had left its replica unfinished when it was sent there.
+    - `number`: its place in the order in which calls were sent, and callers left.
     - `convicted_of`: how the engine ended, if the request was convicted of that, or None.
     """
 
@@ -86,7 +88,7 @@ class Call:
     answered: bool = False
     untested: bool = False
     alone_until_s: float = 0.0
-    left_before: frozenset["Call"] = frozenset()
+    number: int = 0
     convicted_of: Death | None = None
 
     def count(self, death: Death) -> int:
@@ -118,7 +120,9 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._sent: defaultdict[EngineHandle, set[Call]] = defaultdict(set)
-        self._left: defaultdict[EngineHandle, set[Call]] = defaultdict(set)
+        # The calls whose callers have left a replica, the first first, and when they left in the order of numbers.
+        self._left: defaultdict[EngineHandle, dict[Call, int]] = defaultdict(dict)
+        self._numbers = count()
         self._removed = asyncio.Event()
         self._suspects: set[Call] = set()
         self._no_suspects = asyncio.Event()
@@ -136,10 +140,13 @@ class Quarantine:
             while self.must_wait(call):
                 await self._no_suspects.wait()
             yield
+        except (Recalled, RequestRefused):
+            self.ended(call)  # the replica does not run it
+            raise
         finally:
             for replica, calls in self._sent.items():
                 if call in calls:
-                    self._left[replica].add(call)
+                    self._left[replica][call] = next(self._numbers)
             self.ended(call)
 
     async def _wait_in_line(self, call: Call) -> None:
@@ -169,7 +176,7 @@ class Quarantine:
         """Note that a replica has the call from now on, until it has ended or the replica dies."""
         alone = self._alone is call
         call.answered = False
-        call.left_before = frozenset(self._left[replica])
+        call.number = next(self._numbers)
         call.alone_until_s = asyncio.get_running_loop().time() + (ALONE_S if alone else OTHERS_S)
         self._sent[replica].add(call)
         if alone:
@@ -178,7 +185,9 @@ class Quarantine:
     def answered(self, call: Call, replica: EngineHandle) -> None:
         """Note that a replica has generated something for the call, so what it had aborted before is over."""
         call.answered = True
-        self._left[replica] -= call.left_before
+        left = self._left[replica]
+        while left and left[first := next(iter(left))] < call.number:
+            del left[first]
 
     def streamed(self, call: Call, replica: EngineHandle, chunk: Chunk) -> None:
         """Note a chunk that the caller is about to get. Call `read` when the caller asks for the next one."""

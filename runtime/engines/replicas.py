@@ -253,12 +253,16 @@ class Replicas:
         chunks = replica.generate(_next_send(request, call, sends))
         if not call.tokens or request.resumable:
             return chunks
-        return self._replay(chunks, ReplyReplay(self.name, call.tokens, call.characters))
+        return self._replay(chunks, replica, call)
 
-    async def _replay(self, chunks: AsyncGenerator[Chunk, None], replay: ReplyReplay) -> AsyncGenerator[Chunk, None]:
+    async def _replay(
+        self, chunks: AsyncGenerator[Chunk, None], replica: EngineHandle, call: Call
+    ) -> AsyncGenerator[Chunk, None]:
         """Stream what the caller does not have of a reply that is generated again from its beginning."""
+        replay = ReplyReplay(self.name, call.tokens, call.characters)
         async with aclosing(chunks):
             async for chunk in chunks:
+                self._quarantine.answered(call, replica)
                 if (new_part := replay.new_part(chunk)) is not None:
                     yield new_part
 

@@ -289,9 +289,9 @@ class _Demand:
         if objective_s is None:
             return {}, {}
         draining = [i for i, v in enumerate(self.views) if v.running and i not in chosen and i not in self.preempted]
-        # If there is no time beside the draining engines, the objective holds again once they have drained.
-        kept = draining and self._limits_beside(draining, objective_s, chosen, sizes)
-        return kept or self._limits_beside([], objective_s, chosen, sizes) or ({}, {})
+        # If nothing keeps the objective beside the draining engines, keep it for the time after.
+        beside = self._limits_beside(draining, objective_s, chosen, sizes) if draining else None
+        return beside or self._limits_beside([], objective_s, chosen, sizes) or ({}, {})
 
     def _limits_beside(
         self, draining: Engines, objective_s: float, chosen: Engines, sizes: Sizes

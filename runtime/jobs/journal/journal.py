@@ -7,6 +7,7 @@ cost a few dozen disk syncs. Readers never wait for it, because SQLite's WAL mod
 import asyncio
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -173,10 +174,11 @@ class Journal:
         If some fail together, try each job's alone, so that a large write does not block those of other jobs. Stop
         after RETRY_S, because new writes wait meanwhile.
         """
+        stop_at = time.monotonic() + RETRY_S
         failed, self._failed = sorted(self._failed, key=lambda pending: pending.number), []
         self._transact(connection, failed)
-        jobs = dict.fromkeys(pending.job for pending in self._failed)
-        stop_at = time.monotonic() + RETRY_S
+        jobs = list(dict.fromkeys(pending.job for pending in self._failed))
+        random.shuffle(jobs)  # so that a job that takes all the time does not always come before the others
         for job in jobs if len(jobs) > 1 else ():
             if time.monotonic() >= stop_at:
                 break

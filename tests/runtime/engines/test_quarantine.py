@@ -1,7 +1,9 @@
 """Only the request that crashes its engine is refused, after few crashes, and the others wait little for that."""
 
 import asyncio
+import gc
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +12,12 @@ import pytest
 from agents.role import Message
 from runtime.engines import quarantine
 from runtime.engines.fake import FakeEngine
-from runtime.engines.handle import EngineState
-from runtime.engines.quarantine import Call, Quarantine
+from runtime.engines.handle import EngineState, Recalled
+from runtime.engines.quarantine import Call, Incident, Quarantine
 from runtime.engines.replicas import Replicas
 from runtime.engines.request import Chunk
 from runtime.engines.supervised import SupervisedEngine
-from runtime.errors import Death, RequestQuarantined
+from runtime.errors import Death, RequestQuarantined, RequestRefused
 from tests.runtime.engines.supervision import (
     ERRS_LATE,
     LATE_POISON,
@@ -328,3 +330,42 @@ async def test_only_poison_is_refused(seed: int) -> None:
         await asyncio.gather(*calls)
     replies = {"go on": WORDS, "long": LONG_WORDS}
     assert outcomes == [(kind, replies.get(kind, "refused")) for kind, _ in outcomes]
+
+
+def reachable_calls(start: object) -> int:
+    """Return how many calls an object keeps in memory."""
+    seen, stack = {id(start): start}, [start]
+    while stack:
+        for other in gc.get_referents(stack.pop()):
+            if id(other) not in seen and isinstance(other, dict | set | frozenset | tuple | list | Call | Incident):
+                seen[id(other)] = other
+                stack.append(other)
+    return sum(isinstance(each, Call) for each in seen.values())
+
+
+async def test_requests_whose_callers_leave_are_forgotten() -> None:
+    quarantined, replica = Quarantine(), FakeEngine("e", lambda request: "")
+    for _ in range(100):
+        with suppress(asyncio.CancelledError):
+            async with quarantined.cleared(call := Call()):
+                quarantined.sent(call, replica)
+                quarantined.streamed(call, replica, Chunk("a", (1,), 0.0, 1))
+                raise asyncio.CancelledError
+    assert reachable_calls(call) == 1
+    assert reachable_calls(quarantined._left) == 1  # until a later request has a token
+
+
+@pytest.mark.parametrize("error", [Recalled(), RequestRefused("too long")])
+async def test_a_request_that_its_replica_does_not_run_clears_nobody_else(error: Exception) -> None:
+    """The next request is alone in the replica, and is convicted at its first crash."""
+    quarantined, replica = Quarantine(), FakeEngine("e", lambda request: "")
+    with suppress(Recalled, RequestRefused):
+        async with quarantined.cleared(call := Call()):
+            quarantined.sent(call, replica)
+            raise error
+    poison = Call()
+    async with quarantined.cleared(poison):
+        quarantined.sent(poison, replica)
+        quarantined.died(replica, Death.CRASHED)
+    assert poison.convicted_of is Death.CRASHED
+    assert call.incidents == []
