@@ -71,7 +71,7 @@ class ContainedPolicy:
         except Exception as error:  # noqa: BLE001  a third-party policy may raise anything
             return Answer(None, f"policy {self.name} raised {error!r}")
         fault = _fault(snapshot, decision)
-        return Answer(None, f"policy {self.name}: {fault}") if fault else Answer(_without_starving(snapshot, decision))
+        return Answer(None, f"policy {self.name}: {fault}") if fault else Answer(without_starving(snapshot, decision))
 
     async def _call(self, snapshot: Snapshot) -> Decision:
         if self._executor is None:
@@ -130,7 +130,7 @@ class ContainedPolicies:
             executor.shutdown()
 
 
-def _without_starving(snapshot: Snapshot, decision: Decision) -> Decision:
+def without_starving(snapshot: Snapshot, decision: Decision) -> Decision:
     """Return a decision, changed so that no engine starves."""
     overdue = pauses.end_overdue(snapshot, decision.grants)
     if not overdue:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from runtime.control import burst, pauses, pins
-from runtime.control.contained_policy import Answer, ContainedPolicy
+from runtime.control.contained_policy import Answer, ContainedPolicy, without_starving
 from runtime.control.decision_log import DecisionLog, Outcome, Record
 from runtime.control.policy import Decision, unchanged
 from runtime.control.snapshot import Snapshot
@@ -227,8 +227,11 @@ class Controller:
         policy = self._policy.name
         answer, shadow = await self._decide(pinned.rest(snapshot))
         self._note_decision(snapshot, answer.grants)
-        decided = answer.grants if answer.decision else self._without_decision(pinned.rest(snapshot))
-        grants = {**decided, **pinned.in_force}
+        decision = answer.decision
+        if decision is None:
+            rest = pinned.rest(snapshot)
+            decision = without_starving(rest, Decision(self._room_for_wakes(rest)))
+        grants = {**decision.grants, **pinned.in_force}
         outcomes = await self._apply(snapshot, grants)
         if cause == BURST and outcomes:
             self._start_timing(since_s, outcomes)
@@ -254,12 +257,6 @@ class Controller:
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
         room = self._room_for_wakes(pins.fit(snapshot, self._pinned).rest(snapshot))
         await self._apply(snapshot, {**pauses.end_all(snapshot), **room})
-
-    def _without_decision(self, snapshot: Snapshot) -> Mapping[str, Grant]:
-        """Return the grants that must change although no policy has decided."""
-        room = self._room_for_wakes(snapshot)
-        overdue = pauses.end_overdue(snapshot, room)
-        return {**room, **{name: grant for name, (grant, _) in overdue.items()}}
 
     def _room_for_wakes(self, snapshot: Snapshot) -> Mapping[str, Grant]:
         """Return grants that leave the memory that engines wait for to wake; none if no engine waits."""

@@ -66,18 +66,22 @@ class Utilization:
     own: float | None = None
 
     @property
+    def by_engines(self) -> float:
+        """The part of the time in which the engines keep the GPU busy."""
+        return self.device if self.own is None else min(self.device, self.own)
+
+    @property
     def saturated(self) -> bool:
         """True if the engines leave no room on the GPU."""
-        return min(self.device, self.device if self.own is None else self.own) >= SATURATED
+        return self.by_engines >= SATURATED
 
     @property
     def unsaturated(self) -> float | None:
-        """The part of the time in which the engines keep the GPU busy; None if that says nothing about its room.
+        """The same as `by_engines`, or None if that says nothing about the GPU's room.
 
         A GPU that another process fills slows the engines down, and says nothing about how they would share it.
         """
-        busy = self.device if self.own is None else min(self.device, self.own)
-        return busy if busy > LEAST_UTILIZATION and self.device < SATURATED else None
+        return self.by_engines if self.by_engines > LEAST_UTILIZATION and self.device < SATURATED else None
 
 
 @dataclass(frozen=True)

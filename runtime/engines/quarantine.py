@@ -97,7 +97,7 @@ class Call:
 
     @property
     def suspicion(self) -> int:
-        """How many deaths count against it."""
+        """Return how many deaths count against it."""
         return len(self.incidents) - min(self.count(Death.KILLED), 1)
 
     @property

@@ -1,4 +1,4 @@
-"""Imports vLLM while the other threads of the process go on working."""
+"""Import vLLM without holding up the other threads of the process."""
 
 import gc
 import importlib

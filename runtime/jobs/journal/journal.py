@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 TRANSACTION_MAX_WRITES = 1000
 RETRY_S = 1.0
-"""How long the failed writes of jobs wait for their next try."""
+"""Seconds between two tries of the failed writes of jobs."""
 
 
 @dataclass(frozen=True)

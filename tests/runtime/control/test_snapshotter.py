@@ -1,4 +1,4 @@
-"""What a snapshot says about time: how long an engine is paused, makes no step, and ends no request."""
+"""Snapshots say for how long an engine is paused, completes no step, and completes no reply."""
 
 import asyncio
 from dataclasses import replace

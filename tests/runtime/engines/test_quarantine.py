@@ -42,7 +42,7 @@ async def until_sent(made: Made, requests: int) -> None:
 
 @pytest.mark.parametrize("how", [{}, {"schema": {}}])
 async def test_late_poison_is_found_and_not_its_bystander(replicas: Replicas, made: Made, how: dict[str, Any]) -> None:
-    """In the first crash only the bystander has no token. In the second, both have one."""
+    """At the first crash, only the poison has a token. At the second, both requests have one."""
     poison = replicas.generate(replace(LATE_POISON, **how))
     await anext(poison)
     bystander = asyncio.create_task(reply(replicas, LONG))
@@ -91,7 +91,7 @@ async def test_a_request_that_hangs_engines_is_found(replicas: Replicas, made: M
 
 
 async def test_a_fault_after_a_conviction_is_not_blamed_on_a_bystander(replicas: Replicas, made: Made) -> None:
-    """Of those that stream at the fault, one was beside poison in a crash before."""
+    """One of the requests that stream at the fault was beside poison at an earlier crash."""
     bystander = asyncio.create_task(reply(replicas, LONG))
     await until_sent(made, 1)
     with pytest.raises(RequestQuarantined):
