@@ -194,10 +194,13 @@ class SchemaRole(Role):
         """Return the reply for a filled form. `form` is an instance of `forms[type(task)]`."""
 
 
-def explain(error: ValidationError) -> str:
-    """Return all errors of a pydantic validation in one line. Each error names its field and the valid values."""
+def explain(error: ValidationError, whole: str = "the reply", most: int | None = None) -> str:
+    """Return the errors of a pydantic validation in one line. Each error names its field and the valid values.
+
+    `whole` names what was validated, for an error of no field. `most` is how many errors to return; all by default.
+    """
     return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'the reply'}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
+        f"{'.'.join(map(str, e['loc'])) or whole}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()[:most]
     )
 
 

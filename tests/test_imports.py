@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.tools",
     ),
     "runtime.bench": (
+        "agents",
         "runtime.assembly",
         "runtime.config",
         "runtime.control",
@@ -141,7 +142,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "runtime/engines/elastic/cuda_weights.py",
     ),
     "pynvml": ("runtime/telemetry/nvml.py",),
-    "yaml": ("runtime/config.py",),
+    "yaml": ("runtime/config/files.py",),
     "matplotlib": ("runtime/bench/plots.py",),
     "aiomqtt": ("runtime/api/mqtt/connection.py", "scripts/measure_service.py", "scripts/drill_service.py"),
     "amqtt": ("runtime/api/mqtt/embedded_broker.py",),

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from agents.role import explain
 from runtime.control.policy import Worded
 from runtime.control.snapshot import EngineMoment
 from runtime.errors import InputError
@@ -215,7 +216,7 @@ def read_summary(folder: Path) -> Summary:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give the folder that `troupe bench` wrote") from None
     except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}") from None
+        raise InputError(f"{path}: {explain(error, 'the file', most=1)}") from None
 
 
 def read_jobs(folder: Path) -> Iterator[JobRow]:
@@ -235,11 +236,6 @@ def _lines(path: Path, kind: TypeAdapter[Row]) -> Iterator[Row]:
                 try:
                     yield kind.validate_json(line)
                 except ValidationError as error:
-                    raise InputError(f"{path}, line {number}: {_first(error)}") from None
+                    raise InputError(f"{path}, line {number}: {explain(error, 'the line', most=1)}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"

@@ -18,8 +18,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from agents.role import Value
 from runtime.bench.results import Slo
-from runtime.config import SHIPPED, Section, read_yaml
+from runtime.config import SHIPPED, complaint, find, read_yaml
 from runtime.errors import ConfigError, InputError
 from runtime.jobs import problems
 from runtime.jobs.problems import Problem
@@ -29,7 +30,7 @@ LENGTH_MAX = 1_000_000
 """Upper bound for the lengths of prompts and replies, in tokens."""
 
 
-class Phase(Section):
+class Phase(Value):
     """A period of one kind of load: open loop with `jobs_per_s`, closed loop with `concurrency`."""
 
     name: str = Field(min_length=1, description="Name of the phase, unique in its workload.")
@@ -63,7 +64,7 @@ class Phase(Section):
         return self
 
 
-class SloSection(Section):
+class SloSection(Value):
     """The limits that a good job meets. By default there is no limit."""
 
     jct_s: float | None = Field(
@@ -86,14 +87,14 @@ def _in_order(bounds: tuple[int, int]) -> tuple[int, int]:
 Bounds = Annotated[tuple[int, int], AfterValidator(_in_order)]
 
 
-class Lengths(Section):
+class Lengths(Value):
     """The lengths of the prompts and replies of a modelled engine, in tokens. They are lognormal."""
 
     prompt: Bounds = Field(description="Shortest and longest prompt, in tokens.")
     reply: Bounds = Field(description="Shortest and longest reply, in tokens.")
 
 
-class Workload(Section):
+class Workload(Value):
     """The content of a workload file: either phases or a trace."""
 
     problems: str = Field(
@@ -237,14 +238,11 @@ def load(name: str) -> Source:
 
     Raises ConfigError or InputError, which names the file and the key or line.
     """
-    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise ConfigError(f"there is no file and no shipped workload {name!r}; shipped are {shipped}")
+    path = find(name, FOLDER, "workload")
     try:
         workload = Workload.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_complaint(dict(e))}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{path}: {complaint(dict(e), Workload)}" for e in error.errors())) from None
     if workload.trace is not None:
         return Source(path.stem, workload, (), read_trace(path.parent / workload.trace))
     asked = problems.read(path.parent / workload.problems)
@@ -288,13 +286,3 @@ def _trace_line(text: str, place: str, number: int) -> Arrival:
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
     return Arrival(at_s, "trace", Problem(str(data.get("id", number)), problem, expected, compare=compare))
-
-
-def _complaint(error: dict[str, Any]) -> str:
-    place = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        kinds: dict[str, type[Section]] = {"phases": Phase, "slo": SloSection, "lengths": Lengths}
-        section = kinds.get(str(error["loc"][0]), Workload) if len(error["loc"]) > 1 else Workload
-        return f"{place}: unknown key; known keys are {', '.join(section.model_fields)}"
-    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return f"{place}: {message}" if place else message

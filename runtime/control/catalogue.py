@@ -32,7 +32,7 @@ def create(kind: registry.Kind, base: type[T], name: str, options: Mapping[str, 
         return policy_class(policy_class.Options.model_validate(dict(options or {})))
     except ValidationError as error:
         known = ", ".join(["name", *policy_class.Options.model_fields])
-        raise ConfigError(f"{place}.{explain(error)}; known keys are {known}") from None
+        raise ConfigError(f"{place}.{explain(error, 'options')}; known keys are {known}") from None
     except Exception as error:  # a third-party policy may raise anything
         raise PluginError(f"{place}: {kind} {name!r} cannot be created: its constructor raised {error!r}") from error
 

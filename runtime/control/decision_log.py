@@ -7,6 +7,7 @@ from typing import IO, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from agents.role import explain
 from runtime.control.policy import Decision
 from runtime.control.snapshot import Snapshot
 from runtime.engines.grant import Applied, Deferred, Rejected, ResizeOutcome
@@ -133,8 +134,6 @@ def read(path: Path) -> Iterator[Record]:
                 except ValidationError as error:
                     if not line.endswith(b"\n"):  # the writer was killed while it wrote this line
                         return
-                    first = error.errors()[0]
-                    place = ".".join(map(str, first["loc"])) or "the line"
-                    raise InputError(f"{path}, line {number}: {place}: {first['msg']}") from None
+                    raise InputError(f"{path}, line {number}: {explain(error, 'the line', most=1)}") from None
     except OSError as error:
         raise InputError(f"cannot read the decision log {path}: {error.strerror}") from None

@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
+
+from agents.role import Value
 
 ReplicaCount = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 """A number of replicas, of which no two share a device; `all` for one on each device."""
 
 
-class ReplicaRange(BaseModel):
+class ReplicaRange(Value):
     """The fewest and the most replicas of an engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     min: int = Field(default=1, ge=1, le=10_000, description="The fewest replicas, with which the team starts.")
     max: ReplicaCount = Field(default="all", description="The most replicas; `all` for one on each of `devices`.")
@@ -24,10 +24,8 @@ class ReplicaRange(BaseModel):
         return self
 
 
-class EngineSpec(BaseModel):
+class EngineSpec(Value):
     """The configuration of one engine: its model, the memory that it starts with, and the limits of later grants."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
         min_length=1, description="A model folder, relative to the configuration file, or a model name on a hub."

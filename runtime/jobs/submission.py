@@ -56,7 +56,7 @@ class Submission(Value):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(explain(error)) from None
+            raise InputError(explain(error, "the submission")) from None
 
     def job(self, id: str) -> Job:
         """Return the job that this submission asks for."""

@@ -184,7 +184,7 @@ def _options(config: Config, workflow: type[Workflow]) -> Value:
         return workflow.Options.model_validate(dict(config.workflow.options))
     except ValidationError as error:
         known = ", ".join(["name", *workflow.Options.model_fields])
-        raise ConfigError(f"{config.source}: workflow.{explain(error)}; known keys are {known}") from None
+        raise ConfigError(f"{config.source}: workflow.{explain(error, 'options')}; known keys are {known}") from None
 
 
 def _seat(config: Config, name: str, member: Member) -> Seat:

@@ -11,10 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 
-from runtime.engines.grant import EngineLimits, Grant, ResizeOutcome
-from runtime.engines.handle import EngineHandle, EngineStats
-from runtime.engines.request import Chunk, GenerateRequest
-from runtime.engines.usage import UsageMeter
+from runtime.engines.handle import EngineHandle
+from runtime.engines.request import Chunk, Engine, GenerateRequest
 from runtime.jobs.batch import work_all
 from runtime.jobs.job import Job
 from runtime.jobs.orchestrator import Orchestrator
@@ -36,46 +34,16 @@ class Measurement:
     step_s: float
 
 
-class Recording(EngineHandle):
-    """An engine handle that records the requests that it passes on."""
+class Recording:
+    """An engine that records the requests which it passes on to another."""
 
-    def __init__(self, engine: EngineHandle) -> None:
-        self.name = engine.name
-        self.usage: UsageMeter = engine.usage
+    def __init__(self, engine: Engine) -> None:
         self.requests: list[GenerateRequest] = []
         self._engine = engine
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
         return self._engine.generate(request)
-
-    @property
-    def limits(self) -> EngineLimits:
-        return self._engine.limits
-
-    def stats(self) -> EngineStats:
-        return self._engine.stats()
-
-    async def resize(self, grant: Grant, grace_s: float = 0) -> ResizeOutcome:
-        return await self._engine.resize(grant, grace_s)
-
-    async def start(self) -> None:
-        await self._engine.start()
-
-    async def pulse(self) -> None:
-        await self._engine.pulse()
-
-    async def sleep(self, deep: bool = False) -> None:
-        await self._engine.sleep(deep)
-
-    async def wake(self) -> None:
-        await self._engine.wake()
-
-    def kill(self) -> None:
-        self._engine.kill()
-
-    async def close(self) -> None:
-        await self._engine.close()
 
 
 async def fit(

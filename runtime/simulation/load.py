@@ -9,12 +9,12 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from runtime.config import SHIPPED, Section, read_yaml
+from agents.role import Value
+from runtime.config import SHIPPED, complaint, find, read_yaml
 from runtime.devices.device import StartedEngines
 from runtime.engines.fake import FakeEngine, FakeMemory, Lengths, Processor, Script, ServiceTime
 from runtime.engines.fleet import OnState
@@ -29,7 +29,7 @@ from runtime.errors import ConfigError
 FOLDER = SHIPPED / "simulation"
 
 
-class EngineModel(Section):
+class EngineModel(Value):
     """The constants of one engine. A step takes `step_s`, `token_s` a sequence and `prefill_s` a prompt token."""
 
     step_s: float = Field(gt=0, lt=100, description="Fixed time of a step, in seconds.")
@@ -65,7 +65,7 @@ class EngineModel(Section):
         return self.step_s + self.token_s * sequences
 
 
-class Model(Section):
+class Model(Value):
     """The constants of all engines, which share one processor."""
 
     lanes: float = Field(gt=0, description="Number of engines that can be in a step at once at full speed.")
@@ -93,15 +93,11 @@ def read(name: str) -> Model:
 
     Raises ConfigError, which names the file and the key.
     """
-    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise ConfigError(f"--constants: there is no file and no shipped name {name!r}; shipped are {shipped}")
+    path = find(name, FOLDER, "model for --constants")
     try:
         return Model.model_validate(read_yaml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError("\n".join(f"{path}: {complaint(dict(e), Model)}" for e in error.errors())) from None
 
 
 @asynccontextmanager

@@ -82,7 +82,7 @@ def _options(place: str, model: type[BaseModel], options: Mapping[str, Any]) -> 
         return model.model_validate(dict(options))
     except ValidationError as error:
         known = ", ".join(["function", "mcp", *model.model_fields])
-        raise ConfigError(f"{place}.{explain(error)}; known keys are {known}") from None
+        raise ConfigError(f"{place}.{explain(error, 'options')}; known keys are {known}") from None
 
 
 @asynccontextmanager

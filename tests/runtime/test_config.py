@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from agents.role import Value
 from runtime import config
 from runtime.engines.spec import oversubscribe
 from runtime.errors import ConfigError, TroupeError
@@ -71,6 +72,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nengines: {solver: {vllm: {additional_config: {}}}}\n", ["set by Troupe"]),
     ("extends: embedded\nengines: {solver: {vllm: {pipeline_parallel_size: 2}}}\n", ["tensor_parallel_size"]),
     ("extends: embedded\nengines: {solver: {vllm: {tensor_parallel_size: 0}}}\n", ["0 is not a number of GPUs"]),
+    ("extends: embedded\nengines: {solver: {replicas: {mni: 1}}}\n", ["replicas.mni: unknown key; did you mean min"]),
     ("extends: embedded\ncluster: {adress: auto}\n", ["cluster.adress: unknown key; did you mean address?"]),
     ("extends: embedded\ncluster: {nodes: 2}\n", ["cluster", "nodes_with: GPU"]),
     ("extends: embedded\ncluster: {address: local, nodes: 2, nodes_with: GPU}\n", ["a local cluster has one node"]),
@@ -121,7 +123,7 @@ def _sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
     for field in model.model_fields.values():
         for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, config.Section | config.Choice):
+            if isinstance(part, type) and issubclass(part, Value | config.Choice):
                 yield from _sections(part)
 
 

@@ -194,7 +194,7 @@ def read_submission(payload: bytes) -> SubmitMessage:
     try:
         return SubmitMessage.model_validate_json(payload)
     except ValidationError as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, "the message")) from None
 
 
 def read_command(payload: bytes) -> Command:
@@ -202,7 +202,7 @@ def read_command(payload: bytes) -> Command:
     try:
         return _COMMAND.validate_json(payload)
     except ValidationError as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, "the message")) from None
 
 
 def correlation_of(payload: bytes) -> str | None:

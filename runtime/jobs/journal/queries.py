@@ -110,4 +110,4 @@ def _submission(id: str, text: str) -> Submission:
     try:
         return Submission.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"job {id}: {explain(error)}") from None
+        raise ValueError(f"job {id}: {explain(error, 'the submission')}") from None

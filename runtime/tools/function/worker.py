@@ -101,7 +101,7 @@ class _Function:
         try:
             form = self.form.model_validate_json(line)
         except ValidationError as error:
-            raise _CallFailed(f"the arguments do not fit: {explain(error)}") from None
+            raise _CallFailed(f"the arguments do not fit: {explain(error, 'the object')}") from None
         try:
             value = self.function(**{name: getattr(form, name) for name in self.form.model_fields})
             if inspect.isawaitable(value):

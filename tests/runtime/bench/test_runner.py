@@ -69,7 +69,10 @@ def test_existing_benchmark_is_not_overwritten(folder: Path) -> None:
         (("--loads", "1,many"), "--loads: give numbers above 0"),
         (("--loads", "0"), "--loads: give numbers above 0"),
         (("--config", "embedded"), "device.kv_cache_memory_bytes: this key is required"),
-        (("--constants", "l5"), "--constants: there is no file and no shipped name 'l5'; shipped are a100, "),
+        (
+            ("--constants", "l5"),
+            "there is no file and no shipped model for --constants 'l5'; known: a100, ",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(

@@ -1,7 +1,6 @@
-"""The configuration: reads YAML files, validates them once, and returns frozen values.
+"""The sections of a configuration, as frozen pydantic models.
 
-The only module that reads YAML. A configuration can extend another one (`extends`), whose mappings it merges with its
-own key by key. Every error names the file, the key and what would be right.
+scripts/reference.py writes the reference of all keys from their descriptions.
 """
 
 from collections.abc import Mapping
@@ -9,38 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ByteSize,
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from agents.names import nearest
-from agents.role import Sampling
+from agents.role import Sampling, Value
 from runtime.engines.spec import EngineSpec, ReplicaRange
-from runtime.errors import ConfigError
 from runtime.tools.mcp.settings import McpSettings
 
-DEFAULT = "embedded"
-_HERE = Path(__file__).parent
-SHIPPED = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent / "configs"
-"""The folder of the shipped configurations: inside an installed wheel, or the repository's `configs`."""
 
-
-class Section(BaseModel):
-    """A section of a configuration. It is frozen and refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Member(Section):
+class Member(Value):
     """One seat of the team: its role, its engine, its sampling settings, and what it declares to the policies."""
 
     role: str = Field(
@@ -124,7 +109,7 @@ class Member(Section):
         return defaults.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
-class Device(Section):
+class Device(Value):
     """The device that the engines share, or each of several."""
 
     memory_bytes: ByteSize | None = Field(
@@ -176,7 +161,7 @@ class PolicyChoice(Choice):
     )
 
 
-class Control(Section):
+class Control(Value):
     """How the controller moves memory between engines."""
 
     policy: PolicyChoice = Field(default=PolicyChoice(), description="The policy that decides each engine's grant.")
@@ -248,7 +233,7 @@ class Tool(BaseModel):
         return self
 
 
-class Residency(Section):
+class Residency(Value):
     """Which engines are on the device. The others sleep: they give all their memory back until they are called."""
 
     policy: ResidencyChoice = Field(
@@ -262,7 +247,7 @@ class Residency(Section):
     )
 
 
-class Service(Section):
+class Service(Value):
     """How `troupe serve` is reached over HTTP, how many jobs it accepts, and how long it keeps them."""
 
     host: str = Field(
@@ -323,7 +308,7 @@ class Service(Section):
     connections_max: int = Field(default=1000, ge=1, le=1_000_000, description="Maximum number of open connections.")
 
 
-class Mqtt(Section):
+class Mqtt(Value):
     """The MQTT broker that the service connects to."""
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Host name or address of the broker.")
@@ -346,7 +331,7 @@ class Mqtt(Section):
     )
 
 
-class Traces(Section):
+class Traces(Value):
     """The receiver of OpenTelemetry traces of jobs. The SDK's `OTEL_*` variables set everything else."""
 
     endpoint: str = Field(
@@ -370,7 +355,7 @@ class Traces(Section):
         return endpoint
 
 
-class Cluster(Section):
+class Cluster(Value):
     """How the team uses the nodes of a Ray cluster."""
 
     address: str = Field(
@@ -426,7 +411,7 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class Config(Section):
+class Config(Value):
     """A whole configuration."""
 
     device: Device = Field(default=Device(), description="The device that the engines share, or each of several.")
@@ -556,190 +541,3 @@ class Config(Section):
         Return the same configuration, options included, if it already follows that workflow.
         """
         return self if name == self.workflow.name else self.model_copy(update={"workflow": WorkflowChoice(name=name)})
-
-
-def load(name: str) -> Config:
-    """Read and validate a configuration, given by its path or by the name of a shipped one.
-
-    Raises ConfigError, which names the file, the key and what would be right.
-    """
-    path = find(name)
-    layers = _layers(path, seen=())
-    data: dict[str, Any] = {}
-    for _, layer in reversed(layers):
-        data = _merge(data, layer)
-    try:
-        config = Config.model_validate(data, context=path)
-    except ValidationError as error:
-        lines = (f"{_origin(layers, e['loc'])}: {_complaint(dict(e))}" for e in error.errors())
-        raise ConfigError("\n".join(lines)) from None
-    for engine, spec in config.engines.items():
-        _check_model(path, engine, spec)
-    return config
-
-
-def find(name: str) -> Path:
-    """Return the path of a configuration, given by its path or by the name of a shipped one.
-
-    Raises ConfigError if there is no such file.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
-    if name in shipped:
-        return SHIPPED / f"{name}.yaml"
-    raise ConfigError(f"there is no file and no shipped configuration {name!r}; {nearest(name, shipped)}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping with text keys.
-
-    Raises ConfigError, which names the file and, for a syntax error, the line.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the file: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: the file is not UTF-8 text") from None
-    except ValueError as error:  # a date or a number that PyYAML cannot represent
-        raise ConfigError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'the file is not YAML'}") from None
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"{path}: the file must hold a mapping, one `key: value` a line")
-    return data
-
-
-def is_role_file(role: str) -> bool:
-    """Return True if a member's role is a YAML file instead of a registered name."""
-    return role.endswith((".yaml", ".yml"))
-
-
-def as_yaml(section: BaseModel) -> str:
-    """Return a configuration or a section as YAML, with every default written out."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the file's mapping, then that of the file which it extends, and so on, with absolute paths in each."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends: the file extends itself, through {', '.join(map(str, seen))}")
-    data = read_yaml(path)
-    _make_paths_absolute(data, path.parent.resolve())
-    base = data.pop("extends", None)
-    if base is None:
-        return [(path, data)]
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: give the name or the file of one configuration, not {base!r}")
-    beside = path.parent / base
-    try:
-        extended = beside if beside.is_file() else find(base)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: extends: {error}") from None
-    return [(path, data), *_layers(extended, (*seen, path.resolve()))]
-
-
-def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str, ...]) -> Path:
-    """Return the file that sets the key at a location.
-
-    If no file sets it, return the one that has the most of its parent keys. The topmost file wins a tie.
-    """
-
-    def depth(data: Any) -> int:
-        for level, key in enumerate(location):
-            if not isinstance(data, dict) or key not in data:
-                return level
-            data = data[key]
-        return len(location)
-
-    return max(layers, key=lambda layer: depth(layer[1]))[0]
-
-
-def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
-    """Resolve relative folders of models, and files, against the folder of the file that names them, in place."""
-    for section, key in (("engines", "model"), ("team", "role"), ("tools", "function")):
-        entries = data.get(section)
-        for entry in entries.values() if isinstance(entries, dict) else ():
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(value, str) and (
-                value.startswith(("./", "../", "~")) or is_role_file(value) or ".py:" in value
-            ):
-                entry[key] = str(folder / Path(value).expanduser())
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the keys of `top` over it; merge mappings that both have."""
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and not _names_another_choice(key, old, value):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _names_another_choice(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Return True if `new` chooses another workflow or policy than `old`, whose options then do not apply."""
-    return key in ("workflow", "policy", "shadow") and new.get("name", old.get("name")) != old.get("name")
-
-
-def _check_model(path: Path, engine: str, spec: EngineSpec) -> None:
-    """Raise ConfigError if the engine's model is a folder that holds no model.
-
-    A model that is not written as a path is the name of a model on a hub. The hub says at the start if it is unknown.
-    """
-    if not spec.model.startswith("/"):
-        return
-    folder = Path(spec.model)
-    needed = ["config.json"] if spec.load_format == "dummy" else ["config.json", "*.safetensors"]
-    missing = [name for name in needed if not list(folder.glob(name))]
-    if missing:
-        state = f"holds no {' and no '.join(missing)}" if folder.is_dir() else "does not exist"
-        raise ConfigError(
-            f"{path}: engines.{engine}.model: the folder {folder} {state}; "
-            "give the folder of a model, starting with ./ or /, or a hub's name such as Qwen/Qwen3-0.6B"
-        )
-
-
-def _complaint(error: dict[str, Any]) -> str:
-    """Return pydantic's error as one line: the key, what is wrong with it, and what would be right."""
-    place = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"])
-        return f"{place}: unknown key; {nearest(str(error['loc'][-1]), known)}"
-    if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
-        return f"{place}: {message}" if place else message
-    if error["type"] == "missing":
-        return f"{place}: this key is required"
-    given = "" if "env" in error["loc"] else f", not {error['input']!r}"  # which may be a secret
-    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{given}"
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys of the section that a location is in, or nothing if it has no fixed keys."""
-    sections: dict[str, type[BaseModel]] = {
-        "device": Device,
-        "cluster": Cluster,
-        "engines": EngineSpec,
-        "team": Member,
-        "control": Control,
-        "residency": Residency,
-        "service": Service,
-        "mqtt": Mqtt,
-        "traces": Traces,
-    }
-    match location:
-        case [_]:
-            return [*Config.model_fields, "extends"]
-        case ["tools", _, "mcp", _]:
-            return list(McpSettings.model_fields)
-        case [str(section), *_] if section in sections:
-            return list(sections[section].model_fields)
-        case _:
-            return []
