@@ -20,7 +20,9 @@ class Deliberate(PlannedWorkflow):
     class Options(PlannedWorkflow.Options):
         """The settings of `deliberate`."""
 
-        rounds: int = Field(default=3, ge=0, le=100, description="How often a rejected step is solved again at most.")
+        rounds: int = Field(
+            default=3, ge=0, le=100, description="Maximum number of times that a rejected step is solved again."
+        )
 
     options: Options
 

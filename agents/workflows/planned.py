@@ -58,7 +58,7 @@ class PlannedWorkflow(Workflow):
             description="Plans to draw at the same time. The workflow follows the most frequent.",
         )
         critics: tuple[str, ...] = Field(
-            default=("critic",), description="Seats that judge results. Without any, none does."
+            default=("critic",), description="Seats that judge results. If the list is empty, no seat judges."
         )
         answerer: str = Field(
             default="solver",

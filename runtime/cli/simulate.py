@@ -56,7 +56,7 @@ from runtime.simulation.roofline import REGIMES, SharingMode
 
 @click.group()
 def simulate() -> None:
-    """Simulate policies without real engines, in virtual time, and reproduce the paper's simulation."""
+    """Simulate policies without real engines, in virtual time, and reproduce the table of arXiv 2512.22149."""
 
 
 @simulate.command()
@@ -242,7 +242,7 @@ def fit(config: str, count: int, out: Path | None) -> None:
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write. [default: standard output]")
 def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path | None) -> None:
-    """Derive the constants of engines on GPU for WORKLOAD from published figures, and write them as YAML.
+    """Derive the constants of engines on a GPU for WORKLOAD from published figures, and write them as YAML.
 
     Nothing is measured, and no GPU is needed. WORKLOAD must have lengths for every engine of the configuration. If any
     engine of the configuration may sleep, all derived engines do.

@@ -69,7 +69,8 @@ class Options:
 @click.option(
     "--workflow",
     "-w",
-    help="deliberate, vote, solo or one of your own. It has its default options unless the configuration uses it.",
+    help="Name of a workflow, such as vote; `troupe roles` lists all. It has its default options unless the "
+    "configuration uses it.",
 )
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Sample every role's replies at this temperature.")
 @click.option(

@@ -234,7 +234,7 @@ class Tool(BaseModel):
 
 
 class Residency(Value):
-    """Which engines are on the device. The others sleep: they give all their memory back until they are called."""
+    """The rules by which engines sleep. An engine that sleeps gives its weights back until it is called."""
 
     policy: ResidencyChoice = Field(
         default=ResidencyChoice(), description="The policy that puts engines to sleep and wakes them."
@@ -263,7 +263,7 @@ class Service(Value):
     )
     open: bool = Field(
         default=False,
-        description="Give every right to requests without a token. If false, a service that loses its last token while "
+        description="Accept every request while no token exists. If false, a service that loses its last token while "
         "it runs refuses all requests.",
     )
     journal: str | None = Field(

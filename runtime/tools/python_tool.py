@@ -44,7 +44,7 @@ class PythonTool(Tool):
             default=ByteSize(256 << 20),
             ge=64 << 20,
             le=1 << 40,
-            description="The most memory of a call, in bytes, with the interpreter's own 30 MiB.",
+            description="The most memory of a call, in bytes, including 30 MiB for the interpreter.",
         )
         threads: int = Field(
             default=16, ge=1, le=1024, description="The most threads of a call. It can start no other process."

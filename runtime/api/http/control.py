@@ -112,7 +112,7 @@ async def list_engines(backend: BackendDep) -> list[EngineInfo]:
 
 @router.get("/devices", dependencies=_READ)
 async def list_devices(backend: BackendDep) -> dict[str, DeviceMoment]:
-    """List the engines' devices by name, as telemetry sees them. None is listed before its controller has looked at it.
+    """List the engines' devices by name, as telemetry sees them. A device is listed after its first snapshot.
 
     `lanes` is how many engines the device serves at full speed at once.
     """

@@ -119,7 +119,7 @@ class Metrics(Collector):
             "vllm:num_preemptions": "Preempted requests.",
             "vllm:prompt_tokens": "Prompt tokens.",
             "vllm:generation_tokens": "Generated tokens.",
-            "troupe:engine_held_requests": "Requests that arrived while the engine slept.",
+            "troupe:engine_held_requests": "Requests that arrived while the engine slept or woke.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             **{name: GaugeMetricFamily(name, text, labels=["model_name"]) for name, text in gauges.items()},

@@ -97,13 +97,13 @@ class Turns(Waterfill):
             default=1.2,
             ge=1,
             allow_inf_nan=False,
-            description="How many times as good as all engines a set must be before the others are paused.",
+            description="Pause the other engines only if a set is at least this many times as good as all engines.",
         )
         stay: float = Field(
             default=1.2,
             ge=1,
             allow_inf_nan=False,
-            description="How many times as good as the present set another must be to replace it.",
+            description="Replace the present set only if another set is more than this many times as good.",
         )
 
     options: Options

@@ -1,4 +1,4 @@
-"""`job_graph`, the default: wake engines before the running jobs call them.
+"""`job_graph`: wake engines before the running jobs call them.
 
 A job's workflow and earlier jobs show which calls follow on which, and earlier calls show how long they take. So the
 time t until an engine's next call is known while its job still works elsewhere. Without such a job, an engine's earlier
@@ -52,7 +52,7 @@ class JobGraph(ResidencyPolicy):
             default=130,
             ge=1,
             allow_inf_nan=False,
-            description="Seconds of idle memory that a second is worth in which a job waits for an engine to wake.",
+            description="Seconds of idle memory that one second of a job's wait for a waking engine is worth.",
         )
 
     options: Options

@@ -17,7 +17,9 @@ class McpSettings(Value):
     """The settings of one MCP server: how to reach it, and which tools to offer. Set either `command` or `url`."""
 
     command: str | None = Field(
-        default=None, min_length=1, description="The program that is the server, which talks over its standard streams."
+        default=None,
+        min_length=1,
+        description="The program to start as the server. It talks over stdin and stdout.",
     )
     args: tuple[str, ...] = Field(default=(), description="The arguments of `command`.")
     env: Mapping[str, SecretStr] = Field(
@@ -35,7 +37,7 @@ class McpSettings(Value):
     idempotent: tuple[str, ...] = Field(
         default=(),
         description="The tools that may run again after a crash, by the server's names for them. "
-        "What the server says about this is not trusted.",
+        "Troupe ignores what the server says about this.",
     )
     output_max_bytes: ByteSize = Field(
         default=ByteSize(8192), ge=256, le=1 << 20, description="The most output of a call that the model reads."
