@@ -1,18 +1,18 @@
-"""The errors that Troupe raises for a user to read.
+"""The errors that Troupe raises for a user to read. A command that one of them ends has the exit code 2.
 
 TroupeError
 ├── BudgetSpent      a job has used all the tokens that it was given
 ├── Busy             the job queue is full or the service is stopping; try again later
-├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right   (exit code 2)
+├── ConfigError      a configuration, role or workflow is wrong: file, key, what would be right
 ├── Forbidden        a token is missing, unknown, or lacks the required scope
-├── InputError       a problem or a line of an input file is wrong                                (exit code 2)
+├── InputError       a problem, a request, an option or a line of an input file is wrong
 ├── EngineError      an engine could not start, died, or refused a request
 │   ├── EngineDead   the engine's process is gone
 │   └── RequestRefused    an engine cannot serve a request, for example because its prompt is too long
 │       └── RequestQuarantined    a request was alone in its engine when that ended; it is not sent again
 ├── JournalError     the job journal cannot be read or written
 ├── NotFound         no job, model or engine has that name
-└── PluginError      a third party's role or workflow cannot be used: which, and why               (exit code 2)
+└── PluginError      a third party's role, workflow, policy or tool cannot be used: which, and why
 """
 
 from enum import StrEnum
@@ -44,7 +44,7 @@ class BudgetSpent(TroupeError):
 
 
 class Busy(TroupeError):
-    """The service accepts this or nothing more at the moment. The message says why.
+    """The service does not accept this request, or any request, at the moment. The message says why.
 
     `retry_s` is when the caller may try again, in seconds from now.
     """
@@ -71,7 +71,7 @@ class Forbidden(TroupeError):
 
 
 class InputError(TroupeError):
-    """A problem or a line of an input file is wrong. The message names the place and what would be right."""
+    """A problem, a request, an option or a line of a file is wrong. The message says where, and what would be right."""
 
 
 class EngineError(TroupeError):
@@ -111,4 +111,4 @@ class NotFound(TroupeError):
 
 
 class PluginError(TroupeError):
-    """A third party's role or workflow cannot be used. The message names it and says why."""
+    """A third party's role, workflow, policy or tool cannot be used. The message names it and says why."""

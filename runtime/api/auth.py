@@ -22,7 +22,7 @@ class Scope(StrEnum):
     """A permission that a token grants.
 
     READ: read jobs, events, engines, decisions and metrics.
-    SUBMIT: submit and cancel jobs, and send requests to the OpenAI API.
+    SUBMIT: submit and cancel jobs, and send requests to OpenAI's and Anthropic's APIs.
     CONTROL: pin engines, pause the controller and change its policy.
     """
 
@@ -128,7 +128,7 @@ class Tokens:
 
 
 class OpenAccess(StrEnum):
-    """When a service that has no tokens accepts requests without one."""
+    """A rule for requests without a token while the service has no tokens: accept them or not."""
 
     ALWAYS = "always"
     UNTIL_FIRST_TOKEN = "until the first token"

@@ -50,8 +50,9 @@ UNFINISHED = "unfinished"
 class Agent:
     """The agent of one node, or of a part of its devices.
 
-    `on_orphaned` is called when it has ended because no head came. `start` starts the engines of a plan. At `host`, it
-    holds a connection of the head. This connection closes when the agent's process ends, even by SIGKILL.
+    `on_orphaned` is called when the agent has ended because no head came. `start` starts the engines of a plan. The
+    agent accepts a connection of the head at `host`. The connection closes when the agent's process ends, even by
+    SIGKILL.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class RemoteEngine(EngineHandle):
 
     @property
     def silent(self) -> bool:
-        """Whether the replica has not answered its last grant."""
+        """Return True if the replica has not answered its last grant in time."""
         return self._report.silent
 
     async def start(self) -> None:

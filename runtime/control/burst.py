@@ -1,4 +1,4 @@
-"""Detects bursts: engines that newly have more calls in flight than their KV cache can hold. Pure: no clock, no I/O."""
+"""Detects bursts: engines that newly have more calls in flight than they may run. Pure: no clock, no I/O."""
 
 from collections.abc import Mapping
 
@@ -9,8 +9,8 @@ from runtime.engines.grant import Grant
 class BurstDetector:
     """A detector that compares the calls in flight with those that the last decision took into account.
 
-    An engine is short if it has more calls than its KV cache can hold. It is newly short if it was not short at the
-    last decision, or if it has more calls now than it had then.
+    An engine is short if it has more calls than its KV cache and its concurrency allow. It is newly short if it was not
+    short at the last decision, or if it has more calls now than it had then.
     """
 
     def __init__(self) -> None:
@@ -19,12 +19,12 @@ class BurstDetector:
         self._expected: Mapping[str, int] = {}
 
     def note_decision(self, in_flight: Mapping[str, int], capacity: Mapping[str, int]) -> None:
-        """Record, by engine, the calls that a decision took into account and the calls that its grants can hold."""
+        """Record, by engine, the calls that a decision took into account and the calls that its grants allow."""
         self.any_short = any(calls > capacity[engine] for engine, calls in in_flight.items())
         self._expected = {engine: max(calls, capacity[engine]) for engine, calls in in_flight.items()}
 
     def newly_short(self, in_flight: Mapping[str, int]) -> list[str]:
-        """Return the engines that are newly short with these calls. An engine without a grant can hold none."""
+        """Return the engines that are newly short with these calls. An engine without a grant may run none."""
         return [engine for engine, calls in in_flight.items() if calls > self._expected.get(engine, 0)]
 
 

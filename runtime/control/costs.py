@@ -47,7 +47,8 @@ SHORTEST_STEP_S, LONGEST_STEP_S = 1e-5, 100.0
 MOST_IN_STEP = 1_000_000
 """Reports of more sequences and prompt tokens in a mean step are refused."""
 SATURATED = 0.9
-"""Below this part of the work that the engines would do alone, the device limits them."""
+"""A GPU with at least this utilization has no room. Engines limit each other if their speeds add up to less than this
+part of their number."""
 LEAST_UTILIZATION = 0.1
 """Below this utilization, rounding makes the lanes that follow from it too uncertain."""
 UTILIZATION_S = 1.0

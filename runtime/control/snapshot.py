@@ -27,7 +27,7 @@ class EngineView:
       seconds.
     - `unanswered_s`: for how long it has had requests and has completed no reply, in seconds.
     - `cost`: what its steps cost.
-    - `prompt_ratio`: how many prompt tokens its steps computed recently for each token that they generated.
+    - `prompt_ratio`: how many prompt tokens its steps computed recently for each sequence in a step.
     - `utilization`: the part of the time in which it used the device, as NVML reports it for its process; None if
       telemetry does not report it.
     - `priority`: 1 is the most urgent.

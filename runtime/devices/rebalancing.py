@@ -111,12 +111,11 @@ class Action:
 def decide(view: PlacementView) -> list[Action]:
     """Return the actions to take now. O(N log N) of the numbers of replicas and devices.
 
-    A new replica takes over a part of its engine's requests, so that it helps where a device has more than RATIO times
-    the requests of another one, and twice SLACK more than that. Of the engines on the busy device, that with the most
-    requests there gains the most. It must fit the idle device, and the imbalance must have lasted PATIENCE times as
-    long as the start of the replica takes, or it might be over before the replica serves. An engine that has all its
-    replicas moves one instead, if another busy engine is left behind on the device: alone, it would take its load
-    along.
+    A new replica takes over a part of its engine's requests. It helps if a device has more than RATIO times the
+    requests of another one plus twice SLACK. On the busy device, the engine with the most requests gains the most. The
+    replica must fit the idle device. The imbalance must have lasted PATIENCE times as long as the replica takes to
+    start, or it may end before the replica serves. An engine that has its maximum of replicas moves one instead, if the
+    busy device has another busy engine. Without one, the move would only shift the load.
 
     The busiest device is relieved first, by the idlest one with room. Each engine gets at most one new replica at a
     time, and each device takes part in one action. An engine with fewer replicas than its least gets one, and one with

@@ -21,9 +21,9 @@ class EngineState(StrEnum):
     LOADING and LOADED refer to the weights. Only a READY engine admits requests. A DEAD engine is restarted, unless it
     has died too often: then it is FAILED.
 
-    An engine that goes to sleep is DRAINING until its running requests have finished. ASLEEP, its process lives without
-    weights and KV cache; COLD, it has no process. WAKING, it takes its memory back. An ABSENT replica has no process
-    either, and no request waits for it: only the placement starts it. LOST, it is on a machine that does not answer.
+    A DRAINING engine finishes its running requests before it sleeps. An ASLEEP engine has a process without weights. A
+    COLD engine has no process. A WAKING engine takes its memory back. An ABSENT replica has no process, and no request
+    waits for it: only the placement starts it. A LOST engine is on a machine that does not answer.
     """
 
     STARTING = "starting"
@@ -128,7 +128,7 @@ class EngineHandle(ABC):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the engine serves requests, as far as is known without asking it."""
+        """Return True if the engine serves requests, by its last known state."""
         return self.state is EngineState.READY
 
     async def until_ready(self) -> None:

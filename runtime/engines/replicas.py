@@ -189,7 +189,7 @@ class Replicas:
 
     @property
     def serves(self) -> bool:
-        """Whether any replica is ready."""
+        """Return True if any replica is ready."""
         return any(replica.is_ready for replica in self._replicas)
 
     def part(self, replica: str) -> float:

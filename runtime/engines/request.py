@@ -127,7 +127,7 @@ class Chunk:
 
 
 class Engine(Protocol):
-    """What generates replies: one engine, or all replicas of one."""
+    """A generator of replies: one engine, or all replicas of one."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the reply to a request. Closing the generator early aborts the request."""

@@ -57,12 +57,13 @@ class _Fault:
 
 
 class SupervisedEngine(EngineHandle):
-    """One engine after another from `make`, under one name.
+    """A supervisor of one engine: it replaces the engine by a new one from `make` if it dies or hangs.
 
     `start` raises the error of the first engine if it does not start. Later engines are restarted instead. `on_state`
     is called with every state that the engine enters, but not while it starts. Engines that share a `moving` lock go to
     sleep and wake one after the other: vLLM can hang if two of them do so at once on one GPU. `host` is the ledger of
-    the host memory that holds copies of sleeping engines' weights. An engine whose copy does not fit sleeps deeply.
+    the host memory that holds copies of sleeping engines' weights. An engine whose copy does not fit ends its process
+    when it sleeps.
     """
 
     def __init__(
@@ -369,7 +370,8 @@ class SupervisedEngine(EngineHandle):
     async def wake(self) -> None:
         """Wake the engine with the smallest KV cache. Attempts that fail are repeated after pauses, as restarts are.
 
-        They do not count as restarts. After as many failures, the engine has failed, or is absent again if it was.
+        They do not count as restarts. If the last attempt fails, the engine has failed, or is absent again if it was,
+        and EngineError is raised.
         """
         was_absent = self._rest is EngineState.ABSENT
         if self._rest not in (*_WITHOUT_WEIGHTS, EngineState.ABSENT) or self._failure is not None:

@@ -27,7 +27,7 @@ class ModelledFleet:
 
     @property
     def supervised(self) -> dict[str, SupervisedEngine]:
-        """The engines, as what they are."""
+        """Return the engines by name, typed as SupervisedEngine."""
         return {name: engine for name, engine in self.engines.items() if isinstance(engine, SupervisedEngine)}
 
     def add_absent(self, name: str, spec: EngineSpec, replica: Measured) -> None:

@@ -29,8 +29,9 @@ class Figures:
 class ElasticWorker:
     """A mixin that reserves address space for the ceiling of the KV cache, and backs the first `backed_blocks` blocks.
 
-    A worker starts with its floor backed: the blocks of one sequence of the model's full length, and vLLM's null
-    block. Address space, and with it the cache's tensors, never move, so CUDA graphs stay valid.
+    A worker starts with the blocks of one sequence of the model's full length and vLLM's null block backed. The blocks
+    that the warm-up writes then belong to its floor too. Address space, and with it the cache's tensors, never move, so
+    CUDA graphs stay valid.
 
     The methods from `reserve` to `restore_weights` are the device's part, which each worker class provides. The others
     override those of vLLM's worker, or belong to a resize (`back`).
