@@ -79,7 +79,7 @@ class EngineError(TroupeError):
 
 
 class Death(StrEnum):
-    """How an engine ended: an error of its own, a signal from outside (SIGKILL or SIGTERM), or no sign of life."""
+    """The end of an engine: an error of its own, a signal from outside (SIGKILL or SIGTERM), or no sign of life."""
 
     CRASHED = "crashed"
     KILLED = "was killed"

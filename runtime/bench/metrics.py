@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class ResidencyFigures:
-    """What sleeping and waking did in a run, over all engines.
+    """The effects of sleeping and waking in a run, over all engines.
 
     - `held`: requests that arrived while their engine slept.
     - `idle_byte_seconds`, `wakes`, `ahead`, `wasted`: see residency.keeper.Counts.

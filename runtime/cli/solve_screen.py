@@ -1,4 +1,4 @@
-"""What `troupe solve` shows: its console, and the lines of text (rich markup) for engines, steps and results."""
+"""The screen of `troupe solve`: its console, and the lines of text (rich markup) for engines, steps and results."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,7 @@ def output_console(screen: Console) -> Console:
 
 
 class EngineProgress:
-    """Describes what a team is doing: starting, working or closing."""
+    """A description of a team's progress: starting, working or closing."""
 
     def __init__(self) -> None:
         self._states: dict[str, EngineState] = {}

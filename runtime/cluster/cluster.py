@@ -39,7 +39,7 @@ REPORT_S = 30.0
 CLOSE_S = 30.0
 """Timeout of an agent's end, in seconds. It is killed after that."""
 LOST_CLOSE_S = 1.0
-"""The same for an agent that is lost."""
+"""Timeout of the end of a lost agent, in seconds."""
 RETRY_MOST_S = 60.0
 """Longest pause before a node that could not be used is tried again, in seconds."""
 

@@ -57,7 +57,7 @@ class Add(Message, frozen=True):
 
 
 class Remove(Message, frozen=True):
-    """Let a replica serve what has a token, then end it."""
+    """Let a replica finish the requests that have a token, then end it."""
 
     number: int
     replica: str
@@ -90,7 +90,7 @@ class Expected(msgspec.Struct, frozen=True):
 
 
 class Expect(Message, frozen=True):
-    """What each device can expect. The head sends it regularly, which also shows that the head lives."""
+    """The calls that each device can expect. The head sends them regularly, which also shows that the head lives."""
 
     devices: Mapping[str, Expected]
 
@@ -222,7 +222,7 @@ FromAgent = Streamed | Ended | Died | Entered | Beat | Recorded
 
 
 class Decoder(Generic[T]):
-    """Reads what `encode` has written."""
+    """A decoder of the messages that `encode` has written."""
 
     def __init__(self, kind: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[list[T]] = msgspec.msgpack.Decoder(list[kind])

@@ -162,7 +162,7 @@ class PolicyChoice(Choice):
 
 
 class Control(Value):
-    """How the controller moves memory between engines."""
+    """The controller, which moves memory between engines."""
 
     policy: PolicyChoice = Field(default=PolicyChoice(), description="The policy that decides each engine's grant.")
     shadow: PolicyChoice | None = Field(
@@ -248,7 +248,7 @@ class Residency(Value):
 
 
 class Service(Value):
-    """How `troupe serve` is reached over HTTP, how many jobs it accepts, and how long it keeps them."""
+    """The address of `troupe serve`, the jobs that it accepts, and the time for which it keeps them."""
 
     host: str = Field(
         default="127.0.0.1",
@@ -356,7 +356,7 @@ class Traces(Value):
 
 
 class Cluster(Value):
-    """How the team uses the nodes of a Ray cluster."""
+    """The Ray cluster whose nodes the team uses."""
 
     address: str = Field(
         default="auto",

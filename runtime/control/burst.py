@@ -15,7 +15,7 @@ class BurstDetector:
 
     def __init__(self) -> None:
         self.any_short = False
-        """Whether an engine was short at the last decision."""
+        """True if an engine was short at the last decision."""
         self._expected: Mapping[str, int] = {}
 
     def note_decision(self, in_flight: Mapping[str, int], capacity: Mapping[str, int]) -> None:

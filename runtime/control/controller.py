@@ -180,7 +180,7 @@ class Controller:
 
     @property
     def unfit_pins(self) -> Mapping[str, str]:
-        """Why pins are not in force, by engine: they do not fit the current budget or the engine's bounds."""
+        """Return, by engine, why a pin is not in force: it does not fit the current budget or the engine's bounds."""
         return {name: why for name, why in self._unfit.items() if name in self._pinned}
 
     @property

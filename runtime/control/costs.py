@@ -25,7 +25,7 @@ from runtime.engines.handle import EngineStats, Work
 MEMORY_S = 30.0
 """Seconds of samples after which a sample weighs 1/e of a new one."""
 MIX_MEMORY_S = 5.0
-"""The same for the mix of prompts and replies in an engine's steps."""
+"""As MEMORY_S, for the mix of prompts and replies in an engine's steps."""
 STALE_S = 300.0
 """Seconds without a new sample after which the confidence in a cost has fallen to 1/e."""
 PRIOR_SAMPLES = 5.0
@@ -78,7 +78,7 @@ class Utilization:
 
     @property
     def unsaturated(self) -> float | None:
-        """The same as `by_engines`, or None if that says nothing about the GPU's room.
+        """Return `by_engines`, or None if that says nothing about the GPU's room.
 
         A GPU that another process fills slows the engines down, and says nothing about how they would share it.
         """

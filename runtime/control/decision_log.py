@@ -19,7 +19,7 @@ ROTATE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a grant: `state` is "applied", "deferred" or "rejected", `reason` says why if not applied."""
+    """The outcome of a grant: `state` is "applied", "deferred" or "rejected", `reason` says why it was not applied."""
 
     state: str
     moved_bytes: int = 0

@@ -25,7 +25,7 @@ class _Progress:
 
 
 class ExpectedRequests(Protocol):
-    """Which requests engines can expect, by the name of the engine. Forecast describes the methods."""
+    """The requests that engines can expect, by the name of the engine. Forecast describes the methods."""
 
     def open_calls(self) -> dict[str, int]: ...
 

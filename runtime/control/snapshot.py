@@ -1,4 +1,4 @@
-"""What a policy sees: the engines and their device at one moment. The decision log stores these values unchanged."""
+"""The view of a policy: the engines and their device at one moment. The decision log stores these values unchanged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ HEADROOM = 0.02
 
 @dataclass(frozen=True)
 class EngineRequirements:
-    """What the configuration says about the roles of an engine; see EngineView for each field."""
+    """The requirements of an engine's roles, from the configuration; see EngineView for each field."""
 
     priority: int = 1
     minimum_share: float | None = None
@@ -36,7 +36,7 @@ class EngineRequirements:
 
 @dataclass
 class _History:
-    """What is remembered of an engine between snapshots: the last counts, and averages over time."""
+    """The record of an engine between snapshots: the last counts, and averages over time."""
 
     at_s: float
     stepped_at_s: float

@@ -76,7 +76,7 @@ class Controllers:
 
     @property
     def unfit_pins(self) -> dict[str, str]:
-        """Why pins are not in force, by engine."""
+        """Return, by engine, why a pin is not in force."""
         return {name: why for each in self._each for name, why in each.unfit_pins.items()}
 
     @property

@@ -34,7 +34,7 @@ class Policies:
 
 @dataclass(frozen=True)
 class Terms:
-    """How a device is controlled: what its team expects and requires of its engines, and by which policies.
+    """The terms by which a device is controlled: what its team expects and requires of its engines, and the policies.
 
     - `forecast`, `call_times`: which calls its engines can expect, and when.
     - `requirements`: what the seats of each engine require; `may_sleep`: the engines that can be put to sleep.
@@ -124,7 +124,7 @@ class DeviceHandle(Protocol):
         """Start an absent replica. The others shrink until there is memory for it. Raises EngineError."""
 
     async def remove(self, replica: str) -> None:
-        """Let a replica serve what has a token, then end it. Other replicas serve its other requests.
+        """Let a replica finish the requests that have a token, then end it. Other replicas serve its other requests.
 
         Raises EngineError if it does not stop serving.
         """

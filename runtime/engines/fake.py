@@ -30,7 +30,7 @@ Lengths = Callable[[GenerateRequest], tuple[int, int]]
 
 @dataclass(frozen=True)
 class ServiceTime:
-    """How long an engine's work takes, in seconds.
+    """The durations of an engine's work, in seconds.
 
     A step takes `step_s`, plus `token_s` for each request that it decodes, plus `prefill_s` for each prompt token that
     it computes. A call from outside (a request or a resize) takes `call_s` of the time of the process that makes it.

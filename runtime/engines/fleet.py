@@ -28,7 +28,7 @@ OnState = Callable[[str, EngineState, float], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a replica that has started knows about its engine: its limits, and how long its process takes to start."""
+    """The measurements of a replica that has started: its limits, and the seconds that its process takes to start."""
 
     limits: EngineLimits
     start_s: float

@@ -1,4 +1,4 @@
-"""What an engine may use, the limits that grants are checked against, and the outcomes of a resize."""
+"""Grants, the limits that they are checked against, and the outcomes of a resize."""
 
 import asyncio
 import math
@@ -9,7 +9,7 @@ _SHARE_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Grant:
-    """What an engine may use from now on.
+    """The memory and concurrency that an engine may use from now on.
 
     - `gpu_memory_utilization`: its share of the device, weights included.
     - `max_active_seqs`: how many requests it may run at once. 0 pauses admission: running requests continue, the others
@@ -27,9 +27,9 @@ class Grant:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What a running engine has measured about itself, and the bounds of its grants. All memory is in bytes.
+    """The measurements of a running engine, and the bounds of its grants. All memory is in bytes.
 
-    - `device_bytes`: what counts as the whole device; shares refer to it.
+    - `device_bytes`: the size of the device that shares refer to.
     - `fixed_bytes`: what the engine holds, or needs during a step, besides its KV cache.
     - `kv_floor_bytes`: the smallest KV cache. It holds one request of the model's full length, so that every request
       can finish, and all blocks that vLLM's warm-up writes.

@@ -1,4 +1,4 @@
-"""What all engines that this process starts have in common: the forkserver, their sockets, and vLLM's client side."""
+"""The common parts of all engines that this process starts: the forkserver, their sockets, and vLLM's client side."""
 
 import asyncio
 import os

@@ -30,7 +30,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with a decision.
+    """The steps that carry out a decision.
 
     Either all grants are in `rejected`, each with a reason, or each is in `shrink` or in `grow`. Engines in `shrink`
     release memory first. Then `plan_growth` divides it among the engines in `grow`. These include engines whose memory
@@ -44,7 +44,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Growth:
-    """How far a recipient can grow with the memory that is free.
+    """The part of a recipient's growth that the free memory allows.
 
     - `now`: the grant to apply now, or None if less than the smallest step is free.
     - `missing_bytes`: what is missing for the whole grant; zero or less if `now` is the whole grant.

@@ -22,13 +22,13 @@ from runtime.engines.request import Chunk, GenerateRequest
 from runtime.errors import EngineDead, RequestQuarantined, RequestRefused
 
 LOOKED_AT = 8
-"""How many replicas the choice for a request looks at."""
+"""The most replicas that the choice for a request looks at."""
 LOOK_AGAIN_S = 1.0
 """Seconds between two looks of a waiting request for new replicas."""
 
 
 SESSIONS_KEPT = 10_000
-"""How many sessions an engine remembers the replica of."""
+"""The most sessions of which an engine remembers the replica."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _can_serve(replica: EngineHandle, failed: Container[EngineHandle]) -> bool:
 
 
 class _Meter:
-    """Counts a request at one replica at a time, and charges it for its part of that replica's memory and time."""
+    """A meter that counts a request at one replica at a time and charges it a part of the replica's memory and time."""
 
     def __init__(self, request: GenerateRequest) -> None:
         self._request = request

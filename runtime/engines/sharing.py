@@ -22,7 +22,7 @@ DRAIN_S = 60.0
 GRACE_S = 0.5
 """Default time that running requests have to finish before a shrink preempts them."""
 ANSWER_S = 1.0
-"""How long a decision waits for an engine's answer. It then leaves this engine alone and continues with the others."""
+"""The longest wait of a decision for an engine's answer. It then continues with the other engines."""
 
 Settled = Applied | Rejected | Superseded
 RESTING = (
@@ -38,7 +38,7 @@ RESTING = (
 
 @dataclass
 class _Decision:
-    """What is needed to undo a decision: the donors' grants before it, and what has happened since."""
+    """A decision that can be undone: the donors' grants before it, and what has happened since."""
 
     donors_before: dict[str, Grant] = field(default_factory=dict)
     recipient_failed: bool = False
@@ -85,7 +85,7 @@ class Sharing:
 
     @property
     def reserved_bytes(self) -> int:
-        """What engines that wait in `admit` still need. Decisions must leave it free."""
+        """The bytes that engines which wait in `admit` still need. Decisions must leave them free."""
         return sum(admission.nbytes - self._claimed(name) for name, admission in self._admissions.items())
 
     async def admit(self, name: str, nbytes: int) -> None:
@@ -254,7 +254,7 @@ class Sharing:
         self._deferred[asyncio.create_task(self._finish_shrink(name, deferred), name=f"shrink {name}")] = name
 
     async def _finish_shrink(self, name: str, deferred: Deferred) -> None:
-        """When a deferred shrink settles, lower the donor's claim and let waiting recipients grow.
+        """Wait for a deferred shrink, then lower the donor's claim and let waiting recipients grow.
 
         Rejected means that the engine died. Its memory is free then too, and it restarts with this grant.
         """
@@ -298,7 +298,7 @@ class Sharing:
         return outcome
 
     async def _roll_back(self, decision: _Decision) -> None:
-        """If a recipient of the decision has failed, give its donors back what is still free of what they gave."""
+        """Give the donors back the free part of what they gave, if a recipient of the decision has failed."""
         if not decision.recipient_failed:
             return
         for name, before in decision.donors_before.items():

@@ -32,7 +32,7 @@ NEWEST_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class Patience:
-    """When a supervised engine counts as hanging, and how it is restarted.
+    """The rules by which a supervised engine counts as hanging, and by which it is restarted.
 
     - `hang_s`: an engine that takes longer for a pulse hangs and is killed.
     - `pulse_every_s`: the time between two pulses.
@@ -120,7 +120,7 @@ class SupervisedEngine(EngineHandle):
 
     @property
     def start_s(self) -> float:
-        """How long its process takes to start, in seconds."""
+        """Return the seconds that its process takes to start."""
         return self._start_s or 0.0
 
     async def leave(self) -> None:

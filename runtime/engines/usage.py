@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Held(StrEnum):
-    """Why an engine holds memory: it is ready to serve, it wakes, or it sleeps and keeps a part."""
+    """The reason for which an engine holds memory: it is ready to serve, it wakes, or it sleeps and keeps a part."""
 
     RESIDENT = "resident"
     WAKING = "waking"
@@ -56,7 +56,7 @@ class Charge:
 
 @dataclass
 class Account:
-    """What one request is charged by all engines that work on it.
+    """The charge of one request by all engines that work on it.
 
     `device_seconds` is its part of the memory of a GPU, times seconds, summed over the GPUs of each engine.
     """
@@ -72,7 +72,7 @@ class Account:
 
 @dataclass
 class Usage:
-    """What one seat used in a job, summed over its calls.
+    """The use of engines by one seat in a job, summed over its calls.
 
     - `prompt_tokens`, `completion_tokens`: token counts.
     - `seconds`: from asking to the last token.

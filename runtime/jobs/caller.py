@@ -31,7 +31,7 @@ _ENDED_EARLY = {"length": "cut off at {} tokens", "repetition": "ended because i
 
 
 class Caller:
-    """Makes the calls of all jobs, with the engines and tools of the team.
+    """A caller of the team's engines and tools, for all jobs.
 
     `price` is the cost of a whole GPU per hour. A call is charged for its share of the memory of each GPU over time.
     """

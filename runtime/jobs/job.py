@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: with an answer or with an error.
+    """The end of a job: an answer or an error.
 
     `confirmed` is True if the critics accepted the result of every step, False if one stayed rejected, and None if no
     critic judged. `judged` is the verdict of the judge who compared the answer with the expected one. `transient` is

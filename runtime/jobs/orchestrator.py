@@ -32,7 +32,7 @@ the engine crashes, the reply resumes from the last tokens received.
 
 
 class Orchestrator:
-    """Runs any number of jobs at once with one team, on the engines that the team's seats name.
+    """An orchestrator of any number of jobs at once, with one team and the engines that its seats name.
 
     `price` is the cost of a whole GPU per hour. A call is charged for its share of the memory of each GPU over time.
     `stream_interval` is the number of tokens that an engine sends at once. Benchmarks use 1, to time every token.

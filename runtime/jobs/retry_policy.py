@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and after what backoff, a job is tried again.
+    """The number of tries of a job, and the backoff before each.
 
     After an engine's error a job gets up to `retries` more tries. The first comes after `initial_backoff_s`, and each
     later backoff is twice as long, up to `backoff_max_s`. A job that has started `starts_max` times, retries apart,
-    without ending is probably what crashes the runtime, and fails.
+    without ending probably crashes the runtime, and fails.
     """
 
     retries: int

@@ -33,9 +33,9 @@ from runtime.jobs.team import Team
 from runtime.jobs.tool_record import ToolRecord
 
 CATCH_UP_EVERY_S = 0.5
-"""How often the service looks for what other processes wrote, such as `troupe jobs cancel`."""
+"""Seconds between two looks for writes of other processes, such as `troupe jobs cancel`."""
 DELETE_EVERY_S = 60.0
-"""How often the service deletes ended jobs that it need not keep."""
+"""Seconds between two deletions of ended jobs that the service need not keep."""
 DAY_S = 86_400
 
 

@@ -24,7 +24,7 @@ UNKNOWN_CALL_S = 1.0
 
 @dataclass
 class _Kind:
-    """What is known about jobs that call the same seats.
+    """The averages over jobs that call the same seats.
 
     - `followers`: how many calls to each seat follow on a reply of a seat, on average.
     - `lead_s`: the average time from a job's beginning to its first call of a seat.
@@ -51,7 +51,7 @@ class _Job:
 
 
 class ExpectedTimes(Protocol):
-    """When engines can expect requests, by the name of the engine. CallTimes describes the methods."""
+    """The times at which engines can expect requests, by the name of the engine. CallTimes describes the methods."""
 
     def next_call_s(self, absent: Collection[str] = ()) -> dict[str, float]: ...
 

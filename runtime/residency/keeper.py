@@ -26,13 +26,13 @@ MIN_PAUSE_S = 0.01
 SHORT_S = 1.0
 """An engine sleeps for a budget that is too small only after this many seconds."""
 EXPECTED_S = 5.0
-"""How long a job is expected that was refused because no engine could wake in time for it."""
+"""Seconds for which the keeper expects a job that was refused because no engine could wake in time for it."""
 _SLEEPING = (EngineState.ASLEEP, EngineState.COLD)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the configuration says about the residency of an engine; see Residence for each field."""
+    """The rules for an engine's residency, from the configuration; see Residence for each field."""
 
     may_sleep: bool = True
     priority: int = 1
@@ -67,7 +67,7 @@ class Counts:
 
 @dataclass
 class _History:
-    """What is remembered of one engine between two looks. Times are on the event loop's clock."""
+    """The record of one engine between two looks. Times are on the event loop's clock."""
 
     called_s: float
     awake_since_s: float

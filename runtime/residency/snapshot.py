@@ -1,4 +1,4 @@
-"""What a residency policy sees: which engines are on the device, who wants them, and what moving them costs."""
+"""The view of a residency policy: which engines are on the device, who wants them, and what moving them costs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class Residence:
 
 @dataclass(frozen=True)
 class ResidencySnapshot:
-    """All engines of a device at one moment. `budget_bytes` is what they may hold together."""
+    """All engines of a device at one moment. They may hold `budget_bytes` together."""
 
     now_s: float
     budget_bytes: int
@@ -87,5 +87,5 @@ class ResidencySnapshot:
 
     @cached_property
     def free_bytes(self) -> int:
-        """What is free for engines to wake, once those that drain sleep and those that are awake shrink."""
+        """The bytes that are free for engines to wake, once those that drain sleep and those that are awake shrink."""
         return self.budget_bytes - sum(engine.held_bytes for engine in self.residences)

@@ -25,7 +25,7 @@ TOKENS = 10
 """Length of a reply. It only divides the time of a request into steps."""
 PLACE_BYTES = 1 << 20
 SECONDS = 60.0
-"""How long requests arrive."""
+"""Seconds for which requests arrive."""
 
 
 class Caller(Role):

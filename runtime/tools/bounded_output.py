@@ -7,7 +7,7 @@ READ_BYTES = 1 << 16
 
 
 class BoundedOutput:
-    """Keeps the first `max_bytes` of what is added and counts the rest.
+    """A buffer that keeps the first `max_bytes` of an output and counts the rest.
 
     `total_bytes` is the size of all that was added.
     """
@@ -39,7 +39,7 @@ class BoundedOutput:
 
 
 class LastOutput:
-    """Keeps the last `max_bytes` of what is added."""
+    """A buffer that keeps the last `max_bytes` of an output."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

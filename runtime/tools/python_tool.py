@@ -34,7 +34,7 @@ Each call starts a new interpreter with the standard library only, in an empty f
 
 
 class PythonTool(Tool):
-    """Runs the code of each call in a new process, which the sandbox isolates and limits."""
+    """A tool that runs the code of each call in a new process, which the sandbox isolates and limits."""
 
     class Options(Value):
         """The limits of a call."""

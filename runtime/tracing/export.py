@@ -27,9 +27,9 @@ from runtime.config import Traces
 from runtime.errors import ConfigError
 
 SHUTDOWN_S = 5.0
-"""How long the end of a command waits for the export of the last spans. What is not exported then is lost."""
+"""The longest wait at a command's end for the export of the last spans. Spans that are not exported then are lost."""
 ABORT_S = 0.5
-"""How long an aborted export may take to return."""
+"""The longest time that an aborted export may take to return."""
 HTTP_PATH = "/v1/traces"
 QUEUE_LOGGER = "opentelemetry.sdk._shared_internal"
 """The logger of the SDK's queue. It reports each span that a full queue drops."""

@@ -47,10 +47,10 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 @dataclass(frozen=True)
 class EndedJob:
-    """What the root span of a job shows. Times are nanoseconds since 1970.
+    """The contents of a job's root span. Times are nanoseconds since 1970.
 
-    `state` is the last state of the job, and `error` says why the job has no answer. `moments` holds what happened to
-    the job while it was queued or ran: the time, the name and the reason, if there is one.
+    `state` is the last state of the job, and `error` says why the job has no answer. `moments` holds the events
+    of the job while it was queued or ran: the time, the name and the reason, if there is one.
     """
 
     id: str

@@ -21,7 +21,7 @@ from runtime.jobs.service import JobService
 from runtime.tracing.job_spans import NS, EndedJob, JobSpans
 
 RETRY_S = 1.0
-"""How long to wait before the next try after the journal could not be read."""
+"""Seconds before the next try after the journal could not be read."""
 _MOMENTS = (JobState.QUEUED, JobState.RUNNING, RESTARTED)
 
 

@@ -79,7 +79,7 @@ class EngineInfo(BaseModel):
 
 
 class ResidencyView(BaseModel):
-    """Which policy puts engines to sleep and wakes them, and counts since the service started."""
+    """The policy that puts engines to sleep and wakes them, and counts since the service started."""
 
     policy: str = Field(description="The residency policy that decides.")
     wakes: int = Field(description="Engines that woke.")

@@ -263,7 +263,7 @@ class SeatModel:
 
 
 class _Stream:
-    """Turns the items of a handler's stream into server-sent events. Here, they are events already."""
+    """A stream of server-sent events, made from the items of a handler's stream. Here, the items are events already."""
 
     def event(self, item: Any) -> str:
         """Return the event for an item of the stream."""

@@ -32,7 +32,7 @@ class InOrder(Generic[T]):
         task.add_done_callback(self._report)
 
     async def wait_for_room(self, limit: int) -> None:
-        """If at least `limit` items are pending, wait until the task of the `limit`-th newest one has ended."""
+        """Wait until the task of the `limit`-th newest item has ended, if at least `limit` items are pending."""
         if len(self._pending) >= limit:
             await asyncio.wait([self._pending[len(self._pending) - limit].task])
 

@@ -127,7 +127,7 @@ class IncomingMessages:
 
     @asynccontextmanager
     async def _left_to_the_next_start(self, message: Message) -> AsyncIterator[None]:
-        """If the service is stopping, and the block raises Busy because of that, wait until cancelled.
+        """Wait until cancelled if the block raises Busy because the service is stopping.
 
         Raise the error if the broker does not send the message to the next start.
         """

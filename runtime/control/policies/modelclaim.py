@@ -12,7 +12,7 @@ from runtime.control.snapshot import Snapshot
 
 
 class ModelClaim(Policy):
-    """Give each engine its base, max(floor, KV cache in use), and share the rest among active engines by weight.
+    """A policy that gives each engine its base, max(floor, KV cache in use), and active engines the rest by weight.
 
     An engine is active if it has requests in flight or has just completed some. Its weight is
     1 + min(in flight, cap) + min(completions, cap). An idle engine keeps its base. If no engine is active, nothing

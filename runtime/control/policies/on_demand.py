@@ -5,7 +5,7 @@ from runtime.control.snapshot import Snapshot
 
 
 class OnDemand(Policy):
-    """Let every engine keep what it uses, and serve the rest in the order of waiting time.
+    """A policy that lets every engine keep what it uses, and gives the rest to engines in the order of waiting time.
 
     The engine whose oldest request has waited longest gets what all its requests need, then the next one, until no
     memory is left. Memory that is left after that is spread evenly. There are no options.

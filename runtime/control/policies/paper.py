@@ -25,9 +25,9 @@ def algorithm_1(
 
 
 class Paper(Policy):
-    """Apply Algorithm 1 to the memory that can move, which is the paper's capacity of 1.
+    """Algorithm 1 over the memory that can move, which is the paper's capacity of 1.
 
-    What an engine holds besides its KV cache cannot move, and every engine keeps its floor. Apart from that, the
+    Memory of an engine besides its KV cache cannot move, and every engine keeps its floor. Apart from that, the
     algorithm is the paper's to the letter. An engine whose roles declare no `minimum_share` has an equal one. There are
     no options.
     """

@@ -8,7 +8,7 @@ from runtime.control.snapshot import Snapshot
 
 
 class RoundRobin(Policy):
-    """Give each engine in turn all memory that can move; the others keep their floors."""
+    """A policy that gives one engine after another all memory that can move; the others keep their floors."""
 
     class Options(Value):
         """Options of `round_robin`."""

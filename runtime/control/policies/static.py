@@ -11,7 +11,7 @@ from runtime.control.snapshot import Snapshot
 
 
 class Static(Policy):
-    """Divide the memory that can move once: equally, by weight, or as the engines started.
+    """A policy that divides the memory that can move once: equally, by weight, or as the engines started.
 
     With weights or equal parts, sizes change only if the budget or an engine's bounds do. With "configured" they never
     change.

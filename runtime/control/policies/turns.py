@@ -88,7 +88,7 @@ Engines = Sequence[int]
 
 
 class Turns(Waterfill):
-    """Admit the engines that together work off the most, and give them the memory that they can use."""
+    """A policy that admits the engines that together work off the most, and gives them the memory that they can use."""
 
     class Options(Waterfill.Options):
         """Options of `turns`."""

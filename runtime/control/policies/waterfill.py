@@ -33,7 +33,7 @@ be too low, but never too high."""
 
 
 class Waterfill(Policy):
-    """Share memory max-min fairly, counted in sequences, and give no engine more than it can use."""
+    """A policy of max-min fair shares, counted in sequences. No engine gets more than it can use."""
 
     class Options(Value):
         """Options of `waterfill`."""

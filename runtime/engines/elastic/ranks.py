@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """Calls all ranks of an engine. A Resizer uses it in place of an ElasticWorker. Byte counts are of one device.
+    """All ranks of an engine as one worker. A Resizer uses it like an ElasticWorker. Byte counts are of one device.
 
     `executor` is vLLM's MultiprocExecutor. Its calls reach the ranks in order, so only the engine core's thread may
     make them. Raises RuntimeError if the ranks lay their caches out differently.
@@ -87,7 +87,7 @@ class Ranks:
 
 
 class InPlace(Executor):
-    """Runs what it is given at once, in the calling thread."""
+    """An executor that runs each call at once, in the calling thread."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()

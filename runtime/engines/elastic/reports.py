@@ -1,4 +1,4 @@
-"""What an engine core reports to its client in another process: its limits, and the results of resizes.
+"""The reports of an engine core to its client in another process: its limits, and the results of resizes.
 
 vLLM encodes the result of a utility call with msgspec: a dataclass is sent as a map of its fields, and the client
 receives that map. `parse_limits` and `parse_report` rebuild the dataclass. The field `state` tells the reports apart.

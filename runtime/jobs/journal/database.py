@@ -13,11 +13,11 @@ from typing import TextIO
 from runtime.errors import JournalError
 
 Connection = sqlite3.Connection
-"""A connection to a journal, which is what the queries take."""
+"""A connection to a journal. The queries take one."""
 
 VERSION = 1
 BUSY_TIMEOUT_S = 10
-"""How long a connection waits while another process writes."""
+"""The longest wait of a connection while another process writes."""
 _SCHEMA = f"""
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -46,7 +46,7 @@ class _PendingWrite(Generic[T]):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a write returned, or the error that it failed with."""
+    """The outcome of a write: its return value, or the error that it failed with."""
 
     value: Any = None
     error: Exception | None = None

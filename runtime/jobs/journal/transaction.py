@@ -28,9 +28,9 @@ from runtime.jobs.tool_record import ToolRecord
 T = TypeVar("T")
 
 TITLE_MAX_CHARACTERS = 200
-"""How much of a job's problem its first event holds."""
+"""The most characters of a job's problem that its first event holds."""
 DELETE_MAX_JOBS = 1000
-"""How many jobs one write deletes at most, so that other writes do not wait long."""
+"""The most jobs that one write deletes, so that other writes do not wait long."""
 VACUUM_MAX_PAGES = 1000
 
 

@@ -19,7 +19,7 @@ HEAD, TAIL, MARGIN = 0.05, 0.99, 0.1
 
 
 class Histogram(ResidencyPolicy):
-    """Predict from an engine's idle times when it will be called."""
+    """A policy that predicts from an engine's idle times when it will be called."""
 
     class Options(ResidencyPolicy.Options):
         """Options of `histogram`."""

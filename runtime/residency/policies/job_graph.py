@@ -31,13 +31,13 @@ from runtime.residency.policy import Moves, ResidencyDecision, ResidencyPolicy
 from runtime.residency.snapshot import Residence, ResidencySnapshot
 
 MARGIN = 0.1
-"""What is added to the best time to stay, as a part of it."""
+"""The addition to the best time to stay, as a part of it."""
 LEAST_WAIT = 0.2
 """The least wait for an engine that woke too late, as a part of the time that it takes to wake."""
 
 
 class JobGraph(ResidencyPolicy):
-    """Wake engines ahead of the calls that running jobs will make."""
+    """A policy that wakes engines ahead of the calls that running jobs will make."""
 
     class Options(ResidencyPolicy.Options):
         """Options of `job_graph`."""

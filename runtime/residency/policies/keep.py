@@ -5,7 +5,7 @@ from runtime.residency.snapshot import ResidencySnapshot
 
 
 class Keep(ResidencyPolicy):
-    """Keep every engine awake."""
+    """A policy that keeps every engine awake."""
 
     def decide(self, snapshot: ResidencySnapshot) -> ResidencyDecision:
         moves = Moves(snapshot, least_recently_used)

@@ -5,7 +5,7 @@ from runtime.residency.snapshot import ResidencySnapshot
 
 
 class Lru(ResidencyPolicy):
-    """Let the least recently called engine sleep if another one needs its memory."""
+    """A policy that lets the least recently called engine sleep if another one needs its memory."""
 
     def decide(self, snapshot: ResidencySnapshot) -> ResidencyDecision:
         moves = Moves(snapshot, least_recently_used)

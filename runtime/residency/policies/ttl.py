@@ -11,7 +11,7 @@ from runtime.residency.snapshot import ResidencySnapshot
 
 
 class Ttl(ResidencyPolicy):
-    """Let engines sleep after a fixed time without calls."""
+    """A policy that lets engines sleep after a fixed time without calls."""
 
     class Options(ResidencyPolicy.Options):
         """Options of `ttl`."""

@@ -19,7 +19,7 @@ LOAD_S = 60
 
 
 class FunctionTool(Tool):
-    """Runs a function, sync or async, given as "module:function".
+    """A tool that runs a function, sync or async, given as "module:function".
 
     A worker starts when a call needs one, since a tool may never be called and each worker is a Python process with the
     function's imports. Later calls reuse it. A call that fails to end in `timeout_s`, or that is cancelled, ends its

@@ -46,7 +46,7 @@ class Connection:
 
     @property
     def lost(self) -> str | None:
-        """Why no call can be made any more, or None."""
+        """Return why no call can be made any more, or None."""
         return self._transport.lost
 
     @property

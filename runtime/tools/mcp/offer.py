@@ -1,4 +1,4 @@
-"""Which of a server's tools are offered to models, and what a model is told about them."""
+"""The tools of a server that are offered to models, and their descriptions for models."""
 
 import re
 from collections import Counter

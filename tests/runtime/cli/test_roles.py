@@ -56,7 +56,7 @@ def test_list_shows_names_tasks_origins_and_summaries() -> None:
     ]
     assert rows["python"] == [
         version,
-        "Runs the code of each call in a new process, which the sandbox isolates and limits.",
+        "A tool that runs the code of each call in a new process, which the sandbox isolates and limits.",
     ]
     assert rows["write"] == [version, "A request for any text, such as a draft, a summary or a program."]
     assert rows["vote"][0] == version
