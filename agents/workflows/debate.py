@@ -27,7 +27,9 @@ class Debate(Workflow):
             description="Seats that debate. A seat that occurs several times debates with itself, at a higher "
             "temperature.",
         )
-        rounds: int = Field(default=1, ge=0, le=100, description="How often the debaters revise their answers.")
+        rounds: int = Field(
+            default=1, ge=0, le=100, description="The number of times that the debaters revise their answers."
+        )
         judge: str | None = Field(
             default="judge", description="Seat that ranks the last answers. Without one (null), the majority decides."
         )

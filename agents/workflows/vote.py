@@ -20,7 +20,7 @@ class Vote(PlannedWorkflow):
     class Options(PlannedWorkflow.Options):
         """The settings of `vote`."""
 
-        samples: int = Field(default=3, ge=1, le=100, description="How often each step is solved.")
+        samples: int = Field(default=3, ge=1, le=100, description="The number of times that each step is solved.")
         critics: tuple[str, ...] = Field(
             default=("critic",), min_length=1, description="Seats that judge the samples, at least one."
         )

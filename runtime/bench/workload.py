@@ -34,7 +34,7 @@ class Phase(Value):
     """A period of one kind of load: open loop with `jobs_per_s`, closed loop with `concurrency`."""
 
     name: str = Field(min_length=1, description="Name of the phase, unique in its workload.")
-    seconds: float = Field(gt=0, le=86400, description="How long jobs arrive, in seconds.")
+    seconds: float = Field(gt=0, le=86400, description="Seconds for which jobs arrive.")
     jobs_per_s: float | None = Field(
         default=None, ge=0, le=1e5, description="Rate of arrivals in an open loop. 0 makes a gap."
     )
@@ -108,7 +108,7 @@ class Workload(Value):
         description="File of arrivals instead of phases, one JSON object a line: "
         '{"at_s", "problem", "answer", "compare"}.',
     )
-    cycles: int = Field(default=1, ge=1, le=10_000, description="How often the phases are repeated.")
+    cycles: int = Field(default=1, ge=1, le=10_000, description="The number of times that the phases are played.")
     loads: tuple[float, ...] = Field(
         default=(1.0,),
         min_length=1,

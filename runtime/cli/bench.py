@@ -77,7 +77,7 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
             type=click.IntRange(1),
             default=3,
             show_default=True,
-            help="How often to run each policy at each load.",
+            help="The number of runs of each policy at each load.",
         ),
         click.option(
             "--limit/--no-limit",

@@ -238,7 +238,7 @@ def fit(config: str, count: int, out: Path | None) -> None:
     type=click.Choice([mode.value for mode in SharingMode]),
     default=SharingMode.TIME_SLICING.value,
     show_default=True,
-    help="How the engines share the GPU: in turns, or with overlapping kernels.",
+    help="The way in which engines share the GPU: in turns, or with overlapping kernels.",
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write. [default: standard output]")
 def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path | None) -> None:

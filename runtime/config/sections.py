@@ -57,7 +57,7 @@ class Member(Value):
         "own.",
     )
     tool_calls_max: int = Field(
-        default=8, ge=1, le=1000, description="How often the seat's model may call tools for one reply."
+        default=8, ge=1, le=1000, description="The most tool calls of the seat's model for one reply."
     )
     priority: int = Field(
         default=1,
@@ -180,7 +180,7 @@ class Control(Value):
         default=0.5,
         ge=0,
         le=3600,
-        description="How long running requests can keep memory that a decision takes from their engine, in seconds. "
+        description="Seconds for which running requests can keep memory that a decision takes from their engine. "
         "After that they are preempted.",
     )
     price_per_gpu_hour: float | None = Field(
@@ -284,7 +284,7 @@ class Service(Value):
         description="Maximum number of waiting jobs. The service refuses further submissions until there is room.",
     )
     keep_days: float = Field(
-        default=30, ge=0, le=36_500, description="How long ended jobs stay in the journal, in days."
+        default=30, ge=0, le=36_500, description="The time for which ended jobs stay in the journal, in days."
     )
     keep_jobs: int = Field(
         default=100_000, ge=0, description="Maximum number of ended jobs in the journal. The newest ones stay."
@@ -293,7 +293,7 @@ class Service(Value):
         default=30,
         ge=0,
         le=86_400,
-        description="How long running jobs may take to end after SIGTERM, in seconds. The next start resumes the rest.",
+        description="Seconds that running jobs may take to end after SIGTERM. The next start resumes the rest.",
     )
     body_max_bytes: ByteSize = Field(
         default=ByteSize(1 << 20), gt=0, description="Maximum size of a request's body, for example `1MiB`."
@@ -437,16 +437,16 @@ class Config(Value):
     tools: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")], Tool] = Field(
         default={}, description="The tools that seats may use, by name: letters, digits, `_` and `-`."
     )
-    control: Control = Field(default=Control(), description="How the controller moves memory between engines.")
-    residency: Residency = Field(default=Residency(), description="Which engines are on the device.")
-    service: Service = Field(default=Service(), description="How `troupe serve` is reached and what it accepts.")
+    control: Control = Field(default=Control(), description="The controller, which moves memory between engines.")
+    residency: Residency = Field(default=Residency(), description="The rules by which engines sleep.")
+    service: Service = Field(default=Service(), description="The address and the limits of `troupe serve`.")
     mqtt: Mqtt | None = Field(
         default=None, description="The MQTT broker that the service connects to. By default it connects to none."
     )
     traces: Traces | None = Field(
         default=None,
-        description="Where `troupe solve` and `troupe serve` export OpenTelemetry traces of jobs to. By default there "
-        "are no traces.",
+        description="The receiver of the OpenTelemetry traces of jobs that `troupe solve` and `troupe serve` export. "
+        "By default there are no traces.",
     )
     _source: Path = PrivateAttr(default=Path())
 

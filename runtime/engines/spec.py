@@ -46,8 +46,9 @@ class EngineSpec(Value):
     )
     replicas: ReplicaCount | ReplicaRange = Field(
         default=1,
-        description="How many devices have a replica of the engine; `all` for each of `devices`. With `{min, max}`, "
-        "replicas are added and removed while the team runs. Requests go to the replica where they wait least.",
+        description="The number of devices with a replica of the engine; `all` for each of `devices`. With "
+        "`{min, max}`, replicas are added and removed while the team runs. Requests go to the replica where they wait "
+        "least.",
     )
     kv_cache_memory_bytes: ByteSize | None = Field(
         default=None,
@@ -72,7 +73,8 @@ class EngineSpec(Value):
     )
     enforce_eager: bool = Field(default=False, description="Run without CUDA graphs and torch.compile.")
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
-        default="auto", description="How vLLM loads the weights. dummy gives random weights, for measurements."
+        default="auto",
+        description="The way in which vLLM loads the weights. dummy gives random weights, for measurements.",
     )
     tool_call_parser: str | None = Field(
         default=None,
@@ -86,8 +88,8 @@ class EngineSpec(Value):
     )
     sleep: Literal["auto", "never"] = Field(
         default="auto",
-        description="Whether the residency policy may put the engine to sleep. An engine with a minimum_share above 0 "
-        "never sleeps.",
+        description="`auto` if the residency policy may put the engine to sleep, else `never`. An engine with a "
+        "minimum_share above 0 never sleeps.",
     )
     sleep_keeps_kv: bool = Field(
         default=False,

@@ -30,8 +30,10 @@ class GrantView(BaseModel):
     """The memory and concurrency that an engine may use."""
 
     gpu_memory_utilization: float = Field(description="The engine's share of the device, weights included.")
-    max_active_seqs: int = Field(description="How many sequences it may run at once; 0 means that admission is paused.")
-    max_step_tokens: int = Field(description="How many tokens it may process in one step.")
+    max_active_seqs: int = Field(
+        description="The most sequences that it may run at once; 0 means that admission is paused."
+    )
+    max_step_tokens: int = Field(description="The most tokens that it may process in one step.")
 
 
 class LimitsView(BaseModel):
@@ -51,9 +53,9 @@ class EngineInfo(BaseModel):
     model: str = Field(description="The model's name or path.")
     seats: list[str] = Field(description="The seats of the team that this engine serves.")
     state: EngineState
-    pinned: bool = Field(description="Whether a pin holds the engine's grant.")
+    pinned: bool = Field(description="True if a pin holds the engine's grant.")
     grant: GrantView | None = Field(
-        description="What the engine may use, or will use once a deferred shrink has ended; null until it is up."
+        description="The engine's grant, or the one that follows a deferred shrink; null until the engine has started."
     )
     limits: LimitsView | None = Field(description="The bounds of its grant; null until it is up.")
     kv_cache_bytes: int = Field(description="Size of the KV cache in bytes.")
@@ -61,10 +63,10 @@ class EngineInfo(BaseModel):
     running: int = Field(description="Requests that the engine is running.")
     waiting: int = Field(description="Requests that wait for the engine.")
     held: int = Field(description="Requests that arrived while it slept, since the service started.")
-    sleep_s: float = Field(description="How long it takes to go to sleep, in seconds; 0 until it has slept.")
-    wake_s: float = Field(description="How long it takes to wake, in seconds; until it has slept, how long to start.")
+    sleep_s: float = Field(description="The seconds that it takes to go to sleep; 0 until it has slept.")
+    wake_s: float = Field(description="The seconds that it takes to wake; until it has slept, those to start.")
     paused_s: float = Field(description="For how long its admission has been paused, in seconds; 0 if it is not.")
-    cost: StepCost | None = Field(description="What its steps cost; null until the controller has seen it ready.")
+    cost: StepCost | None = Field(description="The cost of its steps; null until the controller has seen it ready.")
     utilization: float | None = Field(
         description="The part of the time in which it used the GPU, from 0 to 1; null if NVML does not report it."
     )
@@ -93,7 +95,7 @@ class ControlView(BaseModel):
     """The controllers of all devices: their policy, pins, and counts since the service started."""
 
     policy: str = Field(description="The policy that decides.")
-    paused: bool = Field(description="Whether the controllers are paused, so that grants stay as they are.")
+    paused: bool = Field(description="True if the controllers are paused, so that grants stay as they are.")
     pinned: dict[str, GrantView] = Field(description="The pinned engines and the grants that they are held at.")
     unfit_pins: dict[str, str] = Field(description="For each pin that is not in force, the reason.")
     decisions: int = Field(description="Decisions made.")

@@ -28,7 +28,7 @@ class Histogram(ResidencyPolicy):
             default=300,
             ge=0,
             allow_inf_nan=False,
-            description="How long an engine stays awake without calls while too few idle times are known, in s.",
+            description="Seconds for which an engine stays awake without calls while too few idle times are known.",
         )
 
     options: Options

@@ -46,7 +46,7 @@ class JobGraph(ResidencyPolicy):
             default=1.2,
             ge=1,
             allow_inf_nan=False,
-            description="How early an engine wakes, as a multiple of the time that it takes to wake.",
+            description="The time by which an engine wakes early, as a multiple of the time that it takes to wake.",
         )
         keep: float = Field(
             default=130,

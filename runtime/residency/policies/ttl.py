@@ -17,7 +17,7 @@ class Ttl(ResidencyPolicy):
         """Options of `ttl`."""
 
         idle_s: float = Field(
-            default=300, ge=0, allow_inf_nan=False, description="How long an engine stays awake without calls, in s."
+            default=300, ge=0, allow_inf_nan=False, description="Seconds for which an engine stays awake without calls."
         )
 
     options: Options
