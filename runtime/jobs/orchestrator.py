@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import index
 
 from agents.role import TaskRefused
 from agents.workflow import Entry, RoleCall, Unusable, Workflow
@@ -75,8 +76,9 @@ class Orchestrator:
             await self._work(run, workflow, due, tools)
         except (BudgetSpent, EngineError, InputError, PluginError, TaskRefused) as error:
             failure = error
-        except asyncio.CancelledError:
-            self._tell(JobEnded(job.id, None, "cancelled", clock() - started))
+        except BaseException as error:
+            why = "cancelled" if isinstance(error, asyncio.CancelledError) else f"an internal error: {error!r}"
+            self._tell(JobEnded(job.id, None, why, clock() - started))
             raise
         result = _result(run, workflow, failure, clock() - started)
         self._tell(JobEnded(job.id, result.answer, result.error, result.elapsed_s))
@@ -161,17 +163,26 @@ class Orchestrator:
         return due
 
     def _advanced(self, job: Job, workflow: Workflow, replied: str, due: list[RoleCall]) -> None:
-        ahead = call_plugin("the workflow's ahead()", workflow.ahead)
-        self._tell(JobAdvanced(job.id, replied, Counter(call.seat for call in due), ahead, frozenset(self.team.seats)))
+        """Tell the listeners which calls are due and which are certain to follow.
+
+        Raises PluginError for a seat that the team does not have. No listener hears of that seat.
+        """
+        ahead = call_plugin("the workflow's ahead()", lambda: _counted(workflow.ahead()))
+        called = call_plugin("the workflow's call", lambda: Counter(call.seat for call in due))
+        seats = frozenset(self.team.seats)
+        for seat in (*called, *(ahead or ())):
+            if seat not in seats:
+                raise PluginError(f"the workflow calls on the seat {seat!r}; the team has {', '.join(self.team.seats)}")
+        self._tell(JobAdvanced(job.id, replied, called, ahead, seats))
 
     async def _ask(self, run: Run, call: RoleCall, tools: Mapping[int, Sequence[ToolRecord]]) -> ReplyRecord:
         """Make one call. `tools` holds the tool calls before the runtime stopped, by the number of the call."""
-        seat = call_plugin("the workflow's call", self.team.seats.get, call.seat)
-        if seat is None:
-            raise PluginError(
-                f"the workflow calls on the seat {call.seat!r}; the team has {', '.join(self.team.seats)}"
-            )
-        return await self.caller.ask(run, seat, call, tools.get(call.number, ()))
+        return await self.caller.ask(run, self.team.seats[call.seat], call, tools.get(call.number, ()))
+
+
+def _counted(ahead: Mapping[str, int] | None) -> Mapping[str, int] | None:
+    """Return a copy of what a workflow's `ahead` returned, which may be anything. Raise if it is no count of seats."""
+    return None if ahead is None else {seat: index(count) for seat, count in ahead.items()}
 
 
 def _result(run: Run, workflow: Workflow | None, failure: Exception | None, elapsed_s: float) -> JobResult:

@@ -12,6 +12,7 @@ from agents.arithmetic.roles import ArithmeticCritic, ArithmeticPlanner
 from agents.role import Message, Reply, Task, Value
 from agents.tasks import PlanTask
 from agents.workflow import RoleCall, Unusable, Workflow
+from runtime.control.forecast import Forecast
 from runtime.engines import replicas
 from runtime.engines.fake import FakeEngine
 from runtime.engines.request import Chunk, GenerateRequest
@@ -198,6 +199,23 @@ class Stranger(Mute):
         return [RoleCall(1, "stranger", PlanTask(self.problem))]
 
 
+class Seer(Mute):
+    """A workflow that is certain to call on a seat that the team does not have."""
+
+    def begin(self) -> list[RoleCall]:
+        return [RoleCall(1, "planner", PlanTask(self.problem))]
+
+    def ahead(self) -> Mapping[str, int]:
+        return {"stranger": 1}
+
+
+class Vague(Seer):
+    """A workflow that does not count its calls."""
+
+    def ahead(self) -> Mapping[str, int]:
+        return {"planner": "several"}  # type: ignore[dict-item]  # on purpose
+
+
 class Unmade(Mute):
     """A workflow whose constructor raises."""
 
@@ -206,13 +224,37 @@ class Unmade(Mute):
 
 
 @pytest.mark.parametrize(
-    ("workflow", "error"), [(Mute, "asks for no call"), (Stranger, "'stranger'"), (Unmade, "a defect")]
+    ("workflow", "error"),
+    [
+        (Mute, "asks for no call"),
+        (Stranger, "calls on the seat 'stranger'; the team has planner, solver, critic"),
+        (Seer, "calls on the seat 'stranger'"),
+        (Vague, "ahead() raised TypeError"),
+        (Unmade, "a defect"),
+    ],
 )
-async def test_faulty_workflow_fails_its_job(workflow: type[Workflow], error: str) -> None:
-    team = replace(embedded_team(), workflow=workflow)
-    result = await Orchestrator(team, await engines()).run(Job("j", "1+2"))
+async def test_faulty_workflow_fails_its_job_alone(workflow: type[Workflow], error: str) -> None:
+    team, forecast = embedded_team(), Forecast()
+    forecast.seat({seat: seat for seat in team.seats})
+    handles = await engines()
+    result = await Orchestrator(replace(team, workflow=workflow), handles, forecast.on_event).run(Job("j", "1+2"))
     assert result.answer is None
     assert error in str(result.error)
+    assert not any(forecast.open_calls().values())
+    assert not any(forecast.coming().values())
+    assert (await Orchestrator(team, handles, forecast.on_event).run(Job("k", "1+2"))).answer == "3"
+
+
+async def test_listeners_hear_the_end_of_a_job_that_a_defect_ends() -> None:
+    class Defective(Stranger):
+        def ahead(self) -> Mapping[str, int]:
+            raise SystemExit("a defect")
+
+    events: list[Event] = []
+    orchestrator = Orchestrator(replace(embedded_team(), workflow=Defective), await engines(), events.append)
+    with pytest.raises(SystemExit):
+        await orchestrator.run(Job("j", "1+2"))
+    assert [event.job for event in events if isinstance(event, JobEnded)] == ["j"]
 
 
 async def test_every_try_has_its_own_seed() -> None:
