@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -29,7 +29,9 @@ class DaemonExecutor(Executor):
                 try:
                     future.set_result(fn(*args, **kwargs))
                 except BaseException as error:  # noqa: BLE001  the caller gets it from the future
-                    future.set_exception(error)
+                    # Others would cancel the caller's task, end the process, or never arrive.
+                    harmless = isinstance(error, Exception) and not isinstance(error, CancelledError | StopIteration)
+                    future.set_exception(error if harmless else RuntimeError(f"the call raised {error!r}"))
 
         self._calls.put(call)
         return future

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from operator import index
 from typing import Self
 
 from runtime.config import PolicyChoice
@@ -66,11 +67,11 @@ class ContainedPolicy:
             return Answer(None, f"policy {self.name} is still busy with an earlier decision")
         try:
             decision = await self._call(snapshot)
+            fault = _fault(snapshot, decision)
         except TimeoutError:
             return Answer(None, f"policy {self.name} took more than {self._limit_s:g} s")
         except Exception as error:  # noqa: BLE001  a third-party policy may raise anything
             return Answer(None, f"policy {self.name} raised {error!r}")
-        fault = _fault(snapshot, decision)
         return Answer(None, f"policy {self.name}: {fault}") if fault else Answer(without_starving(snapshot, decision))
 
     async def _call(self, snapshot: Snapshot) -> Decision:
@@ -84,15 +85,18 @@ class ContainedPolicy:
         """Return the policy's decision, copied if it is a third party's.
 
         A third party's grants and reasons may be lazy objects that raise, hang, or change with the policy's state, so
-        they are copied and formatted here, within the policy's thread and time limit. The reasons of built-in policies
-        are pure functions of the snapshot and are formatted only when they are read or logged.
+        they are checked, copied and formatted here, within the policy's thread and time limit. The reasons of built-in
+        policies are pure functions of the snapshot and are formatted only when they are read or logged.
         """
         decision = self._policy.decide(snapshot)
         if not isinstance(decision, Decision):
             raise TypeError(f"decide() returned {decision!r} instead of a Decision")
         if catalogue.is_shipped(self._policy):
             return decision
-        return Decision(dict(decision.grants), {name: str(reason) for name, reason in decision.reasons.items()})
+        return Decision(
+            {name: _copied(name, grant) for name, grant in decision.grants.items()},
+            {name: str(reason).encode(errors="replace").decode() for name, reason in decision.reasons.items()},
+        )
 
 
 class ContainedPolicies:
@@ -128,6 +132,22 @@ class ContainedPolicies:
     def __exit__(self, *exc: object) -> None:
         for executor in self._executors:
             executor.shutdown()
+
+
+def _copied(name: str, grant: Grant) -> Grant:
+    """Return a third party's grant with Python's own numbers. Raise TypeError if it is no grant."""
+    try:
+        return Grant(
+            float(grant.gpu_memory_utilization),
+            index(grant.max_active_seqs),
+            index(grant.max_step_tokens),
+            bool(grant.preempt),
+        )
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise TypeError(
+            f"engine {name}: {grant!r} is not a Grant(gpu_memory_utilization: float, max_active_seqs: int, "
+            "max_step_tokens: int)"
+        ) from None
 
 
 def without_starving(snapshot: Snapshot, decision: Decision) -> Decision:

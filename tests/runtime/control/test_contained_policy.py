@@ -1,6 +1,7 @@
 """Every fault of a policy is contained: no invalid decision passes, and the fault is described."""
 
 import asyncio
+import concurrent.futures
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import pytest
 from agents.role import Value
 from runtime.control import catalogue
 from runtime.control.contained_policy import Answer, ContainedPolicy
+from runtime.control.decision_log import Record, to_line
 from runtime.control.policy import Decision, Policy, Reasons
 from runtime.control.snapshot import Snapshot
 from runtime.daemon_thread import DaemonExecutor
@@ -53,6 +55,10 @@ def fails(snapshot: Snapshot) -> object:
         (lambda s: Decision({"a": Grant(0.2, -1, 2048)}), "engine a: max_active_seqs -1"),
         (lambda s: Decision({"a": Grant(0.2, 64, -1)}), "engine a: max_step_tokens -1"),
         (lambda s: Decision({"a": Grant(0.2, 0, 2048)}, {"a": ""}), "engine a: it pauses admission"),
+        (lambda s: Decision({"a": cast("Grant", None)}), "engine a: None is not a Grant"),
+        (lambda s: Decision({"a": Grant(0.2, cast("int", None), 2048)}), "max_active_seqs=None"),
+        (lambda s: Decision({"a": Grant(0.2, cast("int", 0.5), 2048)}), "max_active_seqs=0.5"),
+        (lambda s: Decision({}, cast("Mapping[str, str]", None)), "has no attribute 'items'"),
     ],
     ids=[
         "raises",
@@ -66,6 +72,10 @@ def fails(snapshot: Snapshot) -> object:
         "negative-sequences",
         "negative-step-tokens",
         "pause-without-reason",
+        "no-grant",
+        "no-number",
+        "half-a-sequence",
+        "no-reasons",
     ],
 )
 @pytest.mark.parametrize("threads", [False, True], ids=["inline", "thread"])
@@ -78,6 +88,23 @@ async def test_invalid_answer_is_refused_with_its_fault(
     assert answer.fault is not None
     assert answer.fault.startswith("policy mine")
     assert fault in answer.fault
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), asyncio.CancelledError(), concurrent.futures.CancelledError()], ids=repr
+)
+async def test_what_would_end_the_process_or_the_controller_stays_in_the_policys_thread(error: BaseException) -> None:
+    def ends(snapshot: Snapshot) -> object:
+        raise error
+
+    answer = await ContainedPolicy("mine", Scripted(ends), DaemonExecutor("t"), limit_s=60).decide(SEEN)
+    assert type(error).__name__ in str(answer.fault)
+
+
+async def test_a_reason_that_is_no_unicode_can_be_logged() -> None:
+    decision = Decision({"a": Grant(0.25, 64, 2048)}, {"a": "half a \ud83d"})
+    answer = await ContainedPolicy("mine", Scripted(lambda s: decision)).decide(SEEN)
+    assert b"half a ?" in to_line(Record("mine", "tick", SEEN, answer.decision, answer.fault))
 
 
 async def test_valid_decision_passes_and_may_omit_engines() -> None:
