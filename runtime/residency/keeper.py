@@ -74,7 +74,7 @@ class _History:
     arrived: int = 0
     served_before: int = -1
     had_calls: bool = False
-    calls_since_s: float | None = None
+    held_since_s: float | None = None
     expected_until_s: float = 0.0
     idle_times: IdleTimes = field(default_factory=IdleTimes)
 
@@ -221,9 +221,7 @@ class Keeper:
         for name in decision.wake:
             self._move(name, self._wake(name, ahead=not snapshot.engines[name].calls))
         for engine in snapshot.residences:
-            gone = engine.state is EngineState.FAILED or (
-                engine.state is EngineState.COLD and engine.name not in decision.wake
-            )
+            gone = engine.state is EngineState.COLD and engine.name not in decision.wake
             if gone and self._sharing.ledger.held[engine.name]:
                 self._move(engine.name, self._sharing.release(engine.name, 0))
 
@@ -254,19 +252,18 @@ class Keeper:
             if stats[name].state is EngineState.ABSENT:
                 continue
             calls = max(engine.usage.in_flight, due.get(name, 0))
-            history = self._note(name, calls, now_s)
-            calls = calls or int(now_s < history.expected_until_s)
             state = EngineState.DRAINING if self._is_leaving(name, stats[name].state) else stats[name].state
             state = EngineState.WAKING if name in self._moving and state in _SLEEPING else state
+            history = self._note(name, calls, now_s, held=bool(calls) and state is not EngineState.READY)
+            calls = calls or int(now_s < history.expected_until_s)
             limits, rules = engine.limits, self._rules.get(name, Rules())
-            held = calls and state is not EngineState.READY
             residences[name] = Residence(
                 name=name,
                 state=state,
                 awake_bytes=limits.smallest_bytes,
                 asleep_bytes=engine.asleep_bytes,
                 calls=calls,
-                held_s=now_s - history.calls_since_s if held and history.calls_since_s is not None else 0.0,
+                held_s=0.0 if history.held_since_s is None else now_s - history.held_since_s,
                 idle_s=0.0 if calls else now_s - history.called_s,
                 awake_s=now_s - history.awake_since_s if state is EngineState.READY else 0.0,
                 next_call_s=0.0 if calls else next_call_s.get(name, math.inf),
@@ -290,18 +287,18 @@ class Keeper:
     def _is_leaving(self, name: str, state: EngineState) -> bool:
         return state is EngineState.READY and name in self._moving
 
-    def _note(self, name: str, calls: int, now_s: float) -> _History:
-        """Update what is remembered of an engine."""
+    def _note(self, name: str, calls: int, now_s: float, held: bool) -> _History:
+        """Update what is remembered of an engine. `held` is True if it has calls and does not serve them."""
         history = self._history_of(name)
         arrived = self._engines[name].usage.arrived
         if calls or arrived != history.arrived:
             if not history.had_calls and history.arrived:
                 history.idle_times.add(now_s - history.called_s)
             history.called_s, history.arrived = now_s, arrived
-        if not calls:
-            history.calls_since_s = None
-        elif history.calls_since_s is None:
-            history.calls_since_s = now_s
+        if not held:
+            history.held_since_s = None
+        elif history.held_since_s is None:
+            history.held_since_s = now_s
         history.had_calls = bool(calls)
         return history
 

@@ -230,6 +230,21 @@ async def test_engines_that_are_always_busy_give_way_after_a_while() -> None:
         await asyncio.gather(*busy)
 
 
+@pytest.mark.parametrize("policy", ["lru", "job_graph"])
+async def test_busy_engines_that_share_a_place_take_turns_without_thrashing(policy: str) -> None:
+    async with rig(policy) as made:
+        until_s = asyncio.get_running_loop().time() + 120
+
+        async def keep_busy(name: str) -> None:
+            while asyncio.get_running_loop().time() < until_s:
+                await made.ask(name)
+
+        await asyncio.gather(*(keep_busy(name) for name in NAMES[:3] for _ in range(3)))
+        # Each of the three waits for about 10 s before another one gives way.
+        assert made.keeper.counts.refused == 0
+        assert 6 <= made.keeper.counts.wakes <= 20
+
+
 async def test_an_engine_wakes_before_its_first_request_while_another_role_works() -> None:
     async with rig("job_graph") as made:
 
