@@ -43,7 +43,7 @@ class Pin(Value):
     max_step_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Tokens that a step may carry.")
 
     def apply(self, running_team: RunningTeam, engine: str) -> None:
-        """Pin an engine; policies divide the rest. Raises what Controller.pin raises, and then nothing has changed."""
+        """Pin an engine; policies divide the rest. Raises NotFound and InputError, and then nothing has changed."""
         controller = running_team.controllers.of(engine)
         changes = self.model_dump(include={*Pin.model_fields}, exclude_none=True)
         controller.pin(engine, replace(controller.current_grant(engine), **changes))

@@ -215,12 +215,12 @@ class RemoteController:
         silent = [name for name, each in self._remote_engines.items() if each.silent]
         return pins.current_grant(self._remote_engines, silent, engine)
 
-    def pin(self, engine: str, grant: Grant | None = None) -> None:
+    def pin(self, engine: str, grant: Grant) -> None:
         """Hold an engine at a grant. Raises NotFound and InputError, and then nothing changes."""
-        current = self.current_grant(engine)
+        pins.require(self._remote_engines, engine)
         if self.snapshot is None:
             raise InputError(f"engine {engine}: its device has not decided yet; try again in a moment")
-        self.pinned = pins.with_pin(self.snapshot, self.pinned, engine, grant or current)
+        self.pinned = pins.with_pin(self.snapshot, self.pinned, engine, grant)
         self._want(f"pin {engine}", wire.Pin(self._device, engine, self.pinned[engine]))
 
     def unpin(self, engine: str) -> None:

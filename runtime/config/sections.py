@@ -493,6 +493,7 @@ class Config(Value):
         numbers = [number for group in self.device_groups for number in group]
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"devices: a device is named twice in {numbers}; name each device once")
+        self._check_kv_bound()
         self._check_sleep()
         self._check_shares()
         return self
@@ -510,7 +511,7 @@ class Config(Value):
                 "it can be at most 1, the whole device, unless a residency.policy lets engines sleep"
             )
 
-    def _check_sleep(self) -> None:
+    def _check_kv_bound(self) -> None:
         ranges = [name for name, spec in self.engines.items() if isinstance(spec.replicas, ReplicaRange)]
         if self.device.kv_cache_memory_bytes is not None and ranges:
             raise ValueError(
@@ -522,6 +523,13 @@ class Config(Value):
                 "device.kv_cache_memory_bytes: it cannot bound the KV caches of engines that sleep; "
                 "use device.memory_bytes instead, or the residency.policy keep"
             )
+        if self.device.kv_cache_memory_bytes is not None and self.cluster is not None:
+            raise ValueError(
+                "device.kv_cache_memory_bytes: it cannot bound the KV caches of nodes that join a cluster later; "
+                "use device.memory_bytes instead"
+            )
+
+    def _check_sleep(self) -> None:
         for name, spec in self.engines.items():
             seats = [seat for seat, member in self.team.items() if member.engine == name and member.minimum_share]
             if spec.sleep == "auto" and "sleep" in spec.model_fields_set and seats:

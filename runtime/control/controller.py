@@ -93,7 +93,6 @@ class Controller:
         self.snapshot: Snapshot | None = None
         self.engines = engines
         self._sharing = sharing
-        self._budget_bytes = sharing.ledger.budget_bytes
         self._snapshotter = snapshotter
         self._policy = policy
         self._shadow = shadow
@@ -155,16 +154,17 @@ class Controller:
         """
         return pins.current_grant(self.engines, self._sharing.silent, engine)
 
-    def pin(self, engine: str, grant: Grant | None = None) -> None:
-        """Hold an engine at a grant (its current one if None); policies divide the rest of the budget.
+    def pin(self, engine: str, grant: Grant) -> None:
+        """Hold an engine at a grant; policies divide the rest of the budget.
 
-        A pin that no longer fits, because the budget was cut or an engine restarted larger, is not in force until it
-        fits again: see `unfit_pins`. Raises what `current_grant` raises, and InputError if the grant is outside the
-        engine's bounds or leaves the other engines less than their floors and pins. On an error nothing changes.
+        The pin of an engine that takes no grants now is in force once it does. A pin that no longer fits, because the
+        budget was cut or an engine restarted larger, is not in force until it fits again: see `unfit_pins`. Raises
+        NotFound, and InputError if the grant is outside the engine's bounds or leaves the other engines less than their
+        floors and pins. On an error nothing changes.
         """
-        current = self.current_grant(engine)
+        pins.require(self.engines, engine)
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
-        self._pinned = pins.with_pin(snapshot, self._pinned, engine, grant or current)
+        self._pinned = pins.with_pin(snapshot, self._pinned, engine, grant)
         self.wake(f"{engine} is pinned")
 
     def unpin(self, engine: str) -> None:
@@ -191,7 +191,8 @@ class Controller:
     def use(self, policy: ContainedPolicy, budget_bytes: int | None = None) -> None:
         """Let another policy decide from now on, within another budget if one is given."""
         self._policy = policy
-        self._budget_bytes = budget_bytes or self._budget_bytes
+        if budget_bytes is not None:
+            self._sharing.ledger.full_budget_bytes = budget_bytes
         self.wake(f"policy {policy.name}")
 
     async def _run(self) -> None:
@@ -272,8 +273,9 @@ class Controller:
 
     def _take_snapshot(self, now_s: float) -> Snapshot:
         """Take and keep a snapshot of the engines that answer, with the budget that is left for them."""
+        self._sharing.release_failed()
         ledger = self._sharing.ledger
-        snapshot = self._snapshotter.take(now_s, self._budget_bytes, sum(ledger.held.values()))
+        snapshot = self._snapshotter.take(now_s, ledger.full_budget_bytes, sum(ledger.held.values()))
         ledger.budget_bytes = snapshot.budget_bytes
         views = {name: view for name, view in snapshot.engines.items() if name not in self._sharing.silent}
         # Memory is reserved for engines that restart or wake, and for those that hold it without answering.
@@ -291,8 +293,14 @@ class Controller:
         return answer, shadow
 
     async def _apply(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, ResizeOutcome]:
-        """Resize the engines whose grants change."""
-        changed = {name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant}
+        """Resize the engines whose grants change.
+
+        An engine that waits for memory to grow further stops waiting if the decision keeps its present grant.
+        """
+        waiting = self._sharing.waiting
+        changed = {
+            name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant or name in waiting
+        }
         return await self._sharing.resize(changed, self._grace_s) if changed else {}
 
     def _note_decision(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:

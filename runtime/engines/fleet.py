@@ -82,6 +82,7 @@ class Fleet:
         self._run_folder = run_folder
         self._on_state = on_state
         self._started_s = time.monotonic()
+        self._knows_device = bool(specs)  # otherwise another device's size counts until an engine has started
         self._owned = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -123,8 +124,8 @@ class Fleet:
         self._reports[name] = partial(self._report, name)
         ledger = self.sharing.ledger
         ledger.record(name, 0)
-        if not self._specs:  # no engine has started that knows the device
-            ledger.budget_bytes = replica.limits.device_bytes
+        if not self._knows_device:
+            ledger.budget_bytes = ledger.full_budget_bytes = replica.limits.device_bytes
 
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:
@@ -188,4 +189,8 @@ class Fleet:
             self._report(name, EngineState.CLOSED)
 
     def _report(self, name: str, state: EngineState) -> None:
+        if state is EngineState.READY and not self._knows_device:
+            self._knows_device = True
+            ledger = self.sharing.ledger
+            ledger.budget_bytes = ledger.full_budget_bytes = self.engines[name].limits.device_bytes
         self._on_state(name, state, time.monotonic() - self._started_s)

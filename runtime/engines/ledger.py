@@ -13,10 +13,13 @@ class Ledger:
     An engine claims memory before it takes any, and lowers its claim only after it has released memory. The sum of
     the claims is therefore never less than what the engines physically hold, and a claim within the budget keeps the
     device within the budget.
+
+    `budget_bytes` is what they may claim now. `full_budget_bytes` is what they may claim while no other process takes
+    memory of the device.
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+        self.budget_bytes = self.full_budget_bytes = budget_bytes
         self._held: dict[str, int] = {}
         self._total = 0  # kept rather than summed: one decision reads `free` several times for each engine
 

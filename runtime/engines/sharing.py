@@ -36,6 +36,9 @@ RESTING = (
 """States in which an engine's claim, and not its last grant, says what it holds."""
 
 
+ABLE_TO_WAKE = (EngineState.ASLEEP, EngineState.COLD, EngineState.ABSENT)
+
+
 @dataclass
 class _Decision:
     """A decision that can be undone: the donors' grants before it, and what has happened since."""
@@ -74,6 +77,7 @@ class Sharing:
         self.ledger = ledger
         self._waiting: dict[str, _Waiting] = {}
         self._admissions: dict[str, _Admission] = {}
+        self._waking: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
         self._deferred: dict[asyncio.Task[None], str] = {}  # tasks that wait for deferred shrinks, and their engines
         self._late: dict[str, asyncio.Task[None]] = {}
@@ -82,6 +86,11 @@ class Sharing:
     def silent(self) -> Collection[str]:
         """The engines that have not answered their latest grant. Their claims cover the most that they may hold."""
         return self._late.keys()
+
+    @property
+    def waiting(self) -> Collection[str]:
+        """The engines that wait for memory to grow to their latest grant. They have grown by what was free."""
+        return self._waiting.keys()
 
     @property
     def reserved_bytes(self) -> int:
@@ -107,9 +116,21 @@ class Sharing:
     async def wake(self, name: str, most_s: float | None = None) -> None:
         """Wake an engine once there is memory for it.
 
-        Raises EngineError, and claims nothing, if the engine does not wake or if it gets no memory within `most_s`.
+        Raises EngineError, and claims nothing, if the engine does not wake, if it gets no memory within `most_s`, or if
+        another call wakes it already.
         """
         engine = self._engines[name]
+        if name in self._waking or engine.state not in ABLE_TO_WAKE:
+            state = EngineState.WAKING if name in self._waking else engine.state
+            raise EngineError(f"engine {name} is {state} and cannot wake")
+        self._waking.add(name)
+        try:
+            await self._wake(engine, most_s)
+        finally:
+            self._waking.discard(name)
+
+    async def _wake(self, engine: EngineHandle, most_s: float | None) -> None:
+        name = engine.name
         try:
             async with asyncio.timeout(most_s):
                 await self.admit(name, engine.limits.smallest_bytes)
@@ -118,13 +139,20 @@ class Sharing:
         try:
             await engine.wake()
         except EngineError:
-            await self.release(name, 0)
+            await self._lower(name, 0)
             raise
         # It may have measured itself a little larger.
         self.ledger.record(name, max(self.ledger.held[name], engine.held_bytes))
 
     async def release(self, name: str, nbytes: int) -> None:
-        """Lower the claim of an engine that sleeps to the `nbytes` that it still holds."""
+        """Lower the claim of an engine that sleeps to the `nbytes` that it still holds.
+
+        Does nothing if the engine wakes already: the claim is then for its wake.
+        """
+        if name not in self._waking:
+            await self._lower(name, nbytes)
+
+    async def _lower(self, name: str, nbytes: int) -> None:
         async with self._one_at_a_time:
             self._supersede(name)
             self.ledger.record(name, nbytes)
@@ -179,6 +207,12 @@ class Sharing:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    def release_failed(self) -> None:
+        """Lower the claims of engines that have failed to 0. They have no process and are not restarted."""
+        for name, engine in self._engines.items():
+            if self._claimed(name) and engine.stats().state is EngineState.FAILED:
+                self.ledger.record(name, 0)
 
     def _record_restarts(self) -> None:
         """Raise the claims of engines that restarted with a larger grant than they had, because their floor rose."""

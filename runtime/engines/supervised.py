@@ -126,11 +126,14 @@ class SupervisedEngine(EngineHandle):
     async def leave(self) -> None:
         """Serve what has a token, end the process, and be absent. Raises EngineError as `sleep` does."""
         if self._rest in _WITHOUT_WEIGHTS:
-            await self._end_process()
+            self._enter_absent()  # first, so that nothing wakes it while its process ends
             self.usage.hold(0, Held.ASLEEP)
+            async with self._moving:
+                if self._rest is EngineState.ABSENT:
+                    await self._end_process()
         else:
             await self.sleep(deep=True)
-        self._enter_absent()
+            self._enter_absent()
 
     def _enter_absent(self) -> None:
         self._enter_rest(EngineState.ABSENT)

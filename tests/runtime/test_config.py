@@ -74,6 +74,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nengines: {solver: {vllm: {tensor_parallel_size: 0}}}\n", ["0 is not a number of GPUs"]),
     ("extends: embedded\nengines: {solver: {replicas: {mni: 1}}}\n", ["replicas.mni: unknown key; did you mean min"]),
     ("extends: embedded\ncluster: {adress: auto}\n", ["cluster.adress: unknown key; did you mean address?"]),
+    ("extends: embedded-scarce\ncluster: {}\n", ["device.kv_cache_memory_bytes", "use device.memory_bytes instead"]),
     ("extends: embedded\ncluster: {nodes: 2}\n", ["cluster", "nodes_with: GPU"]),
     ("extends: embedded\ncluster: {address: local, nodes: 2, nodes_with: GPU}\n", ["a local cluster has one node"]),
     ("extends: embedded\ncluster: {lost_s: 0}\n", ["cluster.lost_s", "0.3"]),

@@ -134,6 +134,22 @@ async def test_a_killed_agent_is_replaced_on_its_node(tmp_path: Path) -> None:
         assert ready(team, "solver") == {"a:0"}
 
 
+async def test_a_pin_outlives_the_agent_of_its_node(tmp_path: Path) -> None:
+    nodes = LocalNodes("a")
+    async with cluster(nodes, tmp_path) as made, running(made) as team:
+        await work(team, 5)
+        controller = team.controllers.of("solver@a:0")
+        pinned = controller.current_grant("solver@a:0")
+        controller.pin("solver@a:0", pinned)
+        nodes.agents["a"].kill()
+        killed = nodes.agents["a"]
+        await until(lambda: nodes.agents["a"] is not killed and ready(team, "solver") == {"a:0"})
+        await asyncio.sleep(2)
+        assert nodes.agents["a"].agent._devices["a:0"].controller.pinned == {"solver@a:0": pinned}
+        assert controller.pinned == {"solver@a:0": pinned}
+        assert team.engines["solver@a:0"].stats().grant == pinned
+
+
 async def test_a_frozen_node_is_replaced_and_rejoins_without_its_calls(tmp_path: Path) -> None:
     nodes = LocalNodes("a", "b", make=SLOW)
     async with cluster(nodes, tmp_path, {"planner": 2, "solver": 2, "critic": 2}) as made, running(made) as team:
@@ -221,7 +237,7 @@ async def test_pins_pauses_and_policies_reach_the_agent(tmp_path: Path) -> None:
         await work(team, 20)
         controller = team.controllers.of("solver@a:0")
         on_agent = nodes.agents["a"].agent._devices["a:0"].controller
-        controller.pin("solver@a:0")
+        controller.pin("solver@a:0", controller.current_grant("solver@a:0"))
         await until(lambda: "solver@a:0" in on_agent.pinned)
         controller.unpin("solver@a:0")
         await until(lambda: not on_agent.pinned)

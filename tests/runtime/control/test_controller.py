@@ -340,7 +340,7 @@ async def test_memory_of_a_dead_engine_is_reserved() -> None:
 @simulated
 async def test_pause_pin_and_policy_change_take_effect_while_running() -> None:
     async with start_rig() as rig:
-        rig.controller.pin("b")
+        rig.controller.pin("b", rig.controller.current_grant("b"))
         work = asyncio.create_task(rig.keep_busy("a"))
         await asyncio.sleep(0.5)
         assert (rig.share("a"), rig.share("b")) == (0.4, 0.4)
@@ -368,7 +368,7 @@ async def test_pause_pin_and_policy_change_take_effect_while_running() -> None:
 async def test_invalid_pin_is_refused_with_its_reason() -> None:
     async with start_rig() as rig:
         with pytest.raises(NotFound, match="there is no engine 'c'; the engines are a, b"):
-            rig.controller.pin("c")
+            rig.controller.pin("c", Grant(0.3, 500, 2048))
         with pytest.raises(NotFound, match="there is no engine 'c'"):
             rig.controller.unpin("c")
         with pytest.raises(InputError, match=r"engine a: gpu_memory_utilization 0\.01 is below"):
@@ -465,11 +465,11 @@ async def test_pin_below_the_floor_of_an_engine_that_restarted_larger_is_suspend
 
 
 @simulated
-async def test_engine_that_takes_no_grants_cannot_be_pinned() -> None:
+async def test_an_engine_that_takes_no_grants_has_no_current_one() -> None:
     async with start_rig() as rig:
         rig.engines["a"].kill()
         with pytest.raises(InputError, match="engine a is dead and takes no grant now; pin it once it is ready"):
-            rig.controller.pin("a")
+            rig.controller.current_grant("a")
 
 
 @simulated
@@ -601,6 +601,55 @@ async def test_a_paused_engine_is_admitted_when_its_policy_fails_or_the_controll
         await asyncio.sleep(1)
         assert rig.controller.snapshot is not None  # it stays current, although the last record shows a pause
         assert rig.controller.snapshot.engines["b"].paused_s == 0 < rig.records[-1].snapshot.engines["b"].paused_s
+
+
+class Malformed(Policy):
+    """A policy whose grants lack a number."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        return Decision({name: replace(view.grant, max_active_seqs=None) for name, view in snapshot.engines.items()})  # type: ignore[arg-type]
+
+
+@simulated
+async def test_a_paused_engine_is_admitted_when_its_policy_decides_nonsense() -> None:
+    async with start_rig(Stopping(Value())) as rig:
+        await asyncio.sleep(0.5)
+        rig.controller.use(ContainedPolicy("malformed", Malformed(Value())))
+        await asyncio.wait_for(rig.ask("b", 5), pauses.MOST_S + 2)
+
+
+class Reconsidering(Policy):
+    """A policy that gives c the memory of a and b, and then lets c keep what it has got so far and admits all."""
+
+    def __init__(self) -> None:
+        super().__init__(Value())
+        self.decided = 0
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.engines["a"].running < 100:
+            return Decision({})
+        self.decided += 1
+        if self.decided == 1:
+            grants = {"a": Grant(0.15, 0, 2048), "b": Grant(0.15, 0, 2048), "c": Grant(0.5, 500, 2048)}
+        else:
+            kept = snapshot.engines["c"].grant
+            grants = {"a": Grant(0.15, 500, 2048), "b": Grant(0.65 - kept.gpu_memory_utilization, 500, 2048), "c": kept}
+        return Decision(grants, dict.fromkeys(grants, "reconsidered"))
+
+
+@simulated
+async def test_an_engine_may_keep_what_it_has_while_it_waits_for_more() -> None:
+    policy = Reconsidering()
+    async with start_rig(policy, names="abc", times=replace(TIMES, step_s=0.4), grace_s=60) as rig:
+        work = [asyncio.create_task(rig.ask(name, count)) for name, count in (("a", 400), ("c", 1))]
+        while policy.decided < 3:  # noqa: ASYNC110  the policy decides when requests run
+            await asyncio.sleep(0.1)
+        first = rig.records[[record.cause for record in rig.records].index("tick")]
+        assert first.fault is None
+        assert {outcome.state for record in rig.records for outcome in record.outcomes.values()} >= {"deferred"}
+        assert rig.controller.counts.rejected == 0
+        assert rig.engines["a"].grant.max_active_seqs == 500
+        await asyncio.gather(*work)
 
 
 class Preempting(Policy):

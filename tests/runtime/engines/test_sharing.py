@@ -16,6 +16,7 @@ from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
+from runtime.errors import EngineError
 from runtime.simulation.virtual_time import VirtualLoop
 
 pytestmark = pytest.mark.virtual_time
@@ -384,6 +385,48 @@ async def test_memory_moves_between_the_others_while_an_engine_restarts(restarti
     restarting.may_start.set()
     await restarting.until(EngineState.READY)
     assert isinstance((await sharing.resize({"a": grant(0.4)}))["a"], Applied)
+
+
+@pytest.mark.parametrize("wakes", [False, True], ids=["it waits for memory", "it starts"])
+async def test_a_second_call_that_wakes_an_engine_changes_no_claim(wakes: bool) -> None:
+    device = Device()
+
+    def make(grant: Grant | None) -> Physical:
+        return Physical("b", device, grant or Grant(FLOOR, 64, 2048))
+
+    a, b = Physical("a", device, Grant(0.9, 64, 2048)), SupervisedEngine("b", make)
+    await a.start()
+    b.begin_absent(a.limits, start_s=5)
+    sharing = Sharing({"a": a, "b": b}, Ledger(DEVICE))
+    sharing.ledger.claim("a", int(0.9 * DEVICE))
+    sharing.ledger.record("b", 0)
+    first = asyncio.create_task(sharing.wake("b", 60))
+    await asyncio.sleep(1)
+    if wakes:
+        await sharing.resize({"a": Grant(0.5, 64, 2048)})
+    with pytest.raises(EngineError, match=r"engine b is (waking|ready) and cannot wake"):
+        await sharing.wake("b", 60)
+    await sharing.release("b", 0)
+    await sharing.resize({"a": Grant(0.5, 64, 2048)})
+    await first
+    assert sharing.ledger.held["b"] == int(FLOOR * DEVICE)
+    await b.close()
+
+
+async def test_an_engine_that_failed_holds_no_memory() -> None:
+    device = Device()
+    failing = SupervisedEngine("a", lambda had: Physical("a", device, grant(0.5)), patience=Patience(restarts=0))
+    await failing.start()
+    sharing = Sharing({"a": failing}, Ledger(DEVICE))
+    sharing.ledger.claim("a", DEVICE // 2)
+    sharing.release_failed()
+    assert sharing.ledger.held["a"] == DEVICE // 2
+    failing.kill()
+    while failing.state is not EngineState.FAILED:  # noqa: ASYNC110 (there is no event to wait for)
+        await asyncio.sleep(0.1)
+    sharing.release_failed()
+    assert sharing.ledger.held["a"] == 0
+    await failing.close()
 
 
 async def test_the_ledger_follows_an_engine_that_restarts_with_more_memory(restarting: Restarting) -> None:

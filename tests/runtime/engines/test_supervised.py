@@ -15,7 +15,7 @@ from runtime.engines.replicas import Replicas
 from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.usage import Held
 from runtime.errors import EngineDead, EngineError
-from tests.runtime.engines.supervision import QUICK, REQUEST, WORDS, Made, reply, text
+from tests.runtime.engines.supervision import QUICK, REQUEST, WORDS, Hanging, Made, reply, text
 
 pytestmark = pytest.mark.virtual_time
 
@@ -151,6 +151,26 @@ async def test_a_sleeping_engine_holds_no_memory_and_takes_no_grant(engine: Supe
     assert engine.usage.idle.byte_seconds == before.byte_seconds
     with pytest.raises(EngineError, match="cold and cannot go to sleep"):
         await engine.sleep()
+
+
+async def test_a_replica_that_leaves_asleep_is_absent_at_once(made: Made) -> None:
+    class EndsSlowly(Hanging):
+        async def close(self) -> None:
+            await super().close()
+            await asyncio.sleep(1)
+
+    engine = SupervisedEngine("e", lambda grant: EndsSlowly("e", lambda request: WORDS, grant=grant))
+    await engine.start()
+    await engine.sleep()
+    leaving = asyncio.create_task(engine.leave())
+    await asyncio.sleep(0.1)
+    assert engine.state is EngineState.ABSENT
+    waking = asyncio.create_task(engine.wake())
+    await leaving
+    assert not waking.done()
+    await waking
+    assert engine.is_ready
+    await engine.close()
 
 
 async def test_a_cancelled_sleep_leaves_the_engine_serving(engine: SupervisedEngine, replicas: Replicas) -> None:
