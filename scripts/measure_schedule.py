@@ -41,7 +41,7 @@ from runtime import config as configuration
 from runtime.bench import results
 from runtime.bench.output import Output
 from runtime.bench.results import JobRow, Spread
-from runtime.bench.workload import Arrival, Script, Source, Workload
+from runtime.bench.workload import Arrival, Schedule, Source, Workload
 from runtime.cli.bench import Plan, rivals
 from runtime.cli.simulate import Simulated, run_simulated
 from runtime.engines.request import GenerateRequest
@@ -242,9 +242,9 @@ class BurstSource(Source):
     def __init__(self, burst: Burst) -> None:
         self._burst = burst
 
-    def draw(self, load: float, seed: int) -> Script:
+    def draw(self, load: float, seed: int) -> Schedule:
         kinds = itertools.chain.from_iterable([kind] * count for kind, count in enumerate(self._burst.jobs.values()))
-        return Script(tuple(Arrival(0.0, str(kind), Problem("", "x")) for kind in kinds), ())
+        return Schedule(tuple(Arrival(0.0, str(kind), Problem("", "x")) for kind in kinds), ())
 
 
 def reply(request: GenerateRequest) -> str:

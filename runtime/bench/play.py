@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import count, cycle, pairwise
 
 from runtime.bench.results import CallRow
-from runtime.bench.workload import Arrival, ClosedPhase, Script
+from runtime.bench.workload import Arrival, ClosedPhase, Schedule
 from runtime.events import CallEnded, Event
 from runtime.jobs.job import Job, JobResult
 from runtime.jobs.orchestrator import Orchestrator
@@ -38,14 +38,14 @@ class Player:
     _numbers: Iterator[int] = field(default_factory=count)
     _started_s: float = 0.0
 
-    async def play(self, script: Script) -> float:
+    async def play(self, schedule: Schedule) -> float:
         """Play until the last job has ended, and return the duration in seconds. Cancelling it cancels the jobs."""
         clock = asyncio.get_running_loop().time
         self._started_s = clock()
         async with asyncio.TaskGroup() as group:
-            for phase in script.closed:
+            for phase in schedule.closed:
                 group.create_task(self._closed(phase), name=f"{self.name} {phase.phase}")
-            for arrival in script.arrivals:
+            for arrival in schedule.arrivals:
                 await asyncio.sleep(max(self._started_s + arrival.at_s - clock(), 0))
                 group.create_task(self._job(arrival), name=f"{self.name} job")
         return clock() - self._started_s

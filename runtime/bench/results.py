@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from agents.role import explain
+from agents.role import Value, explain
 from runtime.control.policy import Worded
 from runtime.control.snapshot import EngineMoment
 from runtime.errors import InputError
@@ -35,16 +35,18 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-@dataclass(frozen=True)
-class Slo:
-    """The limits that a good job meets, in seconds. None is no limit.
+class Slo(Value):
+    """The limits that a good job meets. By default there is no limit."""
 
-    `ttft_s` and `tpot_s` bound every call of the job.
-    """
-
-    jct_s: float | None = None
-    ttft_s: float | None = None
-    tpot_s: float | None = None
+    jct_s: float | None = Field(
+        default=None, gt=0, description="Job completion time (JCT): from the arrival to the answer, in seconds."
+    )
+    ttft_s: float | None = Field(
+        default=None, gt=0, description="Time to first token (TTFT) of every call of the job, in seconds."
+    )
+    tpot_s: float | None = Field(
+        default=None, gt=0, description="Mean time per output token (TPOT) of every call of the job, in seconds."
+    )
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class Bench:
         preempted = self._preemptions() - preemptions
         figures = self._residency().since(residency) if rival.residency else None
         counts = self.running_team.controllers.counts
-        return metrics(rows, seconds, self.source.workload.limits, counts, preempted, figures)
+        return metrics(rows, seconds, self.source.workload.slo, counts, preempted, figures)
 
     def _preemptions(self) -> int:
         return sum(engine.stats().preemptions for engine in self.running_team.engines.values())

@@ -64,20 +64,6 @@ class Phase(Value):
         return self
 
 
-class SloSection(Value):
-    """The limits that a good job meets. By default there is no limit."""
-
-    jct_s: float | None = Field(
-        default=None, gt=0, description="Job completion time (JCT): from the arrival to the answer, in seconds."
-    )
-    ttft_s: float | None = Field(
-        default=None, gt=0, description="Time to first token (TTFT) of every call of the job, in seconds."
-    )
-    tpot_s: float | None = Field(
-        default=None, gt=0, description="Mean time per output token (TPOT) of every call of the job, in seconds."
-    )
-
-
 def _in_order(bounds: tuple[int, int]) -> tuple[int, int]:
     if not 1 <= bounds[0] <= bounds[1] <= LENGTH_MAX:
         raise ValueError(f"give the shortest and the longest length, from 1 to {LENGTH_MAX}, such as [300, 1500]")
@@ -114,7 +100,7 @@ class Workload(Value):
         min_length=1,
         description="Multiples of the rates. The workload runs once at each.",
     )
-    slo: SloSection = Field(default=SloSection(), description="The limits that a good job meets.")
+    slo: Slo = Field(default=Slo(), description="The limits that a good job meets.")
     lengths: Mapping[str, Lengths] = Field(
         default_factory=dict,
         description="Lengths of prompts and replies by the name of a modelled engine, for `troupe simulate load` only. "
@@ -131,11 +117,6 @@ class Workload(Value):
         if any(not 0 < load <= 1000 for load in self.loads):
             raise ValueError("loads: every load must be above 0 and at most 1000")
         return self
-
-    @property
-    def limits(self) -> Slo:
-        """Return the SLO in the form of the results."""
-        return Slo(self.slo.jct_s, self.slo.ttft_s, self.slo.tpot_s)
 
     @property
     def seconds(self) -> float:
@@ -164,7 +145,7 @@ class ClosedPhase:
 
 
 @dataclass(frozen=True)
-class Script:
+class Schedule:
     """A drawn workload: every arrival and every closed-loop phase."""
 
     arrivals: tuple[Arrival, ...]
@@ -188,10 +169,10 @@ class Source:
         )
         return replace(self, workload=self.workload.model_copy(update={"phases": phases}))
 
-    def draw(self, load: float, seed: int) -> Script:
+    def draw(self, load: float, seed: int) -> Schedule:
         """Return the arrivals at a load. They depend only on the load and the seed, so every policy gets the same."""
         if self.trace:
-            return Script(tuple(Arrival(a.at_s / load, a.phase, a.problem) for a in self.trace), ())
+            return Schedule(tuple(Arrival(a.at_s / load, a.phase, a.problem) for a in self.trace), ())
         arrivals: list[Arrival] = []
         closed: list[ClosedPhase] = []
         start_s = 0.0
@@ -206,7 +187,7 @@ class Source:
                 else:
                     arrivals += _open_loop(phase, load, start_s, candidates, rng)
                 start_s += phase.seconds
-        return Script(tuple(arrivals), tuple(closed))
+        return Schedule(tuple(arrivals), tuple(closed))
 
     def _candidates(self, phase: Phase) -> Sequence[Problem]:
         low, high = phase.characters or (0, 1 << 30)

@@ -344,7 +344,7 @@ def summarise(plan: Plan, kind: str, started: tuple[str, float], runs: list[resu
         seconds=round(time.monotonic() - started[1], 1),
         command=command(),
         machine=machine(),
-        slo=plan.source.workload.limits,
+        slo=plan.source.workload.slo,
         policies=tuple(dict.fromkeys(run.policy for run in runs)),
         limit=LIMIT if plan.limit else None,
         loads=plan.loads,

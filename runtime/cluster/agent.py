@@ -19,7 +19,7 @@ from pathlib import Path
 
 from runtime.cluster import wire
 from runtime.cluster.attachment import Attachment, Refused
-from runtime.cluster.plan import MEASURED, POLICY, Attached, Limits, Plan
+from runtime.cluster.plan import MEASURED, POLICY, Attached, Plan, Timeouts
 from runtime.config import PolicyChoice
 from runtime.control import decision_log
 from runtime.control.contained_policy import ContainedPolicies
@@ -70,7 +70,7 @@ class Agent:
         self._looked_s = -math.inf
         self._closing = False
         self._plan: Plan | None = None
-        self._limits = Limits()
+        self._timeouts = Timeouts()
         self._started = False
         self._owned = AsyncExitStack()
         self._fleets: Mapping[str, StartedFleet] = {}
@@ -101,7 +101,7 @@ class Agent:
         last = self._attachment
         # If this process was held up, the other head may have said something that has not been read yet.
         may_live = now_s - self._looked_s > HELD_UP_S or (
-            last is not None and now_s - last.heard_s < self._limits.lost_s
+            last is not None and now_s - last.heard_s < self._timeouts.lost_s
         )
         if last is not None and last.head != head and last.over is None and may_live:
             raise Refused(
@@ -129,7 +129,7 @@ class Agent:
     async def start(self, plan: bytes) -> bytes:
         """Start the engines of a plan. Return what they have measured, by engine. Raises EngineError."""
         self._plan = made = Plan.from_json(plan)
-        self._limits = made.common.limits
+        self._timeouts = made.common.timeouts
         self._fleets = await self._start_engines(self.name, made, self._owned, self._on_state)
         return MEASURED.dump_json(measured(self._fleets))
 
@@ -355,9 +355,9 @@ class Agent:
                 attachment.heard_s = now_s
             self._looked_s = now_s
             silent_s = now_s - attachment.heard_s
-            if self._started and silent_s > self._limits.lost_s and attachment.over is None:
+            if self._started and silent_s > self._timeouts.lost_s and attachment.over is None:
                 self._end(attachment, f"the head has said nothing to node {self.name} for {silent_s:.1f} s")
-            if silent_s > self._limits.orphan_s:
+            if silent_s > self._timeouts.orphan_s:
                 logging.getLogger(__name__).warning("the head has been silent for %.0f s; the agent ends", silent_s)
                 self._closing = True
                 asyncio.get_running_loop().call_soon(self._end_orphaned)

@@ -151,7 +151,7 @@ class Cluster:
         moment to end. Raises NodeUnreachable, and Refused if the agent serves another head. If this is cancelled, a new
         agent ends, because no head would end it.
         """
-        until_s = _now_s() + 2 * self._common.limits.lost_s + 1
+        until_s = _now_s() + 2 * self._common.timeouts.lost_s + 1
         while True:
             try:
                 async with _reaching(node, REATTACH_S):
@@ -237,7 +237,7 @@ class Cluster:
         Raises NodeUnreachable if the agent is lost before.
         """
         member.reported.clear()
-        member.link.begin(self._common.limits.lost_s)
+        member.link.begin(self._common.timeouts.lost_s)
         waits = [asyncio.ensure_future(event.wait()) for event in (member.reported, member.link.loss)]
         try:
             await asyncio.wait(waits, timeout=REPORT_S, return_when=asyncio.FIRST_COMPLETED)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime.cluster.agent import Agent, MakeAgent
 from runtime.cluster.cluster import Cluster, OnWait
-from runtime.cluster.plan import Common, Limits
+from runtime.cluster.plan import Common, Timeouts
 from runtime.config import Config
 from runtime.control.snapshotter import EngineRequirements
 from runtime.engines.fleet import OnState
@@ -39,8 +39,8 @@ async def connected(
         ) from None
     assert config.cluster is not None
     prepare_head(specs.values())
-    limits = Limits(config.cluster.lost_s, config.cluster.orphan_s)
-    common = Common.of(config, specs, may_sleep, requirements, limits)
+    timeouts = Timeouts(config.cluster.lost_s, config.cluster.orphan_s)
+    common = Common.of(config, specs, may_sleep, requirements, timeouts)
     async with (
         RayNodes(config, make_agent) as nodes,
         Cluster(nodes, config, common, folder, on_state, on_wait) as cluster,

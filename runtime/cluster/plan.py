@@ -16,7 +16,7 @@ from runtime.engines.spec import EngineSpec
 
 
 @dataclass(frozen=True)
-class Limits:
+class Timeouts:
     """Timeouts between the head and an agent, in seconds.
 
     - `lost_s`: a side that has been silent for longer counts as lost, and the calls between them fail.
@@ -44,7 +44,7 @@ class Common:
     memory_bytes: int | None = None
     kv_cache_bytes: int | None = None
     host_bytes: int | None = None
-    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
     devices: tuple[int | tuple[int, ...], ...] | str = (0,)
 
     @classmethod
@@ -54,7 +54,7 @@ class Common:
         specs: Mapping[str, EngineSpec],
         may_sleep: Collection[str],
         requirements: Mapping[str, EngineRequirements],
-        limits: Limits,
+        timeouts: Timeouts,
     ) -> "Common":
         """Return the part of a configuration that agents need."""
         return cls(
@@ -66,7 +66,7 @@ class Common:
             config.device.memory_bytes,
             config.device.kv_cache_memory_bytes,
             config.residency.host_memory_bytes,
-            limits,
+            timeouts,
             config.devices,
         )
 

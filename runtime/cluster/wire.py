@@ -17,7 +17,7 @@ from runtime.engines.usage import Account
 from runtime.errors import Death, EngineDead, EngineError, RequestRefused
 from runtime.residency import keeper
 
-VERSION = 3
+VERSION = 4
 """Raise it with every change of a message. A head and an agent of different versions refuse each other."""
 T = TypeVar("T")
 

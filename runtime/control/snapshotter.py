@@ -66,12 +66,12 @@ class Snapshotter:
         self,
         engines: Mapping[str, EngineHandle],
         forecast: ExpectedRequests,
-        terms: Mapping[str, EngineRequirements] | None = None,
+        requirements: Mapping[str, EngineRequirements] | None = None,
         reading: Callable[[], Reading] | None = None,
     ) -> None:
         self._engines = engines
         self._forecast = forecast
-        self._terms = terms or {}
+        self._requirements = requirements or {}
         self._reading = reading
         self._history: dict[str, _History] = {}
         self._costs = Costs()
@@ -160,7 +160,6 @@ class Snapshotter:
         _update(history, engine, stats, now_s, used_bytes)
         waiting = usage.waiting(stats.running)
         assert stats.grant is not None
-        terms = self._terms.get(name, EngineRequirements())
         return EngineView(
             name=name,
             limits=engine.limits,
@@ -187,12 +186,7 @@ class Snapshotter:
             cost=self._costs.cost(name),
             prompt_ratio=self._costs.prompt_ratio(name),
             utilization=utilization,
-            priority=terms.priority,
-            minimum_share=terms.minimum_share,
-            jct_slo_s=terms.jct_slo_s,
-            slo_s=terms.slo_s,
-            ttft_slo_s=terms.ttft_slo_s,
-            tpot_slo_s=terms.tpot_slo_s,
+            **vars(self._requirements.get(name, EngineRequirements())),
         )
 
     def _device(self, held_bytes: int) -> tuple[DeviceView, Mapping[int, float]]:

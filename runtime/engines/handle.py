@@ -78,15 +78,15 @@ class EngineStats:
     """
 
     state: EngineState
-    grant: Grant | None
-    kv_cache_bytes: int
-    running: int
-    waiting: int
-    kv_cache_usage: float
-    preemptions: int
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    grant: Grant | None = None
+    kv_cache_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    preemptions: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     work: Work = Work()
     pid: int | None = None
     held: int = 0

@@ -41,8 +41,8 @@ class GenerateRequest:
     - `temperature`, `top_p`, `stop`: as in vLLM's SamplingParams.
     - `max_tokens`: the most tokens that the reply may have. None allows as many as the model's length leaves.
     - `seed`: the seed for sampling. None leaves sampling random.
-    - `schema`: a JSON schema that the reply must match.
-    - `stop_repetition`: end the reply, with the finish reason "repetition", once its tokens repeat at length.
+    - `schema`: a JSON schema that the reply must match. The reply ends, with the finish reason "repetition", once its
+      tokens repeat at length. An empty schema does only that.
     - `logprobs`: how many of the likeliest tokens to report with each reply token. None reports no logprobs.
     - `sampling_params`, `generate_options`: more arguments of vLLM's SamplingParams, and of its AsyncLLM.generate,
       passed on unchanged.
@@ -72,7 +72,6 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
-    stop_repetition: bool = False
     resume_tokens: tuple[int, ...] = ()
     has_begun: bool = False
     rendered: Mapping[str, Any] | None = None

@@ -80,7 +80,7 @@ def to_params(request: GenerateRequest, max_model_len: int) -> SamplingParams:
             further[name] = kind(**{key: value for key, value in further[name].items() if not key.startswith("_")})
     if request.schema:
         further["structured_outputs"] = StructuredOutputsParams(json=dict(request.schema))
-    if request.stop_repetition:
+    if request.schema is not None:
         further["repetition_detection"] = REPETITION
     return SamplingParams(
         temperature=request.temperature,

@@ -188,7 +188,6 @@ class Caller:
             stop=sampling.stop,
             seed=None if job.seed is None or not temperature else _seed(job.seed, call, len(uses)),
             schema=schema,
-            stop_repetition=schema is not None,
             priority=job.priority,
             since_s=run.since_s,
             stream_interval=self._stream_interval,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from agents.role import Message, Reply, Role, Sampling, Task, Value
 from agents.tasks import Answer, AnswerTask
 from agents.workflow import Entry, Outcome, RoleCall, Unusable, Workflow
-from runtime.bench.workload import Arrival, Script, Source, Workload
+from runtime.bench.workload import Arrival, Schedule, Source, Workload
 from runtime.jobs.problems import Problem
 from runtime.jobs.team import Seat, Team
 from runtime.simulation.load import EngineModel, Model
@@ -76,7 +76,7 @@ class AgentsSource(Source):
     workload: Workload = field(default_factory=lambda: Workload(trace="none", loads=(0.3, 0.6, 0.9, 1.2, 1.5)))
     problems: tuple[Problem, ...] = ()
 
-    def draw(self, load: float, seed: int) -> Script:
+    def draw(self, load: float, seed: int) -> Schedule:
         gpus = sum(agent.arrivals / agent.throughput for agent in AGENTS)
         arrivals = []
         for agent in AGENTS:
@@ -84,7 +84,7 @@ class AgentsSource(Source):
             at_s = 0.0
             while (at_s := at_s + rng.expovariate(agent.arrivals * load / gpus)) < SECONDS:
                 arrivals.append(Arrival(at_s, agent.name, Problem("", "x")))
-        return Script(tuple(sorted(arrivals, key=lambda arrival: arrival.at_s)), ())
+        return Schedule(tuple(sorted(arrivals, key=lambda arrival: arrival.at_s)), ())
 
 
 def model() -> Model:

@@ -78,11 +78,6 @@ class PythonTool(Tool):
         self._left = False
 
     @staticmethod
-    def protections() -> tuple[str, ...]:
-        """Return what is enforced on this machine, in plain words. The first call takes a fraction of a second."""
-        return detect().sentences()
-
-    @staticmethod
     def fault() -> str | None:
         """Return why this machine cannot isolate code well enough, or None. The first call takes a moment."""
         found = detect()

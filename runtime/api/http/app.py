@@ -1,6 +1,6 @@
 """The HTTP application: it combines all routes, error handlers and limits."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -47,7 +47,7 @@ def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:
     """Return the application that serves a backend."""
     app = FastAPI(
         title="Troupe",
-        version=_version(),
+        version=version("troupe-llm"),
         description="A team of language models that solve problems together, on vLLM engines that share a device.",
         # FastAPI's documentation pages load their scripts from another site.
         docs_url=None,
@@ -73,10 +73,3 @@ def create_app(backend: Backend, gate: Gate, service: Service) -> FastAPI:
         Limits, body_max_bytes=service.body_max_bytes, gate=gate, per_s=service.requests_per_s, hosts=hosts
     )
     return app
-
-
-def _version() -> str:
-    try:
-        return version("troupe-llm")
-    except PackageNotFoundError:
-        return "0"

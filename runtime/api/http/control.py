@@ -17,7 +17,7 @@ from runtime.control.costs import StepCost
 from runtime.control.snapshot import DeviceMoment
 from runtime.devices.rebalancer import Change
 from runtime.engines.grant import Grant
-from runtime.engines.handle import EngineState
+from runtime.engines.handle import EngineState, EngineStats
 from runtime.engines.replicas import engine_of
 from runtime.engines.usage import Held, Spent
 
@@ -182,7 +182,8 @@ async def unpin_engine(engine: str, backend: BackendDep) -> ControlView:
 def engine_info(backend: Backend, name: str) -> EngineInfo:
     """Return the state of an engine. Counts are 0 until it is up."""
     running_team = backend.running_team
-    stats = backend.engines[name].stats() if name in backend.engines else None
+    handle = backend.engines.get(name)
+    stats = handle.stats() if handle else EngineStats(backend.monitor.states[name])
     view = next((each.engines[name] for each in backend.snapshots.values() if name in each.engines), None)
     moment = engine_moment(view) if view else None
     engine = engine_of(name)
@@ -194,25 +195,25 @@ def engine_info(backend: Backend, name: str) -> EngineInfo:
         else None,
         model=backend.config.engines[engine].model,
         seats=[seat.name for seat in backend.team.seats.values() if seat.engine == engine],
-        state=stats.state if stats else backend.monitor.states[name],
+        state=stats.state,
         pinned=running_team is not None and name in running_team.controllers.pinned,
-        grant=_grant_view(stats.grant) if stats and stats.grant else None,
-        limits=_limits_view(backend, name) if stats and stats.grant else None,
-        kv_cache_bytes=stats.kv_cache_bytes if stats else 0,
-        kv_cache_usage=stats.kv_cache_usage if stats else 0.0,
-        running=stats.running if stats else 0,
-        waiting=stats.waiting if stats else 0,
-        held=stats.held if stats else 0,
-        sleep_s=stats.sleep_s if stats else 0.0,
-        wake_s=stats.wake_s if stats else 0.0,
+        grant=_grant_view(stats.grant) if stats.grant else None,
+        limits=_limits_view(backend, name) if stats.grant else None,
+        kv_cache_bytes=stats.kv_cache_bytes,
+        kv_cache_usage=stats.kv_cache_usage,
+        running=stats.running,
+        waiting=stats.waiting,
+        held=stats.held,
+        sleep_s=stats.sleep_s,
+        wake_s=stats.wake_s,
         paused_s=moment.paused_s if moment else 0.0,
         cost=moment.cost if moment else None,
         utilization=moment.utilization if moment else None,
-        memory=dict(backend.engines[name].usage.spent()) if stats else {},
-        preemptions=stats.preemptions if stats else 0,
-        requests=stats.requests if stats else 0,
-        prompt_tokens=stats.prompt_tokens if stats else 0,
-        completion_tokens=stats.completion_tokens if stats else 0,
+        memory=dict(handle.usage.spent()) if handle else {},
+        preemptions=stats.preemptions,
+        requests=stats.requests,
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
     )
 
 

@@ -30,34 +30,6 @@ class Protections:
         """Return True if code has no network and cannot read the machine's files."""
         return self.namespaces or self.landlock
 
-    def sentences(self) -> tuple[str, ...]:
-        """Return what is enforced here, and what is not, in plain words."""
-        if not self.suffices:
-            return (f"nothing: the sandbox does not work here ({'; '.join(self.faults)})",)
-        layers = " and ".join(
-            name for name, works in (("a mount namespace", self.namespaces), ("Landlock", self.landlock)) if works
-        )
-        always = (
-            "network: code can open no socket, by a seccomp filter"
-            + (", and has no network interface, by a network namespace" if self.namespaces else ""),
-            f"files: code reads only the Python and system libraries, and writes only its own folder, by {layers}",
-            "processes: code cannot start, signal or inspect another process, by a seccomp filter",
-            "limits: CPU time, memory, size of a file and open files, by resource limits; wall time and output",
-        )
-        if self.namespaces:
-            return (
-                *always,
-                "threads: limited, by a resource limit in a user namespace",
-                "disk: its folder is in memory and limited in size",
-                "user: nobody, without privileges" if os.geteuid() == 0 else "user: this one, without privileges",
-            )
-        return (
-            *always,
-            "user: this one, or nobody if it is root and anyone can read Python; without privileges",
-            "not limited: threads, except by memory; the number of files in its folder",
-            "not hidden: whether a file exists, its size and owner",
-        )
-
 
 @cache
 def detect() -> Protections:

@@ -12,7 +12,7 @@ import pytest
 from runtime import config
 from runtime.assembly import RunningTeam, engine_requirements
 from runtime.cluster.cluster import Cluster
-from runtime.cluster.plan import Common, Limits
+from runtime.cluster.plan import Common, Timeouts
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.handle import EngineState
 from runtime.engines.replicas import device_of
@@ -31,14 +31,14 @@ SLOW: Callable[..., Any] = partial(modelled_agent, time_scale=20)
 
 @asynccontextmanager
 async def cluster(
-    nodes: LocalNodes, folder: Path, replicas: Mapping[str, Any] | None = None, limits: Limits | None = None
+    nodes: LocalNodes, folder: Path, replicas: Mapping[str, Any] | None = None, timeouts: Timeouts | None = None
 ) -> AsyncIterator[Cluster]:
     found = config.load("embedded")
     specs = {
         name: spec.model_copy(update={"replicas": (replicas or {}).get(name, 1)})
         for name, spec in found.engines.items()
     }
-    common = Common.of(found, specs, (), engine_requirements(embedded_team()), limits or Limits())
+    common = Common.of(found, specs, (), engine_requirements(embedded_team()), timeouts or Timeouts())
     states: list[tuple[str, EngineState]] = []
     async with Cluster(nodes, found, common, folder, lambda name, state, _: states.append((name, state))) as made:
         made.states = states  # type: ignore[attr-defined]
@@ -213,7 +213,7 @@ async def test_a_second_head_is_refused_and_the_first_goes_on(tmp_path: Path) ->
 async def test_an_agent_ends_when_no_head_comes(tmp_path: Path) -> None:
     ended = asyncio.Event()
     nodes = LocalNodes("a", make=lambda name: modelled_agent(name, ended.set))
-    async with cluster(nodes, tmp_path, limits=Limits(1, 20)) as made:
+    async with cluster(nodes, tmp_path, timeouts=Timeouts(1, 20)) as made:
         made._watching.cancel()
         for member in made._members.values():
             member.link._cancel()

@@ -17,7 +17,7 @@ from runtime.control.policy import Decision, Policy, Reasons
 from runtime.control.snapshot import Snapshot
 from runtime.daemon_thread import DaemonExecutor
 from runtime.engines.grant import Grant
-from tests.runtime.control.builders import LIMITS, snapshot, view
+from tests.runtime.control.builders import snapshot, view
 
 SEEN = snapshot(view("a"), view("b"))
 
@@ -187,7 +187,3 @@ async def test_reasons_of_built_in_policies_are_formatted_only_when_read(
     assert formatted == []
     assert answer.decision.reasons["b"]
     assert formatted == [1]
-
-
-def test_the_share_of_the_floor_is_as_the_fault_above_states() -> None:
-    assert LIMITS.share(LIMITS.kv_floor_bytes) == 0.11

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,8 +28,9 @@ from runtime.engines.sharing import Sharing
 from runtime.engines.supervised import Patience, SupervisedEngine
 from runtime.errors import InputError, NotFound
 from runtime.events import JobAdvanced
-from runtime.simulation import virtual_time
 from runtime.telemetry.reading import DeviceReading, Reading
+
+pytestmark = pytest.mark.virtual_time
 
 MIB = 1 << 20
 DEVICE = 1000 * MIB
@@ -128,17 +129,6 @@ async def start_rig(
     await rig.sharing.close()
 
 
-def simulated(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Run a test on the virtual clock."""
-
-    def run() -> None:
-        virtual_time.run(test())
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
-
-
-@simulated
 async def test_memory_moves_to_the_busy_engine_and_back() -> None:
     async with start_rig() as rig:
         work = asyncio.create_task(rig.keep_busy("a"))
@@ -153,7 +143,6 @@ async def test_memory_moves_to_the_busy_engine_and_back() -> None:
         assert all(record.snapshot.budget_bytes == 800 * MIB for record in rig.records)
 
 
-@simulated
 async def test_decides_every_tick_and_at_once_on_a_burst() -> None:
     async with start_rig(every_s=10) as rig:
         await asyncio.sleep(25)
@@ -169,7 +158,6 @@ async def test_decides_every_tick_and_at_once_on_a_burst() -> None:
         assert len(rig.controller.counts.reactions_s) == 1
 
 
-@simulated
 async def test_burst_during_a_decision_causes_the_next_decision() -> None:
     async with start_rig(every_s=10) as rig:
         await asyncio.sleep(1)
@@ -187,7 +175,6 @@ async def test_burst_during_a_decision_causes_the_next_decision() -> None:
         await asyncio.gather(first, second)
 
 
-@simulated
 async def test_calls_to_an_engine_that_just_shrank_are_a_burst() -> None:
     async with start_rig(every_s=10) as rig:
         await asyncio.sleep(1)
@@ -205,7 +192,6 @@ async def test_calls_to_an_engine_that_just_shrank_are_a_burst() -> None:
         await asyncio.gather(first, second)
 
 
-@simulated
 async def test_ticks_twice_as_often_while_memory_is_short() -> None:
     async with start_rig(every_s=0.1) as rig:
         await asyncio.sleep(1.05)
@@ -218,7 +204,6 @@ async def test_ticks_twice_as_often_while_memory_is_short() -> None:
         work.cancel()
 
 
-@simulated
 async def test_policy_is_not_asked_if_all_engines_are_pinned() -> None:
     async with start_rig("round_robin") as rig:
         rig.controller.pin("a", Grant(0.5, 500, 2048))
@@ -228,7 +213,6 @@ async def test_policy_is_not_asked_if_all_engines_are_pinned() -> None:
         assert rig.controller.counts.faults == 0
 
 
-@simulated
 async def test_memory_taken_by_another_process_shrinks_the_budget() -> None:
     async with start_rig() as rig:
         rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 900 * MIB),))
@@ -243,7 +227,6 @@ async def test_memory_taken_by_another_process_shrinks_the_budget() -> None:
         assert rig.share("a") == rig.share("b") == 0.4
 
 
-@simulated
 async def test_host_reading_counts_for_a_gpu_without_its_own_memory() -> None:
     async with start_rig() as rig:
         for engine in rig.engines.values():
@@ -255,7 +238,6 @@ async def test_host_reading_counts_for_a_gpu_without_its_own_memory() -> None:
         assert rig.share("a") + rig.share("b") < 0.8
 
 
-@simulated
 async def test_budget_stays_cut_while_telemetry_has_a_fault() -> None:
     """Memory that another process had taken may still be taken."""
     async with start_rig() as rig:
@@ -275,7 +257,6 @@ async def test_budget_stays_cut_while_telemetry_has_a_fault() -> None:
         assert rig.records[-1].snapshot.budget_bytes == 800 * MIB
 
 
-@simulated
 async def test_lost_gpu_keeps_the_budget_and_is_recorded() -> None:
     async with start_rig() as rig:
         rig.reading = Reading("gpu", (DeviceReading("GPU", 1000 * MIB, 1000 * MIB, fault="GPU is lost"),))
@@ -287,7 +268,6 @@ async def test_lost_gpu_keeps_the_budget_and_is_recorded() -> None:
         assert rig.records[-1].snapshot.device.fault == "driver not loaded"
 
 
-@simulated
 async def test_policy_that_raises_keeps_the_last_grants_and_is_named() -> None:
     async with start_rig(Broken(Value())) as rig:
         await asyncio.sleep(1)
@@ -305,7 +285,6 @@ async def test_policy_that_raises_keeps_the_last_grants_and_is_named() -> None:
         work.cancel()
 
 
-@simulated
 async def test_memory_moves_between_the_others_while_an_engine_hangs_in_a_resize() -> None:
     async with start_rig(names="abc") as rig:
         rig.engines["b"].may_resize.clear()
@@ -325,7 +304,6 @@ async def test_memory_moves_between_the_others_while_an_engine_hangs_in_a_resize
         work.cancel()
 
 
-@simulated
 async def test_memory_of_a_dead_engine_is_reserved() -> None:
     async with start_rig() as rig:
         rig.engines["b"].kill()
@@ -337,7 +315,6 @@ async def test_memory_of_a_dead_engine_is_reserved() -> None:
         work.cancel()
 
 
-@simulated
 async def test_pause_pin_and_policy_change_take_effect_while_running() -> None:
     async with start_rig() as rig:
         rig.controller.pin("b", rig.controller.current_grant("b"))
@@ -364,7 +341,6 @@ async def test_pause_pin_and_policy_change_take_effect_while_running() -> None:
         work.cancel()
 
 
-@simulated
 async def test_invalid_pin_is_refused_with_its_reason() -> None:
     async with start_rig() as rig:
         with pytest.raises(NotFound, match="there is no engine 'c'; the engines are a, b"):
@@ -376,7 +352,6 @@ async def test_invalid_pin_is_refused_with_its_reason() -> None:
         assert not rig.controller.pinned
 
 
-@simulated
 async def test_pin_that_leaves_others_below_their_floors_is_refused_with_what_fits() -> None:
     async with start_rig(names="abc") as rig:
         with pytest.raises(InputError) as refused:  # the others keep floors of 110 MiB: 580 of 800 MiB are left
@@ -391,7 +366,6 @@ async def test_pin_that_leaves_others_below_their_floors_is_refused_with_what_fi
         assert [rig.share(name) for name in "abc"] == [0.58, 0.11, 0.11]
 
 
-@simulated
 async def test_pin_must_fit_together_with_the_other_pins() -> None:
     async with start_rig(names="abc") as rig:
         rig.controller.pin("a", Grant(0.4, 500, 2048))
@@ -404,7 +378,6 @@ async def test_pin_must_fit_together_with_the_other_pins() -> None:
         assert rig.controller.counts.rejected == 0
 
 
-@simulated
 async def test_pin_that_no_longer_fits_a_cut_budget_is_reported_and_suspended() -> None:
     async with start_rig(names="abc") as rig:
         rig.controller.pin("a", Grant(0.3, 500, 2048))
@@ -430,7 +403,6 @@ async def test_pin_that_no_longer_fits_a_cut_budget_is_reported_and_suspended() 
         work.cancel()
 
 
-@simulated
 async def test_pin_is_suspended_while_another_process_takes_its_memory() -> None:
     async with start_rig() as rig:
         rig.controller.pin("a", Grant(0.6, 500, 2048))
@@ -449,7 +421,6 @@ async def test_pin_is_suspended_while_another_process_takes_its_memory() -> None
         assert rig.controller.unfit_pins == {}
 
 
-@simulated
 async def test_pin_below_the_floor_of_an_engine_that_restarted_larger_is_suspended() -> None:
     async with start_rig(names="abc") as rig:
         rig.controller.pin("a", Grant(0.15, 500, 2048))
@@ -464,7 +435,6 @@ async def test_pin_below_the_floor_of_an_engine_that_restarted_larger_is_suspend
         work.cancel()
 
 
-@simulated
 async def test_an_engine_that_takes_no_grants_has_no_current_one() -> None:
     async with start_rig() as rig:
         rig.engines["a"].kill()
@@ -472,7 +442,6 @@ async def test_an_engine_that_takes_no_grants_has_no_current_one() -> None:
             rig.controller.current_grant("a")
 
 
-@simulated
 async def test_shadow_decides_without_resizing() -> None:
     async with start_rig("static", shadow="round_robin") as rig:
         await asyncio.sleep(3)
@@ -483,7 +452,6 @@ async def test_shadow_decides_without_resizing() -> None:
         assert {round(grant.gpu_memory_utilization, 2) for grant in shadow.grants.values()} == {0.11, 0.69}
 
 
-@simulated
 async def test_loop_survives_telemetry_that_raises() -> None:
     async with start_rig() as rig:
         good, rig.reading = rig.reading, None  # type: ignore[assignment]
@@ -495,7 +463,6 @@ async def test_loop_survives_telemetry_that_raises() -> None:
         assert len(rig.records) > before
 
 
-@simulated
 async def test_memory_moves_between_the_others_while_an_engine_restarts() -> None:
     async with start_rig(names="abc") as rig:
         may_start = asyncio.Event()
@@ -525,7 +492,6 @@ async def test_memory_moves_between_the_others_while_an_engine_restarts() -> Non
         await supervised.close()
 
 
-@simulated
 async def test_failing_tick_is_retried_at_the_next_interval_and_logged_once() -> None:
     async with start_rig(every_s=0.1) as rig:
         await asyncio.sleep(0.5)
@@ -573,7 +539,6 @@ class Stopping(Policy):
         return Decision(grants, dict.fromkeys(grants, "stopping"))
 
 
-@simulated
 async def test_a_paused_engine_keeps_its_requests_and_admits_them_after_the_longest_pause() -> None:
     async with start_rig(Stopping(Value())) as rig:
         work = asyncio.create_task(rig.keep_busy("a"))
@@ -587,7 +552,6 @@ async def test_a_paused_engine_keeps_its_requests_and_admits_them_after_the_long
         work.cancel()
 
 
-@simulated
 async def test_a_paused_engine_is_admitted_when_its_policy_fails_or_the_controller_pauses() -> None:
     async with start_rig(Stopping(Value())) as rig:
         await asyncio.sleep(0.5)
@@ -610,7 +574,6 @@ class Malformed(Policy):
         return Decision({name: replace(view.grant, max_active_seqs=None) for name, view in snapshot.engines.items()})  # type: ignore[arg-type]
 
 
-@simulated
 async def test_a_paused_engine_is_admitted_when_its_policy_decides_nonsense() -> None:
     async with start_rig(Stopping(Value())) as rig:
         await asyncio.sleep(0.5)
@@ -637,7 +600,6 @@ class Reconsidering(Policy):
         return Decision(grants, dict.fromkeys(grants, "reconsidered"))
 
 
-@simulated
 async def test_an_engine_may_keep_what_it_has_while_it_waits_for_more() -> None:
     policy = Reconsidering()
     async with start_rig(policy, names="abc", times=replace(TIMES, step_s=0.4), grace_s=60) as rig:
@@ -676,7 +638,6 @@ LONG = 4000
 """Length of a prompt, in tokens, that takes two steps."""
 
 
-@simulated
 async def test_requests_end_although_a_policy_preempts_their_engine_at_every_tick() -> None:
     async with start_rig(Preempting("b"), times=SLOW) as rig:
         work = asyncio.create_task(rig.keep_busy("a"))
@@ -692,30 +653,11 @@ async def test_requests_end_although_a_policy_preempts_their_engine_at_every_tic
         assert shown.grants["b"].max_active_seqs == 500  # the record has what was applied
 
 
-@simulated
 async def test_requests_end_although_a_policy_preempts_another_engine_at_every_tick() -> None:
     async with start_rig(Preempting(), times=SLOW) as rig:
         await asyncio.wait_for(asyncio.gather(rig.ask("a", 2, LONG), rig.ask("b", 2, LONG)), 4 * pauses.MOST_S)
 
 
-class WithoutReasons(Stopping):
-    """A policy that pauses an engine and does not say why."""
-
-    def decide(self, snapshot: Snapshot) -> Decision:
-        return Decision(super().decide(snapshot).grants)
-
-
-@simulated
-async def test_a_pause_without_a_reason_is_refused() -> None:
-    async with start_rig(WithoutReasons(Value())) as rig:
-        await asyncio.sleep(0.5)
-        fault = rig.records[-1].fault
-        assert fault is not None
-        assert "engine b: it pauses admission (max_active_seqs is 0) without a reason" in fault
-        assert rig.engines["b"].grant.max_active_seqs == 500
-
-
-@simulated
 async def test_policy_that_pauses_every_engine_with_requests_is_refused() -> None:
     async with start_rig(Stopping(Value())) as rig:
         await asyncio.wait_for(rig.ask("b", 5), pauses.MOST_S + 2)
@@ -724,14 +666,12 @@ async def test_policy_that_pauses_every_engine_with_requests_is_refused() -> Non
         assert "at least one must have max_active_seqs above 0" in faults[0]
 
 
-@simulated
 async def test_a_pin_cannot_pause_an_engine() -> None:
     async with start_rig() as rig:
         with pytest.raises(InputError, match="max_active_seqs 0 would pause the engine for as long as it is pinned"):
             rig.controller.pin("a", replace(rig.engines["a"].grant, max_active_seqs=0))
 
 
-@simulated
 async def test_snapshots_carry_the_costs_of_the_engines_steps() -> None:
     async with start_rig() as rig:
         work = asyncio.create_task(rig.keep_busy("a"))
@@ -759,7 +699,6 @@ async def mean_admitted(read: Callable[["Rig"], Reading], processor: Processor |
         return sum(view.grant.max_active_seqs > 0 for views in late for view in views) / len(late)
 
 
-@simulated
 async def test_utilization_that_nvml_reports_decides_whom_turns_admits() -> None:
     async def admitted(utilization: float) -> float:
         return await mean_admitted(lambda rig: Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=utilization),)))
@@ -796,13 +735,12 @@ class MeasuredProcessor(Processor):
 
 
 @pytest.mark.parametrize(("lanes", "at_least", "at_most"), [(1.0, 1.0, 1.5), (2.2, 1.7, 2.0)])
-def test_turns_follows_the_utilization_of_a_simulated_device(lanes: float, at_least: float, at_most: float) -> None:
-    async def work() -> None:
-        processor = MeasuredProcessor(lanes)
+async def test_turns_follows_the_utilization_of_a_simulated_device(
+    lanes: float, at_least: float, at_most: float
+) -> None:
+    processor = MeasuredProcessor(lanes)
 
-        def read(rig: Rig) -> Reading:
-            return Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=processor.utilization()),))
+    def read(rig: Rig) -> Reading:
+        return Reading("gpu", (DeviceReading("GPU", 0, 0, utilization=processor.utilization()),))
 
-        assert at_least <= await mean_admitted(read, processor) <= at_most
-
-    virtual_time.run(work())
+    assert at_least <= await mean_admitted(read, processor) <= at_most

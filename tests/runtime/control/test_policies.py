@@ -25,10 +25,6 @@ def decide(name: str, seen: Snapshot, **options: Any) -> dict[str, float]:
     return sizes(catalogue.make(name, options).decide(seen), seen)
 
 
-def test_every_built_in_policy_is_registered() -> None:
-    assert set(ALL) <= set(catalogue.names())
-
-
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60)
 @given(seen=snapshots())
@@ -215,12 +211,6 @@ def test_turns_is_waterfill_where_engines_do_not_slow_each_other_down() -> None:
 def test_turns_is_waterfill_while_memory_is_enough() -> None:
     seen = team(a=5, b=9, c=6)
     assert catalogue.make("turns").decide(seen).grants == catalogue.make("waterfill").decide(seen).grants
-
-
-def test_utilization_decides_through_the_lanes() -> None:
-    """The same queues: a saturated device gathers, a device with room admits all."""
-    assert len(admitted(team(lanes=1, a=80, b=90, c=85))) == 1
-    assert len(admitted(team(lanes=2.5, a=80, b=90, c=85))) == 3
 
 
 def serving(seen: Snapshot, names: str) -> Snapshot:
@@ -487,11 +477,6 @@ def test_whole_blocks_carries_remainders_and_keeps_floors_and_ceilings() -> None
 
     assert rounded(99, 99, 99, 103) == [96, 100, 100, 103]  # 3, 2 and 1 MiB are carried; d has no blocks
     assert rounded(10, 899, 900, 10) == [10, 896, 900, 10]
-
-
-def test_waterfill_grants_whole_blocks() -> None:
-    views = [view(name, in_flight=80, block_bytes=3 * MIB) for name in "abc"]
-    assert decide("waterfill", snapshot(*views)) == {"a": 99, "b": 99, "c": 102}
 
 
 @pytest.mark.parametrize(

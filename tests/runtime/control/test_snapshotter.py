@@ -3,13 +3,16 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from runtime.control.forecast import Forecast
 from runtime.control.snapshot import EngineView, Snapshot
 from runtime.control.snapshotter import Snapshotter
 from runtime.engines.fake import FakeEngine
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState, EngineStats, Work
-from tests.runtime.control.test_controller import simulated
+
+pytestmark = pytest.mark.virtual_time
 
 
 class Reporting(FakeEngine):
@@ -48,7 +51,6 @@ class Rig:
         return self._snapshotter.take(asyncio.get_running_loop().time(), 1000, 0)
 
 
-@simulated
 async def test_an_engine_that_never_ends_its_first_step_is_stalled() -> None:
     """It reports no running request before the step has ended."""
     rig = Rig()
@@ -61,7 +63,6 @@ async def test_an_engine_that_never_ends_its_first_step_is_stalled() -> None:
         assert (await rig.after(1)).stalled_s == 0
 
 
-@simulated
 async def test_an_engine_is_not_stalled_by_its_pause() -> None:
     """After a preemption it may report requests as running, and make no step because it is paused."""
     rig = Rig()
@@ -76,7 +77,6 @@ async def test_an_engine_is_not_stalled_by_its_pause() -> None:
         assert (await rig.after(3)).stalled_s == 3
 
 
-@simulated
 async def test_a_pause_lasts_until_a_request_runs() -> None:
     rig = Rig()
     await rig.engine.start()
@@ -90,7 +90,6 @@ async def test_a_pause_lasts_until_a_request_runs() -> None:
         assert (await rig.after(1)).paused_s == 0
 
 
-@simulated
 async def test_an_engine_with_requests_is_unanswered_until_it_completes_a_reply() -> None:
     rig = Rig()
     await rig.engine.start()
@@ -105,7 +104,6 @@ async def test_an_engine_with_requests_is_unanswered_until_it_completes_a_reply(
         assert (await rig.after(2)).unanswered_s == 2
 
 
-@simulated
 async def test_an_engine_that_sleeps_is_neither_paused_nor_stalled() -> None:
     rig = Rig()
     await rig.engine.start()

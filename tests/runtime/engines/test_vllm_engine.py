@@ -148,7 +148,7 @@ NUMBERS = {"a third": [3] * 20, "a list of zeros": [0, 1] * 40, "a power of ten"
 
 
 def test_reply_that_repeats_itself_is_stopped() -> None:
-    params = sampling(stop_repetition=True)
+    params = sampling(schema={})
     assert params.repetition_detection is not None
     assert check_sequence_repetition([1, 2, *STUCK], params.repetition_detection)
     assert not check_sequence_repetition([1, 2, *STUCK[:-1]], params.repetition_detection)
@@ -157,7 +157,7 @@ def test_reply_that_repeats_itself_is_stopped() -> None:
 
 @pytest.mark.parametrize("tokens", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_with_equal_digits_are_not_stopped(tokens: list[int]) -> None:
-    params = sampling(stop_repetition=True)
+    params = sampling(schema={})
     assert params.repetition_detection is not None
     assert not any(
         check_sequence_repetition(tokens[:length], params.repetition_detection) for length in range(len(tokens) + 1)

@@ -79,4 +79,4 @@ async def test_role_decides_how_long_a_reply_to_each_task_may_be() -> None:
     assert step.max_tokens is not None
     assert answer.max_tokens is not None
     assert answer.max_tokens < step.max_tokens <= Sampling().max_tokens
-    assert all(request.stop_repetition for request in requests)
+    assert all(request.schema for request in requests)
