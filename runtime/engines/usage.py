@@ -6,6 +6,7 @@ request is the integral's value at its end minus the value at its start.
 """
 
 import asyncio
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class _InFlight:
-    rank: int
+    """A request in flight. `order` is its place in the order of admission."""
+
+    order: tuple[int, int]
     arrived_s: float
     began_s: float
 
@@ -132,7 +135,9 @@ class UsageMeter:
         self.answered = 0
         self.idle = Charge()
         self._spent = {held: Spent() for held in Held}
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, _InFlight] = {}  # by number, so in the order of arrival
+        self._by_rank: list[tuple[int, int]] = []  # rank and number of each, sorted
+        self._by_job: list[tuple[float, int]] = []  # beginning of its job and number of each, sorted
         self._charged = Charge()
         self._held_bytes = 0
         self._held = Held.RESIDENT
@@ -158,23 +163,31 @@ class UsageMeter:
         self._settle()
         self.arrived += 1
         number, now_s = self.arrived, asyncio.get_running_loop().time()
-        self._in_flight[number] = _InFlight(rank, now_s, now_s if began_s is None else began_s)
+        order, by_job = (rank, number), (now_s if began_s is None else began_s, number)
+        self._in_flight[number] = _InFlight(order, now_s, by_job[0])
+        insort(self._by_rank, order)
+        insort(self._by_job, by_job)
         try:
             yield
         finally:
             self._settle()
             self.finished += 1
             del self._in_flight[number]
+            del self._by_rank[bisect_left(self._by_rank, order)]
+            del self._by_job[bisect_left(self._by_job, by_job)]
 
     def waiting(self, running: int) -> Waiting | None:
         """Return the requests that wait, given how many requests run, or None if none waits.
 
         The meter does not see which requests run. It assumes those of the lowest ranks, because engines admit by rank.
+        It looks at `running` requests at most, however many wait.
         """
-        if running >= len(self._in_flight):  # the usual case; it saves the sort
+        if running >= len(self._in_flight):
             return None
-        waiting = sorted(self._in_flight.values(), key=lambda request: request.rank)[running:]
-        return Waiting(min(request.arrived_s for request in waiting), min(request.began_s for request in waiting))
+        first = self._by_rank[running]
+        arrived_s = next(request.arrived_s for request in self._in_flight.values() if request.order >= first)
+        began_s = next(began_s for began_s, number in self._by_job if self._in_flight[number].order >= first)
+        return Waiting(arrived_s, began_s)
 
     def spent(self) -> Mapping[Held, Spent]:
         """Return the engine's time and memory since the beginning, by what the memory was held for."""

@@ -127,3 +127,28 @@ def test_charges_and_idle_time_add_up_to_what_was_held(calls: list[tuple[float, 
         assert sum(seconds for _, seconds in charged) + meter.idle.engine_seconds == pytest.approx(40)
 
     virtual_time.run(work())
+
+
+@settings(max_examples=100)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 3), st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=12),
+    running=st.integers(0, 12),
+)
+def test_the_waiting_requests_are_all_but_those_of_the_lowest_ranks(
+    requests: list[tuple[int, float, float]], running: int
+) -> None:
+    async def work() -> None:
+        meter = UsageMeter()
+        open_requests = []
+        for rank, arrives_s, lasts_s in sorted(requests, key=lambda each: each[1]):
+            await asyncio.sleep(arrives_s - asyncio.get_running_loop().time())
+            request = meter.request(rank, -lasts_s)
+            request.__enter__()
+            open_requests.append((rank, arrives_s, -lasts_s, request))
+        for _ in range(len(open_requests) // 3):
+            open_requests.pop(1)[-1].__exit__(None, None, None)
+        waiting = sorted(open_requests, key=lambda each: each[0])[running:]
+        expected = Waiting(min(e[1] for e in waiting), min(e[2] for e in waiting)) if waiting else None
+        assert meter.waiting(running) == expected
+
+    virtual_time.run(work())
