@@ -50,15 +50,17 @@ class Bench:
         self._folder = Path(tempfile.mkdtemp(prefix="troupe-acceptance-"))
 
     def spec(self, size: str, share: float, **changes: Any) -> EngineSpec:
-        """Return the specification of an engine, for a model of `size`: "0.5b", "1.5b", "7b" or "varied".
+        """Return the specification of an engine, for a model of `size`: "0.5b", "1.5b", "7b", "varied", "window".
 
-        "varied" is 0.5b again, with weights that make replies differ. A rehearsal uses the same tiny model for all.
+        "varied" is 0.5b again, with weights that make replies differ. In "window", every second layer of "varied" has
+        a sliding window. A rehearsal uses the same tiny model for all, with or without windows.
         """
         folder = self._folder / size
+        window = _sliding_window(2 if self.rehearsal else 24) if size == "window" else {}
         if self.rehearsal:
-            model = {"model": str(write_chat_model(folder)), "dtype": "float32", "enforce_eager": True}
-        elif size == "varied":
-            model = {"model": str(write_chat_model(folder, **_HALF_BILLION)), "dtype": "bfloat16"}
+            model = {"model": str(write_chat_model(folder, **window)), "dtype": "float32", "enforce_eager": True}
+        elif size in ("varied", "window"):
+            model = {"model": str(write_chat_model(folder, **_HALF_BILLION, **window)), "dtype": "bfloat16"}
         else:
             shape = ROOT / "configs" / "shapes" / f"qwen2.5-{size}.json"
             model = {"model": str(write_shape(folder, shape)), "load_format": "dummy", "dtype": "bfloat16"}
@@ -84,6 +86,12 @@ _HALF_BILLION = {
     "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
     "num_key_value_heads": 2, "initializer_range": 0.05, "torch_dtype": "bfloat16",
 }  # fmt: skip
+
+
+def _sliding_window(layers: int) -> dict[str, Any]:
+    """Return the fields of a model's configuration that give every second layer a window, which replies soon pass."""
+    kinds = ["sliding_attention", "full_attention"]
+    return {"sliding_window": 32, "layer_types": [kinds[layer % 2] for layer in range(layers)]}
 
 
 async def pages(bench: Bench) -> dict[str, Any]:
@@ -185,8 +193,16 @@ async def graphs(bench: Bench) -> dict[str, Any]:
     return await _grants(bench)
 
 
-async def _grants(bench: Bench, **changes: Any) -> dict[str, Any]:
-    chosen = bench.spec("varied", 0.3, **changes)
+async def window(bench: Bench) -> dict[str, Any]:
+    """Do the same with a model of which half the layers have a sliding window, without CUDA graphs.
+
+    A step after a shrink fails if it reads a block that the window has passed and the shrink has released.
+    """
+    return await _grants(bench, "window", enforce_eager=True)
+
+
+async def _grants(bench: Bench, size: str = "varied", **changes: Any) -> dict[str, Any]:
+    chosen = bench.spec(size, 0.3, **changes)
     async with elastic.fleet({"one": chosen}, bench.device_bytes) as running:
         return await elastic.under_random_grants(running.engines["one"], 200, 60)
 
@@ -249,6 +265,7 @@ CHECKS: dict[str, tuple[Check, int]] = {
     "start": (start, 60),
     "eager": (eager, 60),
     "graphs": (graphs, 80),
+    "window": (window, 60),
     "memory": (memory, 50),
     "price": (price, 120),
     "trade": (trade, 120),

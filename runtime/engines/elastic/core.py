@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -28,7 +28,6 @@ from runtime.engines.elastic.scheduler import ElasticScheduling
 from runtime.engines.elastic.worker import ElasticWorker
 from runtime.engines.grant import EngineLimits
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -164,7 +163,7 @@ class Resizer:
         if not worker.blocks_asleep:
             self._scheduler.pool.reset_prefix_cache()
         self._scheduler.set_limits(worker.floor_blocks, 0, self._scheduler.max_num_scheduled_tokens)
-        worker.fence()
+        worker.fence(worker.blocks_asleep)
         released_bytes += worker.back(worker.blocks_asleep)
         self._asleep = True
         return released_bytes
@@ -220,7 +219,7 @@ class Resizer:
             return shrink.finished
         self._last_deferred = shrink.finished
         unused_from = max(self._scheduler.pool.draining) + 1
-        return self._release(self._release_unused, shrink, unused_from)
+        return self._release(unused_from, self._release_unused, shrink)
 
     def _continue_shrink(self) -> None:
         """Release the memory if no request holds it any more; preempt those that do if the grace period is over.
@@ -237,12 +236,15 @@ class Resizer:
         shrink.stall_seconds += time.perf_counter() - now_s
         if not pool.draining:
             self._shrink = self._scheduler.after_step = None
-            self._release(self._finish_shrink, shrink)
+            self._release(shrink.capacity, self._finish_shrink, shrink)
 
-    def _release(self, release: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `release`, in the release thread or its substitute, after the steps that the device has been given."""
-        self._worker.fence()
-        future = self._release_in.submit(release, *args, **kwargs)
+    def _release(self, blocks: int, release: Callable[[_Shrink, int], T], shrink: _Shrink) -> Future[T]:
+        """Run `release`, in the release thread or its substitute, after the steps that the device has been given.
+
+        It may release the blocks from `blocks` up.
+        """
+        self._worker.fence(blocks)
+        future = self._release_in.submit(release, shrink, blocks)
         self._last_release = future
         return future
 
@@ -256,7 +258,7 @@ class Resizer:
         held_bytes = self._worker.layout.backed_bytes(self._worker.backed_blocks) - shrink.kv_cache_bytes
         return ResizeDeferred(shrink.kv_cache_bytes, held_bytes)
 
-    def _finish_shrink(self, shrink: _Shrink) -> None:
+    def _finish_shrink(self, shrink: _Shrink, capacity: int) -> None:
         """Release all blocks above the new capacity and report the shrink as applied.
 
         Runs in the release thread or its substitute. An error reaches the caller of the shrink, and `resize` raises it
@@ -264,7 +266,7 @@ class Resizer:
         """
         began_s = time.perf_counter()
         try:
-            shrink.moved_bytes += self._worker.back(shrink.capacity)
+            shrink.moved_bytes += self._worker.back(capacity)
         except BaseException as error:
             shrink.finished.set_exception(error)
             raise

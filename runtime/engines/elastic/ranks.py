@@ -76,7 +76,7 @@ class Ranks:
         self.backed_blocks = blocks
         return moved_bytes
 
-    def fence(self) -> None:
+    def fence(self, blocks: int) -> None:
         """Do nothing: each rank sets its fence itself, before it releases memory."""
 
     def release_weights(self) -> int:
@@ -131,5 +131,5 @@ def _cache(worker: ElasticWorker) -> _Cache:
 
 
 def _back(worker: ElasticWorker, blocks: int) -> int:
-    worker.fence()
+    worker.fence(blocks)
     return worker.back(blocks)

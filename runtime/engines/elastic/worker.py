@@ -11,6 +11,7 @@ from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from runtime.engines.elastic.block_tables import forget_blocks
 from runtime.engines.elastic.layout import BlockLayout, layout_of
 from runtime.engines.elastic.pages import OutOfMemory, Pages
 
@@ -38,6 +39,8 @@ class ElasticWorker:
     """
 
     vllm_config: Any
+    model_runner: Any
+    use_v2_model_runner: bool
     pages: Pages
     layout: BlockLayout
     floor_blocks: int
@@ -134,7 +137,7 @@ class ElasticWorker:
         Raises OutOfMemory, and then backs the same blocks as before.
 
         Before it backs fewer blocks, the caller must ensure two things: no step that could touch the others will be
-        scheduled, and `fence` was called after the last such step was given to the device.
+        scheduled, and `fence(blocks)` was called after the last such step was given to the device.
         """
         low, high = sorted((self.backed_blocks, blocks))
         change, undo = self.pages.back, self.pages.release
@@ -152,8 +155,13 @@ class ElasticWorker:
         self.backed_blocks = blocks
         return sum(stop - start for start, stop in done)
 
-    def fence(self) -> None:
-        """Make later releases of memory wait for the steps that the device has been given so far. See Pages.fence."""
+    def fence(self, blocks: int) -> None:
+        """Prepare a release of the blocks from `blocks` up, which no request may use.
+
+        Later steps do not read these blocks, and the release waits for the steps that the device has been given so far.
+        See Pages.fence.
+        """
+        forget_blocks(self.model_runner, blocks, self.use_v2_model_runner)
         self.pages.fence()
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:

@@ -45,6 +45,8 @@ POOL = "vllm.v1.core.block_pool:BlockPool"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 EXECUTOR = "vllm.v1.executor.abstract:Executor"
 RANKS = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
 CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
@@ -167,8 +169,9 @@ CALLED = {
     "vllm.device_allocator.cumem:create_and_map": call(X),
     "vllm.device_allocator.cumem:unmap_and_release": call(X),
     "vllm.device_allocator.cumem:CuMemAllocator.get_instance": call(),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model": call(X),
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model": call(X),
+    f"{V1_RUNNER}.get_model": call(X),
+    f"{V2_RUNNER}.get_model": call(X),
+    "vllm.v1.worker.block_table:BlockTable.get_numpy_array": call(X),
     "vllm.utils.torch_utils:current_stream": call(),
     f"{CPU_WORKER}.init_device": call(X),
     f"{CPU_WORKER}.initialize_from_config": call(X, X),
@@ -288,8 +291,16 @@ READ = {
     RANKS: "vllm_config workers",
     "vllm.v1.executor.multiproc_executor:WorkerProcHandle": "proc",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
-    WORKER: "cache_config device init_snapshot local_rank model_runner parallel_config vllm_config",
-    CPU_WORKER: "cache_config device init_snapshot is_driver_worker local_rank model_runner vllm_config",
+    WORKER: "cache_config device init_snapshot local_rank model_runner parallel_config use_v2_model_runner vllm_config",
+    CPU_WORKER: "cache_config device init_snapshot is_driver_worker local_rank model_runner use_v2_model_runner"
+    " vllm_config",
+    V1_RUNNER: "input_batch requests",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "block_table num_reqs req_id_to_index",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "block_ids",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable": "block_tables",
+    V2_RUNNER: "block_tables",
+    "vllm.v1.worker.gpu.block_table:BlockTables": "block_tables input_block_tables",
+    "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
     SCHEDULER: "kv_cache_manager scheduler_config vllm_config running prev_step_scheduled_req_ids max_model_len"
     " max_num_running_reqs max_num_active_reqs max_num_scheduled_tokens defer_block_free _pause_state"
     " deferred_waiting",
@@ -343,7 +354,13 @@ LOOKED_UP = {
     f"{WORKER}.initialize_from_config": "_maybe_get_memory_pool_context kv_cache initialize_kv_cache",
     f"{WORKER}.load_model": f"_maybe_get_memory_pool_context {cuda_weights.TAG}",
     f"{WORKER}._maybe_get_memory_pool_context": "enable_cumem_allocator use_memory_pool",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors": "allocate_kv_cache",
+    f"{V1_RUNNER}.initialize_kv_cache_tensors": "allocate_kv_cache",
+    # Functions that must take block ids from the tables in which we replace released ones, at every step.
+    f"{V1_RUNNER}._update_states": "block_ids input_batch append_row",
+    f"{V1_RUNNER}._prepare_inputs": "block_table commit_block_table",
+    "vllm.v1.worker.gpu_input_batch:InputBatch.add_request": "block_ids add_row",
+    f"{V2_RUNNER}.execute_model": "block_tables apply_staged_writes",
+    f"{V2_RUNNER}.prepare_attn": "block_tables gather_block_tables",
     "vllm.v1.worker.gpu.attn_utils:init_kv_cache": "allocate_kv_cache",
     "vllm.v1.engine.core:EngineCore._initialize_kv_caches": "determine_available_memory get_supported_kv_cache_layouts"
     " initialize_from_config compile_or_warm_up_model",

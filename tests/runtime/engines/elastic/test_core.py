@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from runtime.engines.elastic.core import Resizer
 from runtime.engines.elastic.layout import BlockLayout, Run
@@ -13,6 +14,7 @@ from runtime.engines.elastic.pool import ElasticBlockPool
 from runtime.engines.elastic.reports import ResizeApplied, ResizeDeferred, ResizeRefused, ResizeSuperseded
 from runtime.engines.elastic.scheduler import ElasticScheduling
 from runtime.engines.elastic.worker import ElasticWorker
+from tests.runtime.engines.elastic.test_block_tables import block_tables_on_the_host
 
 MIB = 1 << 20
 BLOCK, BLOCKS = 2 * MIB, 8
@@ -41,6 +43,7 @@ class Worker(ElasticWorker):
     """An elastic worker whose KV cache is backed up to its ceiling, and whose weights are three granules."""
 
     local_rank = 0
+    use_v2_model_runner = True
     fixed, device, uuid = 10, 100, ""
 
     def fixed_bytes(self) -> int:
@@ -57,6 +60,9 @@ class Worker(ElasticWorker):
 
     def __init__(self, pages: Pages, weights: Pages, keeps_kv: bool = False) -> None:
         self.vllm_config = SimpleNamespace(additional_config={"troupe": {"sleep_keeps_kv": keeps_kv}})
+        tables = block_tables_on_the_host([16], 64, [BLOCKS])
+        self.model_runner = SimpleNamespace(block_tables=tables)
+        self.row = tables.block_tables[0].gpu[0]
         self.weights = weights
         self.weights.back(0, WEIGHTS)
         self.pages = pages
@@ -101,6 +107,21 @@ def test_deferred_shrink_waits_for_the_last_step_of_its_draining_blocks(worker: 
     scheduler.after_step()
     assert isinstance(resizer.settled().result(LONG_S), ResizeApplied)
     assert (driver.stub_queued(), driver.stub_in_use() - WEIGHTS) == (0, 4 * BLOCK)
+
+
+def test_steps_after_a_shrink_read_no_released_block(worker: Worker) -> None:
+    scheduler = Scheduler()
+    resizer = Resizer(scheduler, worker)
+    outside, inside = scheduler.pool.get_new_blocks(5), scheduler.pool.get_new_blocks(1)
+    worker.row[:6] = torch.tensor([block.block_id for block in outside + inside])
+    scheduler.pool.free_blocks(outside)  # a sliding window has passed them, and the request runs on
+    assert isinstance(resizer.resize(4 * BLOCK, 8, 64, grace_s=600).result(LONG_S), ResizeDeferred)
+    assert worker.row.tolist() == [1, 2, 3, 4, 5, 6, 0, 0]  # block 6 is in use, so those below it have memory
+    scheduler.pool.free_blocks(inside)
+    assert scheduler.after_step is not None
+    scheduler.after_step()
+    assert worker.row.tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+    assert isinstance(resizer.settled().result(LONG_S), ResizeApplied)
 
 
 def test_shrink_does_not_wait_for_later_steps(worker: Worker, driver: ctypes.CDLL) -> None:

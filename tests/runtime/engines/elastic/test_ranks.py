@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.engines.elastic.core import Resizer
 from runtime.engines.elastic.layout import BlockLayout, Run
@@ -85,6 +86,15 @@ def test_a_release_waits_for_the_steps_of_each_rank(workers: list[Worker], drive
         driver.stub_launch(worker.pages.address + 6 * BLOCK, BLOCK, 0)
     assert isinstance(resizing.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S), ResizeApplied)
     assert (driver.stub_queued(), backed(workers)) == (0, [4, 4])
+
+
+def test_no_rank_reads_released_blocks_after_a_shrink(workers: list[Worker]) -> None:
+    resizing = resizer(Scheduler(), workers)
+    resizing.resize(BLOCKS * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    for worker in workers:
+        worker.row[:4] = torch.tensor([7, 3, 4, 2])
+    resizing.resize(4 * BLOCK, 8, 64, grace_s=0).result(LONG_S)
+    assert [worker.row[:4].tolist() for worker in workers] == [[0, 3, 0, 2]] * 2
 
 
 def test_a_deferred_shrink_ends_when_no_rank_needs_its_blocks(workers: list[Worker]) -> None:
