@@ -116,7 +116,7 @@ class EngineSpec(Value):
     @classmethod
     def _refuse_keys_that_troupe_sets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         parallel = {"pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size", "nnodes"}
-        set_by_troupe = {"additional_config", "disable_log_stats", "distributed_executor_backend"}
+        set_by_troupe = {"disable_log_stats", "distributed_executor_backend"}
         for name in sorted(arguments):
             if name in parallel and arguments[name] != 1:
                 raise ValueError(f"{name}: use tensor_parallel_size for a model that needs several GPUs, or replicas")

@@ -8,7 +8,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from runtime.engines.elastic.reports import (
     parse_limits,
     parse_report,
 )
+from runtime.engines.elastic.settings import Settings
 from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Rejected, ResizeOutcome, Superseded
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest
@@ -211,22 +212,20 @@ class VllmEngine(EngineHandle):
         executor = "InCoreExecutor" if spec.gpus == 1 else "RanksExecutor"
         further: dict[str, Any] = {
             "distributed_executor_backend": f"runtime.engines.elastic.executor.{executor}",
-            "additional_config": {
-                "troupe": {
-                    "name": self.name,
-                    "device": min(self._device, default=0),
-                    "log": str(self.log),
-                    "temporary": str(self._temporary),
-                    "ceiling_share": spec.max_gpu_memory_utilization,
-                    "device_bytes": self._device_bytes,
-                    "granule_bytes": int(spec.kv_granule_bytes),
-                    "sleep_keeps_kv": spec.sleep_keeps_kv,
-                    "step_time": asdict(self._step_time) if self._step_time else None,
-                }
-            },
             **({"enable_cumem_allocator": True} if self._may_sleep and current_platform.is_cuda() else {}),
         }
         config = vllm_config(spec, further)
+        config.troupe_settings = Settings(
+            name=self.name,
+            device=min(self._device, default=0),
+            log=self.log,
+            temporary=self._temporary,
+            ceiling_share=spec.max_gpu_memory_utilization,
+            device_bytes=self._device_bytes,
+            granule_bytes=int(spec.kv_granule_bytes),
+            sleep_keeps_kv=spec.sleep_keeps_kv,
+            step_time=self._step_time,
+        )
         # The right worker and scheduler depend on the platform and the model, which are only known now.
         worker = "cuda_worker.ElasticCUDAWorker" if current_platform.is_cuda() else "cpu_worker.ElasticCPUWorker"
         scheduler = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"

@@ -76,8 +76,8 @@ class TracedWorker(ElasticCPUWorker, _Traced):
     def write(self, scheduler_output: SchedulerOutput, **times: float) -> None:
         if self._warming_up or not scheduler_output.total_num_scheduled_tokens:
             return
-        settings = self.vllm_config.additional_config["troupe"]
+        settings = self.vllm_config.troupe_settings
         sequences = len(scheduler_output.num_scheduled_tokens)
-        step = Step(settings["name"], os.getpid(), sequences, self.asked_s, self.begun_s, **times)
-        with (Path(settings["log"]).parent / FILE).open("a") as file:
+        step = Step(settings.name, os.getpid(), sequences, self.asked_s, self.begun_s, **times)
+        with (settings.log.parent / FILE).open("a") as file:
             file.write(json.dumps(asdict(step)) + "\n")

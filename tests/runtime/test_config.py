@@ -69,7 +69,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nsource: x\n", ["source: unknown key"]),
     (f"extends: embedded\nday: {'9' * 5000}\n", ["4300 digits"]),
     ("extends: embedded\nengines: {solver: {vllm: {max_num_seqs: 5}}}\n", ["engines.solver.vllm", "a key beside vllm"]),
-    ("extends: embedded\nengines: {solver: {vllm: {additional_config: {}}}}\n", ["set by Troupe"]),
+    ("extends: embedded\nengines: {solver: {vllm: {disable_log_stats: true}}}\n", ["set by Troupe"]),
     ("extends: embedded\nengines: {solver: {vllm: {pipeline_parallel_size: 2}}}\n", ["tensor_parallel_size"]),
     ("extends: embedded\nengines: {solver: {vllm: {tensor_parallel_size: 0}}}\n", ["0 is not a number of GPUs"]),
     ("extends: embedded\nengines: {solver: {replicas: {mni: 1}}}\n", ["replicas.mni: unknown key; did you mean min"]),

@@ -12,8 +12,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from runtime.engines.elastic.emulated_device import EmulatedDevice
 from runtime.engines.elastic.pages import HostPages
+from runtime.engines.elastic.settings import Settings
 from runtime.engines.elastic.worker import ElasticWorker, host_tensor
-from runtime.engines.step_time import StepTime
 
 LOCK = "device{}"
 """Name of an emulated device's lock in the folder for temporary files, which all engines share."""
@@ -48,10 +48,10 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):  # type: ignore[misc]  # vLLM 
         Steps of the warm-up are not emulated.
         """
         times = super().compile_or_warm_up_model()
-        settings = self.vllm_config.additional_config["troupe"]
-        if settings["step_time"] is not None and self.is_driver_worker:  # the other ranks wait for the first
+        settings: Settings = self.vllm_config.troupe_settings
+        if settings.step_time is not None and self.is_driver_worker:  # the other ranks wait for the first
             self._emulated_device = EmulatedDevice(
-                Path(settings["temporary"]) / LOCK.format(settings["device"]), StepTime(**settings["step_time"])
+                settings.temporary / LOCK.format(settings.device), settings.step_time
             )
         return times
 

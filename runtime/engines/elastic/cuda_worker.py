@@ -49,7 +49,7 @@ class ElasticCUDAWorker(ElasticWorker, Worker):  # type: ignore[misc]  # vLLM is
     def reserve(self, size_bytes: int) -> CudaPages:
         # The stream that vLLM computes on. Its first call to current_stream moves this thread's work to a new stream.
         stream = current_stream().cuda_stream
-        granule_bytes = self.vllm_config.additional_config["troupe"]["granule_bytes"]
+        granule_bytes = self.vllm_config.troupe_settings.granule_bytes
         return CudaPages(size_bytes, torch.cuda.current_device(), granule_bytes, stream)
 
     def tensor(self, nbytes: int) -> torch.Tensor:

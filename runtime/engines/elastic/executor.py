@@ -19,6 +19,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from runtime.engines import startup_reports
 from runtime.engines.elastic import core
+from runtime.engines.elastic.settings import Settings
 from runtime.engines.handle import EngineState
 
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, 0)
@@ -83,12 +84,12 @@ def _queues(pid: int) -> list[Path]:
 
 @contextmanager
 def _loading(config: VllmConfig) -> Iterator[None]:
-    settings = config.additional_config["troupe"]
-    with Path(settings["log"]).open("ab") as file:
+    settings: Settings = config.troupe_settings
+    with settings.log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.tempdir = settings["temporary"]
-    startup_reports.send(Path(settings["temporary"]), settings["name"], EngineState.LOADING)
+    os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.tempdir = str(settings.temporary)
+    startup_reports.send(settings.temporary, settings.name, EngineState.LOADING)
     core.install()
     yield
-    startup_reports.send(Path(settings["temporary"]), settings["name"], EngineState.LOADED)
+    startup_reports.send(settings.temporary, settings.name, EngineState.LOADED)

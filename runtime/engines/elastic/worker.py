@@ -50,8 +50,8 @@ class ElasticWorker:
 
     def ceiling_bytes(self) -> int:
         """Return the most bytes that the KV cache may ever hold: the engine's highest share of the device."""
-        settings = self.vllm_config.additional_config["troupe"]
-        return int(settings["ceiling_share"] * (settings["device_bytes"] or self.device_bytes()))
+        settings = self.vllm_config.troupe_settings
+        return int(settings.ceiling_share * (settings.device_bytes or self.device_bytes()))
 
     def determine_available_memory(self) -> int:
         """Return the ceiling in bytes. Ignore free memory, because other engines may be loading at the same time.
@@ -129,7 +129,7 @@ class ElasticWorker:
     @property
     def blocks_asleep(self) -> int:
         """The blocks that stay backed while the engine sleeps: none, or those of the smallest KV cache."""
-        return self.floor_blocks if self.vllm_config.additional_config["troupe"]["sleep_keeps_kv"] else 0
+        return self.floor_blocks if self.vllm_config.troupe_settings.sleep_keeps_kv else 0
 
     def back(self, blocks: int) -> int:
         """Back exactly the first `blocks` blocks, more or fewer than now, and return the bytes backed or released.

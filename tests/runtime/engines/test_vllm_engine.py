@@ -3,6 +3,7 @@
 These tests use vLLM's own classes and start no engine.
 """
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,9 @@ from runtime.engines.sampling import (
 )
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
+from runtime.engines.vllm_engine import VllmEngine
 from runtime.errors import EngineError, RequestRefused
+from scripts.tiny_model import write_chat_model
 
 MAX_MODEL_LEN = 512
 
@@ -133,6 +136,21 @@ def test_engines_register_no_metrics_in_the_registry_of_the_process() -> None:
     loggers.record(None, None)
     loggers.record_admission_rejection("full")
     assert not any(name.startswith("vllm:") for name in prometheus_client.REGISTRY._names_to_collectors)
+
+
+def test_engines_of_two_runs_share_what_vllm_compiles(tmp_path: Path) -> None:
+    spec = EngineSpec(model=str(write_chat_model(tmp_path / "model")), max_model_len=MAX_MODEL_LEN)
+
+    def made(run: str, spec: EngineSpec = spec) -> Any:
+        folder = tmp_path / run
+        return VllmEngine(f"engine-{run}", spec, folder / "log", folder, 1 << 30, step_time=StepTime(8))._config()
+
+    first = made("a")
+    assert made("b").compute_hash() == first.compute_hash()  # vLLM's key for the compiled model
+    assert made("b", spec.model_copy(update={"max_model_len": 256})).compute_hash() != first.compute_hash()
+    sent = pickle.loads(pickle.dumps(first))  # as to the engine's process
+    assert (sent.compute_hash(), sent.troupe_settings) == (first.compute_hash(), first.troupe_settings)
+    assert (sent.troupe_settings.log, sent.troupe_settings.step_time) == (tmp_path / "a" / "log", StepTime(8))
 
 
 async def test_a_gpu_refuses_to_emulate_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

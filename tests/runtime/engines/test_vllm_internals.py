@@ -54,7 +54,7 @@ ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 
 ENGINE_ARGUMENTS = (
     "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
-    " structured_outputs_config distributed_executor_backend additional_config disable_log_stats scheduling_policy"
+    " structured_outputs_config distributed_executor_backend disable_log_stats scheduling_policy"
     " enable_cumem_allocator reasoning_parser language_model_only tensor_parallel_size pipeline_parallel_size"
     " prefill_context_parallel_size data_parallel_size nnodes numa_bind"
 )
@@ -277,7 +277,7 @@ READ = {
     "vllm.entrypoints.serve.engine.protocol:ErrorResponse": "error",
     "vllm.entrypoints.serve.engine.protocol:ErrorInfo": "message code param",
     # The configuration.
-    "vllm.config:VllmConfig": "additional_config cache_config model_config parallel_config scheduler_config"
+    "vllm.config:VllmConfig": "cache_config model_config parallel_config scheduler_config"
     " max_concurrent_batches structured_outputs_config",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
     "vllm.config:ModelConfig": "enable_cumem_allocator enforce_eager max_model_len",
@@ -388,6 +388,7 @@ VARIABLES = (
 ADDED = ("troupe_limits", "troupe_resize", "troupe_settled", "troupe_sleep", "troupe_wake")
 """The methods that `core.install` adds to EngineCore."""
 ATTACHED = {
+    "vllm.config:VllmConfig": "troupe_settings",
     "vllm.v1.core.sched.output:SchedulerOutput": "troupe_began_s",
     "vllm.v1.engine.core:EngineCore": "_troupe_resizer",
 }

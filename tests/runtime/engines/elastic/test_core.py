@@ -59,7 +59,7 @@ class Worker(ElasticWorker):
         return WEIGHTS
 
     def __init__(self, pages: Pages, weights: Pages, keeps_kv: bool = False) -> None:
-        self.vllm_config = SimpleNamespace(additional_config={"troupe": {"sleep_keeps_kv": keeps_kv}})
+        self.vllm_config = SimpleNamespace(troupe_settings=SimpleNamespace(sleep_keeps_kv=keeps_kv))
         tables = block_tables_on_the_host([16], 64, [BLOCKS])
         self.model_runner = SimpleNamespace(block_tables=tables)
         self.row = tables.block_tables[0].gpu[0]

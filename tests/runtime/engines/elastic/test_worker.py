@@ -146,7 +146,7 @@ def test_fixed_bytes_include_the_peak_of_a_full_step(monkeypatch: pytest.MonkeyP
         def __init__(self) -> None:
             self.vllm_config = SimpleNamespace(
                 cache_config=SimpleNamespace(kv_cache_memory_bytes=1),
-                additional_config={"troupe": {"ceiling_share": 0.5, "device_bytes": None}},
+                troupe_settings=SimpleNamespace(ceiling_share=0.5, device_bytes=None),
             )
             self.cache_config = self.vllm_config.cache_config
             self.model_config = SimpleNamespace(multimodal_config=None)
@@ -287,6 +287,6 @@ def test_pages_use_the_stream_that_vllm_computes_on(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cuda_worker, "CudaPages", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     worker = object.__new__(cuda_worker.ElasticCUDAWorker)
-    worker.vllm_config = SimpleNamespace(additional_config={"troupe": {"granule_bytes": 4 * MIB}})
+    worker.vllm_config = SimpleNamespace(troupe_settings=SimpleNamespace(granule_bytes=4 * MIB))
     worker.reserve(10 * MIB)
     assert made == [(10 * MIB, 0, 4 * MIB, 7)]
