@@ -9,6 +9,8 @@ from agents.role import Value
 
 ReplicaCount = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 """A number of replicas, of which no two share a device; `all` for one on each device."""
+COPIES_BLOCKS = "vLLM would copy KV blocks at times when Troupe may release their memory"
+"""Why an engine may have no KV connector. `kv_offloading_size` makes one."""
 
 
 class ReplicaRange(Value):
@@ -114,9 +116,10 @@ class EngineSpec(Value):
 
     @field_validator("vllm")
     @classmethod
-    def _refuse_keys_that_troupe_sets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _refuse_what_troupe_cannot_honour(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         parallel = {"pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size", "nnodes"}
         set_by_troupe = {"disable_log_stats", "distributed_executor_backend"}
+        copies_blocks = {"kv_offloading_size", "kv_transfer_config"}
         for name in sorted(arguments):
             if name in parallel and arguments[name] != 1:
                 raise ValueError(f"{name}: use tensor_parallel_size for a model that needs several GPUs, or replicas")
@@ -126,6 +129,8 @@ class EngineSpec(Value):
                 raise ValueError(f"{name} is a key beside vllm: move it out of vllm")
             if name in set_by_troupe:
                 raise ValueError(f"{name} is set by Troupe: remove it from vllm")
+            if name in copies_blocks and arguments[name] is not None:
+                raise ValueError(f"{name}: {COPIES_BLOCKS}; remove it from vllm")
         return arguments
 
 

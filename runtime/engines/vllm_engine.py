@@ -42,7 +42,7 @@ from runtime.engines.grant import Applied, Deferred, EngineLimits, Grant, Reject
 from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Work
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.sampling import check_limits, to_params
-from runtime.engines.spec import EngineSpec
+from runtime.engines.spec import COPIES_BLOCKS, EngineSpec
 from runtime.engines.step_time import StepTime
 from runtime.engines.usage import UsageMeter
 from runtime.engines.vllm_config import vllm_config
@@ -215,6 +215,8 @@ class VllmEngine(EngineHandle):
             **({"enable_cumem_allocator": True} if self._may_sleep and current_platform.is_cuda() else {}),
         }
         config = vllm_config(spec, further)
+        if config.kv_transfer_config is not None:
+            raise EngineError(f"{COPIES_BLOCKS}; remove what sets vLLM's kv_transfer_config")
         config.troupe_settings = Settings(
             name=self.name,
             device=min(self._device, default=0),

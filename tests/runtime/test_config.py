@@ -70,6 +70,11 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"extends: embedded\nday: {'9' * 5000}\n", ["4300 digits"]),
     ("extends: embedded\nengines: {solver: {vllm: {max_num_seqs: 5}}}\n", ["engines.solver.vllm", "a key beside vllm"]),
     ("extends: embedded\nengines: {solver: {vllm: {disable_log_stats: true}}}\n", ["set by Troupe"]),
+    ("extends: embedded\nengines: {solver: {vllm: {kv_offloading_size: 4}}}\n", ["kv_offloading_size", "release"]),
+    (
+        "extends: embedded\nengines: {solver: {vllm: {kv_transfer_config: {kv_connector: NixlConnector}}}}\n",
+        ["kv_transfer_config: vLLM would copy KV blocks", "remove it from vllm"],
+    ),
     ("extends: embedded\nengines: {solver: {vllm: {pipeline_parallel_size: 2}}}\n", ["tensor_parallel_size"]),
     ("extends: embedded\nengines: {solver: {vllm: {tensor_parallel_size: 0}}}\n", ["0 is not a number of GPUs"]),
     ("extends: embedded\nengines: {solver: {replicas: {mni: 1}}}\n", ["replicas.mni: unknown key; did you mean min"]),

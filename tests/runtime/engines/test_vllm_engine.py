@@ -12,6 +12,7 @@ import numpy as np
 import prometheus_client
 import pytest
 from vllm import SamplingParams, envs
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.core.sched.utils import check_sequence_repetition
 from vllm.v1.metrics.loggers import StatLoggerManager
@@ -30,6 +31,7 @@ from runtime.engines.sampling import (
 )
 from runtime.engines.spec import EngineSpec
 from runtime.engines.step_time import StepTime
+from runtime.engines.vllm_config import vllm_config
 from runtime.engines.vllm_engine import VllmEngine
 from runtime.errors import EngineError, RequestRefused
 from scripts.tiny_model import write_chat_model
@@ -151,6 +153,18 @@ def test_engines_of_two_runs_share_what_vllm_compiles(tmp_path: Path) -> None:
     sent = pickle.loads(pickle.dumps(first))  # as to the engine's process
     assert (sent.compute_hash(), sent.troupe_settings) == (first.compute_hash(), first.troupe_settings)
     assert (sent.troupe_settings.log, sent.troupe_settings.step_time) == (tmp_path / "a" / "log", StepTime(8))
+
+
+def test_an_engine_with_a_kv_connector_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_connector(*arguments: Any) -> VllmConfig:
+        config = vllm_config(*arguments)
+        config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+        return config
+
+    monkeypatch.setattr(vllm_engine, "vllm_config", with_connector)
+    engine = VllmEngine("solver", EngineSpec(model=str(write_chat_model(tmp_path))), tmp_path / "log", tmp_path)
+    with pytest.raises(EngineError, match=r"vLLM would copy KV blocks .*kv_transfer_config"):
+        engine._config()
 
 
 async def test_a_gpu_refuses_to_emulate_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ ENGINE_ARGUMENTS = (
     "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
     " structured_outputs_config distributed_executor_backend disable_log_stats scheduling_policy"
     " enable_cumem_allocator reasoning_parser language_model_only tensor_parallel_size pipeline_parallel_size"
-    " prefill_context_parallel_size data_parallel_size nnodes numa_bind"
+    " prefill_context_parallel_size data_parallel_size nnodes numa_bind kv_offloading_size kv_transfer_config"
 )
 """The arguments that we pass, and those that our checks and errors of `engines.NAME.vllm` name."""
 HANDLER = {
@@ -278,7 +278,7 @@ READ = {
     "vllm.entrypoints.serve.engine.protocol:ErrorInfo": "message code param",
     # The configuration.
     "vllm.config:VllmConfig": "cache_config model_config parallel_config scheduler_config"
-    " max_concurrent_batches structured_outputs_config",
+    " kv_transfer_config max_concurrent_batches structured_outputs_config",
     "vllm.config:CacheConfig": "block_size kv_cache_memory_bytes use_replayssm",
     "vllm.config:ModelConfig": "enable_cumem_allocator enforce_eager max_model_len",
     "vllm.config:ParallelConfig": "assigned_physical_gpu_ids worker_cls world_size",
