@@ -131,6 +131,12 @@ class EngineSpec(Value):
                 raise ValueError(f"{name} is set by Troupe: remove it from vllm")
             if name in copies_blocks and arguments[name] is not None:
                 raise ValueError(f"{name}: {COPIES_BLOCKS}; remove it from vllm")
+            # TritonAttentionImpl._ensure_scale_caches. Nothing but this key selects such a type.
+            if name == "kv_cache_dtype" and str(arguments[name]).endswith("_per_token_head"):
+                raise ValueError(
+                    f"{name}: {arguments[name]}: vLLM would write to all blocks of such a KV cache at its first step, "
+                    "and most of them have no memory then; use auto or fp8"
+                )
         return arguments
 
 

@@ -75,6 +75,13 @@ WRONG: list[tuple[str, list[str]]] = [
         "extends: embedded\nengines: {solver: {vllm: {kv_transfer_config: {kv_connector: NixlConnector}}}}\n",
         ["kv_transfer_config: vLLM would copy KV blocks", "remove it from vllm"],
     ),
+    *(
+        (
+            f"extends: embedded\nengines: {{solver: {{vllm: {{kv_cache_dtype: {kind}_per_token_head}}}}}}\n",
+            [f"kv_cache_dtype: {kind}_per_token_head: vLLM would write to all blocks", "use auto or fp8"],
+        )
+        for kind in ("int4", "int8", "fp8")
+    ),
     ("extends: embedded\nengines: {solver: {vllm: {pipeline_parallel_size: 2}}}\n", ["tensor_parallel_size"]),
     ("extends: embedded\nengines: {solver: {vllm: {tensor_parallel_size: 0}}}\n", ["0 is not a number of GPUs"]),
     ("extends: embedded\nengines: {solver: {replicas: {mni: 1}}}\n", ["replicas.mni: unknown key; did you mean min"]),

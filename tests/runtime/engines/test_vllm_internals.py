@@ -56,7 +56,8 @@ ENGINE_ARGUMENTS = (
     "model gpu_memory_utilization kv_cache_memory_bytes max_model_len max_num_seqs dtype enforce_eager load_format"
     " structured_outputs_config distributed_executor_backend disable_log_stats scheduling_policy"
     " enable_cumem_allocator reasoning_parser language_model_only tensor_parallel_size pipeline_parallel_size"
-    " prefill_context_parallel_size data_parallel_size nnodes numa_bind kv_offloading_size kv_transfer_config"
+    " prefill_context_parallel_size data_parallel_size nnodes numa_bind kv_cache_dtype"
+    " kv_offloading_size kv_transfer_config"
 )
 """The arguments that we pass, and those that our checks and errors of `engines.NAME.vllm` name."""
 HANDLER = {
