@@ -98,7 +98,7 @@ Result cuMemGetAllocationGranularity(size_t *granularity, const void *properties
 
 Result cuMemAddressReserve(Pointer *out, size_t size, size_t alignment, Pointer hint, unsigned long long flags) {
     calls++;
-    if (!size || !aligned(size) || !aligned(alignment)) return INVALID_VALUE;
+    if (!size || !aligned(size) || (alignment & (alignment - 1))) return INVALID_VALUE; /* a power of two, or zero */
     if (alignment < GRANULE) alignment = GRANULE;
     char *wide = mmap(0, size + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (wide == MAP_FAILED) return OUT_OF_MEMORY;

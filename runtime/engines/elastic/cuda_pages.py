@@ -40,7 +40,8 @@ class CudaPages(Pages):
         minimum_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, minimum))
         self.granule_bytes = -(-granule_bytes // minimum_bytes) * minimum_bytes
         self.size_bytes = -(-size_bytes // self.granule_bytes) * self.granule_bytes
-        self.address = int(call(driver.cuMemAddressReserve, self.size_bytes, self.granule_bytes, 0, 0))
+        # cuMemMap needs this alignment only, and the driver takes only powers of two, which a granule need not be.
+        self.address = int(call(driver.cuMemAddressReserve, self.size_bytes, minimum_bytes, 0, 0))
         self._stream = stream
         self._context = call(driver.cuCtxGetCurrent)
         flags = driver.CUevent_flags

@@ -69,7 +69,15 @@ def test_granule_is_a_multiple_of_the_device_minimum(cuda: Callable[..., Pages])
     assert cuda(1, granule_bytes=1).granule_bytes == 2 * MIB
     assert cuda(1, granule_bytes=3 * MIB).granule_bytes == 4 * MIB
     wide = cuda(33 * MIB, granule_bytes=32 * MIB)
-    assert (wide.granule_bytes, wide.size_bytes, wide.address % (32 * MIB)) == (32 * MIB, 64 * MIB, 0)
+    assert (wide.granule_bytes, wide.size_bytes) == (32 * MIB, 64 * MIB)
+
+
+def test_granule_need_not_be_a_power_of_two(cuda: Callable[..., Pages]) -> None:
+    pages = cuda(7 * MIB, granule_bytes=6 * MIB)
+    assert (pages.granule_bytes, pages.size_bytes, pages.address % (2 * MIB)) == (6 * MIB, 12 * MIB, 0)
+    pages.back(0, 12 * MIB)
+    pages.release(6 * MIB, 12 * MIB)
+    byte(pages, 6 * MIB - 1).value = 7
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 3])
