@@ -6,6 +6,7 @@
     python scripts/measure_elastic.py price     compare throughput and inter-token latency with stock vLLM
     python scripts/measure_elastic.py trade     let two engines trade memory under load, and sample their memory
     python scripts/measure_elastic.py kill      kill each engine with SIGKILL under load
+    python scripts/measure_elastic.py blocks    resize a pool of 100,000 blocks without an engine: processor time
 
 The engines run a small chat model with random weights, in float32 on the CPU. Results are medians and ranges. Variants
 that are compared run alternately in one process.
@@ -449,12 +450,40 @@ def resident(process: psutil.Process) -> int:
     return int(process.memory_full_info().uss)
 
 
+async def measure_blocks(options: argparse.Namespace) -> dict[str, Any]:
+    """Shrink a pool of 100,000 free blocks to the smallest, and grow it again, in milliseconds of processor time.
+
+    vLLM's steps wait for this part of a resize. The blocks are all in the prefix cache, or none is.
+    """
+    return {name: resize_pool(cached, options.repeats) for name, cached in (("cached", True), ("uncached", False))}
+
+
+def resize_pool(cached: bool, repeats: int) -> dict[str, Any]:
+    from runtime.engines.elastic.pool import ElasticBlockPool  # imports vLLM, which takes seconds
+
+    count = 100_000
+    times_ms: dict[str, list[float]] = {"shrink_ms": [], "grow_ms": []}
+    for _ in range(repeats):
+        pool = ElasticBlockPool(count, enable_caching=True, hash_block_size=16)
+        if cached:
+            blocks = pool.get_new_blocks(count - 1)
+            for block in blocks:
+                pool._insert_block_hash(block.block_id.to_bytes(32, "big"), block, 16)
+            pool.free_blocks(blocks)
+        for name, capacity in (("shrink_ms", 2), ("grow_ms", count)):
+            started_s = time.process_time()
+            pool.set_capacity(capacity)
+            times_ms[name].append(1000 * (time.process_time() - started_s))
+    return {name: spread(values) for name, values in times_ms.items()}
+
+
 MEASURES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]]] = {
     "grants": measure_grants,
     "memory": measure_memory,
     "price": measure_price,
     "trade": measure_trade,
     "kill": measure_kill,
+    "blocks": measure_blocks,
 }
 
 
@@ -463,7 +492,9 @@ def main() -> None:
     parser.add_argument("what", choices=list(MEASURES), help="the measurement to run")
     parser.add_argument("--grants", type=int, default=1000, help="random grants per loaded engine (default: 1000)")
     parser.add_argument("--requests", type=int, default=150, help="requests in flight at a time (default: 150)")
-    parser.add_argument("--repeats", type=int, default=5, help="restarts, rounds or kills to measure (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="restarts, rounds, kills or resizes to measure (default: 5)"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="duration of trade (default: 60)")
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON (default: indented)")
     options = parser.parse_args()
