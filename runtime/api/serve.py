@@ -80,8 +80,8 @@ async def serving(
         try:
             yield backend
         finally:
-            jobs.draining = True
             backend.running_team = None
+            await jobs.stop()
 
 
 @asynccontextmanager

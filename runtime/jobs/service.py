@@ -81,14 +81,12 @@ class JobService:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.draining = True
-        assert self._maintenance is not None
+        await self.stop()
         for timer in self._deadlines.values():
             timer.cancel()
-        tasks = [self._maintenance, *self._running.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        assert self._maintenance is not None
+        self._maintenance.cancel()
+        await asyncio.wait([self._maintenance])
         await self.journal.__aexit__(*exc)
 
     def use(self, orchestrator: Orchestrator, wake_s: Callable[[], float] = lambda: 0.0) -> None:
@@ -109,6 +107,18 @@ class JobService:
         if self._running:
             await asyncio.wait(self._running.values(), timeout=seconds)
         return len(self._running) + len(self._waiting)
+
+    async def stop(self) -> None:
+        """Accept and start no more jobs, and interrupt the running ones. The next start resumes them.
+
+        Call this before the engines and tools close: a job would take their end for its own failure.
+        """
+        self.draining = True
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
 
     @property
     def counts(self) -> dict[JobState, int]:
@@ -309,7 +319,7 @@ class JobService:
             lambda transaction: transaction.move(record.id, JobState.QUEUED, why=why), job=record.id
         )
         await asyncio.sleep(backoff_s)
-        if queued and not self.draining:
+        if queued:
             self._enqueue(record)
 
     async def _maintain_journal(self) -> None:

@@ -343,6 +343,22 @@ async def test_drain_ends_running_jobs_and_keeps_queued_ones(tmp_path: Path) -> 
         assert {(await wait_for_end(jobs, id)).state for id in ids} == {JobState.DONE}
 
 
+async def test_drain_counts_a_job_in_its_backoff(tmp_path: Path) -> None:
+    handles = await engines()
+    Counting(handles).failures = 1
+    async with service(tmp_path, handles) as jobs:
+        record, _ = await jobs.submit(PROBLEM)
+        async for event in jobs.events.follow_job(record.id):
+            if event.data.get("why") == "the engine failed":
+                break
+        assert await jobs.drain(60) == 1
+        queued = await jobs.get(record.id)
+        assert queued is not None
+        assert queued.state is JobState.QUEUED
+    async with service(tmp_path) as jobs:
+        assert (await wait_for_end(jobs, record.id)).state is JobState.DONE
+
+
 async def test_job_that_started_too_often_without_ending_fails(tmp_path: Path) -> None:
     async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
         record, _ = await jobs.submit(PROBLEM)
