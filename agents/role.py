@@ -5,6 +5,7 @@ that it cannot handle, and ReplyUnusable for a text from which it cannot read a 
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -204,14 +205,44 @@ def explain(error: ValidationError, whole: str = "the reply", most: int | None =
     )
 
 
+NESTING_MAX = 100
+"""How deep lists and objects may be nested in the JSON of a model. pydantic writes at most 254 levels of an event."""
+
+
 def read_json(text: str) -> Any:
     """Return the JSON value in a model's text. Raise ReplyUnusable if the text is not JSON.
+
+    Also raise ReplyUnusable for a value that could not be written as JSON again: one with half of a surrogate pair, a
+    number that is not finite, or lists and objects that are nested more than NESTING_MAX deep.
 
     Strings may hold control characters, because a grammar that limits a string's length does not exclude them.
     """
     try:
-        return json.loads(text, strict=False)
+        value = json.loads(text, strict=False)
     except json.JSONDecodeError as error:
         raise ReplyUnusable(f"not JSON: {error.msg} at character {error.pos + 1} of {len(text)}") from None
     except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deep
         raise ReplyUnusable(f"not JSON: {error}") from None
+    _check_writable(value)
+    return value
+
+
+def _check_writable(value: Any, depth: int = 0) -> None:
+    """Raise ReplyUnusable if a JSON value cannot be written as JSON again."""
+    match value:
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ReplyUnusable(f"not JSON: {value[error.start]!r} is half of a surrogate pair") from None
+        case float() if not math.isfinite(value):
+            raise ReplyUnusable(f"not JSON: a number is {value}; it must be finite")
+        case dict() | list() if depth == NESTING_MAX:
+            raise ReplyUnusable(f"not JSON: it is nested more than {NESTING_MAX} deep")
+        case dict():
+            for name, inner in value.items():
+                _check_writable(name)
+                _check_writable(inner, depth + 1)
+        case list():
+            for inner in value:
+                _check_writable(inner, depth + 1)

@@ -129,7 +129,7 @@ def read(text: str, ended_early: bool = False) -> ToolCall | str:
 def _is_whole(text: str) -> bool:
     try:
         json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -134,7 +134,15 @@ def test_reply_that_ended_early_keeps_what_is_whole(text: str, reply: str) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ['{"tool": "python", "arguments": {"code": "1", "more": [1, 2', '{"tool": "py', "{", "", '{"reply": "']
+    "text",
+    [
+        '{"tool": "python", "arguments": {"code": "1", "more": [1, 2',
+        '{"tool": "py',
+        "{",
+        "",
+        '{"reply": "',
+        "[" * 10**5,
+    ],
 )
 def test_call_that_ended_early_is_not_made(text: str) -> None:
     with pytest.raises(ReplyUnusable, match="incomplete"):
@@ -148,7 +156,13 @@ def test_replies_are_read() -> None:
     assert json.loads(str(tool_protocol.read('{"reply": {"unit": "mine"}}'))) == {"unit": "mine"}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"tool": 3, "arguments": {}}', '{"tool": "python"}', '{"answer": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", '{"tool": 3, "arguments": {}}', '{"tool": "python"}', '{"answer": 1}'),
+        r'{"tool": "python", "arguments": {"code": "\ud83d"}}',
+    ],
+)
 def test_anything_else_is_unusable(text: str) -> None:
     with pytest.raises(ReplyUnusable):
         tool_protocol.read(text)

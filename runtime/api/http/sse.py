@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -42,10 +43,19 @@ async def response_once_started(events: AsyncGenerator[str, None], started: Call
 
 
 def format_event(data: Any, id: int | None = None, kind: str | None = None) -> str:
-    """Return one event. Clients resume from its id, and tell events apart by their kind."""
+    """Return one event. Clients resume from its id, and tell events apart by their kind.
+
+    If UTF-8 JSON cannot hold the data, log that and return a comment, so that the stream continues.
+    """
     id_line = "" if id is None else f"id: {id}\n"
     kind_line = "" if kind is None else f"event: {kind}\n"
-    return f"{id_line}{kind_line}data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    try:
+        line = json.dumps(data, ensure_ascii=False)
+        line.encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        logging.getLogger(__name__).error("the event %s of a stream is left out: %s", id, error)
+        return f"{id_line}: this event cannot be shown\n\n"
+    return f"{id_line}{kind_line}data: {line}\n\n"
 
 
 def response(events: AsyncGenerator[str, None]) -> StreamingResponse:

@@ -6,11 +6,12 @@ twice; receivers tell by its id.
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from runtime.api.mqtt.connection import IN_FLIGHT_MAX, Connection, raise_if_cancelled
 from runtime.api.mqtt.in_order import InOrder
@@ -69,10 +70,10 @@ class JobEvents:
         """Publish events and results. Start one task in the group for each result, and add it to `results`."""
         ended = await self._ended_jobs(batch)
         for event in batch:
-            await connection.publish(self._topics.events(event.job), to_json(event.as_json()), qos=0)
+            if (payload := _encoded(event)) is not None:
+                await connection.publish(self._topics.events(event.job), payload, qos=0)
             raise_if_cancelled()
-            if event.kind in ENDS and event.job in ended:
-                result = to_json(ended[event.job].as_json())
+            if event.kind in ENDS and event.job in ended and (result := _encoded(ended[event.job])) is not None:
                 publishing = connection.publish(self._topics.result(event.job), result, qos=1)
                 results.add(event.id, group.create_task(publishing, name="mqtt result"))
 
@@ -102,3 +103,14 @@ class JobEvents:
                     await self._jobs.journal.write(partial(Transaction.set_cursor, name=CURSOR, event=cursor))
                     saved = cursor
             await asyncio.sleep(CURSOR_SAVE_S)
+
+
+def _encoded(record: JobEvent | JobRecord) -> bytes | None:
+    """Return an event or a job as JSON. If JSON cannot hold it, log that and return None, so that others follow."""
+    try:
+        return to_json(record.as_json())
+    except PydanticSerializationError as error:
+        kind = "an event" if isinstance(record, JobEvent) else "the result"
+        job = record.job if isinstance(record, JobEvent) else record.id
+        logging.getLogger(__name__).error("%s of job %s is not published: %s", kind, job, error)
+        return None

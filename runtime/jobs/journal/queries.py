@@ -68,7 +68,7 @@ def events(sql: Connection, after: int = 0, job: str | None = None, limit: int |
         else "SELECT id, job, at, kind, data FROM events WHERE id > ?1 AND ?2 IS NULL ORDER BY id LIMIT ?3",
         (after, job, -1 if limit is None else limit),  # to SQLite, a negative limit is none
     )
-    return [JobEvent(id, of, at, kind, json.loads(data)) for id, of, at, kind, data in rows]
+    return [JobEvent(id, of, at, kind, _value(data)) for id, of, at, kind, data in rows]
 
 
 def last_event(sql: Connection) -> int:
@@ -99,7 +99,7 @@ def _select_jobs(sql: Connection, where: str, arguments: Sequence[Any], order: s
             started_at,
             ended_at,
             attempts,
-            None if result is None else json.loads(result),
+            None if result is None else _value(result),
         )
         for number, id, state, submission, submitted_at, started_at, ended_at, attempts, result in rows
     ]
@@ -111,3 +111,15 @@ def _submission(id: str, text: str) -> Submission:
         return Submission.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"job {id}: {explain(error, 'the submission')}") from None
+
+
+def _value(text: str) -> Any:
+    """Parse stored JSON. Replace each half of a surrogate pair, because no reader could write it in UTF-8.
+
+    Earlier versions of Troupe stored such halves if a model wrote them.
+    """
+    value = json.loads(text)
+    if "\\ud" not in text:
+        return value
+    whole = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return json.loads(whole)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -31,6 +32,20 @@ async def disconnected() -> Message:
 
 async def discard(message: Message) -> None:
     await asyncio.sleep(0)
+
+
+def nested(depth: int) -> Any:
+    """Return lists within lists. JSON that a model wrote can be deeper than Python can write."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("data", [{"code": "\ud83d"}, nested(10**5)], ids=["half of a surrogate pair", "nested"])
+def test_event_that_json_cannot_hold_becomes_a_comment(data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert sse.format_event(data, 7) == "id: 7\n: this event cannot be shown\n\n"
+    assert "the event 7 of a stream is left out" in caplog.text
 
 
 async def test_disconnect_before_the_start_closes_the_source() -> None:

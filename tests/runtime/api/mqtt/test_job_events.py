@@ -2,10 +2,19 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from agents.tool_protocol import ToolCall
 from runtime.config import Mqtt
+from runtime.engines.usage import Usage
+from runtime.jobs.job import JobState
+from runtime.jobs.submission import Submission
+from runtime.jobs.tool_record import ToolRecord
 from scripts.mosquitto import Mosquitto
 from tests.runtime.api.http.conftest import PROBLEM, service
+from tests.runtime.api.mqtt import brokers
 from tests.runtime.api.mqtt.conftest import TOPICS, reader, with_broker, with_mosquitto
 
 
@@ -61,3 +70,21 @@ async def test_results_from_before_the_first_connection_are_published(tmp_path: 
         async with reader(Mqtt(port=broker.port)) as me:
             assert (await me.until(TOPICS.result(job)))["state"] == "done"
     await broker.stop()
+
+
+async def test_event_that_json_cannot_hold_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A journal of an earlier version may hold arguments that are nested deeper than pydantic writes."""
+    arguments: dict[str, Any] = {}
+    for _ in range(300):
+        arguments = {"a": arguments}
+    called = ToolRecord(1, "solver", "task", ToolCall("python", arguments, "{}"), Usage())
+    async with brokers.embedded(tmp_path) as mqtt, reader(mqtt) as me, service(with_broker(tmp_path, mqtt)) as served:
+        await me.until(TOPICS.state, state="up")
+        write = served.backend.jobs.journal.write
+        await write(lambda t: t.accept("old", Submission(problem=PROBLEM)))
+        await write(lambda t: t.add_tool_call("old", called))
+        await write(lambda t: t.move("old", JobState.CANCELLED))
+        assert (await me.until(TOPICS.result("old")))["state"] == "cancelled"
+        kinds = [payload["kind"] for topic, payload in me.messages if topic == TOPICS.events("old")]
+    assert kinds == ["queued", "cancelled"]
+    assert "an event of job old is not published" in caplog.text

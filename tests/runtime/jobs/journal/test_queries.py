@@ -29,3 +29,16 @@ async def test_jobs_are_listed_in_pages_newest_first(journal: Journal) -> None:
     assert [record.id for record in first] == ["e", "d"]
     rest = await journal.read(partial(queries.jobs, before=first[-1].number))
     assert [record.id for record in rest] == ["c", "b", "a"]
+
+
+async def test_half_of_a_surrogate_pair_in_an_old_journal_is_replaced(journal: Journal) -> None:
+    stored = {"answer": "half \ud83d, whole \N{GRINNING FACE}, escaped \\\\ud83d", "\ude00": "\ud83d"}
+    await journal.write(lambda t: t.accept("a", Submission(problem="1+1")))
+    await journal.write(lambda t: t.move("a", JobState.RUNNING))
+    await journal.write(lambda t: t.move("a", JobState.DONE, stored))
+    record = await journal.read(partial(queries.job, id="a"))
+    assert record is not None
+    answer = "half \ufffd, whole \N{GRINNING FACE}, escaped \\\\ud83d"
+    assert record.result == {"answer": answer, "\ufffd": "\ufffd"}
+    events = await journal.read(queries.events)
+    assert events[-1].data == {"answer": answer}
