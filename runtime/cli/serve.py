@@ -1,18 +1,16 @@
 """`troupe serve`: run the team as a service."""
 
 import gc
-import json
 from functools import partial
 
 import click
-from rich.console import Console
-from rich.status import Status as Spinner
 
 from runtime import config as configuration
 from runtime import logs, run_folder
 from runtime.assembly import start_team
 from runtime.cli import interrupt
 from runtime.cli.config_option import config_option
+from runtime.cli.serve_report import Report
 from runtime.cli.solve_screen import waiting_line
 from runtime.config import Config, Mqtt
 from runtime.engines.handle import EngineState
@@ -74,34 +72,27 @@ def _freeze_objects() -> None:
 async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interrupt.Stop, as_json: bool) -> None:
     from runtime.api.serve import drain, serving  # takes long to import, and other commands do not need it
 
-    screen = Console(stderr=True, highlight=False)
+    report = Report(as_json)
     folder = run_folder.create()
     logs.log_to(folder)
-    spinner = Spinner("starting", console=screen)
     states: dict[str, EngineState] = {}
-
-    def report(event: str, text: str, **details: object) -> None:
-        if as_json:
-            click.echo(json.dumps({"event": event, **details}))
-        else:
-            screen.print(text, soft_wrap=True)
 
     def on_event(event: Event) -> None:
         if isinstance(event, EngineChanged):
             states[event.engine] = event.state
-            spinner.update(", ".join(f"{name} {state}" for name, state in states.items()))
+            report.update_spinner(", ".join(f"{name} {state}" for name, state in states.items()))
             if event.state in (EngineState.DEAD, EngineState.FAILED) or (as_json and event.state is EngineState.READY):
                 text = f"[red]engine {event.engine} is {event.state}[/]"
-                report("engine", text, engine=event.engine, state=event.state)
+                report.add("engine", text, engine=event.engine, state=event.state)
         elif isinstance(event, NodesAwaited):
-            report("waiting", waiting_line(event), nodes=event.present, wanted=event.wanted)
+            report.add("waiting", waiting_line(event), nodes=event.present, wanted=event.wanted)
 
     def on_listening(url: str) -> None:
-        report("listening", f"listening on [bold]{url}[/] (logs: {folder})", url=url, logs=str(folder))
-        spinner.start()
+        report.add("listening", f"listening on [bold]{url}[/] (logs: {folder})", url=url, logs=str(folder))
+        report.start_spinner()
 
     def on_broker(text: str) -> None:
-        report("broker", text, what=text)
+        report.add("broker", text, what=text)
 
     try:
         open_engines = partial(start_team, config, team, folder)
@@ -109,12 +100,12 @@ async def _serve(config: Config, team: Team, embedded_broker: bool, stop: interr
             for seat in team.seats:
                 await backend.seat_model(seat)  # so that no request has to wait for it
             _freeze_objects()
-            spinner.stop()
-            report("ready", "ready")
+            report.stop_spinner()
+            report.add("ready", "ready")
             stop.ready = True
             await stop.asked.wait()
             unfinished = await drain(backend, config.service.drain_s)
             text = f"{unfinished} jobs are unfinished; the next start resumes them" if unfinished else "all jobs ended"
-            report("ending", text, jobs_left=unfinished)
+            report.add("ending", text, jobs_left=unfinished)
     finally:
-        spinner.stop()
+        report.stop_spinner()

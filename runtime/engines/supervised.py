@@ -5,6 +5,7 @@ Requests wait with `until_ready` during a restart or a sleep. A reply ends with 
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
@@ -79,6 +80,7 @@ class SupervisedEngine(EngineHandle):
         self.usage = UsageMeter()
         self._make = make
         self._on_state = on_state
+        self._listener_raised = False
         self._patience = patience or Patience()
         self._moving = moving or asyncio.Lock()
         self._host = host or Ledger(UNLIMITED_BYTES)
@@ -215,6 +217,15 @@ class SupervisedEngine(EngineHandle):
             else:
                 self._suspect()
 
+    def _tell(self, state: EngineState) -> None:
+        """Report a state. Log the first error of `on_state`, which must not keep the engine from being restarted."""
+        try:
+            self._on_state(state)
+        except Exception:
+            if not self._listener_raised:
+                self._listener_raised = True
+                logging.getLogger(__name__).exception("engine %s: its listener raised", self.name)
+
     async def _watch(self) -> None:
         """Check the engine regularly and restart it if it is dead, until it has failed or is closed.
 
@@ -225,7 +236,7 @@ class SupervisedEngine(EngineHandle):
                 await self._watch_sleep()
             elif not await self._is_alive() and self._rest is None:
                 self._ready.clear()
-                self._on_state(EngineState.DEAD)
+                self._tell(EngineState.DEAD)
                 await self._restart()
 
     async def _watch_sleep(self) -> None:
@@ -277,7 +288,7 @@ class SupervisedEngine(EngineHandle):
                 return
             pauses_s = self._patience.backoff_s
             await asyncio.sleep(pauses_s[min(len(faults), len(pauses_s)) - 1])
-            self._on_state(EngineState.STARTING)
+            self._tell(EngineState.STARTING)
             self._engine = self._make(grant)
             try:
                 await self._engine.start()
@@ -299,7 +310,7 @@ class SupervisedEngine(EngineHandle):
 
     def _fail(self, reason: str) -> None:
         self._failure = f"engine {self.name} keeps failing: {reason}"
-        self._on_state(EngineState.FAILED)
+        self._tell(EngineState.FAILED)
         self._ready.set()  # requests that wait for the engine now raise the failure
 
     def _enter_ready(self) -> None:
@@ -307,7 +318,7 @@ class SupervisedEngine(EngineHandle):
         self._awake.set()
         self._note_grant()
         self._ready.set()
-        self._on_state(EngineState.READY)
+        self._tell(EngineState.READY)
 
     async def sleep(self, deep: bool = False) -> None:
         """Hold new requests, let the engine finish those that have a token, then give its memory back.
@@ -326,7 +337,7 @@ class SupervisedEngine(EngineHandle):
             await self._drain()
         except (asyncio.CancelledError, EngineError):
             self._rest = None
-            self._on_state(self.stats().state)
+            self._tell(self.stats().state)
             self._check_now.set()  # the check lets requests pass again, or finds that the engine has died
             raise
         self._awake.clear()
@@ -438,7 +449,7 @@ class SupervisedEngine(EngineHandle):
 
     def _enter_rest(self, state: EngineState) -> None:
         self._rest = state
-        self._on_state(state)
+        self._tell(state)
 
     @property
     def limits(self) -> EngineLimits:

@@ -32,6 +32,21 @@ async def test_a_dead_engine_is_restarted_with_its_grant_without_a_request(
     assert made.states == [EngineState.READY, EngineState.DEAD, EngineState.STARTING, EngineState.READY]
 
 
+async def test_a_listener_that_raises_does_not_keep_a_dead_engine_from_a_restart(
+    made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    def raise_error(state: EngineState) -> None:
+        raise OSError("No space left on device")
+
+    engine = SupervisedEngine("e", made.make, raise_error, QUICK)
+    await engine.start()
+    engine.kill()
+    assert text(await reply(Replicas("e", [engine]))) == WORDS
+    assert len(made.engines) == 2
+    assert caplog.text.count("engine e: its listener raised") == 1
+    await engine.close()
+
+
 async def test_requests_wait_during_a_restart(engine: SupervisedEngine, replicas: Replicas, made: Made) -> None:
     made.fail_to_start = 2
     engine.kill()
