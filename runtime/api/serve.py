@@ -1,16 +1,10 @@
 """The service: starts the journal, HTTP, MQTT and the engines of a configuration, and stops them in reverse order."""
 
 import asyncio
-import errno
 import logging
-import os
-import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
-
-import uvicorn
-from fastapi import FastAPI
 
 from runtime import paths
 from runtime.api.auth import Tokens
@@ -18,14 +12,14 @@ from runtime.api.http import app as http_app
 from runtime.api.http.auth import gate_for
 from runtime.api.http.backend import Backend
 from runtime.api.http.metrics import Metrics
+from runtime.api.http.server import listening
 from runtime.api.monitor import Monitor
 from runtime.api.mqtt import embedded_broker
 from runtime.api.mqtt.client import MqttClient
 from runtime.api.mqtt.job_events import begin_cursor
 from runtime.assembly import RunningTeam
-from runtime.config import Config, Mqtt, Service
+from runtime.config import Config, Mqtt
 from runtime.devices.handle import Publish
-from runtime.errors import TroupeError
 from runtime.events import Listener, fan_out, ignore
 from runtime.jobs.service import JobService
 from runtime.jobs.team import Team
@@ -33,8 +27,6 @@ from runtime.tracing.traced import traced
 
 OpenTeam = Callable[[Listener, Publish], AbstractAsyncContextManager[RunningTeam]]
 """Starts the engines. They report events to the listener; the controller publishes its decisions."""
-SHUTDOWN_GRACE_S = 3
-"""Seconds that open connections get to finish when the service shuts down."""
 
 
 @asynccontextmanager
@@ -65,7 +57,7 @@ async def serving(
         monitor = Monitor(lambda: {str(state): count for state, count in jobs.counts.items()})
         backend = Backend(config, team, jobs, monitor, metrics)
         listeners = fan_out(jobs.on_event, monitor.on_event, metrics.on_event, tracing.on_event, listener)
-        url = await owned.enter_async_context(_http(http_app.create_app(backend, gate, service), service))
+        url = await owned.enter_async_context(listening(http_app.create_app(backend, gate, service), service))
         announce(url)
         mqtt = config.mqtt
         if with_broker:
@@ -94,61 +86,6 @@ async def background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterato
         while not task.done():  # cancel repeatedly, because Python 3.11's wait_for can swallow a cancellation
             task.cancel()
             await asyncio.wait([task], timeout=1)
-
-
-@asynccontextmanager
-async def _http(app: FastAPI, service: Service) -> AsyncIterator[str]:
-    """Serve the application on the configured address; yield its URL."""
-    listening = _listen(service)
-    host, port = listening.getsockname()[:2]
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            limit_concurrency=service.connections_max,
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
-            h11_max_incomplete_event_size=64 << 10,
-            server_header=False,
-            # uvicorn trusts X-Forwarded-For from localhost by default. A local client could then evade the rate limit
-            # by sending a new address with every request.
-            forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", ""),
-            ws="none",
-        )
-    )
-    task = asyncio.create_task(server.serve(sockets=[listening]), name="http")
-    try:
-        while not server.started and not task.done():  # noqa: ASYNC110  uvicorn has no event for this
-            await asyncio.sleep(0.005)
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    finally:
-        server.should_exit = True
-        await asyncio.wait([task])
-        listening.close()
-
-
-def _listen(service: Service) -> socket.socket:
-    family = socket.AF_INET6 if ":" in service.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((service.host, service.port))
-    except OSError as error:
-        listening.close()
-        remedy = "; choose another port with --port" if error.errno == errno.EADDRINUSE else ""
-        address = f"{service.host}:{service.port}"
-        raise TroupeError(f"service.port: cannot listen on {address}: {error.strerror}{remedy}") from None
-    listening.setblocking(False)
-    return listening
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that installs no signal handlers, because the `serve` command handles signals."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def drain(backend: Backend, seconds: float) -> int:

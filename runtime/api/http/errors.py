@@ -57,6 +57,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "A valid token is required.",
         403: "The token lacks the required scope, or the request comes from a page of another site.",
         404: "No such job, model or engine exists.",
+        408: "The body did not arrive in time.",
         413: "The body is too large.",
         422: "The job ended without an answer.",
         429: "The client sent too many requests.",

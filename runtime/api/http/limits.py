@@ -1,5 +1,6 @@
 """Limits on requests, checked before any route: host name, cross-site changes, body size and request rate."""
 
+import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
@@ -20,6 +21,8 @@ CLIENTS_MAX = 10_000
 
 Forgetting a client resets its limit. It takes requests from 10,000 other clients.
 """
+BODY_S = 60.0
+"""Seconds that a body may take to arrive. It is read before the token is checked."""
 
 
 class Limits:
@@ -30,7 +33,7 @@ class Limits:
     - requests under another host name than `hosts`, if given, so that a site that points a name of its own at this
       service cannot reach it;
     - requests from pages of other sites that may change something;
-    - bodies of more than `body_max_bytes` bytes;
+    - bodies of more than `body_max_bytes` bytes, and those that take longer than BODY_S;
     - more than `per_s` requests a second from one client. A client is a token that `gate` knows, or else a network
       address (for IPv6 its first 64 bits). Requests with made-up tokens therefore count for their address.
 
@@ -60,7 +63,7 @@ class Limits:
             return
         blocked = self._block(scope, Headers(scope=scope))
         if blocked is None:
-            await self._app(scope, self._counting_bytes(receive), send)
+            await self._app(scope, self._bounding(receive), send)
             return
         retry = {"Retry-After": "1"} if blocked.status == 429 else {}
         await JSONResponse(error_body(blocked), blocked.status, retry)(scope, receive, send)
@@ -108,19 +111,27 @@ class Limits:
             self._buckets.popitem(last=False)
         return allowed
 
-    def _counting_bytes(self, receive: Receive) -> Receive:
-        """Return a `receive` that raises once the body exceeds the limit: a chunked body announces no length."""
-        received_bytes = 0
+    def _bounding(self, receive: Receive) -> Receive:
+        """Return a `receive` that raises once the body is too large or too late: a chunked body announces no length."""
+        received_bytes, is_complete = 0, False
+        late_at_s = asyncio.get_running_loop().time() + BODY_S
 
-        async def counting() -> Message:
-            nonlocal received_bytes
-            message = await receive()
+        async def bounding() -> Message:
+            nonlocal received_bytes, is_complete
+            if is_complete:  # only a disconnect can follow
+                return await receive()
+            try:
+                async with asyncio.timeout_at(late_at_s):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {BODY_S:g} s") from None
             received_bytes += len(message.get("body", b""))
             if received_bytes > self._body_max_bytes:
                 raise HTTPException(413, str(self._too_large()))
+            is_complete = not message.get("more_body", False)
             return message
 
-        return counting
+        return bounding
 
     def _too_large(self) -> RequestBlocked:
         return RequestBlocked(f"the body is too large: at most {self._body_max_bytes} bytes are allowed", 413)
