@@ -1,5 +1,6 @@
 """Finds, reads and merges the YAML files of a configuration, and checks the folders of its models."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ DEFAULT = "embedded"
 _RUNTIME = Path(__file__).parents[1]
 SHIPPED = _RUNTIME / "_configs" if (_RUNTIME / "_configs").is_dir() else _RUNTIME.parent / "configs"
 """The folder of the shipped configurations: inside an installed wheel, or the repository's `configs`."""
+_NAMES_OR_PATHS = (("engines", "*", "model"), ("team", "*", "role"), ("tools", "*", "function"))
+"""Keys whose values are paths if they look like one; `*` stands for each key."""
+_PATHS = (
+    ("service", "journal"),
+    ("service", "tokens"),
+    ("mqtt", "password_file"),
+    ("mqtt", "ca_file"),
+    ("tools", "*", "mcp", "token_file"),
+)
+"""Keys whose values are paths."""
 
 
 def load(name: str) -> Config:
@@ -120,15 +131,30 @@ def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str
 
 
 def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
-    """Resolve relative folders of models, and files, against the folder of the file that names them, in place."""
-    for section, key in (("engines", "model"), ("team", "role"), ("tools", "function")):
-        entries = data.get(section)
-        for entry in entries.values() if isinstance(entries, dict) else ():
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(value, str) and (
-                value.startswith(("./", "../", "~")) or is_role_file(value) or ".py:" in value
-            ):
-                entry[key] = str(folder / Path(value).expanduser())
+    """Resolve relative paths against the folder of the file that names them, in place."""
+    for *sections, key in (*_NAMES_OR_PATHS, *_PATHS):
+        for section in _sections(data, sections):
+            value = section.get(key)
+            if isinstance(value, str) and value and ((*sections, key) in _PATHS or _is_path(value)):
+                section[key] = str(folder / Path(value).expanduser())
+
+
+def _sections(data: Any, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings below some keys; `*` stands for each key."""
+    if isinstance(data, dict):
+        match keys:
+            case []:
+                yield data
+            case ["*", *rest]:
+                for inner in data.values():
+                    yield from _sections(inner, rest)
+            case [first, *rest]:
+                yield from _sections(data.get(first), rest)
+
+
+def _is_path(value: str) -> bool:
+    """Return True if the value of a key that may also be a name is a path."""
+    return value.startswith(("./", "../", "~")) or is_role_file(value) or ".py:" in value
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

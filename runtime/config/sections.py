@@ -269,12 +269,14 @@ class Service(Value):
     journal: str | None = Field(
         default=None,
         min_length=1,
-        description="SQLite file that holds the jobs. The default is `jobs.db` in `$TROUPE_HOME`.",
+        description="SQLite file that holds the jobs. A relative path starts at the folder of the configuration. The "
+        "default is `jobs.db` in `$TROUPE_HOME`.",
     )
     tokens: str | None = Field(
         default=None,
         min_length=1,
-        description="File that `troupe tokens` writes. The default is `tokens.json` in `$TROUPE_HOME`.",
+        description="File that `troupe tokens` writes. A relative path starts at the folder of the configuration. The "
+        "default is `tokens.json` in `$TROUPE_HOME`.",
     )
     jobs_at_once: int = Field(default=64, ge=1, le=100_000, description="Maximum number of running jobs.")
     queue_max: int = Field(
@@ -321,13 +323,17 @@ class Mqtt(Value):
     )
     username: str | None = Field(default=None, min_length=1, description="User name. By default none is sent.")
     password_file: str | None = Field(
-        default=None, min_length=1, description="File whose first line is the password. By default none is sent."
+        default=None,
+        min_length=1,
+        description="File whose first line is the password. A relative path starts at the folder of the configuration. "
+        "By default none is sent.",
     )
     tls: bool = Field(default=False, description="Connect with TLS.")
     ca_file: str | None = Field(
         default=None,
         min_length=1,
-        description="File of certificate authorities to trust; it turns TLS on. The default is the system's.",
+        description="File of certificate authorities to trust; it turns TLS on. A relative path starts at the folder "
+        "of the configuration. The default is the system's.",
     )
 
 

@@ -41,6 +41,30 @@ def test_extends_merges_key_by_key(tmp_path: Path) -> None:
     assert Path(loaded.engines["solver"].model).is_absolute()
 
 
+def test_relative_files_start_at_the_folder_of_the_configuration_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    write(
+        tmp_path / "base",
+        """
+extends: embedded
+service: {journal: jobs.db, tokens: ../tokens.json}
+mqtt: {password_file: ~/password, ca_file: /etc/ca.pem}
+tools: {search: {mcp: {url: "http://localhost:9", token_file: token}}}
+""",
+    )
+    path = write(tmp_path, "extends: base/team.yaml\nservice: {journal: ./mine.db}\n")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    loaded = config.load(path)
+    assert (loaded.service.journal, loaded.service.tokens) == (f"{tmp_path}/mine.db", f"{tmp_path}/base/../tokens.json")
+    assert loaded.mqtt is not None
+    assert (loaded.mqtt.password_file, loaded.mqtt.ca_file) == ("/home/me/password", "/etc/ca.pem")
+    assert loaded.tools["search"].mcp is not None
+    assert loaded.tools["search"].mcp.token_file == f"{tmp_path}/base/token"
+
+
 def test_extends_keeps_workflow_options_unless_the_workflow_changes(tmp_path: Path) -> None:
     kept = config.load(write(tmp_path, "extends: embedded\nworkflow: {critics: []}\n"))
     assert kept.workflow.options == {"rounds": 3, "critics": []}

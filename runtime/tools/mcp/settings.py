@@ -29,7 +29,9 @@ class McpSettings(Value):
     )
     url: str | None = Field(default=None, description="The address of a server that talks streamable HTTP.")
     token_file: str | None = Field(
-        default=None, description="A file with the bearer token for `url`. It is read at each connection."
+        default=None,
+        description="A file with the bearer token for `url`. A relative path starts at the folder of the "
+        "configuration. It is read at each connection.",
     )
     tools: tuple[str, ...] | None = Field(
         default=None, description="The tools to offer, by the server's names for them; all if unset."
