@@ -1,9 +1,11 @@
 """Routes of OpenAI's and Anthropic's APIs. The model `team` runs a job; the name of a seat is that seat's engine."""
 
+import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import Response
+from pydantic import AfterValidator
 
 from runtime.api.auth import Scope
 from runtime.api.http import team_model
@@ -17,7 +19,27 @@ from runtime.errors import InputError, NotFound
 router = APIRouter(tags=["OpenAI"], responses=ERRORS)
 _READ = [Depends(require(Scope.READ))]
 _SUBMIT = [Depends(require(Scope.SUBMIT))]
-JsonObject = Annotated[dict[str, Any], Body()]
+
+
+def _check_writable(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body that can be written as JSON again, because answers and errors repeat parts of it.
+
+    Raises InputError, which names the key. Python's reader also accepts what no client could read.
+    """
+    for key, value in body.items():
+        name = key if key.isidentifier() else repr(key)
+        try:
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{name}: it has half of a surrogate pair; send whole characters") from None
+        except ValueError:
+            raise InputError(f"{name}: it has a number that is not finite; JSON has only finite ones") from None
+        except RecursionError:
+            raise InputError(f"{name}: its lists or objects are nested too deep") from None
+    return body
+
+
+JsonObject = Annotated[dict[str, Any], Body(), AfterValidator(_check_writable)]
 
 
 @router.get("/v1/models", dependencies=_READ)

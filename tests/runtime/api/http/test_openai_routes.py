@@ -59,6 +59,30 @@ async def test_invalid_chat_names_the_field(
     assert (error["param"] or "").partition(".")[0] == (field or "")
 
 
+@pytest.mark.parametrize("model", ["team", "solver"])
+@pytest.mark.parametrize(
+    ("member", "field", "message"),
+    [
+        (r'"metadata": {"a": "\ud800"}', "metadata", "metadata: it has half of a surrogate pair"),
+        ('"metadata": {"a": [NaN]}', "metadata", "metadata: it has a number that is not finite"),
+        (r'"\ud800": 1', None, r"'\ud800': it has half of a surrogate pair"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [("/v1/responses", '"input": "1+1"'), ("/v1/messages", '"max_tokens": 4, "messages": []')],
+)
+async def test_body_that_could_not_be_written_again_names_the_field(
+    served: Served, path: str, problem: str, model: str, member: str, field: str | None, message: str
+) -> None:
+    body = f'{{"model": "{model}", {problem}, {member}}}'
+    response = await served.client.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["message"].startswith(message)
+    assert error["param"] == field
+
+
 @pytest.mark.parametrize("prompt", [None, [], ["1"] * 65])
 async def test_missing_prompts_are_refused(served: Served, prompt: object) -> None:
     response = await served.client.post("/v1/completions", json={"model": "solver", "prompt": prompt})
