@@ -68,8 +68,15 @@ def connect(path: Path) -> Connection:
 
 
 def _check(connection: Connection, path: Path) -> bool:
-    """Return True if the file is new. Raise an error if it is damaged or was written by a later version."""
+    """Return True if the file is new.
+
+    Raise an error if it belongs to another program, is damaged, or was written by a later version.
+    """
+    # In this order: another process that creates the journal meanwhile commits its tables and the version together.
+    has_tables = connection.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
     (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0 and has_tables:
+        raise JournalError(f"{path} is the database of another program; set service.journal to another file")
     if version > VERSION:
         raise JournalError(
             f"{path} was written by a later Troupe (journal version {version}; this one reads {VERSION});"
@@ -86,7 +93,7 @@ def lock(path: Path) -> TextIO:
 
     Raises JournalError if another process holds the lock, OSError if the lock file cannot be made.
     """
-    file = path.with_name(f"{path.name}.lock").open("w")
+    file = path.with_name(f"{path.name}.lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import JournalError
+from runtime.jobs.journal.database import connect
 from runtime.jobs.journal.journal import Journal
 from runtime.jobs.submission import Submission
 
@@ -40,6 +41,23 @@ async def test_damaged_journal_is_refused_and_not_changed(tmp_path: Path, damage
         async with Journal(path):
             pass
     assert path.read_bytes() == before
+
+
+async def test_database_of_another_program_is_refused_and_not_changed(tmp_path: Path) -> None:
+    path, lock = tmp_path / "accounts.db", tmp_path / "accounts.db.lock"
+    with sqlite3.connect(path) as sql:
+        sql.execute("CREATE TABLE accounts (name)")
+    sql.close()
+    path.chmod(0o664)
+    lock.write_text("locked by 123")
+    before, mode = path.read_bytes(), path.stat().st_mode
+    with pytest.raises(JournalError, match=r"accounts\.db is the database of another program; set service\.journal"):
+        connect(path)
+    with pytest.raises(JournalError, match="another program"):
+        async with Journal(path):
+            pass
+    assert (path.read_bytes(), path.stat().st_mode) == (before, mode)
+    assert lock.read_text() == "locked by 123"
 
 
 async def test_unusable_folder_is_named(tmp_path: Path) -> None:
