@@ -60,16 +60,16 @@ def done(path: Path) -> Iterator[JobResult]:
     if not path.exists():
         return
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}; is this a file of results?") from None
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; is this a file of results?") from None
     for number, text in enumerate(lines, start=1):
         if not text:
             continue
         try:
-            yield JobResult.from_json(json.loads(text))
+            yield JobResult.from_json(json.loads(text.decode()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number == len(lines):  # a run was interrupted while it wrote this line
+            if number == len(lines) and text.startswith(b"{"):  # a run was interrupted while it wrote this line
                 return
             raise InputError(f"{path}, line {number}: not a result; is this a file of results?") from None
 

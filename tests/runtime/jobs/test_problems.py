@@ -96,6 +96,8 @@ def test_results_are_read_without_a_cut_off_last_line(tmp_path: Path) -> None:
     line = problems.line(result)
     path.write_text(f"{line}\n{line}\n{line[:20]}")
     assert list(problems.done(path)) == [result, result]
+    path.write_bytes(f"{line}\n".encode() + '{"id": "b", "problem": "Über'.encode()[:-4])
+    assert list(problems.done(path)) == [result]
     assert list(problems.done(tmp_path / "nowhere")) == []
 
 
@@ -112,9 +114,9 @@ def test_a_result_keeps_its_comparison(tmp_path: Path) -> None:
         list(problems.done(path))
 
 
-@pytest.mark.parametrize("content", ["{\n{}\n", '{"id": 1}\n', "1\n", "[]\n"])
-def test_file_of_something_else_is_refused_as_results(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"{\n{}\n", b'{"id": 1}\n', b"1\n", b"[]\n", b"Dear Ann,", b"\xff\xd8"])
+def test_file_of_something_else_is_refused_as_results(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(InputError, match="file of results"):
         list(problems.done(path))
