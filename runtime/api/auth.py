@@ -1,11 +1,14 @@
 """Bearer tokens: the file that stores their hashes, and the gate that checks each request's token and scope."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -101,23 +104,45 @@ class Tokens:
 
         Raises ConfigError if the name is taken or the file cannot be written.
         """
-        if any(token.name == name for token in self.all):
-            raise ConfigError(f"{self.path}: a token named {name!r} already exists; choose another name or remove it")
-        secret = PREFIX + secrets.token_urlsafe(32)
-        self._write((*self.all, Token(name=name, sha256=_hash(secret), scopes=scopes)))
-        return secret
+        with self._locked():
+            if any(token.name == name for token in self.all):
+                raise ConfigError(
+                    f"{self.path}: a token named {name!r} already exists; choose another name or remove it"
+                )
+            secret = PREFIX + secrets.token_urlsafe(32)
+            self._write((*self.all, Token(name=name, sha256=_hash(secret), scopes=scopes)))
+            return secret
 
     def remove(self, name: str) -> None:
         """Delete a token. Raises ConfigError if no token has this name or the file cannot be written."""
-        remaining = tuple(token for token in self.all if token.name != name)
-        if len(remaining) == len(self.all):
-            names = ", ".join(token.name for token in self.all) or "none"
-            raise ConfigError(f"{self.path}: no token is named {name!r}; existing tokens: {names}")
-        self._write(remaining)
+        with self._locked():
+            remaining = tuple(token for token in self.all if token.name != name)
+            if len(remaining) == len(self.all):
+                names = ", ".join(token.name for token in self.all) or "none"
+                raise ConfigError(f"{self.path}: no token is named {name!r}; existing tokens: {names}")
+            self._write(remaining)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes from changing the tokens, which are those that the last one has left.
+
+        The lock is on a file beside, because each change replaces the file of tokens. Raises ConfigError.
+        """
+        lock = self.path.with_name(f"{self.path.name}.lock")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(lock, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"{lock}: cannot lock the token file: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self.reload()
+            yield
+        finally:
+            os.close(handle)
 
     def _write(self, tokens: tuple[Token, ...]) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle, temporary = tempfile.mkstemp(prefix=".tokens-", dir=self.path.parent)  # readable by its owner only
             with os.fdopen(handle, "w") as file:
                 json.dump(_File(tokens=tokens).model_dump(mode="json"), file, indent=1)

@@ -1,5 +1,6 @@
 """Tokens and the gate that checks them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,21 @@ def test_token_names_are_unique(path: Path) -> None:
     Tokens(path).add("me", (Scope.READ,))
     with pytest.raises(ConfigError, match="a token named 'me' already exists"):
         Tokens(path).add("me", (Scope.READ,))
+
+
+def test_token_that_another_process_removes_does_not_come_back(path: Path) -> None:
+    Tokens(path).add("leaked", (Scope.READ,))
+    adding, removing = Tokens(path), Tokens(path)
+    removing.remove("leaked")
+    adding.add("new", (Scope.READ,))
+    assert [token.name for token in Tokens(path).all] == ["new"]
+
+
+def test_tokens_that_are_added_at_once_are_all_stored(path: Path) -> None:
+    names = [str(number) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: Tokens(path).add(name, (Scope.READ,)), names))
+    assert sorted(token.name for token in Tokens(path).all) == sorted(names)
 
 
 def test_removing_an_unknown_token_lists_the_existing_ones(path: Path) -> None:
