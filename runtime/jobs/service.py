@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from runtime.config import Service
-from runtime.errors import Busy, InputError, JournalError
+from runtime.errors import Busy, InputError, JournalError, NotFound
 from runtime.events import Event, JobRestarted, RoleReplied, ToolCalled, ToolReturned
 from runtime.jobs.event_stream import ENDS, EventStream
 from runtime.jobs.job import JobResult, JobState, entry_as_json
@@ -157,10 +157,10 @@ class JobService:
         record, new = await asyncio.shield(accepting)
         return record if new else _check_same(record, submission), new
 
-    async def cancel(self, id: str) -> JobRecord | None:
-        """Cancel a job unless it has ended. Return it as it is afterwards, or None if there is no such job."""
+    async def cancel(self, id: str) -> JobRecord:
+        """Cancel a job unless it has ended. Return it as it is afterwards. Raises NotFound if there is no such job."""
         await self.journal.write(lambda transaction: transaction.move(id, JobState.CANCELLED, why="cancelled"))
-        return await self.get(id)
+        return await self.find(id)
 
     def cancel_soon(self, id: str) -> None:
         """Cancel a job whose caller has disconnected, without waiting for the journal."""
@@ -170,6 +170,13 @@ class JobService:
     async def get(self, id: str) -> JobRecord | None:
         """Return a job as the journal has it, or None if there is no such job."""
         return await self.journal.read(partial(queries.job, id=id))
+
+    async def find(self, id: str) -> JobRecord:
+        """Return a job as the journal has it. Raises NotFound if there is no such job."""
+        record = await self.get(id)
+        if record is None:
+            raise NotFound(f"there is no job {id[:100]!r}")
+        return record
 
     def on_event(self, event: Event) -> None:
         """Write the replies of running jobs to the journal. Register this as a listener of the orchestrator."""

@@ -16,7 +16,6 @@ from runtime.api.http.auth import require
 from runtime.api.http.backend import Backend, BackendDep
 from runtime.api.http.connection import cancel_on_disconnect
 from runtime.api.http.errors import ERRORS
-from runtime.errors import NotFound
 from runtime.jobs.job import JobState
 from runtime.jobs.journal import queries
 from runtime.jobs.journal.records import JobEvent, JobRecord
@@ -72,16 +71,13 @@ async def list_jobs(
 @router.get("/jobs/{id}", dependencies=_READ)
 async def retrieve_job(id: str, backend: BackendDep) -> JobView:
     """Retrieve a job."""
-    return JobView.of(await _record(id, backend))
+    return JobView.of(await backend.jobs.find(id))
 
 
 @router.post("/jobs/{id}/cancel", dependencies=_SUBMIT)
 async def cancel_job(id: str, backend: BackendDep) -> JobView:
     """Cancel a job. A job that has ended stays as it is."""
-    record = await backend.jobs.cancel(id)
-    if record is None:
-        raise _no_job(id)
-    return JobView.of(record)
+    return JobView.of(await backend.jobs.cancel(id))
 
 
 @router.get("/jobs/{id}/result", dependencies=_READ, response_model=JobView, responses={202: {"model": JobView}})
@@ -92,7 +88,7 @@ async def await_job(
     wait_s: Annotated[float, Query(ge=0, le=3600, description="Seconds to wait for the job to end.")] = 0,
 ) -> Response:
     """Wait for a job to end. Returns 200 if it has ended, and 202 with its current state if not."""
-    return await cancel_on_disconnect(request, _wait_for_end(await _record(id, backend), backend, wait_s))
+    return await cancel_on_disconnect(request, _wait_for_end(await backend.jobs.find(id), backend, wait_s))
 
 
 async def _wait_for_end(record: JobRecord, backend: Backend, wait_s: float) -> Response:
@@ -101,7 +97,7 @@ async def _wait_for_end(record: JobRecord, backend: Backend, wait_s: float) -> R
             async with asyncio.timeout(wait_s), aclosing(backend.jobs.events.follow_job(record.id)) as events:
                 async for _ in events:
                     pass
-        record = await _record(record.id, backend)
+        record = await backend.jobs.find(record.id)
     return JSONResponse(JobView.of(record).model_dump(mode="json"), 200 if record.state.ended else 202)
 
 
@@ -110,7 +106,7 @@ async def stream_job_events(
     id: str, backend: BackendDep, after: After = None, last_event_id: LastEventId = None
 ) -> StreamingResponse:
     """Stream a job's events as server-sent events until it ends. Starts at its first event by default."""
-    await _record(id, backend)
+    await backend.jobs.find(id)
     return sse.response(_format_events(backend.jobs.events.follow_job(id, last_event_id or after or 0)))
 
 
@@ -134,15 +130,3 @@ async def _format_events(events: AsyncGenerator[JobEvent, None]) -> AsyncGenerat
     async with aclosing(sse.with_timeouts(events)) as events_or_timeouts:
         async for event in events_or_timeouts:
             yield sse.PING if event is None else sse.format_event(event.as_json(), event.id)
-
-
-async def _record(id: str, backend: Backend) -> JobRecord:
-    """Return a job from the journal. Raises NotFound."""
-    record = await backend.jobs.get(id)
-    if record is None:
-        raise _no_job(id)
-    return record
-
-
-def _no_job(id: str) -> NotFound:
-    return NotFound(f"there is no job {id[:100]!r}")

@@ -25,7 +25,7 @@ from runtime.api.mqtt.messages import (
     read_submission,
 )
 from runtime.assembly import RunningTeam
-from runtime.errors import Busy, JournalError, NotFound, TroupeError
+from runtime.errors import Busy, JournalError, TroupeError
 from runtime.jobs.journal.journal import RETRY_S
 from runtime.jobs.journal.records import JobRecord
 from runtime.jobs.service import JobService
@@ -159,8 +159,7 @@ class IncomingMessages:
             case UnpinCommand():
                 admin.unpin(self._running_team(), command.engine)
             case CancelCommand():
-                if await self._jobs.cancel(command.job) is None:
-                    raise NotFound(f"there is no job {command.job[:100]!r}")
+                await self._jobs.cancel(command.job)
 
 
 def _check_size(payload: bytes) -> None:

@@ -23,7 +23,7 @@ from runtime.engines.replicas import Replicas
 from runtime.engines.request import Engine, GenerateRequest
 from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.usage import Usage
-from runtime.errors import Busy, EngineError, InputError, JournalError
+from runtime.errors import Busy, EngineError, InputError, JournalError, NotFound
 from runtime.jobs.job import JobState
 from runtime.jobs.journal import queries
 from runtime.jobs.journal.database import Connection
@@ -176,16 +176,13 @@ async def test_cancel_ends_running_and_queued_jobs(tmp_path: Path) -> None:
         last, _ = await jobs.submit(PROBLEM)
         await wait_for_start(jobs, running.id)
         for id in (waiting.id, running.id):
-            cancelled = await jobs.cancel(id)
-            assert cancelled is not None
-            assert cancelled.state is JobState.CANCELLED
+            assert (await jobs.cancel(id)).state is JobState.CANCELLED
         counting.go.set()
         assert (await wait_for_end(jobs, last.id)).state is JobState.DONE
         assert (counting.requests, jobs.counts) == (STEPS, {JobState.QUEUED: 0, JobState.RUNNING: 0})
-        again = await jobs.cancel(last.id)
-        assert again is not None
-        assert again.state is JobState.DONE  # it had already ended
-        assert await jobs.cancel("no such job") is None
+        assert (await jobs.cancel(last.id)).state is JobState.DONE  # it had already ended
+        with pytest.raises(NotFound, match="there is no job 'no such job'"):
+            await jobs.cancel("no such job")
 
 
 async def test_cancel_from_another_process_stops_the_job(tmp_path: Path) -> None:
