@@ -254,7 +254,14 @@ class JobService:
             _, _, id = heapq.heappop(self._queue)
             if id in self._waiting:  # else it ended while it was queued
                 self._waiting.discard(id)
-                self._running[id] = asyncio.create_task(self._run(id, self._orchestrator), name=f"job {id}")
+                running = asyncio.create_task(self._run(id, self._orchestrator), name=f"job {id}")
+                running.add_done_callback(partial(self._on_stopped, id))
+                self._running[id] = running
+
+    def _on_stopped(self, id: str, running: asyncio.Task[None]) -> None:
+        """Give the place of a job to the next one, also if the job was cancelled before its task has begun."""
+        del self._running[id]
+        self._start_queued()
 
     async def _run(self, id: str, orchestrator: Orchestrator) -> None:
         """Work a job in its task. A defect of ours fails this job and no other."""
@@ -264,9 +271,6 @@ class JobService:
             logging.getLogger(__name__).exception("job %s", id)
             fail = partial(Transaction.move, id=id, state=JobState.FAILED, why=f"an internal error: {error!r}")
             self.journal.post(fail, job=id)
-        finally:
-            del self._running[id]
-            self._start_queued()
 
     async def _work(self, id: str, orchestrator: Orchestrator) -> None:
         """Try a job once, from its last reply on. Then write its result, or queue it for another try."""

@@ -28,7 +28,7 @@ from runtime.jobs.job import JobState
 from runtime.jobs.journal import queries
 from runtime.jobs.journal.database import Connection
 from runtime.jobs.journal.journal import Journal
-from runtime.jobs.journal.records import JobRecord, StartedJob
+from runtime.jobs.journal.records import JobEvent, JobRecord, StartedJob
 from runtime.jobs.journal.transaction import Transaction, open_transaction
 from runtime.jobs.orchestrator import Orchestrator
 from runtime.jobs.reply_record import ReplyRecord
@@ -183,6 +183,17 @@ async def test_cancel_ends_running_and_queued_jobs(tmp_path: Path) -> None:
         assert (await jobs.cancel(last.id)).state is JobState.DONE  # it had already ended
         with pytest.raises(NotFound, match="there is no job 'no such job'"):
             await jobs.cancel("no such job")
+
+
+async def test_job_that_is_cancelled_as_it_starts_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    team = embedded_team()
+    async with JobService(tmp_path / "jobs.db", team, Service(jobs_at_once=1)) as jobs:
+        first, _ = await jobs.submit(PROBLEM)
+        second, _ = await jobs.submit(PROBLEM)
+        jobs.use(Orchestrator(team, await engines(), jobs.on_event))
+        jobs._on_commit([JobEvent(1000, first.id, 0, JobState.CANCELLED, {})])  # before the job's task has begun
+        await wait_until(lambda: not any(jobs.counts.values()))
+        assert (await wait_for_end(jobs, second.id)).state is JobState.DONE
 
 
 async def test_cancel_from_another_process_stops_the_job(tmp_path: Path) -> None:
