@@ -220,7 +220,7 @@ class Replicas:
         if not left and self.restored:
             left = [replica for replica in self._replicas if replica not in failed]
         if not left:
-            states = ", ".join(f"{replica.name} is {replica.stats().state}" for replica in self._replicas)
+            states = ", ".join(f"{replica.name} is {replica.state}" for replica in self._replicas)
             raise EngineDead(f"engine {self.name} has no replica that serves: {states}")
         return min(
             left,
@@ -291,7 +291,7 @@ def gathered(engines: Mapping[str, EngineHandle], restored: bool = False) -> dic
 
 def _can_serve(replica: EngineHandle, failed: Container[EngineHandle]) -> bool:
     """Return True unless a replica has failed, for this request at least, or is absent."""
-    return replica not in failed and replica.stats().state is not EngineState.ABSENT
+    return replica not in failed and replica.state is not EngineState.ABSENT
 
 
 class _Meter:

@@ -211,17 +211,17 @@ class Sharing:
     def release_failed(self) -> None:
         """Lower the claims of engines that have failed to 0. They have no process and are not restarted."""
         for name, engine in self._engines.items():
-            if self._claimed(name) and engine.stats().state is EngineState.FAILED:
+            if self._claimed(name) and engine.state is EngineState.FAILED:
                 self.ledger.record(name, 0)
 
     def _record_restarts(self) -> None:
         """Raise the claims of engines that restarted with a larger grant than they had, because their floor rose."""
         for name, engine in self._engines.items():
-            if engine.stats().state is EngineState.READY and name not in self._late:
+            if engine.state is EngineState.READY and name not in self._late:
                 self.ledger.record(name, max(self._claimed(name), self._bytes(name, self._current(name))))
 
     def _position(self, name: str) -> Position:
-        state, claimed_bytes = self._engines[name].stats().state, self._claimed(name)
+        state, claimed_bytes = self._engines[name].state, self._claimed(name)
         unavailable = None if state is EngineState.READY else f"engine {name} is {state}"
         if name in self._late or state in RESTING:  # it holds its claim at most
             unavailable = unavailable or f"engine {name} has not answered its last grant yet"
@@ -268,7 +268,7 @@ class Sharing:
             del self._late[name]
             if isinstance(outcome, Deferred):
                 self._defer(name, grant, outcome)
-            elif self._engines[name].stats().state not in RESTING and name not in self._deferred.values():
+            elif self._engines[name].state not in RESTING and name not in self._deferred.values():
                 self.ledger.claim(name, min(self._claimed(name), self._bytes(name, self._current(name))))
             await self._serve_waiting()
 
@@ -318,7 +318,7 @@ class Sharing:
 
     async def _take(self, name: str, grant: Grant, decision: _Decision) -> Applied | Rejected:
         """Claim the memory of a grant, then ask the engine to take it. Restore the claim if the engine refuses."""
-        if (state := self._engines[name].stats().state) in RESTING:  # it has gone to sleep since the plan was made
+        if (state := self._engines[name].state) in RESTING:  # it has gone to sleep since the plan was made
             return Rejected(grant, f"engine {name} is {state}")
         claimed_before, grant_before = self._claimed(name), self._current(name)
         self.ledger.claim(name, self._bytes(name, grant))
@@ -343,7 +343,7 @@ class Sharing:
             outcome = await self._ask(name, back)
             if isinstance(outcome, Applied):
                 decision.rolled_back.add(name)
-            elif outcome is not None and self._engines[name].stats().state not in RESTING:
+            elif outcome is not None and self._engines[name].state not in RESTING:
                 self.ledger.claim(name, self._bytes(name, self._current(name)))
         decision.donors_before.clear()
         decision.recipient_failed = False

@@ -212,7 +212,7 @@ class SupervisedEngine(EngineHandle):
                 raise EngineDead(f"engine {self.name} is absent")
             if self._rest is not None:  # it has begun to drain since
                 self._ready.clear()
-            elif self._engine.stats().state is EngineState.READY:
+            elif self._engine.state is EngineState.READY:
                 return
             else:
                 self._suspect()
@@ -244,7 +244,7 @@ class SupervisedEngine(EngineHandle):
         with suppress(TimeoutError):
             async with asyncio.timeout(self._patience.pulse_every_s):
                 await self._awake.wait()
-        if self._rest is EngineState.ASLEEP and self._engine.stats().state is not EngineState.ASLEEP:
+        if self._rest is EngineState.ASLEEP and self._engine.state is not EngineState.ASLEEP:
             self.usage.hold(0, Held.ASLEEP)
             self._enter_rest(EngineState.COLD)
             await self._end_process()
@@ -328,7 +328,7 @@ class SupervisedEngine(EngineHandle):
         case this raises EngineError.
         An engine that does not give its memory back is ended, which frees it too.
         """
-        state = self.stats().state
+        state = self.state
         if state is not EngineState.READY:
             raise EngineError(f"engine {self.name} is {state} and cannot go to sleep")
         self._ready.clear()
@@ -337,7 +337,7 @@ class SupervisedEngine(EngineHandle):
             await self._drain()
         except (asyncio.CancelledError, EngineError):
             self._rest = None
-            self._tell(self.stats().state)
+            self._tell(self.state)
             self._check_now.set()  # the check lets requests pass again, or finds that the engine has died
             raise
         self._awake.clear()
@@ -345,7 +345,7 @@ class SupervisedEngine(EngineHandle):
             began_s = asyncio.get_running_loop().time()
             await self._sleep_or_end(deep)
             self._sleep_s = _averaged(self._sleep_s, asyncio.get_running_loop().time() - began_s)
-        asleep = self._engine.stats().state is EngineState.ASLEEP
+        asleep = self._engine.state is EngineState.ASLEEP
         self.usage.hold(self.limits.asleep_bytes if asleep else 0, Held.ASLEEP)
         self._enter_rest(EngineState.ASLEEP if asleep else EngineState.COLD)
 
@@ -358,7 +358,7 @@ class SupervisedEngine(EngineHandle):
                 self._host.claim(self.name, self.limits.copy_bytes)
                 async with asyncio.timeout(self._patience.hang_s):
                     await self._engine.sleep()
-        if self._engine.stats().state is not EngineState.ASLEEP:
+        if self._engine.state is not EngineState.ASLEEP:
             await self._end_process()
 
     def _can_keep_process(self) -> bool:
@@ -389,7 +389,7 @@ class SupervisedEngine(EngineHandle):
         """
         was_absent = self._rest is EngineState.ABSENT
         if self._rest not in (*_WITHOUT_WEIGHTS, EngineState.ABSENT) or self._failure is not None:
-            raise EngineError(f"engine {self.name} is {self.stats().state} and cannot wake")
+            raise EngineError(f"engine {self.name} is {self.state} and cannot wake")
         self._ready.clear()
         self._enter_rest(EngineState.WAKING)
         smallest = self.limits.smallest_grant
@@ -414,7 +414,7 @@ class SupervisedEngine(EngineHandle):
     async def _wake_once(self, grant: Grant) -> None:
         async with self._moving:
             began_s = asyncio.get_running_loop().time()
-            if self._engine.stats().state is EngineState.ASLEEP:
+            if self._engine.state is EngineState.ASLEEP:
                 await self._wake_process()
                 self._wake_s = _averaged(self._wake_s, asyncio.get_running_loop().time() - began_s)
             else:
@@ -473,11 +473,13 @@ class SupervisedEngine(EngineHandle):
             self.usage.gpus = self._limits.gpus
             self.usage.hold(self._limits.held_bytes(stats.grant.gpu_memory_utilization))
 
+    @property
+    def state(self) -> EngineState:
+        state = EngineState.FAILED if self._failure is not None else self._rest or self._engine.state
+        return EngineState.DEAD if state is EngineState.CLOSED else state  # it is being restarted
+
     def stats(self) -> EngineStats:
-        stats = self._engine.stats()
-        state = EngineState.FAILED if self._failure is not None else self._rest or stats.state
-        if state is EngineState.CLOSED:
-            state = EngineState.DEAD  # it is being restarted
+        stats, state = self._engine.stats(), self.state
         if state in (EngineState.COLD, EngineState.ABSENT):
             stats = replace(stats, kv_cache_bytes=0, pid=None)
         if state in (*_WITHOUT_WEIGHTS, EngineState.ABSENT):

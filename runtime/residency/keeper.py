@@ -180,7 +180,7 @@ class Keeper:
             await asyncio.wait(self._moving.values())
         for name, engine in self._engines.items():
             may_sleep = self._rules.get(name, Rules()).may_sleep
-            if may_sleep and engine.stats().state is EngineState.READY:
+            if may_sleep and engine.state is EngineState.READY:
                 await self._sleep(name)
         self._resting = False
         self.use(policy)
