@@ -82,11 +82,11 @@ class Command:
         wait_until(lambda: not self.processes(), seconds=60)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = LONG_S) -> None:
-    """Wait until a condition holds. Fail after this many seconds."""
+def wait_until(holds: Callable[[], bool], seconds: float = LONG_S, describe: Callable[[], object] = str) -> None:
+    """Wait until a condition holds. Fail after this many seconds, with a description of what is there instead."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s; {describe()}"
         time.sleep(0.05)
 
 

@@ -116,7 +116,7 @@ def test_a_service_that_was_killed_takes_its_engines_over(troupe: Command) -> No
         )
         (troupe.folder / "team.yaml").write_text(team)
         service = Service(troupe, "--config", "team.yaml")
-        wait_until(lambda: len(_engines(machines)) == 3)
+        wait_until(lambda: len(_engines(machines)) == 3, 60, lambda: _processes(machines))
         engines = _engines(machines)
         accepted = [
             httpx.post(f"{service.url}/jobs", json={"problem": PROBLEM}, timeout=LONG_S).json()["id"] for _ in range(40)
@@ -130,6 +130,16 @@ def test_a_service_that_was_killed_takes_its_engines_over(troupe: Command) -> No
         assert service.process.wait(LONG_S) == 0
         wait_until(lambda: not _engines(machines))
         assert machines.agents("a") == []
+
+
+def _processes(machines: Machines) -> list[dict[str, object]]:
+    """Return what runs below the node, and every engine of this machine."""
+    kept = {process.pid for process in machines.processes("a")}
+    return [
+        process.info
+        for process in psutil.process_iter(["pid", "ppid", "create_time", "cmdline"])
+        if process.pid in kept or "EngineCore" in "".join(process.info["cmdline"] or ())
+    ]
 
 
 def _engines(machines: Machines) -> list[psutil.Process]:
