@@ -32,8 +32,8 @@ from runtime import config
 from runtime.assembly import RunningTeam, start_team
 from runtime.bench import workload
 from runtime.bench.output import Output
+from runtime.bench.plan import Plan, phase_teams
 from runtime.bench.runner import Rival
-from runtime.cli.bench import Plan, phase_teams
 from runtime.cli.simulate import Simulated, run_simulated
 from runtime.config import PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies

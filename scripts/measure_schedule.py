@@ -40,9 +40,9 @@ from agents.workflow import Entry, Outcome, RoleCall, Unusable, Workflow
 from runtime import config as configuration
 from runtime.bench import results
 from runtime.bench.output import Output
+from runtime.bench.plan import Plan, rivals
 from runtime.bench.results import JobRow, Spread
 from runtime.bench.workload import Arrival, Schedule, Source, Workload
-from runtime.cli.bench import Plan, rivals
 from runtime.cli.simulate import Simulated, run_simulated
 from runtime.engines.request import GenerateRequest
 from runtime.jobs.problems import Problem

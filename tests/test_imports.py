@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.assembly",
         "runtime.config",
         "runtime.control",
+        "runtime.engines.step_time",
         "runtime.errors",
         "runtime.events",
         "runtime.jobs",

@@ -16,21 +16,12 @@ from runtime.assembly import RunningTeam, start_team
 from runtime.bench import workload
 from runtime.bench.output import Output
 from runtime.bench.output import machine as output_machine
+from runtime.bench.plan import Plan, parse_loads, phase_teams, residency_rivals, rivals, summarise, taking_part
 from runtime.bench.results import Run
 from runtime.bench.runner import STREAM_INTERVAL, Bench, Recorder
 from runtime.bench.workload import Lengths
 from runtime.cli import interrupt
-from runtime.cli.bench import (
-    Plan,
-    finish,
-    options,
-    parse_loads,
-    phase_teams,
-    residency_rivals,
-    rivals,
-    summarise,
-    taking_part,
-)
+from runtime.cli.bench import finish, options
 from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies

@@ -6,7 +6,7 @@ import pytest
 
 from runtime import config as configuration
 from runtime.bench import workload
-from runtime.cli.bench import Plan, parse_step_times
+from runtime.bench.plan import Plan, parse_step_times
 from runtime.engines.step_time import StepTime
 from runtime.errors import InputError
 

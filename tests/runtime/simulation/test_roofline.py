@@ -8,8 +8,8 @@ import pytest
 from agents.role import Message
 from runtime import config as configuration
 from runtime.bench import workload
+from runtime.bench.plan import phase_teams
 from runtime.bench.workload import Lengths, Source
-from runtime.cli.bench import phase_teams
 from runtime.config import SHIPPED
 from runtime.engines.request import GenerateRequest
 from runtime.simulation import load, roofline, virtual_time
