@@ -100,7 +100,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends: the file extends itself, through {', '.join(map(str, seen))}")
     data = read_yaml(path)
-    _make_paths_absolute(data, path.parent.resolve())
+    _make_paths_absolute(data, path)
     base = data.pop("extends", None)
     if base is None:
         return [(path, data)]
@@ -130,13 +130,17 @@ def _origin(layers: list[tuple[Path, dict[str, Any]]], location: tuple[int | str
     return max(layers, key=lambda layer: depth(layer[1]))[0]
 
 
-def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
-    """Resolve relative paths against the folder of the file that names them, in place."""
+def _make_paths_absolute(data: dict[str, Any], file: Path) -> None:
+    """Resolve relative paths against the folder of the file that names them, in place. Raises ConfigError."""
+    folder = file.parent.resolve()
     for *sections, key in (*_NAMES_OR_PATHS, *_PATHS):
         for section in _sections(data, sections):
             value = section.get(key)
             if isinstance(value, str) and value and ((*sections, key) in _PATHS or _is_path(value)):
-                section[key] = str(folder / Path(value).expanduser())
+                try:
+                    section[key] = str(folder / Path(value).expanduser())
+                except RuntimeError:
+                    raise ConfigError(f"{file}: {key}: {value!r} begins with the name of no user") from None
 
 
 def _sections(data: Any, keys: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -91,6 +91,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("extends: embedded\nengine: {}\n", ["engine: unknown key; did you mean engines?"]),
     ("extends: embedded\nengines: {solver: {modle: x}}\n", ["engines.solver.modle: unknown key; did you mean model?"]),
     ("extends: embedded\nsource: x\n", ["source: unknown key"]),
+    ("extends: embedded\nservice: {journal: ~nobody-of-this-name/jobs.db}\n", ["journal: '~nobody", "name of no user"]),
     (f"extends: embedded\nday: {'9' * 5000}\n", ["4300 digits"]),
     ("extends: embedded\nengines: {solver: {vllm: {max_num_seqs: 5}}}\n", ["engines.solver.vllm", "a key beside vllm"]),
     ("extends: embedded\nengines: {solver: {vllm: {disable_log_stats: true}}}\n", ["set by Troupe"]),
