@@ -293,7 +293,7 @@ class Controller:
         return answer, shadow
 
     async def _apply(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, ResizeOutcome]:
-        """Resize the engines whose grants change.
+        """Resize the engines whose grants change. Serve engines that wait to wake even if none does.
 
         An engine that waits for memory to grow further stops waiting if the decision keeps its present grant.
         """
@@ -301,7 +301,7 @@ class Controller:
         changed = {
             name: grant for name, grant in grants.items() if grant != snapshot.engines[name].grant or name in waiting
         }
-        return await self._sharing.resize(changed, self._grace_s) if changed else {}
+        return await self._sharing.resize(changed, self._grace_s) if changed or self._sharing.reserved_bytes else {}
 
     def _note_decision(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:
         in_flight = {name: view.in_flight for name, view in snapshot.engines.items()}

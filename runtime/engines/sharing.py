@@ -37,6 +37,7 @@ RESTING = (
 
 
 ABLE_TO_WAKE = (EngineState.ASLEEP, EngineState.COLD, EngineState.ABSENT)
+"""States from which an engine can be woken."""
 
 
 @dataclass

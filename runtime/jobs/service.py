@@ -259,8 +259,12 @@ class JobService:
                 self._running[id] = running
 
     def _on_stopped(self, id: str, running: asyncio.Task[None]) -> None:
-        """Give the place of a job to the next one, also if the job was cancelled before its task has begun."""
-        del self._running[id]
+        """Give the place of a job to the next one, also if the job was cancelled before its task has begun.
+
+        A job that is tried again may already run in a new task.
+        """
+        if self._running.get(id) is running:
+            del self._running[id]
         self._start_queued()
 
     async def _run(self, id: str, orchestrator: Orchestrator) -> None:

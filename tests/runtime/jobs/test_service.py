@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
@@ -24,7 +25,7 @@ from runtime.engines.request import Engine, GenerateRequest
 from runtime.engines.supervised import SupervisedEngine
 from runtime.engines.usage import Usage
 from runtime.errors import Busy, EngineError, InputError, JournalError, NotFound
-from runtime.jobs.job import JobState
+from runtime.jobs.job import Job, JobResult, JobState
 from runtime.jobs.journal import queries
 from runtime.jobs.journal.database import Connection
 from runtime.jobs.journal.journal import Journal
@@ -248,6 +249,39 @@ async def test_retry_after_an_engine_error_resumes_from_the_last_reply(tmp_path:
         assert record.result is not None
         assert (record.result["answer"], len(record.result["steps"])) == ("17", STEPS)
         assert counting.requests == STEPS
+
+
+async def test_jobs_that_are_tried_again_at_the_same_moment_stay_in_hand(tmp_path: Path) -> None:
+    class Failing:
+        """An orchestrator whose jobs fail together at their first try, and then run until they are cancelled."""
+
+        def __init__(self) -> None:
+            self.tries: Counter[str] = Counter()
+            self.running: set[str] = set()
+            self.fail = asyncio.Event()
+
+        async def run(self, job: Job, *others: Any) -> JobResult:
+            self.tries[job.id] += 1
+            if self.tries[job.id] == 1:
+                await self.fail.wait()
+                return JobResult(job.id, job.problem, None, error="the engine died", transient=True)
+            self.running.add(job.id)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.running.discard(job.id)
+            raise AssertionError
+
+    orchestrator: Any = Failing()
+    async with JobService(tmp_path / "jobs.db", embedded_team()) as jobs:
+        jobs.use(orchestrator)
+        ids = [(await jobs.submit(PROBLEM))[0].id for _ in range(8)]
+        await wait_until(lambda: len(orchestrator.tries) == 8)
+        orchestrator.fail.set()
+        await wait_until(lambda: len(orchestrator.running) == 8)
+        for id in ids:
+            await jobs.cancel(id)
+        await wait_until(lambda: not orchestrator.running)
 
 
 async def test_job_fails_after_its_last_retry(tmp_path: Path) -> None:

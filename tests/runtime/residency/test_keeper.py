@@ -314,6 +314,22 @@ async def test_an_engine_that_fails_gives_its_place_to_others() -> None:
         assert failing.usage.idle.byte_seconds < 10 * 350 * MIB
 
 
+async def test_an_engine_that_waits_for_memory_gets_that_of_one_that_fails() -> None:
+    async with rig() as made:
+        await asyncio.gather(*(made.ask(name) for name in ("planner", "solver")))
+        made.controller.use(ContainedPolicy("static", share_policies.make("static")))
+
+        for name in ("planner", "solver"):  # they hold the whole device, and are not restarted
+            made.engines[name]._patience = Patience(restarts=0, pulse_every_s=0.5)
+        waiting = asyncio.create_task(made.sharing.admit("critic", 900 * MIB))
+        await settle()
+        assert not waiting.done()
+        for name in ("planner", "solver"):
+            made.engines[name].kill()
+        async with asyncio.timeout(10):
+            await waiting
+
+
 @pytest.mark.parametrize("how", ["paused", "faulty"])
 async def test_engines_wake_although_no_policy_divides_memory(how: str) -> None:
     async with rig() as made:
