@@ -206,7 +206,7 @@ def explain(error: ValidationError, whole: str = "the reply", most: int | None =
 
 
 NESTING_MAX = 100
-"""How deep lists and objects may be nested in the JSON of a model. pydantic writes at most 254 levels of an event."""
+"""The most levels of lists and objects in the JSON of a model. pydantic writes at most 254 levels of an event."""
 
 
 def read_json(text: str) -> Any:

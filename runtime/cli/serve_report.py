@@ -1,7 +1,7 @@
-"""What `troupe serve` reports while it runs: lines and a spinner on stderr, or JSON objects on stdout.
+"""Reports the state of `troupe serve` while it runs, as lines and a spinner on stderr or as JSON objects on stdout.
 
-The service does not depend on its terminal: what cannot be written, because the disk is full or the terminal is closed,
-is lost.
+The service does not depend on its terminal. If a report cannot be written, because the disk is full or the terminal is
+closed, it is lost.
 """
 
 import json

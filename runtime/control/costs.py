@@ -25,7 +25,7 @@ from runtime.engines.handle import EngineStats, Work
 MEMORY_S = 30.0
 """Seconds of samples after which a sample weighs 1/e of a new one."""
 MIX_MEMORY_S = 5.0
-"""As MEMORY_S, for the mix of prompts and replies in an engine's steps."""
+"""Seconds of samples after which a sample of the mix of prompts and replies weighs 1/e of a new one."""
 STALE_S = 300.0
 """Seconds without a new sample after which the confidence in a cost has fallen to 1/e."""
 PRIOR_SAMPLES = 5.0

@@ -125,7 +125,7 @@ class Fleet:
         ledger = self.sharing.ledger
         ledger.record(name, 0)
         if not self._knows_device:
-            ledger.budget_bytes = ledger.full_budget_bytes = replica.limits.device_bytes
+            ledger.set_full_budget(replica.limits.device_bytes)
 
     def _supervised(self, name: str, spec: EngineSpec, module: ModuleType, folder: Path) -> SupervisedEngine:
         def make(grant: Grant | None) -> EngineHandle:
@@ -191,6 +191,5 @@ class Fleet:
     def _report(self, name: str, state: EngineState) -> None:
         if state is EngineState.READY and not self._knows_device:
             self._knows_device = True
-            ledger = self.sharing.ledger
-            ledger.budget_bytes = ledger.full_budget_bytes = self.engines[name].limits.device_bytes
+            self.sharing.ledger.set_full_budget(self.engines[name].limits.device_bytes)
         self._on_state(name, state, time.monotonic() - self._started_s)

@@ -41,6 +41,12 @@ class EngineState(StrEnum):
     FAILED = "failed"
 
 
+SLEEPING = (EngineState.ASLEEP, EngineState.COLD)
+"""States of an engine that sleeps, with or without its process."""
+ABLE_TO_WAKE = (*SLEEPING, EngineState.ABSENT)
+"""States from which an engine can be woken. It then has no weights on the device."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of an engine's steps since it started, in counts that only grow.

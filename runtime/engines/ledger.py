@@ -19,9 +19,13 @@ class Ledger:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = self.full_budget_bytes = budget_bytes
+        self.set_full_budget(budget_bytes)
         self._held: dict[str, int] = {}
         self._total = 0  # kept rather than summed: one decision reads `free` several times for each engine
+
+    def set_full_budget(self, budget_bytes: int) -> None:
+        """Set the full budget, of which no other process is known to take a part."""
+        self.budget_bytes = self.full_budget_bytes = budget_bytes
 
     @property
     def held(self) -> Mapping[str, int]:

@@ -12,7 +12,7 @@ from typing import cast
 
 from runtime.engines import memory_plan
 from runtime.engines.grant import Applied, Deferred, Grant, Rejected, ResizeOutcome, Superseded
-from runtime.engines.handle import EngineHandle, EngineState
+from runtime.engines.handle import ABLE_TO_WAKE, EngineHandle, EngineState
 from runtime.engines.ledger import Ledger, OverBudget
 from runtime.engines.memory_plan import Growth, Position
 from runtime.errors import EngineError
@@ -34,10 +34,6 @@ RESTING = (
     EngineState.FAILED,
 )
 """States in which an engine's claim, and not its last grant, says what it holds."""
-
-
-ABLE_TO_WAKE = (EngineState.ASLEEP, EngineState.COLD, EngineState.ABSENT)
-"""States from which an engine can be woken."""
 
 
 @dataclass
@@ -131,6 +127,7 @@ class Sharing:
             self._waking.discard(name)
 
     async def _wake(self, engine: EngineHandle, most_s: float | None) -> None:
+        """Claim memory for an engine that no other call wakes, then wake it."""
         name = engine.name
         try:
             async with asyncio.timeout(most_s):
@@ -154,6 +151,7 @@ class Sharing:
             await self._lower(name, nbytes)
 
     async def _lower(self, name: str, nbytes: int) -> None:
+        """Lower the claim of an engine, and give the memory to those that wait for some."""
         async with self._one_at_a_time:
             self._supersede(name)
             self.ledger.record(name, nbytes)

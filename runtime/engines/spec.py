@@ -10,7 +10,7 @@ from agents.role import Value
 ReplicaCount = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 """A number of replicas, of which no two share a device; `all` for one on each device."""
 COPIES_BLOCKS = "vLLM would copy KV blocks at times when Troupe may release their memory"
-"""Why an engine may have no KV connector. `kv_offloading_size` makes one."""
+"""The reason why an engine may have no KV connector. `kv_offloading_size` makes one."""
 
 
 class ReplicaRange(Value):

@@ -12,7 +12,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from runtime.engines.grant import EngineLimits, Grant, Rejected, ResizeOutcome
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats, Recalled
+from runtime.engines.handle import ABLE_TO_WAKE, SLEEPING, EngineHandle, EngineState, EngineStats, Recalled
 from runtime.engines.ledger import Ledger
 from runtime.engines.request import Chunk, GenerateRequest
 from runtime.engines.usage import Held, UsageMeter
@@ -26,7 +26,6 @@ OnState = Callable[[EngineState], None]
 DRAIN_S = 60.0
 """An engine that has not drained after this many seconds continues to serve."""
 UNLIMITED_BYTES = 1 << 62
-_WITHOUT_WEIGHTS = (EngineState.ASLEEP, EngineState.COLD)
 NEWEST_WEIGHT = 0.3
 """Weight of the newest duration of a sleep or a wake in the average."""
 
@@ -126,8 +125,8 @@ class SupervisedEngine(EngineHandle):
         return self._start_s or 0.0
 
     async def leave(self) -> None:
-        """Serve what has a token, end the process, and be absent. Raises EngineError as `sleep` does."""
-        if self._rest in _WITHOUT_WEIGHTS:
+        """Finish the requests that have a token, end the process, and be absent. Raises EngineError as `sleep` does."""
+        if self._rest in SLEEPING:
             self._enter_absent()  # first, so that nothing wakes it while its process ends
             self.usage.hold(0, Held.ASLEEP)
             async with self._moving:
@@ -372,7 +371,7 @@ class SupervisedEngine(EngineHandle):
 
     def _sleeps_with_process(self) -> bool:
         """Return True if the engine sleeps with its process alive, or would if it went to sleep now."""
-        if self._rest in (*_WITHOUT_WEIGHTS, EngineState.ABSENT):
+        if self._rest in ABLE_TO_WAKE:
             return self._rest is EngineState.ASLEEP
         return self._can_keep_process()
 
@@ -388,7 +387,7 @@ class SupervisedEngine(EngineHandle):
         and EngineError is raised.
         """
         was_absent = self._rest is EngineState.ABSENT
-        if self._rest not in (*_WITHOUT_WEIGHTS, EngineState.ABSENT) or self._failure is not None:
+        if self.state not in ABLE_TO_WAKE:
             raise EngineError(f"engine {self.name} is {self.state} and cannot wake")
         self._ready.clear()
         self._enter_rest(EngineState.WAKING)
@@ -482,7 +481,7 @@ class SupervisedEngine(EngineHandle):
         stats, state = self._engine.stats(), self.state
         if state in (EngineState.COLD, EngineState.ABSENT):
             stats = replace(stats, kv_cache_bytes=0, pid=None)
-        if state in (*_WITHOUT_WEIGHTS, EngineState.ABSENT):
+        if state in ABLE_TO_WAKE:
             stats = replace(stats, grant=None, kv_cache_usage=0.0, running=0, waiting=0)
         return replace(
             stats,

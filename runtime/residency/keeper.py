@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from runtime.control.forecast import ExpectedRequests
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.handle import SLEEPING, EngineHandle, EngineState, EngineStats
 from runtime.engines.sharing import Sharing
 from runtime.errors import EngineError
 from runtime.residency.call_times import ExpectedTimes
@@ -27,7 +27,6 @@ SHORT_S = 1.0
 """An engine sleeps for a budget that is too small only after this many seconds."""
 EXPECTED_S = 5.0
 """Seconds for which the keeper expects a job that was refused because no engine could wake in time for it."""
-_SLEEPING = (EngineState.ASLEEP, EngineState.COLD)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Keeper:
 
     def _wait_s(self, stats: EngineStats) -> float:
         """Return how long an engine takes until it serves; 0 if it does, or if it does not wait for a wake."""
-        return stats.wake_s if stats.state in (*_SLEEPING, EngineState.WAKING) else 0.0
+        return stats.wake_s if stats.state in (*SLEEPING, EngineState.WAKING) else 0.0
 
     def use(self, policy: ResidencyPolicy) -> None:
         """Let another policy decide from now on."""
@@ -253,7 +252,7 @@ class Keeper:
                 continue
             calls = max(engine.usage.in_flight, due.get(name, 0))
             state = EngineState.DRAINING if self._is_leaving(name, stats[name].state) else stats[name].state
-            state = EngineState.WAKING if name in self._moving and state in _SLEEPING else state
+            state = EngineState.WAKING if name in self._moving and state in SLEEPING else state
             history = self._note(name, calls, now_s, held=bool(calls) and state is not EngineState.READY)
             calls = calls or int(now_s < history.expected_until_s)
             limits, rules = engine.limits, self._rules.get(name, Rules())

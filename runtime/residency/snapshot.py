@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from runtime.engines.handle import EngineState
+from runtime.engines.handle import SLEEPING, EngineState
 from runtime.residency.idle_times import IdleTimes
 
 STAYS = 2.0
@@ -52,7 +52,7 @@ class Residence:
     @property
     def sleeps(self) -> bool:
         """True if it can be woken."""
-        return self.state in (EngineState.ASLEEP, EngineState.COLD)
+        return self.state in SLEEPING
 
     @property
     def held_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Residence:
 
 @dataclass(frozen=True)
 class ResidencySnapshot:
-    """All engines of a device at one moment. They may hold `budget_bytes` together."""
+    """The engines of a device at one moment. Together they may hold `budget_bytes`."""
 
     now_s: float
     budget_bytes: int

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All ranks of an engine as one worker. A Resizer uses it like an ElasticWorker. Byte counts are of one device.
+    """A worker that stands for all ranks of an engine, for a Resizer. Byte counts are of one device.
 
     `executor` is vLLM's MultiprocExecutor. Its calls reach the ranks in order, so only the engine core's thread may
     make them. Raises RuntimeError if the ranks lay their caches out differently.

@@ -1,4 +1,4 @@
-"""What Troupe tells an engine's processes beside vLLM's configuration."""
+"""Holds the settings that Troupe gives an engine's processes beside vLLM's configuration."""
 
 from dataclasses import dataclass
 from pathlib import Path
