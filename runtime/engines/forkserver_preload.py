@@ -9,6 +9,8 @@ import os
 import signal
 from pathlib import Path
 
+import setproctitle
+
 from runtime.engines.forkserver import LOG_VARIABLE, PARENT_VARIABLE
 
 PR_SET_PDEATHSIG = 1
@@ -39,6 +41,10 @@ os.setpgid(0, 0)  # the terminal's Ctrl-C must reach the parent only, which then
 os.register_at_fork(before=note_parent, after_in_child=lambda: die_with(_forking_pid))
 
 gc.disable()  # imported modules contain no garbage
+
+# vLLM gives every engine the title VLLM::EngineCore. The memory for titles is found at the first call, and only before
+# the first environment variable changes. Importing vLLM changes some, and with Ray any of them can be the first.
+setproctitle.getproctitle()
 
 from vllm.platforms import current_platform  # noqa: E402
 

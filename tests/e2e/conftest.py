@@ -30,6 +30,7 @@ class Command:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self.environment = {
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # the first one, and vLLM sets it: engines keep their titles
             **os.environ,
             "TROUPE_HOME": str(folder / "home"),
             "TMPDIR": str(self.temporary),
