@@ -43,3 +43,4 @@ class DaemonExecutor(Executor):
     def _run(self) -> Any:
         while (call := self._calls.get()) is not None:
             call()
+            del call  # it refers to its arguments until the next one comes

@@ -15,13 +15,16 @@ class BurstDetector:
 
     def __init__(self) -> None:
         self.any_short = False
-        """True if an engine was short at the last decision."""
+        """True if an engine with a grant was short at the last decision."""
         self._expected: Mapping[str, int] = {}
 
     def note_decision(self, in_flight: Mapping[str, int], capacity: Mapping[str, int]) -> None:
-        """Record, by engine, the calls that a decision took into account and the calls that its grants allow."""
-        self.any_short = any(calls > capacity[engine] for engine, calls in in_flight.items())
-        self._expected = {engine: max(calls, capacity[engine]) for engine, calls in in_flight.items()}
+        """Record, by engine, the calls that a decision took into account and the calls that its grants allow.
+
+        An engine without a grant, because it restarts or sleeps, has no capacity. No decision can give it one.
+        """
+        self.any_short = any(in_flight[engine] > allowed for engine, allowed in capacity.items())
+        self._expected = {engine: max(calls, capacity.get(engine, 0)) for engine, calls in in_flight.items()}
 
     def newly_short(self, in_flight: Mapping[str, int]) -> list[str]:
         """Return the engines that are newly short with these calls. An engine without a grant may run none."""

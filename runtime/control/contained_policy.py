@@ -6,6 +6,7 @@ engine with work. Ends pauses that are overdue.
 """
 
 import asyncio
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -102,15 +103,15 @@ class ContainedPolicy:
 class ContainedPolicies:
     """A context manager that owns the configured policy and its shadow, each contained.
 
-    A third-party policy decides in a thread of its own; leaving the context ends these threads without waiting for one
-    that hangs. A built-in policy decides faster than a thread wakes up, so it runs on the event loop, as every policy
-    does if `threads` is False. The constructor raises ConfigError or PluginError.
+    A third-party policy decides in a thread of its own, which ends when the policy is replaced or the context is left.
+    Neither waits for one that hangs. A built-in policy decides faster than a thread wakes up, so it runs on the event
+    loop, as every policy does if `threads` is False. The constructor raises ConfigError or PluginError.
     """
 
     def __init__(self, policy: PolicyChoice, shadow: PolicyChoice | None = None, threads: bool = True) -> None:
         self._choice, self._shadow = policy, shadow
         self._threads = threads
-        self._executors: list[DaemonExecutor] = []
+        self._executors: weakref.WeakSet[DaemonExecutor] = weakref.WeakSet()
         self.policy, self.shadow = self.make()
 
     def make(self) -> tuple[ContainedPolicy, ContainedPolicy | None]:
@@ -123,8 +124,10 @@ class ContainedPolicies:
         if not self._threads or catalogue.is_shipped(policy):
             return ContainedPolicy(choice.name, policy, choice=choice)
         executor = DaemonExecutor(f"policy {choice.name}")
-        self._executors.append(executor)
-        return ContainedPolicy(choice.name, policy, executor, choice=choice)
+        self._executors.add(executor)
+        contained = ContainedPolicy(choice.name, policy, executor, choice=choice)
+        weakref.finalize(contained, executor.shutdown)  # nobody asks a policy that has been replaced
+        return contained
 
     def __enter__(self) -> Self:
         return self
@@ -161,6 +164,14 @@ def without_starving(snapshot: Snapshot, decision: Decision) -> Decision:
     )
 
 
+def held_bytes(snapshot: Snapshot, grants: Mapping[str, Grant]) -> int:
+    """Return the bytes that the engines of a snapshot hold together with new grants, or their present ones."""
+    return sum(
+        view.limits.held_bytes(grants.get(name, view.grant).gpu_memory_utilization)
+        for name, view in snapshot.engines.items()
+    )
+
+
 def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
     """Return why a decision cannot be applied, or None."""
     engines = snapshot.engines
@@ -176,11 +187,7 @@ def _fault(snapshot: Snapshot, decision: Decision) -> str | None:
         return (
             "it pauses the admission of every engine that has requests; at least one must have max_active_seqs above 0"
         )
-    before_bytes = sum(view.limits.held_bytes(view.grant.gpu_memory_utilization) for view in engines.values())
-    after_bytes = sum(
-        view.limits.held_bytes(decision.grants.get(name, view.grant).gpu_memory_utilization)
-        for name, view in engines.items()
-    )
+    before_bytes, after_bytes = held_bytes(snapshot, {}), held_bytes(snapshot, decision.grants)
     # A decision that shrinks is applied even if the result still exceeds a budget that was cut.
     if after_bytes > max(snapshot.budget_bytes, 0) and after_bytes > before_bytes:
         return f"the engines would hold {after_bytes} bytes; the budget is {snapshot.budget_bytes} bytes"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from runtime.control import burst, pauses, pins
-from runtime.control.contained_policy import Answer, ContainedPolicy, without_starving
+from runtime.control.contained_policy import Answer, ContainedPolicy, held_bytes, without_starving
 from runtime.control.decision_log import DecisionLog, Outcome, Record
 from runtime.control.policy import Decision, unchanged
 from runtime.control.snapshot import Snapshot
@@ -139,7 +139,10 @@ class Controller:
             self._wake.set()
 
     def pause(self) -> None:
-        """Stop deciding until `resume`. Grants stay as they are, but no engine's admission stays paused."""
+        """Stop deciding until `resume`. Grants stay as they are, with two exceptions.
+
+        Engines whose admission is paused admit requests again, and engines shrink for one that wakes.
+        """
         self.paused = True
 
     def resume(self) -> None:
@@ -222,20 +225,21 @@ class Controller:
         now_s = asyncio.get_running_loop().time()
         cause, since_s = self._next_cause(now_s)
         snapshot = self._take_snapshot(now_s)
-        self._note_decision(snapshot, {})  # calls may arrive while a policy decides in a thread
+        calls = self._snapshotter.in_flight()
+        self._note_decision(calls, snapshot, {})  # calls may arrive while a policy decides in a thread
         pinned = pins.fit(snapshot, self._pinned)
         self._warn_of_unfit_pins(pinned.unfit)
+        rest = pinned.rest(snapshot)
         policy = self._policy.name
-        answer, shadow = await self._decide(pinned.rest(snapshot))
-        self._note_decision(snapshot, answer.grants)
-        decision = answer.decision
-        if decision is None:
-            rest = pinned.rest(snapshot)
-            decision = without_starving(rest, Decision(self._room_for_wakes(rest)))
-        grants = {**decision.grants, **pinned.in_force}
-        outcomes = await self._apply(snapshot, grants)
+        answer = await self._decide(rest)
+        self._note_decision(calls, snapshot, answer.grants)
+        decision = self._with_room_for_wakes(rest, answer.decision)
+        outcomes = await self._apply(snapshot, {**decision.grants, **pinned.in_force})
         if cause == BURST and outcomes:
             self._start_timing(since_s, outcomes)
+        seconds = asyncio.get_running_loop().time() - since_s
+        # Last, because a shadow that is slow must not hold up the decision in force.
+        shadow = await self._shadow.decide(rest) if self._shadow and rest.engines else None
         record = Record(
             policy,
             cause,
@@ -243,7 +247,7 @@ class Controller:
             answer.decision,
             answer.fault,
             outcomes={name: Outcome.of(outcome) for name, outcome in outcomes.items()},
-            seconds=asyncio.get_running_loop().time() - since_s,
+            seconds=seconds,
             shadow_policy=self._shadow.name if self._shadow and shadow else None,
             shadow=shadow.decision if shadow else None,
             shadow_fault=shadow.fault if shadow else None,
@@ -256,14 +260,19 @@ class Controller:
     async def _end_pauses(self) -> None:
         """Let every engine admit requests that a policy paused. Only an engine that wakes makes others shrink."""
         snapshot = self._take_snapshot(asyncio.get_running_loop().time())
-        room = self._room_for_wakes(pins.fit(snapshot, self._pinned).rest(snapshot))
-        await self._apply(snapshot, {**pauses.end_all(snapshot), **room})
+        self._note_decision(self._snapshotter.in_flight(), snapshot, {})
+        decision = self._with_room_for_wakes(pins.fit(snapshot, self._pinned).rest(snapshot), None)
+        await self._apply(snapshot, {**pauses.end_all(snapshot), **decision.grants})
 
-    def _room_for_wakes(self, snapshot: Snapshot) -> Mapping[str, Grant]:
-        """Return grants that leave the memory that engines wait for to wake; none if no engine waits."""
-        if self._sharing.reserved_bytes <= max(self._sharing.ledger.free, 0):
-            return {}
-        return unchanged(snapshot, "an engine wakes").grants
+    def _with_room_for_wakes(self, snapshot: Snapshot, decision: Decision | None) -> Decision:
+        """Return a policy's decision, or another one if it leaves less memory than engines wait for to wake.
+
+        Without a decision and without such an engine, nothing changes but pauses that are overdue.
+        """
+        short = self._sharing.reserved_bytes > max(self._sharing.ledger.free, 0)
+        if decision is not None and not (short and held_bytes(snapshot, decision.grants) > snapshot.budget_bytes):
+            return decision
+        return without_starving(snapshot, unchanged(snapshot, "an engine wakes") if short else Decision())
 
     def _next_cause(self, now_s: float) -> tuple[str, float]:
         """Return why and since when a decision is due, and reset both."""
@@ -284,13 +293,12 @@ class Controller:
         self.snapshot = replace(snapshot, engines=views, budget_bytes=snapshot.budget_bytes - reserved_bytes)
         return self.snapshot
 
-    async def _decide(self, snapshot: Snapshot) -> tuple[Answer, Answer | None]:
-        """Return the answers of the policy and of its shadow, if any. Ask neither if all engines are pinned."""
+    async def _decide(self, snapshot: Snapshot) -> Answer:
+        """Return the policy's answer. Do not ask it if all engines are pinned."""
         answer = await self._policy.decide(snapshot) if snapshot.engines else Answer(Decision())
         self.counts.decisions += 1
         self.counts.faults += answer.fault is not None
-        shadow = await self._shadow.decide(snapshot) if self._shadow and snapshot.engines else None
-        return answer, shadow
+        return answer
 
     async def _apply(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> dict[str, ResizeOutcome]:
         """Resize the engines whose grants change. Serve engines that wait to wake even if none does.
@@ -303,9 +311,8 @@ class Controller:
         }
         return await self._sharing.resize(changed, self._grace_s) if changed or self._sharing.reserved_bytes else {}
 
-    def _note_decision(self, snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:
-        in_flight = {name: view.in_flight for name, view in snapshot.engines.items()}
-        self._bursts.note_decision(in_flight, burst.capacity(snapshot, grants))
+    def _note_decision(self, calls: Mapping[str, int], snapshot: Snapshot, grants: Mapping[str, Grant]) -> None:
+        self._bursts.note_decision(calls, burst.capacity(snapshot, grants))
 
     def _start_timing(self, since_s: float, outcomes: Mapping[str, ResizeOutcome]) -> None:
         task = asyncio.create_task(self._time_reaction(since_s, outcomes), name="time a reaction")

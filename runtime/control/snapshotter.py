@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from runtime.control.costs import Costs, Utilization
 from runtime.control.forecast import ExpectedRequests
 from runtime.control.snapshot import DeviceView, EngineView, Snapshot
-from runtime.engines.handle import EngineHandle, EngineState, EngineStats
+from runtime.engines.handle import SLEEPING, EngineHandle, EngineState, EngineStats
 from runtime.telemetry.reading import DeviceReading, Reading
 
 RATE_DECAY_S = 1.0
@@ -18,6 +18,8 @@ REPLIES = 64
 """Replies after which the length of a reply weighs 1/e of a new one."""
 SEQUENCE_BYTES_WEIGHT = 0.1
 """Weight of the newest value in the running mean of `sequence_bytes`."""
+SETTLED = (EngineState.READY, EngineState.ABSENT, EngineState.FAILED, *SLEEPING)
+"""States in which an engine holds what it has claimed."""
 HEADROOM = 0.02
 """Fraction of the device that the budget leaves free for allocations outside Troupe's control."""
 
@@ -81,13 +83,13 @@ class Snapshotter:
     def take(self, now_s: float, budget_bytes: int, held_bytes: int) -> Snapshot:
         """Return a snapshot of the engines that can take a grant now.
 
-        `budget_bytes` is the most that all engines may hold together, `held_bytes` what they hold now. The snapshot's
+        `budget_bytes` is the most that all engines may hold together, `held_bytes` what they claim now. The snapshot's
         budget is smaller if another process has taken so much of the device that the full budget cannot be reached.
         """
+        stats = {name: engine.stats() for name, engine in self._engines.items()}
+        settled = all(each.state in SETTLED for each in stats.values())
         ready = {
-            name: stats
-            for name, engine in self._engines.items()
-            if (stats := engine.stats()).state is EngineState.READY and stats.grant is not None
+            name: each for name, each in stats.items() if each.state is EngineState.READY and each.grant is not None
         }
         for name, history in self._history.items():
             if name not in ready:  # it restarts or sleeps, and is neither paused nor stalled
@@ -116,7 +118,7 @@ class Snapshotter:
         }
         return Snapshot(
             now_s,
-            self._reachable_budget(budget_bytes, held_bytes, device),
+            self._reachable_budget(budget_bytes, held_bytes, device, settled),
             views,
             device,
             self._costs.lanes,
@@ -128,15 +130,19 @@ class Snapshotter:
         open_calls = self._forecast.open_calls()
         return {name: max(engine.usage.in_flight, open_calls.get(name, 0)) for name, engine in self._engines.items()}
 
-    def _reachable_budget(self, budget_bytes: int, held_bytes: int, device: DeviceView) -> int:
+    def _reachable_budget(self, budget_bytes: int, held_bytes: int, device: DeviceView, settled: bool) -> int:
         """Return the part of the budget that the device has free or that the engines hold.
 
         While telemetry has a fault, the last known limit stays in force: memory that others had taken may still be
-        taken.
+        taken. The limit does not rise while engines start or wake (`settled` is False): they have claimed memory that
+        the device still counts as free.
         """
         if device.total_bytes and device.fault is None:
             free_bytes = device.total_bytes - device.used_bytes - int(HEADROOM * device.total_bytes)
-            self._reachable_bytes = held_bytes + free_bytes
+            reachable_bytes = held_bytes + free_bytes
+            if not settled and self._reachable_bytes is not None:
+                reachable_bytes = min(reachable_bytes, self._reachable_bytes)
+            self._reachable_bytes = reachable_bytes
         return budget_bytes if self._reachable_bytes is None else min(budget_bytes, self._reachable_bytes)
 
     def _view(

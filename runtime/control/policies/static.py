@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from agents.role import Value
+from runtime.control import pauses
 from runtime.control.policy import Decision, Policy, bound, decision, fit
 from runtime.control.snapshot import Snapshot
 
@@ -33,7 +34,7 @@ class Static(Policy):
     def decide(self, snapshot: Snapshot) -> Decision:
         shares = self.options.shares
         if shares == "configured":
-            grants = {name: view.grant for name, view in snapshot.engines.items()}
+            grants = {name: pauses.admitting(view.grant, view.limits) for name, view in snapshot.engines.items()}
             return Decision(grants, dict.fromkeys(grants, "keeps its configured share"))
         given = shares if isinstance(shares, Mapping) else {}
         weights = [max(given.get(view.name, 1.0), 0.0) for view in snapshot.views]

@@ -28,6 +28,14 @@ def test_an_engine_without_a_grant_is_short_with_its_first_call() -> None:
     assert bursts.newly_short({"a": 1}) == ["a"]
 
 
+def test_calls_that_wait_for_an_engine_without_a_grant_are_a_burst_once() -> None:
+    bursts = BurstDetector()
+    bursts.note_decision({"a": 5, "b": 0}, {"b": 10})
+    assert bursts.newly_short({"a": 5, "b": 0}) == []
+    assert bursts.newly_short({"a": 6, "b": 0}) == ["a"]
+    assert not bursts.any_short
+
+
 def test_only_the_latest_decision_counts() -> None:
     bursts = BurstDetector()
     bursts.note_decision({"a": 0}, {"a": 100})

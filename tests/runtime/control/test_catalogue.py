@@ -1,5 +1,7 @@
 """Third-party policies are found by their entry points, and errors name the policy and the key."""
 
+import asyncio
+import gc
 import threading
 from pathlib import Path
 
@@ -94,3 +96,16 @@ async def test_only_third_party_policies_get_a_thread_and_a_time_limit() -> None
     endless = policies.contain(PolicyChoice(name="endless"))
     assert (await endless.decide(seen)).fault == "policy endless took more than 0.5 s"
     policies.__exit__()
+
+
+async def test_a_third_party_policy_that_is_replaced_leaves_no_thread() -> None:
+    policies = ContainedPolicies(Control().policy)
+    threads = threading.active_count()
+    replaced = policies.contain(PolicyChoice(name="first"))
+    await replaced.decide(snapshot(view("a"), view("b")))
+    assert threading.active_count() == threads + 1
+    del replaced
+    gc.collect()
+    async with asyncio.timeout(10):
+        while threading.active_count() > threads:  # noqa: ASYNC110 (a thread's end has no event)
+            await asyncio.sleep(0.01)

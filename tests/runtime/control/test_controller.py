@@ -100,10 +100,14 @@ class Broken(Policy):
         raise RuntimeError("broken")
 
 
+def made(policy: str | Policy) -> Policy:
+    return catalogue.make(policy) if isinstance(policy, str) else policy
+
+
 @asynccontextmanager
 async def start_rig(
     policy: str | Policy = "waterfill",
-    shadow: str | None = None,
+    shadow: str | Policy | None = None,
     names: str = "ab",
     times: ServiceTime = TIMES,
     processor: Processor | None = None,
@@ -114,13 +118,12 @@ async def start_rig(
     for engine in rig.engines.values():
         await engine.start()
         rig.ledger.claim(engine.name, engine.limits.held_bytes(engine.grant.gpu_memory_utilization))
-    chosen = catalogue.make(policy) if isinstance(policy, str) else policy
     rig.controller = Controller(
         rig.handles,
         rig.sharing,
         Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, rig.read),
-        ContainedPolicy("chosen", chosen),
-        shadow=ContainedPolicy(shadow, catalogue.make(shadow)) if shadow else None,
+        ContainedPolicy("chosen", made(policy)),
+        shadow=ContainedPolicy("shadow", made(shadow)) if shadow else None,
         publish=rig.records.append,
         **options,
     )
@@ -446,10 +449,47 @@ async def test_shadow_decides_without_resizing() -> None:
     async with start_rig("static", shadow="round_robin") as rig:
         await asyncio.sleep(3)
         assert (rig.share("a"), rig.share("b")) == (0.4, 0.4)
-        assert rig.records[-1].shadow_policy == "round_robin"
+        assert rig.records[-1].shadow_policy == "shadow"
         shadow = rig.records[-1].shadow
         assert shadow is not None
         assert {round(grant.gpu_memory_utilization, 2) for grant in shadow.grants.values()} == {0.11, 0.69}
+
+
+class Watching(Policy):
+    """A policy that changes nothing, and notes the share of engine a when it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(Value())
+        self.rig: Rig | None = None
+        self.seen: list[float] = []
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if self.rig is not None:
+            self.seen.append(self.rig.share("a"))
+        return Decision()
+
+
+async def test_a_shadow_does_not_hold_up_the_decision_in_force() -> None:
+    watching = Watching()
+    async with start_rig("static", shadow=watching, every_s=10) as rig:
+        await asyncio.sleep(1)
+        watching.rig = rig
+        rig.controller.use(ContainedPolicy("weighted", catalogue.make("static", {"shares": {"a": 3}})))
+        await asyncio.sleep(1)
+        assert watching.seen == [rig.share("a")]
+        assert rig.share("a") > 0.5
+
+
+async def test_calls_while_the_controller_is_paused_are_a_burst_once() -> None:
+    async with start_rig(every_s=10) as rig:
+        rig.controller.pause()
+        work = asyncio.create_task(rig.ask("a", 1000))
+        await asyncio.sleep(0.001)
+        rig.controller.look()
+        await asyncio.sleep(0.1)
+        rig.controller.look()
+        assert not rig.controller._wake.is_set()
+        await work
 
 
 async def test_loop_survives_telemetry_that_raises() -> None:

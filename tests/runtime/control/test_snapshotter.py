@@ -11,6 +11,7 @@ from runtime.control.snapshotter import Snapshotter
 from runtime.engines.fake import FakeEngine
 from runtime.engines.grant import Grant
 from runtime.engines.handle import EngineState, EngineStats, Work
+from runtime.telemetry.reading import DeviceReading, Reading
 
 pytestmark = pytest.mark.virtual_time
 
@@ -102,6 +103,28 @@ async def test_an_engine_with_requests_is_unanswered_until_it_completes_a_reply(
         rig.engine.usage.answered += 1
         assert (await rig.after(1)).unanswered_s == 0
         assert (await rig.after(2)).unanswered_s == 2
+
+
+async def test_memory_that_a_waking_engine_has_claimed_is_not_promised_to_others() -> None:
+    """Another process holds 20 of 100 bytes. A reading counts what the engine has claimed as free until it takes it."""
+    awake, waking = Reporting(), Reporting()
+    readings = Reading("gpu", ())
+    snapshotter = Snapshotter({"a": awake, "b": waking}, Forecast(), reading=lambda: readings)
+    waking.state_now = EngineState.ASLEEP
+
+    def budget(used_bytes: int, claimed_bytes: int) -> int:
+        nonlocal readings
+        readings = Reading("gpu", (DeviceReading("GPU", 100, used_bytes),))
+        return snapshotter.take(0.0, 98, claimed_bytes).budget_bytes
+
+    await awake.start()
+    await waking.start()
+    assert budget(used_bytes=78, claimed_bytes=58) == 78
+    waking.state_now = EngineState.WAKING
+    assert budget(used_bytes=60, claimed_bytes=58) == 78
+    assert budget(used_bytes=85, claimed_bytes=58) == 71  # another process takes more than that
+    waking.state_now = EngineState.READY
+    assert budget(used_bytes=78, claimed_bytes=58) == 78
 
 
 async def test_an_engine_that_sleeps_is_neither_paused_nor_stalled() -> None:

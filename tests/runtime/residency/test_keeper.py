@@ -330,13 +330,15 @@ async def test_an_engine_that_waits_for_memory_gets_that_of_one_that_fails() -> 
             await waiting
 
 
-@pytest.mark.parametrize("how", ["paused", "faulty"])
+@pytest.mark.parametrize("how", ["paused", "faulty", "fixed"])
 async def test_engines_wake_although_no_policy_divides_memory(how: str) -> None:
     async with rig() as made:
         await made.ask("planner")
         await settle()  # the planner grows to the whole device
         if how == "paused":
             made.controller.pause()
+        elif how == "fixed":
+            made.controller.use(ContainedPolicy("fixed", share_policies.make("static", {"shares": "configured"})))
         else:
             made.controller.use(ContainedPolicy("broken", Broken(Value())))
         assert await made.ask("solver") == WORDS
