@@ -117,11 +117,10 @@ async def drill_engines(options: argparse.Namespace) -> dict[str, Any]:
 
         tasks = [asyncio.create_task(run_job(*problem)) for problem in problems]
         killed = 0
-        for place in range(3):
+        for engine in _engine_processes(process.pid):
             await asyncio.sleep(2)
             if not all(task.done() for task in tasks):
-                engines = _engine_processes(process.pid)
-                engines[min(place, len(engines) - 1)].kill()
+                engine.kill()
                 killed += 1
         results = await asyncio.gather(*tasks)
     return {

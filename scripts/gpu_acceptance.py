@@ -4,8 +4,9 @@
     python scripts/gpu_acceptance.py pages eager  run only these checks
     python scripts/gpu_acceptance.py --rehearse   run the same calls on the CPU with tiny models, without a record
 
-The checks use real architectures (configs/shapes) with random weights. A check that fails is recorded, and the next one
-runs. A check for which too little time is left is recorded as skipped. The exit code is 1 if any check failed.
+The checks use real architectures (configs/shapes) with random weights. A check fails if it raises, if replies are lost,
+or if memory is not returned. It is recorded, and the next one runs. A check for which too little time is left is
+recorded as skipped. The exit code is 1 if any check failed.
 
 Needs an NVIDIA GPU with 60 GiB of free memory that no other process uses.
 """
@@ -137,6 +138,7 @@ def pages_alone() -> None:
             cuda_pages.release(0, 4 * GIB)
             shrink_s.append((time.perf_counter() - started) / 4)
         after = gpu().used_bytes
+        assert after - before <= granule, f"{after - before} bytes are not returned"
         record[f"granule {granule // MIB} MiB"] = {
             "grow_ms_per_gib": spread([1000 * s for s in grow_s]),
             "shrink_ms_per_gib": spread([1000 * s for s in shrink_s]),
@@ -148,9 +150,10 @@ def pages_alone() -> None:
     before = gpu().used_bytes
     try:
         oversized.back(0, oversized.size_bytes)
-        record["out_of_memory"] = "not raised"
     except OutOfMemory as error:
         record["out_of_memory"] = f"{error}; {(gpu().used_bytes - before) // MIB} MiB left behind"
+    assert "out_of_memory" in record, "more memory than the device has was backed"
+    assert gpu().used_bytes - before <= 256 * MIB, record["out_of_memory"]
     oversized.close()
     print(json.dumps(record))
 
@@ -204,20 +207,33 @@ async def window(bench: Bench) -> dict[str, Any]:
 async def _grants(bench: Bench, size: str = "varied", **changes: Any) -> dict[str, Any]:
     chosen = bench.spec(size, 0.3, **changes)
     async with elastic.fleet({"one": chosen}, bench.device_bytes) as running:
-        return await elastic.under_random_grants(running.engines["one"], 200, 60)
+        record = await elastic.under_random_grants(running.engines["one"], 200, 60)
+    _require(record["lost"] == 0, "replies were lost", record)
+    return record
 
 
 async def identical(bench: Bench) -> dict[str, Any]:
     """Compare replies token for token under random grants, with vLLM's batch-invariant arithmetic."""
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
     try:
-        return await _grants(bench)
+        record = await _grants(bench)
     finally:
         del os.environ["VLLM_BATCH_INVARIANT"]
+    _require(record["identical"] == record["requests"], "replies changed", record)
+    return record
+
+
+def _require(holds: bool, fault: str, record: dict[str, Any]) -> None:
+    """Raise RuntimeError, with a check's record, unless a condition holds."""
+    if not holds:
+        raise RuntimeError(f"{fault}: {record}")
 
 
 async def memory(bench: Bench) -> dict[str, Any]:
-    """Measure resizes of 1 to 16 GiB: NVML's used memory before and after, and milliseconds."""
+    """Measure resizes of 1 to 16 GiB: NVML's used memory before and after, and milliseconds.
+
+    Raises RuntimeError if more than a tenth of a size is not returned.
+    """
     record: dict[str, Any] = {}
     async with elastic.fleet(
         {"one": bench.spec("0.5b", 0.2 if bench.rehearsal else 0.1)}, bench.device_bytes
@@ -235,6 +251,7 @@ async def memory(bench: Bench) -> dict[str, Any]:
                 "grow_ms": round(grown.seconds * 1000, 2),
                 "shrink_ms": round(shrunk.seconds * 1000, 2),
             }
+            _require(bench.held_bytes() - low <= size // 10, "memory is not returned", record)
     return record
 
 
@@ -252,7 +269,9 @@ async def trade(bench: Bench) -> dict[str, Any]:
         for engine in running.engines.values():
             assert isinstance(await engine.resize(_slightly_smaller(engine.stats().grant)), Applied)
         traded = await elastic.trade(running, 5 if bench.rehearsal else 30, 40, bench.held_bytes)
-        return {"trade": traded, "kill": await elastic.kill_each(running, 1, 20)}
+        record = {"trade": traded, "kill": await elastic.kill_each(running, 1, 20)}
+    _require(not any(part["lost"] for part in (traded, *record["kill"].values())), "replies were lost", record)
+    return record
 
 
 def _slightly_smaller(grant: Grant | None) -> Grant:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from runtime.assembly import RunningTeam, start_team
 from runtime.cluster.agent import Agent, MakeAgent
 from runtime.config import Config
 from runtime.engines.replicas import device_of
-from runtime.engines.request import GenerateRequest
+from runtime.engines.request import Chunk, GenerateRequest
 from runtime.jobs.team import assemble
 from runtime.simulation.assembly import start_modelled_team
 from runtime.simulation.modelled_agent import modelled_agent
@@ -189,24 +189,31 @@ async def _loss(machines: Machines, running: RunningTeam, kind: str, name: str) 
     """Lose a node under 32 replies. Return the seconds until the first of its replies resumes elsewhere."""
     await _until(lambda: all(len(_serving(running, node)) == 1 for node in "ab"))
     victim = running.engines["solver@a:0"]
-    began_s = 0.0
+    its_requests: set[str] = set()
     resumed: list[float] = []
     texts: list[str] = []
 
     async def one(number: int) -> None:
-        text, mine = "", False
-        async for chunk in running.generate("solver", ask(TOKENS, f"{name} {number}")):
-            if began_s and mine and victim.stats().state == "lost":
+        text, request = "", ask(TOKENS, f"{name} {number}")
+        async for chunk in running.generate("solver", request):
+            if request.request_id in its_requests and victim.stats().state == "lost":
+                its_requests.remove(request.request_id)
                 resumed.append(time.monotonic())
-                mine = False
-            if not began_s:
-                mine = True
             text += chunk.text
         texts.append(text)
+
+    generate = victim.generate
+
+    def note(request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        its_requests.add(request.request_id)
+        return generate(request)
+
+    victim.generate = note  # type: ignore[method-assign]
 
     tasks = [asyncio.create_task(one(number)) for number in range(32)]
     await asyncio.sleep(1)
     assert victim.usage.in_flight > 8, victim.usage.in_flight
+    del victim.generate
     began_s = time.monotonic()
     match kind:
         case "agent killed":

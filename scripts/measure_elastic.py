@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -282,12 +282,11 @@ async def trade(running: Fleet, seconds: float, requests: int, held_bytes: Calla
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    matches: list[bool] = []
+    counts = {"answers": 0, "lost": 0, "changed": 0}
 
     async def load(name: str) -> None:
         while not stop.is_set():
-            actual = await replies(engines[name], requests)
-            matches.extend(a == b for a, b in zip(actual, expected[name], strict=True))
+            count(counts, await replies(engines[name], requests), expected[name])
 
     loading = asyncio.gather(*map(load, engines))
     rng = random.Random(0)
@@ -308,12 +307,18 @@ async def trade(running: Fleet, seconds: float, requests: int, held_bytes: Calla
         "seconds": seconds,
         "decisions": decisions,
         "rejected": rejected,
-        "answers": len(matches),
-        "wrong_or_lost": matches.count(False),
+        **counts,
         "budget_mib": budget_bytes // MIB,
         "samples": len(samples_bytes),
         "most_held_mib": max(samples_bytes) // MIB,
     }
+
+
+def count(counts: dict[str, Any], actual: Sequence[Reply], expected: Sequence[Reply]) -> None:
+    """Add replies to the counts of answers, of lost ones, and of those that differ from the expected ones."""
+    counts["answers"] += len(actual)
+    counts["lost"] += sum(not reply for reply in actual)
+    counts["changed"] += sum(bool(reply) and reply != wanted for reply, wanted in zip(actual, expected, strict=True))
 
 
 def division(engines: Mapping[str, EngineHandle], rng: random.Random) -> dict[str, Grant]:
@@ -348,12 +353,10 @@ async def kill_each(running: Fleet, repeats: int, requests: int) -> dict[str, An
             await until(engine, lambda state: state is EngineState.READY)
             down_s = time.perf_counter() - killed_s
             actual = await loading
-            counts = record.setdefault(name, {"serves_again_s": [], "requests": 0, "wrong_or_lost": 0})
+            counts = record.setdefault(name, {"serves_again_s": [], "answers": 0, "lost": 0, "changed": 0})
             counts["serves_again_s"].append(down_s)
-            counts["requests"] += sum(map(len, actual))
-            counts["wrong_or_lost"] += sum(
-                a != b for ours, theirs in zip(actual, expected, strict=True) for a, b in zip(ours, theirs, strict=True)
-            )
+            for ours, theirs in zip(actual, expected, strict=True):
+                count(counts, ours, theirs)
             done_s = time.perf_counter() - killed_s
             progress(f"{repeat} {name}: serves again after {down_s:.1f} s, all requests done after {done_s:.1f} s")
     for counts in record.values():

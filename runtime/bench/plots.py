@@ -45,6 +45,7 @@ def draw(folder: Path) -> list[Plot]:
     jobs = list(results.read_jobs(folder))
     moments = list(results.read_moments(folder))
     (folder / "plots").mkdir(exist_ok=True)
+    at_load = f" at a load of {_plotted_load(summary):g}" if len(summary.loads) > 1 else ""
     drawn = (
         (
             "Job completion time over load" if len(summary.loads) > 1 else "Job completion time",
@@ -53,25 +54,25 @@ def draw(folder: Path) -> list[Plot]:
             latency(summary),
         ),
         (
-            "Job completion times, all jobs",
+            f"Job completion times, all jobs{at_load}",
             "Fraction of jobs (y) that were answered within a time (x). Further left is better.",
             "jct-cdf",
-            distribution(summary, _by_policy(jobs, lambda job: [job.jct_s]), "job completion time, s"),
+            distribution(summary, _by_policy(summary, jobs, lambda job: [job.jct_s]), "job completion time, s"),
         ),
         (
-            "Time to first token, all calls",
+            f"Time to first token, all calls{at_load}",
             "Fraction of calls (y) whose first token came within a time (x). Further left is better.",
             "ttft-cdf",
-            distribution(summary, _by_policy(jobs, lambda job: [c.ttft_s for c in job.calls]), "TTFT, s"),
+            distribution(summary, _by_policy(summary, jobs, lambda job: [c.ttft_s for c in job.calls]), "TTFT, s"),
         ),
         (
-            "KV cache by engine",
+            f"KV cache by engine{at_load}",
             "Each engine's KV cache in the first repeat, stacked. A policy that follows the work moves memory with it.",
             "shares",
             shares(summary, moments),
         ),
         (
-            "Waiting requests by engine",
+            f"Waiting requests by engine{at_load}",
             "Requests that wait at each engine, over the same time.",
             "queues",
             queues(summary, moments),
@@ -193,7 +194,7 @@ def queues(summary: Summary, moments: Iterable[Moment]) -> Figure:
 
 def _panels(summary: Summary, moments: Iterable[Moment], panel: Panel, label: str) -> Figure:
     policies = [policy for policy in summary.policies if policy != summary.limit] or list(summary.policies)
-    load = summary.loads[len(summary.loads) // 2]
+    load = _plotted_load(summary)
     series: dict[str, list[Moment]] = defaultdict(list)
     for moment in moments:
         if moment.repeat == 0 and moment.load == load:
@@ -221,6 +222,11 @@ def _panels(summary: Summary, moments: Iterable[Moment], panel: Panel, label: st
     return figure
 
 
+def _plotted_load(summary: Summary) -> float:
+    """Return the load of the plots that show one: the middle one."""
+    return summary.loads[len(summary.loads) // 2]
+
+
 def _thinned(moments: Sequence[Moment]) -> list[Moment]:
     """Return at most `BINS` moments, the last one of each bin of time."""
     if len(moments) <= BINS:
@@ -230,10 +236,11 @@ def _thinned(moments: Sequence[Moment]) -> list[Moment]:
     return list(kept.values())
 
 
-def _by_policy(jobs: Iterable[JobRow], values: Values) -> dict[str, list[float]]:
+def _by_policy(summary: Summary, jobs: Iterable[JobRow], values: Values) -> dict[str, list[float]]:
     by_policy: dict[str, list[float]] = defaultdict(list)
+    load = _plotted_load(summary)
     for job in jobs:
-        if job.error is None:
+        if job.error is None and job.load == load:
             by_policy[job.policy] += values(job)
     return by_policy
 

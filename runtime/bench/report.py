@@ -72,7 +72,7 @@ def _about(summary: Summary) -> str:
         "engines": "real" if summary.kind == "engines" else "modelled, in virtual time",
         "configuration": summary.config,
         "repeats": f"{summary.repeats}; policies take turns, with the same jobs at the same times",
-        "goodput": f"jobs a second that are right and meet the SLO: {slo}" if slo else "jobs a second that are right",
+        "goodput": f"jobs a second that are not known to be wrong{f' and meet the SLO: {slo}' if slo else ''}",
         "calls": _calls(summary.stream_interval),
         "machine": ", ".join(f"{key} {value}" for key, value in summary.machine.items()),
         "started": f"{summary.started}, {summary.seconds:.0f} s",
