@@ -31,6 +31,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
+from referencing import Registry
 
 from agents import registry
 from agents.names import nearest
@@ -155,7 +156,7 @@ def _read(text: str, schema: Mapping[str, Any] | None, reply_type: type[Reply]) 
             raise ReplyUnusable("the reply is empty")
         return reply_type.from_form({_text_property(reply_type): text.strip()})
     form = read_json(text)
-    fault = best_match(Draft202012Validator(schema).iter_errors(form))
+    fault = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(form))  # fetches no references
     if fault is not None:
         raise ReplyUnusable(f"{fault.json_path.replace('$', 'the reply', 1)}: {fault.message}")
     if issubclass(reply_type, Text):

@@ -1,9 +1,9 @@
 """The tool `python`: runs code that a model wrote, in the sandbox."""
 
 import asyncio
+import itertools
 import math
 import os
-import shutil
 import signal
 import tempfile
 from asyncio.subprocess import PIPE, Process
@@ -221,9 +221,21 @@ async def _new_folder() -> AsyncIterator[str]:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, in which code may have made folders that cannot be listed."""
-    for parent, names, _ in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            if not path.is_symlink():
+    """Delete a folder, in which code may have made folders that cannot be listed, or that are nested without end.
+
+    Each folder is moved out of the one around it first, because the path of a nested one can be too long.
+    """
+    with tempfile.TemporaryDirectory(prefix="troupe-sandbox-", dir=folder.parent) as flat:
+        numbers = itertools.count()
+        folders = [folder]
+        while folders:
+            path = folders.pop()
+            with suppress(OSError):
                 path.chmod(0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+                for nested in list(path.iterdir()):
+                    if nested.is_dir() and not nested.is_symlink():
+                        nested.chmod(0o700)  # moving a folder changes it
+                        folders.append(nested.rename(Path(flat, str(next(numbers)))))
+                    else:
+                        nested.unlink()
+                path.rmdir()

@@ -7,6 +7,9 @@ from typing import Self
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
+from jsonschema.validators import validator_for
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from agents.names import nearest
 from agents.tool import ToolSpec
@@ -75,7 +78,13 @@ class Toolbox:
         tool = self._tools.get(call.tool)
         if tool is None:
             raise ToolError(f"no tool is named {call.tool!r}; {nearest(call.tool, self._tools)}")
-        fault = best_match(Draft202012Validator(dict(tool.spec.parameters)).iter_errors(dict(call.arguments)))
+        schema = dict(tool.spec.parameters)
+        # Without a registry, jsonschema would fetch what the schema refers to.
+        validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+        try:
+            fault = best_match(validator.iter_errors(dict(call.arguments)))
+        except Unresolvable as error:
+            raise ToolError(f"its arguments cannot be checked: the schema refers to {error.ref}, outside it") from None
         if fault is not None:
             raise ToolError(f"{fault.json_path.replace('$', 'arguments', 1)}: {fault.message}")
         return tool

@@ -63,6 +63,28 @@ async def toolbox(*tools: Tool) -> Toolbox:
     return await Toolbox({tool.spec.name: source(tool) for tool in tools}).__aenter__()
 
 
+REFERRING = {"$ref": "http://127.0.0.1:9/schema"}
+OLD = {"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"by": {"items": [{"type": "integer"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "said"),
+    [
+        (REFERRING, {"by": 1}, "its arguments cannot be checked: the schema refers to http://127.0.0.1:9/schema"),
+        (OLD, {"by": ["one"]}, "arguments.by[0]: 'one' is not of type 'integer'"),
+    ],
+)
+async def test_arguments_are_checked_by_the_schema_that_the_tool_has(
+    schema: dict[str, Any], arguments: dict[str, Any], said: str
+) -> None:
+    tool = Counter()
+    tool.spec = replace(tool.spec, parameters=schema)
+    use = await (await toolbox(tool)).use(ToolCall("count", arguments, ""))
+    assert use.failed
+    assert use.output.startswith(said)
+    assert not tool.calls
+
+
 def call(tool: str = "count", **arguments: Any) -> str:
     return json.dumps({"tool": tool, "arguments": arguments})
 

@@ -255,6 +255,11 @@ attempt(os.mknod, "device", 0o20600, os.makedev(1, 1))
     assert os.listdir(tmp_path) == []  # noqa: PTH208  as above
 
 
+async def test_folders_that_are_nested_without_end_are_deleted(python: PythonTool) -> None:
+    code = "import os\nfor _ in range(1200):\n    open('a', 'w').close()\n    os.mkdir('b')\n    os.chdir('b')"
+    assert await run(python, code) == ""
+
+
 async def test_folder_that_cannot_be_listed_is_deleted(python: PythonTool) -> None:
     code = "import os\nos.mkdir('a')\nopen('a/b', 'w').close()\nos.symlink('/etc', 'a/etc')\nos.mkdir('c', 0)"
     assert await run(python, code) == ""
