@@ -14,3 +14,5 @@ def log_to(folder: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    for name in ("httpx2", "mcp"):  # they log every exchange, with a URL that may have a key in it
+        logging.getLogger(name).setLevel(logging.WARNING)

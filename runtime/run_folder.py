@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from runtime import paths
@@ -18,7 +17,7 @@ from runtime.errors import TroupeError
 KEPT = 20
 """Maximum number of folders of ended runs."""
 _NAME = re.compile(r"\d{8}-\d{6}-\d+")
-_locks: list[int] = []
+_locks: dict[Path, int] = {}
 """Descriptors of the folders of this process, open until it ends."""
 
 
@@ -27,12 +26,9 @@ def create() -> Path:
 
     Raises TroupeError if the folder cannot be created.
     """
-    folder = paths.runs() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _locks.append(os.open(folder, os.O_RDONLY))
-        with suppress(BlockingIOError):  # this process has made it within the same second, and holds the lock
-            fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        paths.runs().mkdir(parents=True, exist_ok=True)
+        folder = _make()
         ended = sorted(old for old in paths.runs().iterdir() if _has_ended(old))
     except OSError as error:
         raise TroupeError(
@@ -44,11 +40,31 @@ def create() -> Path:
     return folder
 
 
+def _make() -> Path:
+    """Return a new folder, locked; or the one that this process has made within the same second."""
+    while True:
+        folder = paths.runs() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        if folder in _locks:
+            return folder
+        try:
+            folder.mkdir()
+            lock = os.open(folder, os.O_RDONLY)
+        except FileExistsError:  # made by a process of another container
+            time.sleep(0.1)
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process holds it for a moment if it looks for folders to remove
+        _locks[folder] = lock
+        return folder
+
+
 def _has_ended(folder: Path) -> bool:
     """Return True if the folder belongs to a run whose process has ended."""
     if not _NAME.fullmatch(folder.name):
         return False
-    lock = os.open(folder, os.O_RDONLY)
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:  # another process has just removed it, or it belongs to another user
+        return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

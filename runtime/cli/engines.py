@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from typing import Any
 
 import click
@@ -71,7 +72,9 @@ def _table(infos: Sequence[Mapping[str, Any]]) -> Table:
 def _get(url: str) -> Any:
     if not url.startswith(("http://", "https://")):
         raise TroupeError(f"--url: {url!r} is not a valid address; give one such as http://127.0.0.1:8000")
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise TroupeError(f"{TOKEN_VARIABLE} has a character that no token has; copy the token again")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(url, headers=headers)
     try:
@@ -83,6 +86,6 @@ def _get(url: str) -> Any:
         except (ValueError, KeyError, TypeError):
             message = str(error)
         raise TroupeError(f"{url}: {message}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise TroupeError(f"no service answers at {url}: {reason}; start one with `troupe serve`") from None

@@ -97,10 +97,15 @@ def cancel(ids: tuple[str, ...], config: str) -> None:
 def export(out: Path, config: str, state: str | None) -> None:
     """Write all jobs to OUT as one line of JSON each, oldest first. OUT may be `-` for standard output."""
     count = 0
-    with _journal(config) as sql, click.open_file(str(out), "w", encoding="utf-8") as file:
-        for record in queries.all_jobs(sql, JobState(state) if state else None):
-            file.write(json.dumps(record.as_json()) + "\n")
-            count += 1
+    try:
+        with _journal(config) as sql, click.open_file(str(out), "w", encoding="utf-8") as file:
+            for record in queries.all_jobs(sql, JobState(state) if state else None):
+                file.write(json.dumps(record.as_json()) + "\n")
+                count += 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from None
     click.echo(f"{count} jobs", err=True)
 
 

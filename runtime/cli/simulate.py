@@ -26,7 +26,7 @@ from runtime.cli.config_option import config_option
 from runtime.config import SHIPPED, Config, Control, PolicyChoice
 from runtime.control.contained_policy import ContainedPolicies
 from runtime.engines.fake import Script
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, InputError
 from runtime.jobs import problems
 from runtime.jobs.job import Job
 from runtime.jobs.team import Team, assemble
@@ -206,6 +206,8 @@ def _run(plan: Plan, simulated: Simulated, as_json: bool) -> None:
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="File to write. [default: standard output]")
 def fit(config: str, count: int, out: Path | None) -> None:
     """Measure the engines of a configuration, and write the constants of their model as YAML."""
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out: {out} is not a file in a folder that exists")
     chosen = configuration.load(config)
     asked = problems.read(SHIPPED / "problems" / "held-out.jsonl")[:count]
     fitted, measurements = interrupt.run(
@@ -258,11 +260,16 @@ def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path 
 
 
 def _write(constants: Model, out: Path | None) -> None:
+    """Write constants to a file, or to standard output. Raises InputError, and prints them, if the file cannot be."""
     text = configuration.as_yaml(constants)
-    if out:
-        out.write_text(text, encoding="utf-8")
-    else:
+    try:
+        if out:
+            out.write_text(text, encoding="utf-8")
+            return
+    except OSError as error:
         click.echo(text, nl=False)
+        raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
+    click.echo(text, nl=False)
 
 
 async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Measurement]]:

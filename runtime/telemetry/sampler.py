@@ -57,7 +57,10 @@ class Sampler:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._every_s)
-            self._last = await loop.run_in_executor(self._thread, self._source.read)
+            try:
+                self._last = await loop.run_in_executor(self._thread, self._source.read)
+            except Exception as error:  # noqa: BLE001  such as no free file descriptor; the next reading may succeed
+                self._last = replace(self._last, fault=f"cannot be read: {error}")
 
 
 def best_source(on_gpu: bool) -> Source:

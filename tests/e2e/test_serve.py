@@ -228,6 +228,9 @@ def test_sigterm_finishes_running_jobs_and_leaves_no_process(service: Service) -
     assert "9+7" in shown.stdout
     out = Path(troupe.folder) / "jobs.jsonl"
     assert troupe.run("jobs", "export", out).returncode == 0
+    refused = troupe.run("jobs", "export", troupe.folder / "missing" / "jobs.jsonl")
+    assert refused.returncode == 2
+    assert "cannot be written: No such file or directory" in refused.stderr
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == all_jobs[::-1]
 
 

@@ -41,6 +41,26 @@ def test_a_run_that_is_killed_has_ended_even_if_its_process_id_is_in_use_again(h
     assert not run_folder._has_ended(alive)
 
 
+def test_runs_that_start_together_keep_their_locks(home: Path) -> None:
+    for number in range(25):
+        (home / "runs" / f"20250101-0000{number:02d}-99999999").mkdir(parents=True)
+    program = "from runtime import run_folder\nprint(run_folder.create(), flush=True)\ninput()"
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    folders = [Path(process.stdout.readline().strip()) for process in started if process.stdout]
+    assert len(set(folders)) == 8
+    assert not any(run_folder._has_ended(folder) for folder in folders)
+    for process in started:
+        process.communicate("\n")
+    assert all(run_folder._has_ended(folder) for folder in folders)
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_left_alone(home: Path) -> None:
+    assert not run_folder._has_ended(home / "runs" / "20250101-000000-1")
+
+
 def test_unwritable_home_raises(home: Path) -> None:
     home.write_text("a file")
     with pytest.raises(TroupeError, match="Set TROUPE_HOME"):

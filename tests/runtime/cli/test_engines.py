@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from runtime.cli.engines import engines
@@ -22,6 +23,20 @@ async def test_pause_costs_and_lanes_are_shown(tmp_path: Path) -> None:
     assert found["engines"][1]["paused_s"] > 0
     assert found["engines"][1]["cost"]["confidence"] > 0
     assert found["devices"]["0"]["lanes"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "said"),
+    [
+        ("http://localhost:80a0", "", "no service answers at http://localhost:80a0/engines: nonnumeric port"),
+        ("http://localhost:1", "sec\rret", "TROUPE_TOKEN has a character that no token has"),
+    ],
+)
+def test_a_wrong_address_or_token_is_named(monkeypatch: pytest.MonkeyPatch, url: str, token: str, said: str) -> None:
+    monkeypatch.setenv("TROUPE_TOKEN", token)
+    result = CliRunner().invoke(engines, ["--url", url])
+    assert said in str(result.exception)
+    assert "ret" not in str(result.exception)
 
 
 async def invoke(served: Served, *options: str) -> Result:

@@ -57,6 +57,23 @@ async def test_sampler_reads_periodically_in_its_thread_and_closes_the_source() 
         await until(lambda: source.closed)
 
 
+async def test_a_reading_that_fails_is_a_fault_until_the_next_one() -> None:
+    source = Counting()
+    read = source.read
+
+    def fail() -> Reading:
+        raise OSError(24, "Too many open files")
+
+    async with asyncio.timeout(60), Sampler(source, every_s=0.01) as sampler:
+        source.read = fail  # type: ignore[method-assign]
+        await until(lambda: sampler.latest.fault == "cannot be read: [Errno 24] Too many open files")
+        assert sampler.latest.devices
+        source.read = read  # type: ignore[method-assign]
+        await until(lambda: sampler.latest.fault is None)
+        source.read = fail  # type: ignore[method-assign]
+        await until(lambda: sampler.latest.fault is not None)
+
+
 async def test_hanging_source_leaves_the_last_reading_with_a_fault() -> None:
     source = Counting()
     async with asyncio.timeout(60):
