@@ -98,6 +98,8 @@ def read_plan(text: str, problem: str) -> list[Operation]:
     known = dict(zip(NUMBER_NAMES, re.findall(r"\d+", problem), strict=False))
     steps: list[Operation] = []
     for line in text.replace(" ", "").split(";"):
+        if len(steps) == len(STEP_NAMES):
+            raise ValueError(f"there are more than {len(STEP_NAMES)} steps")
         match = re.fullmatch(r"([A-F])=([A-Z])([-+*])([A-Z])", line)
         if not match:
             raise ValueError(f"{line!r} is not a step such as A=P+Q")

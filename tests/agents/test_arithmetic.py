@@ -168,8 +168,12 @@ def test_any_text_is_read_or_refused(problem: str) -> None:
         ArithmeticPlanner().check(problem)
 
 
+TOO_LONG = ";".join(f"{name}=P+Q" for name in "ABCDEFF")
+
+
 @pytest.mark.parametrize(
-    "text", ["", "A", "A=P+", "B=P+Q", "A=P+B", "A=P+Q;A=P+Q", "A=P+Q;", "A=P+Q;B=C*P", "A=P/Q", "A=P+R", "A=1+2"]
+    "text",
+    ["", "A", "A=P+", "B=P+Q", "A=P+B", "A=P+Q;A=P+Q", "A=P+Q;", "A=P+Q;B=C*P", "A=P/Q", "A=P+R", "A=1+2", TOO_LONG],
 )
 def test_invalid_plan_is_unusable(text: str) -> None:
     with pytest.raises(ReplyUnusable):
