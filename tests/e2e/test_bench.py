@@ -77,7 +77,7 @@ def test_interrupted_bench_keeps_its_rows_and_ends_its_engines(troupe: Command, 
     workload.write_text(SHORT_WORKLOAD)
     process = troupe.start("bench", workload, "-p", "static", "--repeats", 500, "--out", out)
     jobs = out / results.JOBS
-    wait_until(lambda: process.poll() is not None or (jobs.exists() and jobs.stat().st_size > 2_000))
+    wait_until(lambda: process.poll() is not None or (jobs.exists() and jobs.stat().st_size > 0))
     assert troupe.engines()
     process.terminate()
     _, errors = process.communicate(timeout=LONG_S)
