@@ -17,6 +17,8 @@ from runtime.errors import Death, EngineDead, EngineError, TroupeError
 LOOK_S = 0.1
 PULSE_S = 1.0
 """Seconds to wait while connecting to an agent's pulse."""
+PULSE_TRIES, PULSE_PAUSE_S = 3, 0.02
+"""How often to try to connect again once a pulse has been closed, and the seconds after each try."""
 EXPECT_S = 0.25
 """Seconds between two heartbeats of the head, at most."""
 
@@ -217,14 +219,19 @@ class Link:
             self._lose("its process has ended")
 
     async def _is_refused(self) -> bool:
-        """Return True if nothing listens at the pulse any more. Something between may have closed the connection."""
+        """Return True if nothing listens at the pulse any more. Something between may have closed the connection.
+
+        A process that ends may close its connection before it stops listening, so one try is not enough.
+        """
         assert self._pulse is not None
-        try:
-            async with asyncio.timeout(PULSE_S):
-                _, writer = await asyncio.open_connection(*self._pulse)
-        except (OSError, TimeoutError):
-            return True
-        writer.close()
+        for _ in range(PULSE_TRIES):
+            try:
+                async with asyncio.timeout(PULSE_S):
+                    _, writer = await asyncio.open_connection(*self._pulse)
+            except (OSError, TimeoutError):
+                return True
+            writer.close()
+            await asyncio.sleep(PULSE_PAUSE_S)
         logging.getLogger(__name__).info("the pulse of node %s has been closed; its beat is left", self.node)
         return False
 

@@ -86,12 +86,30 @@ async def test_a_proxy_that_closes_the_pulse_is_no_loss() -> None:
 
     server = await asyncio.start_server(close, "127.0.0.1", 0)
     link = await linked(Scripted(server.sockets[0].getsockname()[:2]))
-    await until(lambda: closed == 2)
+    await until(lambda: closed == 4)
     await asyncio.sleep(0.5)
     assert link.lost is None
-    assert closed == 2
+    assert closed == 4
     await link.close()
     server.close()
+
+
+async def test_a_process_that_closes_its_connection_before_it_stops_listening_has_ended() -> None:
+    accepted = 0
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        writer.close()
+        if accepted == 2:
+            server.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    link = await linked(Scripted(server.sockets[0].getsockname()[:2]))
+    await asyncio.wait_for(link.loss.wait(), 60)
+    assert link.lost == "its process has ended"
+    assert accepted == 2
+    await link.close()
 
 
 async def test_an_agent_whose_pulse_cannot_be_reached_has_its_beat() -> None:
