@@ -39,6 +39,7 @@ from runtime.engines.fleet import Fleet
 from runtime.engines.grant import Applied, Deferred, Grant, Rejected
 from runtime.engines.handle import EngineHandle, EngineState
 from runtime.engines.launcher import prepare_process
+from runtime.engines.replicas import Replicas
 from runtime.engines.request import GenerateRequest
 from runtime.engines.spec import EngineSpec
 from scripts.measure import progress, spread
@@ -342,10 +343,11 @@ async def kill_each(running: Fleet, repeats: int, requests: int) -> dict[str, An
     """Kill every engine of a fleet in turn with SIGKILL while all of them run requests."""
     record: dict[str, Any] = {}
     engines = running.engines
-    expected = [await replies(engine, requests) for engine in engines.values()]
+    callers = [Replicas(name, [engine]) for name, engine in engines.items()]  # they repeat what an engine loses
+    expected = [await replies(caller, requests) for caller in callers]
     for repeat in range(repeats):
         for name, engine in engines.items():
-            loading = asyncio.gather(*(replies(e, requests) for e in engines.values()))
+            loading = asyncio.gather(*(replies(caller, requests) for caller in callers))
             await asyncio.sleep(0.4)
             killed_s = time.perf_counter()
             engine_process(running, name).kill()
@@ -400,7 +402,7 @@ def request(content: str, identity: str, **changes: Any) -> GenerateRequest:
     return GenerateRequest(f"{identity}/{time.monotonic_ns()}", (Message("user", content),), **values)
 
 
-async def reply(engine: EngineHandle, number: int) -> Reply:
+async def reply(engine: EngineHandle | Replicas, number: int) -> Reply:
     """Send request `number` and return the tokens of its reply. The same number always makes the same request.
 
     A fifth of the requests have a JSON schema, and half share a prefix.
@@ -415,7 +417,7 @@ async def reply(engine: EngineHandle, number: int) -> Reply:
     return tuple([token async for chunk in chunks for token in chunk.token_ids])
 
 
-async def replies(engine: EngineHandle, count: int) -> list[Reply]:
+async def replies(engine: EngineHandle | Replicas, count: int) -> list[Reply]:
     return await asyncio.gather(*(reply(engine, number) for number in range(count)))
 
 
