@@ -262,14 +262,14 @@ def roofline(gpu: str, workload_name: str, config: str, sharing: str, out: Path 
 def _write(constants: Model, out: Path | None) -> None:
     """Write constants to a file, or to standard output. Raises InputError, and prints them, if the file cannot be."""
     text = configuration.as_yaml(constants)
+    if out is None:
+        click.echo(text, nl=False)
+        return
     try:
-        if out:
-            out.write_text(text, encoding="utf-8")
-            return
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         click.echo(text, nl=False)
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from None
-    click.echo(text, nl=False)
 
 
 async def _fit(config: Config, jobs: list[Job]) -> tuple[Model, list[Measurement]]:

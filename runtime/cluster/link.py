@@ -18,7 +18,7 @@ LOOK_S = 0.1
 PULSE_S = 1.0
 """Seconds to wait while connecting to an agent's pulse."""
 PULSE_TRIES, PULSE_PAUSE_S = 3, 0.02
-"""How often to try to connect again once a pulse has been closed, and the seconds after each try."""
+"""Number of tries to connect again after a pulse has been closed, and seconds to wait after each."""
 EXPECT_S = 0.25
 """Seconds between two heartbeats of the head, at most."""
 

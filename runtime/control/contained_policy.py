@@ -126,7 +126,7 @@ class ContainedPolicies:
         executor = DaemonExecutor(f"policy {choice.name}")
         self._executors.add(executor)
         contained = ContainedPolicy(choice.name, policy, executor, choice=choice)
-        weakref.finalize(contained, executor.shutdown)  # nobody asks a policy that has been replaced
+        weakref.finalize(contained, executor.shutdown)  # end the thread of a policy that has been replaced
         return contained
 
     def __enter__(self) -> Self:

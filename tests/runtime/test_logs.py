@@ -1,4 +1,4 @@
-"""What a command logs."""
+"""Commands log no secrets."""
 
 import subprocess
 import sys

@@ -123,7 +123,7 @@ async def start_rig(
         rig.sharing,
         Snapshotter(rig.handles, rig.forecast, {"b": EngineRequirements(priority=2)}, rig.read),
         ContainedPolicy("chosen", made(policy)),
-        shadow=ContainedPolicy("shadow", made(shadow)) if shadow else None,
+        shadow=ContainedPolicy(shadow if isinstance(shadow, str) else "own", made(shadow)) if shadow else None,
         publish=rig.records.append,
         **options,
     )
@@ -449,7 +449,7 @@ async def test_shadow_decides_without_resizing() -> None:
     async with start_rig("static", shadow="round_robin") as rig:
         await asyncio.sleep(3)
         assert (rig.share("a"), rig.share("b")) == (0.4, 0.4)
-        assert rig.records[-1].shadow_policy == "shadow"
+        assert rig.records[-1].shadow_policy == "round_robin"
         shadow = rig.records[-1].shadow
         assert shadow is not None
         assert {round(grant.gpu_memory_utilization, 2) for grant in shadow.grants.values()} == {0.11, 0.69}
